@@ -1,0 +1,210 @@
+"""ROPD, the main job: a student gets better from rubrics drawn between its own answers and its teacher's.
+
+    python -m recipes.ropd                       # before / ROPD / shuffled null / teacher: a table and a picture
+    python -m recipes.ropd --claims --seeds 5    # every arm, five seeds, into results/ropd.jsonl
+    python -m recipes.ropd --smoke               # seconds: does it all still run
+
+One round is five commands (OUT/commands.sh has every one of them, ready to paste):
+
+    rollout.py        the student answers 32 problems, 8 times each
+    rubric.py create  one rubric a problem from 4 teacher answers and those 8 rollouts
+    rubric.py grade   the rubric's verdicts on the rollouts (an imperfect verifier: 5 % of the verdicts are wrong)
+    train.py          one policy-gradient step a quarter of the batch
+    eval.py           every few rounds: accuracy on held-out problems, sampled at temperature 1
+
+Arms, all with the same problems, rollout counts, optimiser and number of updates:
+
+    before      the student as it starts               sft        imitation of the same teacher texts
+    scalar      a holistic 0-10 judge, no rubric       ropd       rubrics from m = 4 teacher answers
+    ropd-m1     rubrics from one teacher answer        ropd-flat  every criterion the same points
+    shuffled    ROPD's rewards dealt out at random within each group: must teach nothing
+    answer      reward 1 for the right final answer (the ceiling a hidden checker would give)
+    teacher     the teacher
+
+Seeds: the teacher and the base model are pre-trained once; a seed then fixes how the student is spoiled, the teacher's
+answers, the order of the problems and every sample.  Arms with the same seed start from the same student.
+The held-out problems serve for measuring only; the settings below were chosen on dev.
+"""
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import records
+from recipes import Run, append_result, versions
+
+ARMS = ("before", "sft", "scalar", "ropd", "ropd-m1", "ropd-flat", "shuffled", "answer", "teacher")
+DEFAULT_ARMS = ("before", "ropd", "shuffled", "teacher")
+
+
+def build_world(run, args):
+    """Problems, corpora, a pre-trained base and a teacher.  Shared by all seeds; done once a folder."""
+    world = run.out / "world"
+    if not (world / "toy").exists():
+        run.stage(f"toy.py --out {world}/toy --train-prompts {args.prompts * args.rounds} --clean {64 * args.pretrain_steps}")
+    for name in ("teacher",):
+        if not (world / name).exists():
+            say(f"pre-training the {name} ({args.pretrain_steps} steps)")
+            run.stage(f"train.py --method sft --model {world}/toy/student --rollouts {world}/toy/clean.jsonl --out {world}/{name} --batch-size 64 "
+                      f"--steps {args.pretrain_steps} --learning-rate 4e-3 --warmup-steps 20 --schedule linear --adam-beta2 0.95 "
+                      f"--micro-batch-tokens 4096 --save-every 1000")
+    return world
+
+
+def prepare_seed(run, args, world, seed):
+    """This seed's student (the base, spoiled by careless text) and its teacher's answers to the training problems."""
+    folder = run.out / f"seed{seed}"
+    if not (folder / "student").exists():
+        run.stage(f"train.py --method sft --model {world}/teacher --rollouts {world}/toy/mixed.jsonl --out {folder}/student --batch-size 64 "
+                  f"--steps {args.spoil_steps} --learning-rate {args.spoil_lr} --fresh-optimizer --adam-beta2 0.95 --seed {seed} --micro-batch-tokens 4096")
+    run.stage(f"teacher.py answer --model {world}/teacher --prompts {world}/toy/train.jsonl --n 4 --max-tokens {args.max_tokens} "
+              f"--seed {1000 + seed} --out {folder}/answers.jsonl")
+    return folder
+
+
+def evaluate(run, args, world, seed, model, out):
+    return run.stage(f"eval.py --model {model} --prompts {world}/toy/{args.eval_split}.jsonl --n {args.eval_n} --max-tokens {args.max_tokens} "
+                     f"--seed {2000 + seed} --out {out} --overwrite")
+
+
+def run_arm(run, args, world, folder, seed, arm):
+    """All rounds of one arm; appends a result line at every evaluation.  Returns the last one."""
+    place = folder / arm
+    shutil.rmtree(place, ignore_errors=True)  # an interrupted arm is begun again
+    place.mkdir(parents=True)
+    cost = {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0}
+    started, model, row = time.time(), folder / "student", None
+
+    def measure(step, final, extra):
+        nonlocal row
+        spent = round(time.time() - started, 2)
+        score = evaluate(run, args, world, seed, model, place / "eval.jsonl")
+        row = {"arm": arm, "seed": seed, "step": step, "final": final, "accuracy": score["accuracy"], f"pass@{args.eval_n}": score[f"pass@{args.eval_n}"],
+               "length_mean": score["length_mean"], "truncated": score["truncated_fraction"], **cost, "seconds": spent, **extra,
+               "command": "python -m recipes.ropd " + args.invocation, "versions": versions()}
+        append_result(args.results, row)
+        return row
+
+    if arm in ("before", "teacher"):
+        model = folder / "student" if arm == "before" else world / "teacher"
+        return measure(0, True, {})
+    measure(0, False, {})
+    if arm == "sft":
+        answers = folder / "answers.jsonl"
+        done = run.stage(f"train.py --method sft --model {model} --rollouts {answers} --prompts {world}/toy/train.jsonl --out {place}/model "
+                         f"--batch-size {args.prompts // args.updates} --learning-rate {args.learning_rate} --fresh-optimizer --seed {seed}")
+        cost["trained_tokens"] += done["trained_tokens"]
+        cost["teacher_tokens"] += sum(len(r["response_ids"]) for r in records.read(answers, "answers"))
+        model = place / "model"
+        return measure(args.rounds, True, {"loss": done["loss"]})
+
+    for number in range(args.rounds):
+        at, part = place / f"round{number}", f"{number * args.prompts}:{(number + 1) * args.prompts}"
+        rolled = run.stage(f"rollout.py --model {model} --prompts {world}/toy/train.jsonl --slice {part} --n {args.n} "
+                           f"--max-tokens {args.max_tokens} --seed {seed * 1000 + number} --out {at}/rollouts.jsonl")
+        common = f"--prompts {world}/toy/train.jsonl --rollouts {at}/rollouts.jsonl"
+        noise = f"--seed {seed} --verifier-noise {args.verifier_noise}"
+        if arm in ("answer", "scalar"):
+            graded = run.stage(f"rubric.py grade --grader {arm} {common} {noise if arm == 'scalar' else ''} --out {at}/rewards.jsonl")
+        else:
+            m = 1 if arm == "ropd-m1" else 4
+            run.stage(f"rubric.py create {common} --answers {folder}/answers.jsonl --m {m} {'--flat-points' if arm == 'ropd-flat' else ''} "
+                      f"--out {at}/rubrics.jsonl")
+            graded = run.stage(f"rubric.py grade {common} --rubrics {at}/rubrics.jsonl {noise} {'--shuffle' if arm == 'shuffled' else ''} "
+                               f"--out {at}/rewards.jsonl")
+            cost["teacher_tokens"] += teacher_tokens(folder / "answers.jsonl", number, args, m)
+        trained = run.stage(f"train.py --method ropd --model {model} --rollouts {at}/rollouts.jsonl --rewards {at}/rewards.jsonl --out {at}/model "
+                            f"--batch-size {args.prompts // args.updates} --learning-rate {args.learning_rate} --seed {seed}")
+        cost["generated_tokens"] += rolled["generated_tokens"]
+        cost["trained_tokens"] += trained["trained_tokens"]
+        if number:
+            shutil.rmtree(model)  # the round before; its rollouts, rubrics and rewards stay for reading
+        model = at / "model"
+        final = number == args.rounds - 1
+        if final or (number + 1) % args.eval_every == 0:
+            measure(number + 1, final, {"reward_mean": graded["reward_mean"], "zero_variance_groups": graded["zero_variance_groups"]})
+            say(f"  {arm}: round {number + 1}/{args.rounds}, reward {graded['reward_mean']:.2f}, answers of {rolled['length_mean']:.0f} tokens, "
+                f"held-out accuracy {row['accuracy']:.1%}")
+    return row
+
+
+def teacher_tokens(path, number, args, m, cache={}):
+    """Teacher tokens behind one round's rubrics: the first m answers to each of its problems."""
+    if path not in cache:
+        cache[path] = [(r["id"], r["sample"], len(r["response_ids"])) for r in records.read(path, "answers")]
+    ids = {f"t{i:05d}" for i in range(number * args.prompts, (number + 1) * args.prompts)}
+    return sum(n for i, sample, n in cache[path] if i in ids and sample < m)
+
+
+def say(text):
+    print(text, flush=True)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    p = records.parser(__doc__)
+    p.add_argument("--out", default="runs/ropd", help="folder for everything but the results")
+    p.add_argument("--results", help="result lines to append to (default: OUT/results.jsonl; with --claims results/ropd.jsonl)")
+    p.add_argument("--claims", action="store_true", help="run every arm")
+    p.add_argument("--arms", help="comma-separated arms instead of the default ones")
+    p.add_argument("--seeds", type=int, default=1, help="seeds 0..N-1")
+    p.add_argument("--smoke", action="store_true", help="a tiny run of every arm: proves that the commands work, nothing else")
+    p.add_argument("--rounds", type=int, default=20, help="rounds an arm")
+    p.add_argument("--prompts", type=int, default=32, help="problems a round")
+    p.add_argument("--n", type=int, default=8, help="rollouts a problem")
+    p.add_argument("--updates", type=int, default=4, help="optimiser steps a round")
+    p.add_argument("--learning-rate", type=float, default=5e-4)
+    p.add_argument("--max-tokens", type=int, default=64, help="longest answer")
+    p.add_argument("--verifier-noise", type=float, default=0.05, help="share of wrong verdicts")
+    p.add_argument("--pretrain-steps", type=int, default=1200, help="steps of 64 clean texts for the base model")
+    p.add_argument("--spoil-steps", type=int, default=100, help="steps of 64 careless texts for the student")
+    p.add_argument("--spoil-lr", type=float, default=1e-3)
+    p.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations")
+    p.add_argument("--eval-n", type=int, default=4, help="samples a held-out problem")
+    p.add_argument("--eval-split", default="heldout", choices=("heldout", "dev"), help="dev is for choosing settings")
+    args = p.parse_args(argv)
+    args.invocation = " ".join(argv)
+    if args.smoke:
+        args.rounds, args.prompts, args.n, args.pretrain_steps, args.spoil_steps, args.eval_every, args.eval_n = 2, 4, 4, 3, 2, 1, 1
+    arms = args.arms.split(",") if args.arms else ARMS if args.claims or args.smoke else DEFAULT_ARMS
+    if unknown := set(arms) - set(ARMS):
+        raise records.BadInput(f"--arms: expected some of {', '.join(ARMS)}, came {', '.join(sorted(unknown))}")
+    args.results = args.results or ("results/ropd.jsonl" if args.claims and not args.smoke else f"{args.out}/results.jsonl")
+
+    started, run = time.time(), Run(args.out)
+    say(f"ROPD on running sums; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
+    world = build_world(run, args)
+    finished = finished_arms(args.results)
+    for seed in range(args.seeds):
+        folder = prepare_seed(run, args, world, seed)
+        for arm in arms:
+            if (arm, seed) in finished:
+                say(f"seed {seed} {arm}: done before")
+                continue
+            row = run_arm(run, args, world, folder, seed, arm)
+            say(f"seed {seed} {arm}: held-out accuracy {row['accuracy']:.1%}, {row['length_mean']:.0f} tokens an answer ({time.time() - started:.0f} s so far)")
+    say("")
+    table = run.stage(f"eval.py table {args.results} --out {args.out}/table.md")
+    run.stage(f"eval.py plot {args.results} --out {args.out}/accuracy.png")
+    say((Path(args.out) / "table.md").read_text())
+    say(f"picture: {args.out}/accuracy.png   one prompt's records: {args.out}/seed0/ropd/round0/   total {time.time() - started:.0f} s")
+    if not args.claims and not args.smoke:
+        say("the other arms: python -m recipes.ropd --claims --seeds 5")
+    return table
+
+
+def finished_arms(path):
+    """(arm, seed) pairs that have their final line; the half-done lines of a killed run are removed."""
+    if not Path(path).exists() or not Path(path).stat().st_size:
+        return set()
+    rows = list(records.read(path, "results"))
+    finished = {(r["arm"], r["seed"]) for r in rows if r.get("final")}
+    kept = [r for r in rows if (r["arm"], r["seed"]) in finished]
+    if len(kept) < len(rows):
+        records.write_atomically(path, (json.dumps(r) + "\n" for r in kept))
+    return finished
+
+
+if __name__ == "__main__":
+    records.run(main)

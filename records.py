@@ -1,0 +1,436 @@
+"""The contract: every stage reads and writes JSONL records, and this file says what a record is.
+
+    python records.py check runs/ropd/rollouts.jsonl          # validates a file, names the first bad line
+
+One JSON object a line, UTF-8.  Records of different files meet on their key: (`id`, `sample`), or `id` alone for
+prompts and rubrics.  `KINDS` below lists the fields; a key not listed there passes through every stage untouched.
+
+Four rules keep data safe, and all of them live here:
+1. A reader validates every line and stops with `file:line: field: expected ..., came ...` (exit code 2).
+2. A writer appends whole lines.  Run a killed stage again and it drops a torn last line and fills in what is missing.
+3. A resumed file must have been begun with the same settings, from the same inputs: the writer keeps both in
+   `FILE.run.json` and refuses a mixture.  An input may have grown since, it may not have changed.
+4. Rewards and scores carry the fingerprint of the rollout they belong to, so that those of another round with the
+   same ids can never be joined by mistake.
+
+Memory: files are walked, not loaded.  A `Table` keeps about 150 bytes a record (its key and its place in the file).
+"""
+import argparse
+import base64
+import hashlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+class BadInput(ValueError):
+    """Something a person must change: a file, a flag, a model folder.  Printed without a traceback, exit code 2."""
+
+
+# ---------------------------------------------------------------------------------------------- field types
+
+def _is_int(x):
+    return type(x) is int
+
+
+def _is_number(x):
+    return type(x) in (int, float) and math.isfinite(x)
+
+
+def _is_list_of(test):
+    return lambda x: type(x) is list and all(map(test, x))
+
+
+def _is_message(x):
+    return type(x) is dict and type(x.get("role")) is str and type(x.get("content")) is str
+
+
+def _is_packed(x):
+    return type(x) is dict and {"dtype", "shape", "data"} <= x.keys()
+
+
+def _is_criterion(x):
+    return (type(x) is dict and all(type(x.get(k)) is str and x[k] for k in ("id", "category", "criterion"))
+            and _is_int(x.get("points")) and 1 <= x["points"] <= 5)
+
+
+TYPES = {  # name -> (what an error message calls it, test)
+    "id": ("a non-empty string or an integer", lambda x: _is_int(x) or (type(x) is str and x != "")),
+    "int": ("an integer >= 0", lambda x: _is_int(x) and x >= 0),
+    "text": ("a string", lambda x: type(x) is str),
+    "number": ("a finite number", _is_number),
+    "messages": ('a non-empty list of {"role", "content"} objects', lambda x: bool(x) and _is_list_of(_is_message)(x)),
+    "policy": ('an object with a string "model"', lambda x: type(x) is dict and type(x.get("model")) is str),
+    "finish": ('"stop", "length" or "tool_limit"', lambda x: x in ("stop", "length", "tool_limit")),
+    "ids": ("a list of integers >= 0", _is_list_of(lambda i: _is_int(i) and i >= 0)),
+    "mask": ("a list of 0 and 1", _is_list_of(lambda i: _is_int(i) and i in (0, 1))),
+    "logprobs": ("a list of finite numbers <= 0", _is_list_of(lambda v: _is_number(v) and v <= 1e-4)),
+    "steps": ("a list of [start, end, ok]", _is_list_of(lambda s: type(s) is list and len(s) == 3)),
+    "topk": ('an object with packed "ids" and "logprobs"',
+             lambda x: type(x) is dict and _is_packed(x.get("ids")) and _is_packed(x.get("logprobs"))),
+    "criteria": ('a non-empty list of {"id", "category", "criterion", "points" (integer 1-5)}',
+                 lambda x: bool(x) and _is_list_of(_is_criterion)(x)),
+    "reward": ("a number in [0, 1] or null", lambda x: x is None or (_is_number(x) and 0 <= x <= 1)),
+    "status": ('"ok" or "failed"', lambda x: x in ("ok", "failed")),
+    "object": ("an object", lambda x: type(x) is dict),
+    "any": ("any value", lambda x: True),
+}
+
+# kind -> (key fields, required fields, optional fields)
+_GENERATED = {"prompt_ids": "ids", "response_ids": "ids", "loss_mask": "mask", "logprobs": "logprobs",
+              "temperature": "number", "top_p": "number", "steps": "steps", "messages": "messages", "answer": "any"}
+KINDS = {
+    "prompts": (("id",), {"id": "id"}, {"messages": "messages", "prompt": "text", "answer": "any", "solution": "text"}),
+    # a black-box answer: text only, as an API that shows no tokens returns it
+    "answers": (("id", "sample"), {"id": "id", "sample": "int", "policy": "policy", "text": "text",
+                                   "finish_reason": "finish"}, _GENERATED),
+    # a rollout: the token ids are the truth, `text` is for people and judges
+    "rollouts": (("id", "sample"), {"id": "id", "sample": "int", "policy": "policy", "text": "text",
+                                    "finish_reason": "finish", "prompt_ids": "ids", "response_ids": "ids",
+                                    "loss_mask": "mask", "logprobs": "logprobs", "temperature": "number",
+                                    "top_p": "number"}, {"steps": "steps"}),
+    "scores": (("id", "sample"), {"id": "id", "sample": "int", "policy": "policy", "rollout": "text",
+                                  "logprobs": "logprobs"}, {"topk": "topk", "units": "any"}),
+    "rubrics": (("id",), {"id": "id", "criteria": "criteria", "rubricator": "text"}, {}),
+    "rewards": (("id", "sample"), {"id": "id", "sample": "int", "reward": "reward", "status": "status",
+                                   "rollout": "text", "grader": "text"}, {"verdicts": "any"}),
+    "evals": (("id", "sample"), {"id": "id", "sample": "int", "text": "text", "correct": "any"}, {}),
+    "metrics": ((), {"step": "int"}, {}),
+    "results": ((), {"arm": "text", "seed": "int", "step": "int", "accuracy": "number"}, {}),
+}
+
+
+def validate(record, kind):
+    """The first thing wrong with `record` as a sentence `field: expected ..., came ...`, or None."""
+    if type(record) is not dict:
+        return f"expected a JSON object, came {_show(record)}"
+    _, required, optional = KINDS[kind]
+    for fields, must in ((required, True), (optional, False)):
+        for field, type_name in fields.items():
+            if field not in record:
+                if must:
+                    return f"{field}: expected {TYPES[type_name][0]}, but the field is missing"
+            elif not TYPES[type_name][1](record[field]):
+                return f"{field}: expected {TYPES[type_name][0]}, came {_show(record[field])}"
+    if kind == "prompts" and ("messages" in record) == ("prompt" in record):
+        return "messages: expected exactly one of `messages` and `prompt`"
+    if "response_ids" in record:
+        for field in ("loss_mask", "logprobs"):
+            if field in record and len(record[field]) != len(record["response_ids"]):
+                return f"{field}: expected {len(record['response_ids'])} values, one per response token, came {len(record[field])}"
+        if kind == "rollouts" and not record["prompt_ids"]:
+            return "prompt_ids: expected at least one token, came an empty list"
+    if kind == "rewards" and (record["reward"] is None) != (record["status"] == "failed"):
+        return f"reward: expected null exactly when status is \"failed\", came {record['reward']} with \"{record['status']}\""
+    return None
+
+
+def _show(value):
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def key_of(record, kind):
+    """The record's key as a tuple; ids 7 and "7" are the same prompt."""
+    return tuple(str(record[f]) if f == "id" else record[f] for f in KINDS[kind][0])
+
+
+# ---------------------------------------------------------------------------------------------- small values
+
+def fingerprint(record):
+    """12 hex digits that change when a rollout's text or tokens change: what a reward or score was made for."""
+    return hashlib.sha256(json.dumps([record["text"], record.get("response_ids")]).encode()).hexdigest()[:12]
+
+
+def floats(values):
+    """Float32 values as JSON numbers, with the 9 digits that give exactly the same float32 back."""
+    return [float(f"{v:.9g}") for v in np.asarray(values, dtype=np.float32).tolist()]
+
+
+def pack(array):
+    """A 2-D array as JSON: {"dtype", "shape", "data" (base64 of the row-major little-endian bytes)}."""
+    array = np.ascontiguousarray(array)
+    array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "data": base64.b64encode(array.tobytes()).decode()}
+
+
+def unpack(packed):
+    """The array that `pack` packed (a writable copy)."""
+    if packed.get("dtype") not in ("float16", "float32", "float64", "int32", "int64", "uint16", "uint8"):
+        raise BadInput(f"packed array: dtype: expected a plain number type, came {_show(packed.get('dtype'))}")
+    data = base64.b64decode(packed["data"], validate=True)
+    dtype = np.dtype(packed["dtype"]).newbyteorder("<")
+    if len(data) != dtype.itemsize * math.prod(packed["shape"]):
+        raise BadInput(f"packed array: expected {packed['shape']} of {packed['dtype']}, came {len(data)} bytes")
+    return np.frombuffer(data, dtype=dtype).reshape(packed["shape"]).copy()
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+def _lines(path, kind):
+    """Yields (line number, byte offset, validated record); the shared walk of `read` and `Table`."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: expected a JSONL file of {kind}, but there is no such file")
+    seen, number, offset = set(), 0, 0
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            start, offset = offset, offset + len(line)
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+                if not line.endswith(b"\n"):
+                    raise BadInput(f"{path}:{number}: the last line is torn (a stage was stopped while writing it): "
+                                   f"run the stage that writes {path.name} again, it will complete the file") from None
+                raise BadInput(f"{path}:{number}: expected one JSON object a line, came {_show(line.decode('utf-8', 'replace').rstrip())} "
+                               f"({error})") from None
+            problem = validate(record, kind)
+            if problem:
+                raise BadInput(f"{path}:{number}: {problem}")
+            if KINDS[kind][0]:
+                key = hash(key_of(record, kind))  # 64 bits each: a set of ints, not of tuples
+                if key in seen:
+                    shown = ", ".join(f"{f} {record[f]!r}" for f in KINDS[kind][0])
+                    raise BadInput(f"{path}:{number}: duplicate key: {shown} stands on an earlier line too")
+                seen.add(key)
+            yield number, start, record
+    if offset == 0:
+        raise BadInput(f"{path}: expected at least one record of {kind}, but the file is empty")
+
+
+def read(path, kind):
+    """Yields the validated records of a file, one at a time.  Raises BadInput naming file, line and field."""
+    for _, _, record in _lines(path, kind):
+        yield record
+
+
+class Table:
+    """A validated file with random access by key that leaves the records on disk.
+
+    `len(table)`, `key in table`, `table[key]`, `table.keys()`, iteration; `where(key)` is `file:line` for messages."""
+
+    def __init__(self, path, kind):
+        self.path, self.kind, self._place = Path(path), kind, {}
+        for number, offset, record in _lines(path, kind):
+            self._place[key_of(record, kind)] = (number, offset)
+        self._file = open(self.path, "rb")
+
+    def __len__(self):
+        return len(self._place)
+
+    def __contains__(self, key):
+        return key in self._place
+
+    def __getitem__(self, key):
+        self._file.seek(self._place[key][1])
+        return json.loads(self._file.readline())
+
+    def __iter__(self):
+        return (self[key] for key in self._place)
+
+    def keys(self):
+        return self._place.keys()
+
+    def where(self, key):
+        return f"{self.path}:{self._place[key][0]}"
+
+
+def partner(table, rollout, rollouts):
+    """The record of `table` (scores or rewards) that belongs to `rollout`, or BadInput when it is missing or was
+    made for another text.  `rollouts` is the Table the rollout came from, for the message."""
+    key = key_of(rollout, "rollouts")
+    if key not in table:
+        raise BadInput(f"{table.path}: expected a record for id {rollout['id']!r}, sample {rollout['sample']} "
+                       f"({rollouts.where(key)}), but there is none: run the stage that writes it again")
+    record = table[key]
+    if record["rollout"] != fingerprint(rollout):
+        raise BadInput(f"{table.where(key)}: rollout: expected {fingerprint(rollout)}, the rollout at {rollouts.where(key)}, "
+                       f"came {record['rollout']}: these {table.kind} were made for other rollouts")
+    if table.kind == "scores" and len(record["logprobs"]) != len(rollout["response_ids"]):
+        raise BadInput(f"{table.where(key)}: logprobs: expected {len(rollout['response_ids'])} values, one per response "
+                       f"token, came {len(record['logprobs'])}")
+    return record
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+class Writer:
+    """Appends records to `path`; `key in writer` tells what an earlier, interrupted run has finished.
+
+    settings: whatever determines the records (model, seed, temperature ...); inputs: the files they are made from.
+    Both are kept in `path.run.json` and must match when a file is resumed.
+    retry: a predicate; finished records for which it holds are dropped and made again (failed judgements)."""
+
+    def __init__(self, path, kind, settings, inputs=(), overwrite=False, retry=None):
+        self.path, self.kind, self.done = Path(path), kind, set()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        sidecar = self.path.with_name(self.path.name + ".run.json")
+        if overwrite:
+            self.path.unlink(missing_ok=True)
+        if self.path.exists() and self.path.stat().st_size:
+            self._check_same_run(sidecar, settings, inputs)
+            self._mend_last_line()
+            if self.path.stat().st_size:
+                self._load_done(retry)
+        state = {"settings": settings, "inputs": {str(p): _prefix_hash(p) for p in inputs}}
+        write_atomically(sidecar, json.dumps(state, indent=1, default=str) + "\n")
+        self._file = open(self.path, "ab", buffering=0)
+
+    def _check_same_run(self, sidecar, settings, inputs):
+        fresh = f"give another --out, or --overwrite to begin {self.path.name} anew"
+        if not sidecar.exists():
+            raise BadInput(f"{self.path}: expected {sidecar.name} beside it to continue this file, but there is none: {fresh}")
+        before = json.loads(sidecar.read_text())
+        now = json.loads(json.dumps(settings, default=str))
+        for name in sorted(before["settings"].keys() | now.keys()):
+            if before["settings"].get(name) != now.get(name):
+                raise BadInput(f"{self.path}: was begun with {name} = {_show(before['settings'].get(name))}, now it is "
+                               f"{_show(now.get(name))}: {fresh}")
+        for path in inputs:
+            old = before["inputs"].get(str(path))
+            if old and _prefix_hash(path, old["bytes"]) != old:
+                raise BadInput(f"{self.path}: was made from {path}, which has changed since: {fresh}")
+
+    def _mend_last_line(self):
+        """A kill can leave half a line at the end: cut it off (its record is made again)."""
+        with open(self.path, "r+b") as f:
+            end = f.seek(0, os.SEEK_END)
+            f.seek(end - 1)
+            if f.read(1) == b"\n":
+                return
+            start = end  # walk back to the byte after the last newline
+            while start > 0:
+                step = min(65536, start)
+                f.seek(start - step)
+                at = f.read(step).rfind(b"\n")
+                if at >= 0:
+                    start = start - step + at + 1
+                    break
+                start -= step
+            f.truncate(start)
+
+    def _load_done(self, retry):
+        again = 0
+        for record in read(self.path, self.kind):
+            if retry and retry(record):
+                again += 1
+            else:
+                self.done.add(key_of(record, self.kind))
+        if again:
+            kept = (r for r in read(self.path, self.kind) if not retry(r))
+            write_atomically(self.path, (json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+
+    def __contains__(self, key):
+        return key in self.done
+
+    def write(self, *records):
+        """Appends the records in one piece.  When the disk is full the file is cut back to whole lines."""
+        lines = b""
+        for record in records:
+            problem = validate(record, self.kind)
+            if problem:
+                raise ValueError(f"{self.path}: refusing to write a bad record: {problem}")
+            lines += json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        before = os.fstat(self._file.fileno()).st_size
+        written = 0
+        try:
+            while written < len(lines):
+                written += self._file.write(lines[written:])
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), before)
+            raise BadInput(f"{self.path}: could not append ({error.strerror}); every record written before is whole: "
+                           "make room and run the same command again") from None
+        self.done.update(key_of(r, self.kind) for r in records)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+
+def _prefix_hash(path, limit=None):
+    """{"bytes", "sha256"} of the first `limit` bytes of a file (of all of it by default)."""
+    digest, left = hashlib.sha256(), Path(path).stat().st_size if limit is None else limit
+    total = 0
+    with open(path, "rb") as f:
+        while left and (block := f.read(min(left, 1 << 20))):
+            digest.update(block)
+            total, left = total + len(block), left - len(block)
+    return {"bytes": total, "sha256": digest.hexdigest()}
+
+
+def write_atomically(path, text):
+    """Writes a small file (a string, or an iterable of strings) so that a reader sees the old one or the new one."""
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.writelines([text] if isinstance(text, str) else text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------- command lines
+
+def parser(doc):
+    """An ArgumentParser whose --help opens with the stage's docstring and shows every default."""
+    class Formatter(argparse.RawDescriptionHelpFormatter):
+        def _get_help_string(self, action):
+            if action.default in (None, False, argparse.SUPPRESS) or "%(default)" in (action.help or ""):
+                return action.help
+            return (action.help or "") + " (default: %(default)s)"
+    return argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
+
+
+def run(main):
+    """Runs a stage's `main()` as a program: BadInput becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def guess_kind(path):
+    """The kind of a file from its first record's fields."""
+    with open(path, "rb") as f:
+        first = f.readline()
+    try:
+        fields = set(json.loads(first))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError):
+        return "prompts"
+    for kind, mark in (("rubrics", "criteria"), ("rewards", "reward"), ("evals", "correct"), ("results", "arm"),
+                       ("rollouts", "loss_mask"), ("scores", "logprobs"), ("answers", "text"), ("metrics", "step")):
+        if mark in fields:
+            return kind
+    return "prompts"
+
+
+def main(argv=None):
+    args = parser(__doc__)
+    commands = args.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="validate JSONL files")
+    check.add_argument("files", nargs="+", metavar="FILE")
+    check.add_argument("--kind", choices=KINDS, help="what the files hold; guessed from the first record by default")
+    args = args.parse_args(argv)
+    counts = {}
+    for path in args.files:
+        if not Path(path).is_file():
+            raise BadInput(f"{path}: expected a JSONL file, but there is no such file")
+        kind = args.kind or guess_kind(path)
+        counts[path] = sum(1 for _ in read(path, kind))
+        print(f"{path}: {counts[path]} {kind}, all valid")
+    return counts
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,380 @@
+"""Stage 1: the student answers the prompts.  On-policy data is what this file writes.
+
+    python rollout.py --model runs/toy/student --prompts runs/toy/train.jsonl --n 8 --out rollouts.jsonl
+    python rollout.py --model Qwen/Qwen3-0.6B --base-url http://localhost:8000/v1 --prompts P --n 8 --out rollouts.jsonl
+
+Reads prompts (`id`, `messages` or `prompt`), writes one rollout a line: the sampled token ids, their log-probs under
+the distribution they were sampled from, a loss mask, the text, and the policy (model, hash of weights and template).
+
+What makes a rollout fit for training, and why each of these is recorded here and not guessed later:
+- ids, not text: decoding and encoding again changes tokens.  An end token is part of the answer iff it was sampled.
+- the mask comes from lengths, never from `ids == pad`: models whose pad token is their end token must learn to stop.
+- log-probs are of softmax(logits / temperature) in float32.  `--top-p` below 1 samples from less than that, which
+  is fine for evaluation; train.py refuses such rollouts for methods that divide by these probabilities.
+
+Every sample draws its own random numbers from (--seed, prompt id, sample number).  So the answers do not depend on
+batching, sharding, or on how often the run was interrupted (up to the last bit of a batched matrix product).
+
+Simplifications: 1. no prefix sharing between the n samples of a prompt; 2. no speculative decoding, no paged cache:
+for large models serve them with vLLM and use --base-url.
+"""
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import records
+import served
+from records import BadInput
+
+# ---------------------------------------------------------------------------------------------- a policy in memory
+
+
+class Policy:
+    """A causal language model with its tokenizer, its head as a plain matrix, and its identity.
+
+    `identity` = {"model", "weights", "template", "vocabulary"}: the name and three short hashes.  Equal `weights` means
+    the very same parameters; equal `vocabulary` means the same token -> id map, whatever the size of the embedding."""
+
+    def __init__(self, model, tokenizer, name, weights, template_options=None):
+        self.model, self.tokenizer = model, tokenizer
+        self.template_options = template_options or {}
+        self.identity = identity_of(name, weights, tokenizer, self.template_options)
+        self.stop_ids = stop_ids(model, tokenizer)
+        check_head(model)
+
+    @property
+    def device(self):
+        return self.head.device
+
+    @property
+    def head(self):
+        """The language-model head, [V, D]."""
+        return self.model.get_output_embeddings().weight
+
+
+def load_policy(name, dtype="auto", device=None, template_options=None):
+    """Loads a folder, or a Hugging Face id through the hub's cache, as a Policy in evaluation mode.
+
+    dtype: "auto" (as stored), "float32", "bfloat16" or "float16"; device: "cpu", "cuda", ... (default: GPU if any)."""
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
+    folder = find_folder(name)
+    if not list(folder.glob("*.safetensors")):
+        raise BadInput(f"--model {name}: expected safetensors weights in {folder}, found none (pickled weights are never loaded)")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                                                              use_safetensors=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return Policy(model.to(device).eval(), tokenizer, name, hash_weights(folder), template_options)
+
+
+def find_folder(name):
+    """The local folder of a model given as a folder or as a Hugging Face id."""
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise BadInput(f"--model {name}: expected a transformers model folder, but it has no config.json")
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+    except Exception as error:  # the hub raises a dozen unrelated types: bad name, no such repository, no network
+        raise BadInput(f"--model {name}: neither a folder here nor a model the hub could give ({type(error).__name__})") from None
+
+
+def hash_weights(folder):
+    """Short sha256 over the weight files of a model folder."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with open(path, "rb") as f:
+            while block := f.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:12]
+
+
+def identity_of(name, weights, tokenizer, template_options):
+    """The `policy` object of a record."""
+    def short(value):
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    return {"model": str(name), "weights": weights, "template": short([tokenizer.chat_template, template_options]),
+            "vocabulary": short(tokenizer.get_vocab())}
+
+
+def stop_ids(model, tokenizer):
+    """The ids that end an answer: the generation config's (an id or a list) and the tokenizer's end token."""
+    ids = model.generation_config.eos_token_id
+    ids = [ids] if isinstance(ids, int) else list(ids or [])
+    return sorted(set(ids) | ({tokenizer.eos_token_id} - {None}))
+
+
+def check_head(model):
+    """linear_logp computes hidden @ head.T.  Heads that do more are refused by name, never silently approximated."""
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear:
+        raise BadInput(f"model head: expected a plain torch.nn.Linear, came {type(head).__name__}")
+    if head.bias is not None:
+        raise BadInput("model head: has a bias, which the fused log-prob kernel does not handle")
+    text_config = model.config.get_text_config()
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
+        if getattr(text_config, name, None) not in (None, 1, 1.0):
+            raise BadInput(f"model head: {name} = {getattr(text_config, name)}, which the fused log-prob kernel does not handle")
+
+
+def render(tokenizer, prompt, template_options=None):
+    """The token ids the model is shown for a prompts record: chat template plus generation prompt, or plain text."""
+    if "messages" in prompt:
+        if tokenizer.chat_template is None:
+            raise BadInput(f"prompt {prompt['id']!r}: has messages, but the model's tokenizer has no chat template; use `prompt`")
+        text = tokenizer.apply_chat_template(prompt["messages"], add_generation_prompt=True, tokenize=False, **(template_options or {}))
+        return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has placed them already
+    return tokenizer(prompt["prompt"])["input_ids"]
+
+
+# ---------------------------------------------------------------------------------------------- batches and forward
+
+def token_batches(lengths, budget):
+    """Indices grouped so that (rows x longest row) of a group is at most `budget`, longest first.
+
+    token_batches([3, 9, 4], 10) -> [[1], [2, 0]].  A row longer than the budget gets a batch of its own."""
+    batches, widest = [], 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * widest <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+            widest = max(1, lengths[i])
+    return batches
+
+
+def hidden_at(model, sequences, positions):
+    """Last hidden states at chosen positions, [sum of len(positions[i]), D], sequence by sequence.
+
+    The state at position t predicts token t + 1: to score the answer [c, d] of prompt [a, b], sequence [a, b, c, d],
+    ask for positions [1, 2].  Right padding; the attention mask comes from the lengths."""
+    width = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), width, dtype=torch.int64)
+    mask = torch.zeros(len(sequences), width, dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, :len(sequence)] = torch.tensor(sequence)
+        mask[row, :len(sequence)] = 1
+    flat = torch.tensor([row * width + p for row, at in enumerate(positions) for p in at], dtype=torch.int64)
+    device = model.get_output_embeddings().weight.device
+    padded = None if bool(mask.all()) else mask.to(device)
+    hidden = model.get_decoder()(input_ids=ids.to(device), attention_mask=padded, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1)[flat.to(device)]
+
+
+def response_positions(prompt_ids, loss_mask):
+    """Where the hidden states stand that predict the loss-bearing response tokens (mask 1)."""
+    return [len(prompt_ids) - 1 + t for t, m in enumerate(loss_mask) if m]
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+
+def uniforms(seed, prompt_id, sample, count):
+    """`count` numbers in [0, 1) that depend on nothing but these names: one for each token a sample may need."""
+    digest = hashlib.sha256(f"{seed}|{prompt_id}|{sample}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(count)
+
+
+def pick(logits, uniform, temperature, top_p):
+    """One token a row by inverting the cumulative distribution at `uniform`: (ids [B], logps [B]).
+
+    logits [B, V] float32, uniform [B] float64.  logps are of softmax(logits / temperature), whatever top_p is;
+    temperature 0 takes the largest logit and reports its log-prob at temperature 1."""
+    logps = torch.log_softmax(logits / temperature if temperature > 0 else logits, -1)
+    if temperature == 0:
+        ids = logits.argmax(-1)
+    else:
+        p = logps.exp().double()
+        if top_p < 1:  # keep the likeliest tokens until their mass reaches top_p
+            sorted_p, order = p.sort(-1, descending=True)
+            dropped = sorted_p.cumsum(-1) - sorted_p >= top_p
+            p = p.masked_fill(dropped.gather(-1, order.argsort(-1)), 0.0)
+        cumulative = p.cumsum(-1)
+        ids = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0].clamp(max=p.shape[-1] - 1)
+    return ids, logps.gather(-1, ids[:, None])[:, 0]
+
+
+@torch.no_grad()
+def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
+    """Answers for a batch of token-id prompts: a list of (response_ids, logprobs, finish_reason).
+
+    draws [B, max_tokens] of uniforms.  Prompts are padded on the left; a row leaves the batch when it stops."""
+    model, device = policy.model, policy.device
+    head = policy.head.float()  # logits in float32 also for a bfloat16 model, as the trainer computes them
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt):] = torch.tensor(prompt)
+        mask[row, width - len(prompt):] = 1
+    ids, mask, draws = ids.to(device), mask.to(device), torch.as_tensor(draws, device=device)
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    out = [([], [], "length") for _ in prompts]
+    rows, cache = np.arange(len(prompts)), None  # rows: which answer each row of the shrinking batch belongs to
+    stops = torch.tensor(policy.stop_ids, device=device)
+    for t in range(max_tokens):
+        step = model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
+        cache = step.past_key_values
+        logits = step.last_hidden_state[:, -1].float() @ head.T
+        tokens, logps = pick(logits, draws[rows, t], temperature, top_p)
+        stopped = torch.isin(tokens, stops)
+        for row, token, logp, stop in zip(rows, tokens.tolist(), logps.tolist(), stopped.tolist()):
+            out[row][0].append(token)
+            out[row][1].append(logp)
+            if stop:
+                out[row] = (*out[row][:2], "stop")
+        if stopped.any():
+            going = (~stopped).nonzero()[:, 0]
+            if not len(going):
+                break
+            cache.batch_select_indices(going)
+            tokens, mask, position, rows = tokens[going], mask[going], position[going], rows[going.cpu().numpy()]
+        ids = tokens[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        position = position[:, -1:] + 1
+    return out
+
+
+def generate(policy, jobs, *, max_tokens, temperature, top_p, seed, batch_tokens):
+    """Yields lists of rollout records, a batch at a time.  jobs: list of (prompts record, sample number)."""
+    rendered = {}  # the n samples of a prompt stand together: render once
+    for prompt, _ in jobs:
+        if prompt["id"] not in rendered:
+            rendered[prompt["id"]] = render(policy.tokenizer, prompt, policy.template_options)
+    for batch in token_batches([len(rendered[p["id"]]) + max_tokens for p, _ in jobs], batch_tokens):
+        todo = [jobs[i] for i in batch]
+        draws = np.stack([uniforms(seed, p["id"], sample, max_tokens) for p, sample in todo])
+        answers = sample_batch(policy, [rendered[p["id"]] for p, _ in todo], draws, max_tokens=max_tokens,
+                               temperature=temperature, top_p=top_p)
+        yield [rollout_record(prompt, sample, policy.identity, dict(
+                    prompt_ids=rendered[prompt["id"]], response_ids=ids, logprobs=records.floats(logps), finish_reason=reason,
+                    text=policy.tokenizer.decode(ids, skip_special_tokens=True)), temperature, top_p)
+               for (prompt, sample), (ids, logps, reason) in zip(todo, answers)]
+
+
+def rollout_record(prompt, sample, identity, answer, temperature, top_p):
+    """A rollouts record from what a sampler or a server gave (a black-box server gives no ids and no log-probs)."""
+    record = {"id": prompt["id"], "sample": sample, "policy": identity, "text": answer["text"],
+              "finish_reason": answer["finish_reason"], "temperature": temperature, "top_p": top_p}
+    if "response_ids" in answer:
+        record |= {"prompt_ids": answer["prompt_ids"], "response_ids": answer["response_ids"],
+                   "loss_mask": [1] * len(answer["response_ids"]), "logprobs": records.floats(np.minimum(answer["logprobs"], 0))}
+    return record
+
+
+# ---------------------------------------------------------------------------------------------- the stage
+
+def add_sampling_flags(p, n):
+    p.add_argument("--model", required=True, help="folder, Hugging Face id, or the name a server knows the model by")
+    p.add_argument("--prompts", required=True, help="JSONL of prompts")
+    p.add_argument("--n", type=int, default=n, help="answers a prompt")
+    p.add_argument("--out", required=True, help="JSONL to write; run again to complete an interrupted file")
+    p.add_argument("--slice", default=":", metavar="A:B", help="only these prompts of the file, as in Python (0:32)")
+    p.add_argument("--shard", default="0/1", metavar="I/N", help="only every N-th prompt starting at I: N machines, N files")
+    p.add_argument("--max-tokens", type=int, default=512, help="longest answer; a cut one ends in finish_reason `length`")
+    p.add_argument("--temperature", type=float, default=1.0, help="1 is what the losses assume; 0 is greedy (evaluation)")
+    p.add_argument("--top-p", type=float, default=1.0, help="nucleus mass; below 1 is for evaluation only")
+    p.add_argument("--seed", type=int, default=0, help="with the prompt id and sample number, fixes every answer")
+    p.add_argument("--batch-tokens", type=int, default=16384, help="rows x (prompt + max-tokens) held at once: memory against speed")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: as the folder stores it")
+    p.add_argument("--template-options", type=json.loads, default={}, metavar="JSON",
+                   help='handed to the chat template, e.g. \'{"enable_thinking": false}\'')
+    p.add_argument("--tokenizer", help="served models: folder whose template and vocabulary the server uses (default: --model if a folder)")
+    p.add_argument("--overwrite", action="store_true", help="begin the output anew")
+    served.add_flags(p)
+
+
+def select_prompts(args):
+    """The prompts of --prompts that --slice and --shard leave, in file order."""
+    try:
+        start, stop = (int(x) if x else None for x in args.slice.split(":"))
+        shard, shards = map(int, args.shard.split("/"))
+        assert 0 <= shard < shards
+    except (ValueError, AssertionError):
+        raise BadInput(f"--slice {args.slice} --shard {args.shard}: expected A:B and I/N with 0 <= I < N") from None
+    prompts = list(records.read(args.prompts, "prompts"))[slice(start, stop)][shard::shards]
+    if not prompts:
+        raise BadInput(f"{args.prompts}: no prompt is left by --slice {args.slice} --shard {args.shard}")
+    return prompts
+
+
+def served_identity(args):
+    """The `policy` object of a served model: hashes are known only when its folder is at hand, else null."""
+    folder = args.tokenizer or (args.model if Path(args.model).is_dir() else None)
+    if folder is None:
+        return {"model": args.model, "weights": None, "template": None, "vocabulary": None}
+    from transformers import AutoTokenizer
+    weights = hash_weights(folder) if list(Path(folder).glob("*.safetensors")) else None
+    return identity_of(args.model, weights, AutoTokenizer.from_pretrained(folder), args.template_options)
+
+
+def answer_prompts(args, kind, need_tokens):
+    """What rollout.py and `teacher.py answer` share: sample what is missing from --out.  Returns the summary dict."""
+    if args.n < 1 or args.max_tokens < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise BadInput("--n and --max-tokens must be at least 1, --temperature at least 0, --top-p in (0, 1]")
+    prompts = select_prompts(args)
+    if args.base_url:
+        policy, identity = None, served_identity(args)
+    else:
+        policy = load_policy(args.model, args.dtype, template_options=args.template_options)
+        identity = policy.identity
+    settings = {"policy": identity, "temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens,
+                "seed": args.seed, "template_options": args.template_options, "base_url": args.base_url}
+    total, failures = len(prompts) * args.n, []
+    with records.Writer(args.out, kind, settings, [args.prompts], args.overwrite) as writer:
+        jobs = [(p, s) for p in prompts for s in range(args.n) if (str(p["id"]), s) not in writer]
+        with tqdm(total=total, initial=total - len(jobs), desc=Path(args.out).name, disable=not sys.stderr.isatty()) as bar:
+            if policy:
+                batches = generate(policy, jobs, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p,
+                                   seed=args.seed, batch_tokens=args.batch_tokens)
+            else:
+                batches = generate_served(args, jobs, identity, need_tokens, failures)
+            for batch in batches:
+                writer.write(*batch)
+                bar.update(len(batch))
+        written = len(writer.done)
+    if failures:
+        raise BadInput(f"{args.out}: {len(failures)} of {total} answers failed at the server (first: {failures[0]}); "
+                       f"{written} are written, run the same command again for the rest")
+    return {"out": args.out, "records": written}
+
+
+def generate_served(args, jobs, identity, need_tokens, failures):
+    """Like `generate`, from a server.  Answers that fail after all retries are listed in `failures` and not written."""
+    server = served.Server.from_flags(args)
+
+    def ask(job):
+        prompt, sample = job
+        seed = int.from_bytes(hashlib.sha256(f"{args.seed}|{prompt['id']}|{sample}".encode()).digest()[:4], "little") >> 1
+        return server.sample(prompt.get("messages") or prompt["prompt"], max_tokens=args.max_tokens, temperature=args.temperature,
+                             top_p=args.top_p, seed=seed, need_tokens=need_tokens, template_options=args.template_options)
+    for (prompt, sample), answer in server.map(ask, jobs):
+        if isinstance(answer, served.ServedFailure):
+            failures.append(answer)
+        else:
+            yield [rollout_record(prompt, sample, identity, answer, args.temperature, args.top_p)]
+
+
+def main(argv=None):
+    p = records.parser(__doc__)
+    add_sampling_flags(p, n=8)
+    args = p.parse_args(argv)
+    summary = answer_prompts(args, "rollouts", need_tokens=True)
+    lengths, cut = [], 0  # of the whole file, also what an earlier run has written
+    for r in records.read(args.out, "rollouts"):
+        lengths.append(len(r["response_ids"]))
+        cut += r["finish_reason"] == "length"
+    summary |= {"generated_tokens": sum(lengths), "length_mean": float(np.mean(lengths)), "truncated": cut / len(lengths)}
+    print(f"rollout.py: {args.out}: {summary['records']} rollouts, mean length {summary['length_mean']:.1f} tokens, "
+          f"{summary['truncated']:.1%} cut at {args.max_tokens}")
+    return summary
+
+
+if __name__ == "__main__":
+    records.run(main)

@@ -1,0 +1,470 @@
+"""Stage 3: rubrics from contrasts, rewards from rubrics.  The heart of ROPD (arXiv 2605.07396).
+
+    python rubric.py create --prompts P --answers A --rollouts R --out rubrics.jsonl
+    python rubric.py grade  --prompts P --rubrics rubrics.jsonl --rollouts R --out rewards.jsonl
+    python rubric.py create --rubricator llm --model M --base-url http://localhost:8000/v1 --prompts P --answers A --rollouts R --out C
+    python rubric.py grade  --grader judge   --model M --base-url http://localhost:8000/v1 --prompts P --answers A --rubrics C --rollouts R --out W
+
+`create` (section 3, eq. 2) looks at all m teacher answers and all n rollouts of a prompt and writes ONE rubric that the
+whole group shares: 4-12 criteria, each a merit that can be answered yes or no, with 1-5 points.
+`grade` (eq. 3-5) asks every criterion of every rollout and pays the weighted pass rate:
+
+    reward_i = sum_k points_k verdict_ik / sum_k points_k              in [0, 1], always computed here from the verdicts
+
+    points (5, 2, 1), verdicts (yes, no, yes)  ->  reward 6/8 = 0.75
+
+Rubricators: `contrast` needs no model.  It mines a library of predicates for those that the teacher's answers pass and
+the rollouts fail; half of the library are decoys (length, layout, opening), so a rubric can be led astray by style.  It
+never sees the `answer` field.  `llm` asks a served model (judge.py).
+Graders: `check` evaluates the predicates; `judge` asks a served model, teachers' answers hidden in the pool; `scalar` is
+the baseline without a rubric (one holistic 0-10 score); `answer` compares final answers (the ceiling: it reads `answer`).
+
+A judgement that fails is null, never zero, never cached; train.py drops its group.  More than --max-failure-rate of them
+stop the stage.  Run it again to ask only for what failed.
+
+Simplifications: 1. rubrics are shared by a group, never per rollout; 2. without a server `scalar` is a stand-in: general
+merits of the same library plus a taste for length, rounded to 0-10, with the same --verifier-noise as `check`.
+"""
+import hashlib
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+from tqdm import tqdm
+
+import judge
+import records
+import served
+from records import BadInput
+
+# ---------------------------------------------------------------------------------------------- reading an answer
+
+NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?"
+
+
+def final_answer(text):
+    """The final answer a text commits to, or None: the last \\boxed{...}, else what follows the last `#`s of a line.
+
+    final_answer("7+5=12\\n#12") -> "12";   final_answer("... so \\\\boxed{1,024}") -> "1,024";   final_answer("12") -> None"""
+    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    if boxed:
+        return boxed[-1].strip()
+    marked = re.findall(r"^#+ *(.+?) *$", text, re.M)
+    return marked[-1] if marked else None
+
+
+def is_correct(text, answer):
+    """Whether the text's final answer equals `answer`, as numbers when both are numbers ("1,024" == "1024.0")."""
+    given, wanted = final_answer(text), str(answer).strip()
+    if given is None:
+        return False
+    if re.fullmatch(NUMBER, given) and re.fullmatch(NUMBER, wanted):
+        return float(given.replace(",", "")) == float(wanted.replace(",", ""))
+    return given == wanted
+
+
+def question_of(prompt):
+    """What the judge is shown as the question: the prompt's text, or its messages other than the system's."""
+    if "prompt" in prompt:
+        return prompt["prompt"]
+    return "\n\n".join(m["content"] for m in prompt["messages"] if m["role"] != "system")
+
+
+def terms_of(question):
+    """"7+5-3=?" -> [7, 5, -3]; [] for a question that is no running sum."""
+    match = re.fullmatch(r"\s*(\d+(?:[+-]\d+)*)=\?\s*", question)
+    return [int(t) for t in re.findall(r"[+-]?\d+", match[1])] if match else []
+
+
+def steps_of(question, text):
+    """The calculations an answer writes out, whatever its style, as (total before, term, total after).
+
+    "7+5=12-3=9" -> [(7, 5, 12), (12, -3, 9)];  "7\\n+5:12" -> [(7, 5, 12)];  "7,12,9" takes its terms from the question."""
+    equations = re.findall(r"(?<!\d)(?=(\d+)([+-]\d+)=(\d+))", text)
+    if equations:
+        return [tuple(map(int, e)) for e in equations]
+    steps, total, terms = [], None, terms_of(question)
+    for line in text.split("\n"):
+        if entry := re.fullmatch(r"([+-]\d+):(\d+)", line):
+            steps.append((total, int(entry[1]), int(entry[2])))
+            total = int(entry[2])
+        elif re.fullmatch(r"\d+(,\d+)+", line):
+            totals = list(map(int, line.split(",")))
+            steps += [(a, terms[i] if i < len(terms) else None, b) for i, (a, b) in enumerate(zip(totals, totals[1:]), 1)]
+        elif line.isdigit():
+            total = int(line)
+    return steps
+
+
+# ---------------------------------------------------------------------------------------------- the predicate library
+
+@dataclass(frozen=True)
+class Check:
+    """A criterion that code can verify.  `propose(references)` lists the argument tuples worth trying."""
+    category: str
+    criterion: str                                 # with {} for the arguments
+    test: Callable                                 # test(question, text, *arguments) -> bool
+    propose: Callable = lambda references: [()]
+
+
+def _arithmetic_right(question, text):
+    steps = steps_of(question, text)
+    return bool(steps) and all(None not in s and s[0] + s[1] == s[2] for s in steps)
+
+
+def _all_terms(question, text):
+    terms = terms_of(question)
+    return bool(terms) and [s[1] for s in steps_of(question, text)] == terms[1:]
+
+
+def _total_right(question, text):
+    terms, final = terms_of(question), final_answer(text)
+    return bool(terms) and final is not None and final.isdigit() and int(final) == sum(terms)
+
+
+def _conclusion_follows(question, text):
+    steps = steps_of(question, text)
+    return bool(steps) and final_answer(text) == str(steps[-1][2])
+
+
+def _work(text):
+    return [line for line in text.split("\n") if line and not line.startswith("#")]
+
+
+def _same(values):
+    """[(value,)] when all references agree on it, else nothing to propose."""
+    return [(values[0],)] if len(set(values)) == 1 else []
+
+
+TASK, QUALITY, REASONING = "Task Completion", "Observable Quality", "General Reasoning"
+MERITS = {  # what makes an answer good, in any style
+    "final_line": Check(TASK, "The answer commits to a final result on a line that starts with #.", lambda q, t: final_answer(t) is not None),
+    "total_right": Check(TASK, "The final result is the value of the expression that was asked for.", _total_right),
+    "arithmetic_right": Check(REASONING, "At least one calculation is written out, and every one of them is right.", _arithmetic_right),
+    "all_terms": Check(REASONING, "Every term of the question is used, one step each, in order.", _all_terms),
+    "first_step_right": Check(REASONING, "The first calculation that is written out is right.",
+                              lambda q, t: bool(s := steps_of(q, t)) and None not in s[0] and s[0][0] + s[0][1] == s[0][2]),
+    "conclusion_follows": Check(REASONING, "The final result is the total that the written work arrives at.", _conclusion_follows),
+    "shows_work": Check(QUALITY, "Work stands before the final result.", lambda q, t: bool(_work(t))),
+    "one_result": Check(QUALITY, "Exactly one final result is given.", lambda q, t: len(re.findall("^#", t, re.M)) == 1),
+}
+DECOYS = {  # properties of a style; a teacher may have them by accident
+    "length_band": Check(QUALITY, "The answer is {} to {} characters long.", lambda q, t, low, high: low <= len(t) <= high,
+                         lambda refs: [(int(0.9 * min(map(len, refs))), int(1.1 * max(map(len, refs))) + 1)]),
+    "at_least": Check(QUALITY, "The answer has at least {} characters.", lambda q, t, low: len(t) >= low,
+                      lambda refs: [(int(0.9 * min(map(len, refs))),)]),
+    "line_count": Check(QUALITY, "The answer has exactly {} lines.", lambda q, t, n: t.count("\n") + 1 == n,
+                        lambda refs: _same([r.count("\n") + 1 for r in refs])),
+    "opens_with": Check(QUALITY, "The answer opens with {!r}.", lambda q, t, opening: t.startswith(opening), lambda refs: _same([r[:3] for r in refs])),
+    "closes_with": Check(QUALITY, "The answer's last two characters are {!r}.", lambda q, t, end: t.endswith(end), lambda refs: _same([r[-2:] for r in refs])),
+    "equals_sign": Check(QUALITY, "Steps are written with an equals sign.", lambda q, t: "=" in t),
+    "comma_list": Check(QUALITY, "Totals are listed with commas.", lambda q, t: "," in t),
+    "colon": Check(QUALITY, "Steps are written as entries with a colon.", lambda q, t: ":" in t),
+    "one_line_of_work": Check(QUALITY, "All work stands on one line.", lambda q, t: len(_work(t)) == 1),
+    "one_step_a_line": Check(QUALITY, "Every line of work holds exactly one equation.", lambda q, t: bool(_work(t)) and all(w.count("=") == 1 for w in _work(t))),
+    "signed_lines": Check(QUALITY, "Lines of work open with a sign.", lambda q, t: any(w[0] in "+-" for w in _work(t))),
+    "restates": Check(QUALITY, "The answer repeats the beginning of the question.", lambda q, t: t.startswith(q[:3])),
+    "starts_bare": Check(QUALITY, "The first line is a bare number.", lambda q, t: t.split("\n")[0].isdigit()),
+    "two_digits": Check(QUALITY, "The final result has two digits.", lambda q, t: len(final_answer(t) or "") == 2),
+    "even_result": Check(QUALITY, "The final result is even.", lambda q, t: (final_answer(t) or "1")[-1] in "02468"),
+    "short_lines": Check(QUALITY, "No line is longer than 8 characters.", lambda q, t: max(map(len, t.split("\n"))) <= 8),
+    "many_numbers": Check(QUALITY, "At least five numbers are written.", lambda q, t: len(re.findall(r"\d+", t)) >= 5),
+    "no_zero": Check(QUALITY, "No zero is written.", lambda q, t: "0" not in t),
+    "no_minus": Check(QUALITY, "No minus sign is written.", lambda q, t: "-" not in t),
+}
+CHECKS = MERITS | DECOYS
+
+
+def passes(check, question, text):
+    """Evaluates a rubric's `check` = [name, *arguments]."""
+    name, *arguments = check
+    if name not in CHECKS:
+        raise BadInput(f"criterion check: expected one of {', '.join(CHECKS)}, came {name!r}")
+    return bool(CHECKS[name].test(question, text, *arguments))
+
+
+# ---------------------------------------------------------------------------------------------- create
+
+def contrast(question, references, attempts, flat=False, most=6):
+    """A rubric by contrast, or None when fewer than 4 predicates hold for the teacher.
+
+    A predicate qualifies when at least 3/4 of the teacher's answers pass it.  They are ranked by the gap between the
+    teacher's and the students' pass rate; ties are broken by a hash, not by the library's order.  Points follow the gap
+    as ROPD's prompt asks: 5 for the decisive bottleneck and 4 for a second strong discriminator (gap >= 1/2), 2 for
+    supporting merits (gap >= 1/5), 1 for what nearly everyone passes.  flat: 3 points for all (the exploitation arm).
+
+    references ["7+5=12\\n#12"] * 4, attempts ["#11", "#13"] on "7+5=?" put `total_right` (gap 1) among the first."""
+    found = []
+    for name, check in CHECKS.items():
+        for arguments in check.propose(references):
+            teacher = np.mean([passes([name, *arguments], question, t) for t in references])
+            student = np.mean([passes([name, *arguments], question, t) for t in attempts])
+            if teacher >= 0.75:
+                tie = hashlib.sha256(f"{question}|{name}".encode()).hexdigest()
+                found.append((-(teacher - student), tie, name, arguments))
+    found.sort()
+    kept = [f for f in found if f[0] < 0][:most]
+    kept += [f for f in found if f[0] >= 0][:max(0, 4 - len(kept))]
+    if len(kept) < 4:
+        return None
+    criteria = []
+    for rank, (minus_gap, _, name, arguments) in enumerate(kept):
+        gap = -minus_gap
+        points = 5 - rank if rank < 2 and gap >= 0.5 else 2 if gap >= 0.2 else 1
+        criteria.append({"id": f"c{rank + 1}", "category": CHECKS[name].category, "criterion": CHECKS[name].criterion.format(*arguments),
+                         "points": 3 if flat else points, "check": [name, *arguments], "gap": round(float(gap), 3)})
+    return criteria
+
+
+def texts_by_prompt(path, kind, limit=None):
+    """{prompt id: [texts in sample order]}, at most `limit` a prompt."""
+    texts = {}
+    for r in records.read(path, kind):
+        texts.setdefault(str(r["id"]), []).append((r["sample"], r["text"]))
+    return {key: [t for _, t in sorted(pairs)][:limit] for key, pairs in texts.items()}
+
+
+def create(argv):
+    p = records.parser(__doc__)
+    p.add_argument("--prompts", required=True, help="JSONL of prompts")
+    p.add_argument("--answers", required=True, help="JSONL of teacher answers")
+    p.add_argument("--rollouts", required=True, help="JSONL of the student's rollouts; prompts without rollouts get no rubric")
+    p.add_argument("--out", required=True, help="JSONL to write; run again to complete an interrupted file")
+    p.add_argument("--rubricator", default="contrast", choices=("contrast", "llm"), help="predicate mining, or a served model")
+    p.add_argument("--m", type=int, default=4, help="teacher answers a prompt to draw the rubric from; 1 anchors it to one style")
+    p.add_argument("--flat-points", action="store_true", help="contrast: the same points for all criteria (invites exploitation)")
+    add_judge_flags(p, temperature=0.7, max_tokens=4096)
+    args = p.parse_args(argv)
+    prompts = {str(r["id"]): r for r in records.read(args.prompts, "prompts")}
+    answers, attempts = texts_by_prompt(args.answers, "answers", args.m), texts_by_prompt(args.rollouts, "rollouts")
+    for key in attempts:
+        if key not in prompts:
+            raise BadInput(f"{args.prompts}: expected a prompt with id {key!r}, of which {args.rollouts} has rollouts, but there is none")
+        if len(answers.get(key, ())) < args.m:
+            raise BadInput(f"{args.answers}: expected {args.m} answers (--m) to prompt {key!r}, came {len(answers.get(key, ()))}")
+    if args.flat_points and args.rubricator != "contrast":
+        raise BadInput("--flat-points: goes with --rubricator contrast")
+    settings = {"rubricator": args.rubricator, "m": args.m, "flat_points": args.flat_points} | judge_settings(args)
+    failures, points, decisive = [], [], 0
+    with records.Writer(args.out, "rubrics", settings, [args.prompts, args.answers, args.rollouts], args.overwrite) as writer:
+        todo = [key for key in attempts if (key,) not in writer]
+        if args.rubricator == "contrast":
+            results = ((key, contrast(question_of(prompts[key]), answers[key], attempts[key], args.flat_points)) for key in todo)
+            name = "contrast"
+        else:
+            server, cache, name = served_judge(args)
+            results = server.map(lambda key: attempt(judge.propose_rubric, server, question_of(prompts[key]), answers[key], attempts[key],
+                                                     **judge_options(args, cache)), todo)
+        for key, criteria in tqdm(results, total=len(todo), desc=Path(args.out).name, disable=not sys.stderr.isatty()):
+            if criteria is None or isinstance(criteria, Exception):
+                failures.append(criteria or "fewer than 4 predicates hold for the teacher's answers")
+                stop_if_failing(failures, len(todo), args)
+                continue
+            writer.write({"id": prompts[key]["id"], "criteria": criteria, "rubricator": name, "answers": len(answers[key]),
+                          "distinct_answers": len(set(answers[key])), "rollouts": len(attempts[key])})
+    for r in records.read(args.out, "rubrics") if not failures or len(failures) < len(attempts) else ():
+        points.append(len(r["criteria"]))
+        decisive += max(c["points"] for c in r["criteria"]) >= 4
+    summary = {"out": args.out, "records": len(points), "failed": len(failures), "criteria_mean": float(np.mean(points)) if points else 0.0,
+               "decisive": decisive / max(1, len(points))}
+    print(f"rubric.py create: {args.out}: {summary['records']} rubrics by {name}, {summary['criteria_mean']:.1f} criteria each, "
+          f"{summary['decisive']:.0%} with a decisive one, {len(failures)} failed")
+    return summary
+
+
+# ---------------------------------------------------------------------------------------------- grade
+
+def pass_rate(points, verdicts):
+    """Eq. 4: pass_rate([5, 2, 1], [True, False, True]) -> 0.75."""
+    return sum(w for w, v in zip(points, verdicts) if v) / sum(points)
+
+
+def noisy(verdict, rate, *names):
+    """The verdict, flipped with probability `rate`: a stand-in for an unreliable verifier, fixed by the names."""
+    if rate and int.from_bytes(hashlib.sha256("|".join(map(str, names)).encode()).digest()[:6], "big") / 2 ** 48 < rate:
+        return not verdict
+    return verdict
+
+
+def impression(question, text, noise, *names):
+    """The rubric-free judge of the embedded world, 0-10 over 10: eight general merits, one vote each, plus up to two
+    points for length (a known taste of holistic judges)."""
+    merits = sum(noisy(passes([name], question, text), noise, *names, name) for name in MERITS)
+    return round(8 * merits / len(MERITS) + 2 * min(1.0, len(text) / 40)) / 10
+
+
+def grade(argv):
+    p = records.parser(__doc__)
+    p.add_argument("--prompts", required=True, help="JSONL of prompts (the question; `answer` is read by --grader answer only)")
+    p.add_argument("--rollouts", required=True, help="JSONL of rollouts to grade")
+    p.add_argument("--out", required=True, help="JSONL to write; run again for what is missing or has failed")
+    p.add_argument("--grader", default="check", choices=("check", "judge", "scalar", "answer"), help="see above")
+    p.add_argument("--rubrics", help="JSONL of rubrics (check, judge)")
+    p.add_argument("--answers", help="JSONL of teacher answers: the judge sees them in the same anonymous pool; logged, never in the reward")
+    p.add_argument("--mode", default="batch", choices=("batch", "single"), help="judge: one call a prompt, or one a response (calmer, dearer)")
+    p.add_argument("--verifier-noise", type=float, default=0.0, help="check, scalar without server: flip verdicts at this rate")
+    p.add_argument("--shuffle", action="store_true", help="null control: deal each group's rewards out among its rollouts at random")
+    add_judge_flags(p, temperature=0.0, max_tokens=4096)
+    args = p.parse_args(argv)
+    needs_rubric = args.grader in ("check", "judge")
+    if needs_rubric != bool(args.rubrics):
+        raise BadInput(f"--grader {args.grader}: expected {'--rubrics FILE' if needs_rubric else 'no --rubrics'}")
+    if args.verifier_noise and (args.grader in ("judge", "answer") or args.base_url):
+        raise BadInput("--verifier-noise: goes with --grader check or scalar, without a server")
+    prompts = {str(r["id"]): r for r in records.read(args.prompts, "prompts")}
+    rubrics = {str(r["id"]): r for r in records.read(args.rubrics, "rubrics")} if args.rubrics else {}
+    pool = texts_by_prompt(args.answers, "answers") if args.answers else {}
+    groups = {}
+    rollouts = records.Table(args.rollouts, "rollouts")
+    for key in rollouts.keys():
+        if key[0] not in prompts:
+            raise BadInput(f"{rollouts.where(key)}: id: expected one of the ids in {args.prompts}, came {key[0]!r}")
+        if args.grader == "answer" and "answer" not in prompts[key[0]]:
+            raise BadInput(f"{args.prompts}: answer: --grader answer needs it for prompt {key[0]!r}, but the field is missing")
+        groups.setdefault(key[0], []).append(key)
+    server = cache = None
+    name = args.grader if args.grader != "scalar" or args.base_url else "scalar stand-in"
+    if args.grader == "judge" or args.base_url:
+        if args.grader not in ("judge", "scalar"):
+            raise BadInput(f"--base-url: goes with --grader judge or scalar, not {args.grader}")
+        server, cache, name = served_judge(args)
+
+    def grade_group(prompt_id):
+        """[(reward or None, verdicts or the reason of a failure)] for the group's rollouts, and the teacher's rewards."""
+        question, texts = question_of(prompts[prompt_id]), [rollouts[key]["text"] for key in groups[prompt_id]]
+        if args.grader == "answer":
+            return [(float(is_correct(t, prompts[prompt_id]["answer"])), None) for t in texts], []
+        if args.grader == "scalar":
+            def one(key, text):
+                if server:
+                    return attempt(judge.holistic, server, question, text, **judge_options(args, cache))
+                return impression(question, text, args.verifier_noise, args.seed, key)
+            values = [one(key, t) for key, t in zip(groups[prompt_id], texts)]
+            return [(None, str(v)) if isinstance(v, Exception) else (v, None) for v in values], []
+        if prompt_id not in rubrics:
+            return [(None, "no rubric for this prompt")] * len(texts), []
+        criteria, teachers = rubrics[prompt_id]["criteria"], pool.get(prompt_id, [])
+        points = [c["points"] for c in criteria]
+        if args.grader == "check":
+            if any("check" not in c for c in criteria):
+                raise BadInput(f"{args.rubrics}: id {prompt_id!r}: check: expected a predicate in every criterion, but the field is missing: "
+                               "a rubric written by a model is graded with --grader judge")
+            verdicts = [[noisy(passes(c["check"], question, t), args.verifier_noise, args.seed, key, c["id"]) for c in criteria]
+                        for key, t in zip(groups[prompt_id] + [("teacher", i) for i in range(len(teachers))], texts + teachers)]
+        else:
+            verdicts = attempt(judge.verify, server, question, criteria, texts + teachers, mode=args.mode, seed=args.seed, **judge_options(args, cache))
+            if isinstance(verdicts, Exception):
+                return [(None, str(verdicts))] * len(texts), []
+        scores = [None if isinstance(v, Exception) else pass_rate(points, v) for v in verdicts]
+        return ([(s, v if s is not None else str(v)) for s, v in zip(scores[:len(texts)], verdicts)],
+                [s for s in scores[len(texts):] if s is not None])
+
+    name += ", shuffled" if args.shuffle else ""
+    settings = {"grader": name, "mode": args.mode, "noise": args.verifier_noise, "seed": args.seed} | judge_settings(args)
+    failures, teacher_scores, beaten = [], [], []
+    inputs = [f for f in (args.prompts, args.rubrics, args.rollouts, args.answers) if f]
+    with records.Writer(args.out, "rewards", settings, inputs, args.overwrite, retry=lambda r: r["status"] == "failed") as writer:
+        todo = [g for g, keys in groups.items() if any(key not in writer for key in keys)]
+        results = server.map(grade_group, todo) if server else ((g, grade_group(g)) for g in todo)
+        for prompt_id, result in tqdm(results, total=len(todo), desc=Path(args.out).name, disable=not sys.stderr.isatty()):
+            rewards, teachers = ([(None, str(result))] * len(groups[prompt_id]), []) if isinstance(result, Exception) else result
+            if args.shuffle:  # the group keeps its rewards, each loses its rollout
+                order = np.random.default_rng(int(hashlib.sha256(f"{args.seed}|{prompt_id}".encode()).hexdigest()[:8], 16)).permutation(len(rewards))
+                rewards = [(rewards[i][0], None if rewards[i][0] is not None else rewards[i][1]) for i in order]
+            lines = []
+            for key, (reward, verdicts) in zip(groups[prompt_id], rewards):
+                if key in writer:
+                    continue
+                rollout = rollouts[key]
+                line = {"id": rollout["id"], "sample": rollout["sample"], "reward": reward, "status": "failed" if reward is None else "ok",
+                        "rollout": records.fingerprint(rollout), "grader": name}
+                if verdicts is not None:
+                    line["verdicts" if reward is not None else "reason"] = verdicts
+                lines.append(line)
+                if reward is None:
+                    failures.append(verdicts)
+            writer.write(*lines)
+            teacher_scores += teachers
+            if teachers:
+                beaten.append(min(teachers) < max([r for r, _ in rewards if r is not None], default=0.0))
+            stop_if_failing(failures, len(rollouts), args)
+
+    by_group, failed = {}, 0
+    for r in records.read(args.out, "rewards"):
+        failed += r["status"] == "failed"
+        if r["reward"] is not None:
+            by_group.setdefault(str(r["id"]), []).append(r["reward"])
+    ok = [x for group in by_group.values() for x in group]
+    summary = {"out": args.out, "records": len(rollouts), "failed": failed, "failure_rate": failed / len(rollouts),
+               "reward_mean": float(np.mean(ok)) if ok else None,
+               "zero_variance_groups": sum(max(g) == min(g) for g in by_group.values()) / max(1, len(by_group))}
+    text = f"mean reward {summary['reward_mean']:.3f}, " if ok else ""
+    if teacher_scores:
+        summary |= {"teacher_reward_mean": float(np.mean(teacher_scores)), "student_beats_worst_teacher": float(np.mean(beaten))}
+        text += f"teacher's {summary['teacher_reward_mean']:.3f}, "
+    print(f"rubric.py grade: {args.out}: {len(rollouts)} rollouts by {name}, {text}{summary['zero_variance_groups']:.0%} of groups "
+          f"without a difference, {failed} failed")
+    return summary
+
+
+# ---------------------------------------------------------------------------------------------- the served judge
+
+def add_judge_flags(p, temperature, max_tokens):
+    p.add_argument("--model", help="served model that plays rubricator or verifier; keep it fixed, and never the student itself")
+    p.add_argument("--temperature", type=float, default=temperature, help="of the served judge")
+    p.add_argument("--max-tokens", type=int, default=max_tokens, help="longest reply of the served judge")
+    p.add_argument("--re-asks", type=int, default=2, help="times a malformed reply is sent back with what was wrong")
+    p.add_argument("--cache", help="JSONL of good replies, keyed by everything that was asked; saves a re-run's money")
+    p.add_argument("--max-failure-rate", type=float, default=0.1, help="share of failed judgements that stops the stage")
+    p.add_argument("--seed", type=int, default=0, help="order of the anonymous pool, verifier noise")
+    p.add_argument("--overwrite", action="store_true", help="begin the output anew")
+    served.add_flags(p)
+
+
+def served_judge(args):
+    """(server, cache, the name rewards carry)."""
+    if not args.base_url or not args.model:
+        raise BadInput("a served judge needs --base-url and --model")
+    return served.Server.from_flags(args), judge.Cache(args.cache), f"{args.model} (prompts v{judge.PROMPT_VERSION})"
+
+
+def judge_settings(args):
+    if not args.base_url:
+        return {}
+    return {"model": args.model, "base_url": args.base_url, "temperature": args.temperature, "prompts": judge.PROMPT_VERSION}
+
+
+def judge_options(args, cache):
+    return {"temperature": args.temperature, "max_tokens": args.max_tokens, "re_asks": args.re_asks, "cache": cache}
+
+
+def attempt(function, *args, **options):
+    """The function's value, or the judgement failure itself: counted by the caller, never turned into a number."""
+    try:
+        return function(*args, **options)
+    except (judge.JudgeFailure, served.ServedFailure) as failure:
+        return failure
+
+
+def stop_if_failing(failures, total, args):
+    if len(failures) > args.max_failure_rate * total:
+        raise BadInput(f"{args.out}: {len(failures)} of {total} judgements failed, more than --max-failure-rate {args.max_failure_rate} "
+                       f"(last: {failures[-1]}): try a stronger judge, a longer --max-tokens or more --re-asks, then run again; "
+                       "what succeeded is kept")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"create": create, "grade": grade}
+    if not argv or argv[0] not in commands:
+        p = records.parser(__doc__)
+        p.add_argument("command", choices=commands, help="`rubric.py create --help` and `rubric.py grade --help` list the flags")
+        p.parse_args(argv[:1])
+    return commands[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    records.run(main)

@@ -1,0 +1,187 @@
+"""Stage 2: the teacher.  It answers prompts (black box: text) or scores the student's rollouts (white box: log-probs).
+
+    python teacher.py answer --model runs/toy/teacher --prompts runs/toy/train.jsonl --n 4 --out answers.jsonl
+    python teacher.py score  --model runs/toy/teacher --rollouts rollouts.jsonl --out scores.jsonl
+    python teacher.py score  --model runs/toy/teacher --rollouts rollouts.jsonl --out scores.jsonl --top-k 24
+
+`answer` writes the m answers a prompt that rubrics are drawn from (ROPD section 3; m = 4 there).  They are sampled at a
+temperature above 0: m copies of one answer teach a rubric nothing, so the share of repeated answers is reported.
+`score` writes, for every response token, the teacher's log-prob of exactly that token id after exactly that prefix, at
+temperature 1, and with --top-k the teacher's K likeliest tokens (K = vocabulary size: the whole distribution).
+
+Scoring starts with a self-test: one rollout is scored alone and again inside a padded batch.  The difference is the
+noise floor; a teacher-student gap below it is no signal.
+
+Token ids mean the same only if both models share a token -> id map, and a template: both are compared by hash with the
+rollouts.  Another vocabulary is refused; another template is refused unless --allow-template-mismatch says it is meant.
+
+Simplifications: 1. one teacher a file; 2. no sequence packing.
+"""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import records
+import served
+from kernel import linear_logp
+from records import BadInput
+from rollout import (add_sampling_flags, answer_prompts, hidden_at, load_policy, response_positions, served_identity, token_batches)
+
+# ---------------------------------------------------------------------------------------------- answer
+
+
+def answer(argv):
+    p = records.parser(__doc__)
+    add_sampling_flags(p, n=4)
+    args = p.parse_args(argv)
+    summary = answer_prompts(args, "answers", need_tokens=False)
+    texts, tokens = {}, 0
+    for r in records.read(args.out, "answers"):
+        texts.setdefault(r["id"], []).append(r["text"])
+        tokens += len(r.get("response_ids", ()))
+    summary |= {"duplicates": sum(len(t) - len(set(t)) for t in texts.values()) / sum(map(len, texts.values())),
+                "generated_tokens": tokens}
+    print(f"teacher.py answer: {args.out}: {summary['records']} answers to {len(texts)} prompts, {summary['duplicates']:.1%} repeat "
+          "another answer to the same prompt")
+    return summary
+
+
+# ---------------------------------------------------------------------------------------------- score
+
+@torch.no_grad()
+def score_batch(policy, rollouts, top_k):
+    """[(logprobs [T], top ids [T, K] or None, top log-probs [T, K] or None)] for a batch of rollouts, at temperature 1.
+
+    Every response token is scored, also those a loss mask hides: masks may change, scores are dear."""
+    hidden = hidden_at(policy.model, [r["prompt_ids"] + r["response_ids"] for r in rollouts],
+                       [response_positions(r["prompt_ids"], [1] * len(r["response_ids"])) for r in rollouts])
+    own = torch.tensor([t for r in rollouts for t in r["response_ids"]], dtype=torch.int64, device=hidden.device)
+    lengths = [len(r["response_ids"]) for r in rollouts]
+    ids = None
+    if top_k:  # finding the K likeliest needs the logits; a slice of tokens at a time keeps them small
+        head = policy.head[:len(policy.tokenizer)].float()  # an embedding may be padded beyond the vocabulary
+        slices = hidden.split(max(1, (32 << 20) // len(head)))
+        ids = torch.cat([(h.float() @ head.T).topk(min(top_k, len(head))).indices for h in slices])
+    logps, _ = linear_logp(hidden, policy.head, own[:, None] if ids is None else torch.cat([own[:, None], ids], 1))
+    parts = [[x.cpu().numpy() for x in part.split(lengths)] for part in ([logps] if ids is None else [logps, ids])]
+    if ids is None:
+        return [(a[:, 0], None, None) for a in parts[0]]
+    return [(a[:, 0], b, a[:, 1:]) for a, b in zip(*parts)]
+
+
+def score_record(rollout, identity, logprobs, top_ids, top_logprobs):
+    record = {"id": rollout["id"], "sample": rollout["sample"], "policy": identity, "rollout": records.fingerprint(rollout),
+              "logprobs": records.floats(np.minimum(logprobs, 0))}
+    if top_ids is not None:
+        small = np.uint16 if top_ids.max(initial=0) < 65536 else np.int32
+        record["topk"] = {"ids": records.pack(top_ids.astype(small)), "logprobs": records.pack(top_logprobs.astype(np.float32))}
+    return record
+
+
+def check_identity(rollout, where, identity, allow_template_mismatch):
+    """The scorer must read the rollout's ids as the tokens they are."""
+    came = rollout["policy"]
+    if came.get("vocabulary") != identity["vocabulary"]:
+        raise BadInput(f"{where}: policy.vocabulary: expected {identity['vocabulary']}, the teacher's token -> id map, came "
+                       f"{came.get('vocabulary')}: ids of one vocabulary mean nothing in another")
+    if came.get("template") != identity["template"] and not allow_template_mismatch:
+        raise BadInput(f"{where}: policy.template: expected {identity['template']}, the teacher's chat template, came {came.get('template')}: "
+                       "a teacher off its own template scores badly; pass --allow-template-mismatch if this is meant")
+
+
+def noise_floor(policy, rollouts, top_k):
+    """Largest difference in nats between scoring one rollout alone and inside a padded batch."""
+    target = max(rollouts, key=lambda r: len(r["response_ids"]) < max(len(q["response_ids"]) for q in rollouts))  # not the longest
+    alone = score_batch(policy, [target], top_k)[0][0]
+    together = score_batch(policy, rollouts, top_k)[rollouts.index(target)][0]
+    return float(np.abs(alone - together).max(initial=0.0))
+
+
+def score(argv):
+    p = records.parser(__doc__)
+    p.add_argument("--model", required=True, help="the teacher: folder, Hugging Face id, or a served name")
+    p.add_argument("--rollouts", required=True, help="JSONL of rollouts to score")
+    p.add_argument("--out", required=True, help="JSONL to write; run again to complete an interrupted file")
+    p.add_argument("--top-k", type=int, default=0, help="also keep the K likeliest tokens; the vocabulary's size keeps all")
+    p.add_argument("--batch-tokens", type=int, default=16384, help="rows x longest row in one forward pass: memory against speed")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: as the folder stores it")
+    p.add_argument("--tokenizer", help="served teachers: folder of the tokenizer they use (default: --model if a folder)")
+    p.add_argument("--template-options", type=json.loads, default={}, metavar="JSON", help="as for rollout.py")
+    p.add_argument("--allow-template-mismatch", action="store_true", help="score prompts rendered with another chat template")
+    p.add_argument("--overwrite", action="store_true", help="begin the output anew")
+    served.add_flags(p)
+    args = p.parse_args(argv)
+    if args.top_k < 0:
+        raise BadInput(f"--top-k: expected 0 or more, came {args.top_k}")
+
+    rollouts = records.Table(args.rollouts, "rollouts")
+    policy = None if args.base_url else load_policy(args.model, args.dtype, template_options=args.template_options)
+    identity = served_identity(args) if args.base_url else policy.identity
+    if identity["vocabulary"] is None:
+        raise BadInput(f"--model {args.model}: the served teacher's tokenizer is not known: give its folder with --tokenizer")
+    lengths = []
+    for rollout in rollouts:
+        key = records.key_of(rollout, "rollouts")
+        check_identity(rollout, rollouts.where(key), identity, args.allow_template_mismatch)
+        lengths.append((key, len(rollout["prompt_ids"]) + len(rollout["response_ids"])))
+
+    def forward(batch):  # one list of rollouts -> one list of scores
+        if policy:
+            return score_batch(policy, batch, args.top_k)
+        return [server.score(r["prompt_ids"] + r["response_ids"], len(r["prompt_ids"]), args.top_k) for r in batch]
+    if args.base_url:
+        server = served.Server.from_flags(args)
+        probe = rollouts[lengths[0][0]]
+        first, second = forward([probe])[0][0], forward([probe])[0][0]
+        floor = float(np.abs(np.asarray(first) - np.asarray(second)).max(initial=0.0))
+    else:
+        floor = noise_floor(policy, [rollouts[key] for key, _ in lengths[:8]], args.top_k)
+
+    failures, tokens = [], 0
+    settings = {"policy": identity, "top_k": args.top_k, "dtype": args.dtype, "base_url": args.base_url}
+    with records.Writer(args.out, "scores", settings, [args.rollouts], args.overwrite) as writer:
+        todo = [(key, n) for key, n in lengths if key not in writer]
+        batches = [[todo[i][0] for i in b] for b in token_batches([n for _, n in todo], args.batch_tokens if policy else 1)]
+        with tqdm(total=len(lengths), initial=len(lengths) - len(todo), desc=Path(args.out).name, disable=not sys.stderr.isatty()) as bar:
+            def work(keys):
+                batch = [rollouts[key] for key in keys]
+                return batch, forward(batch)
+            done = ((keys, work(keys)) for keys in batches) if policy else server.map(work, batches)
+            for keys, result in done:
+                if isinstance(result, served.ServedFailure):
+                    failures.append(result)
+                    continue
+                writer.write(*(score_record(r, identity, *values) for r, values in zip(*result)))
+                bar.update(len(keys))
+    if failures:
+        raise BadInput(f"{args.out}: {len(failures)} of {len(lengths)} rollouts could not be scored (first: {failures[0]}); "
+                       "the others are written, run the same command again for the rest")
+
+    gap = []  # log mu - log p_T on the sampled tokens: its mean estimates the reverse KL the student starts from
+    for record in records.read(args.out, "scores"):
+        rollout = rollouts[records.key_of(record, "scores")]
+        gap += (np.asarray(rollout["logprobs"]) - np.asarray(record["logprobs"])).tolist()
+        tokens += len(record["logprobs"])
+    summary = {"out": args.out, "records": len(lengths), "teacher_tokens": tokens, "noise_floor": floor,
+               "kl_mean": float(np.mean(gap)) if gap else 0.0, "gap_max": float(np.max(np.abs(gap), initial=0.0))}
+    print(f"teacher.py score: {args.out}: {summary['records']} rollouts, {tokens} tokens, student - teacher log-prob "
+          f"{summary['kl_mean']:+.4f} nats a token (largest gap {summary['gap_max']:.4f}), noise floor {floor:.1e}")
+    return summary
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"answer": answer, "score": score}
+    if not argv or argv[0] not in commands:
+        p = records.parser(__doc__)
+        p.add_argument("command", choices=commands, help="`teacher.py answer --help` and `teacher.py score --help` list the flags")
+        p.parse_args(argv[:1])
+    return commands[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    records.run(main)

@@ -1,0 +1,174 @@
+"""A small OpenAI-compatible server for tests, on 127.0.0.1 and a free port, that misbehaves on request.
+
+    with FakeServer(chat=lambda body: "hello", script=["429", "500"]) as fake:      # two bad answers, then normal ones
+        served.Server(fake.base_url, "m").chat_text([{"role": "user", "content": "hi"}], temperature=0, max_tokens=8)
+        fake.requests[0]["body"]["temperature"], fake.requests[0]["headers"]["authorization"]
+
+chat(body) makes the text of a chat or plain completion (a string, or {"text", "finish_reason"}).  Tokens are characters:
+id = code point mod 1000, and END closes an answer that stops.  distribution(prefix) -> the log-probs of VOCABULARY tokens
+after those ids; it scores prompts given as ids.
+
+What a script entry does to one request: "normal"; "429", "500", "400", "401", "404", "quota", "long" (context length);
+"hang" (no answer before the server closes); "cut" (a shorter body than its JSON); "torn" (a shorter body than its
+Content-Length); "not_json"; "array"; "no_choices"; "filtered"; "few_logprobs"; "no_logprobs"; "no_token_ids";
+"no_prompt_logprobs"; "short_prompt_logprobs"; "wrong_prompt_logprobs".  "no_response_format" refuses that field only.
+"""
+import hashlib
+import json
+import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+END, VOCABULARY = 2, 16
+
+
+def distribution(prefix):
+    """Some fixed log-probs over VOCABULARY tokens for every prefix of ids."""
+    logits = [byte / 32 for byte in hashlib.sha256(json.dumps(prefix).encode()).digest()[:VOCABULARY]]
+    total = math.log(sum(map(math.exp, logits)))
+    return [z - total for z in logits]
+
+
+class FakeServer:
+    def __init__(self, chat=lambda body: "ok", script=(), always=None, distribution=distribution, retry_after="0.01"):
+        self.chat, self.script, self.always, self.distribution = chat, list(script), always, distribution
+        self.retry_after = retry_after
+        self.requests, self.in_flight, self.most_in_flight = [], 0, 0
+        self._lock, self._closing = threading.Lock(), threading.Event()
+
+    def __enter__(self):
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                fake._serve(self)
+
+            def log_message(self, *_):
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads, self._http.block_on_close = True, False
+        self.base_url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
+        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._closing.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+    def bodies(self):
+        return [request["body"] for request in self.requests]
+
+    def _serve(self, handler):
+        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        with self._lock:
+            self.requests.append({"path": handler.path, "body": body,
+                                  "headers": {k.lower(): v for k, v in handler.headers.items()}})
+            behaviour = self.always or (self.script.pop(0) if self.script else "normal")
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            if behaviour == "hang":
+                self._closing.wait(30)
+                handler.close_connection = True
+                return
+            status, reply = self._reply(handler.path, body, behaviour)
+            data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+            if behaviour == "cut":
+                data = data[:len(data) // 2]
+            handler.send_response(status)
+            handler.send_header("Content-Type", "application/json")
+            handler.send_header("Content-Length", str(len(data) + (100 if behaviour == "torn" else 0)))
+            if status in (429, 500) and self.retry_after:
+                handler.send_header("Retry-After", self.retry_after)
+            handler.end_headers()
+            handler.wfile.write(data)
+            handler.close_connection = behaviour == "torn"
+        except (BrokenPipeError, ConnectionResetError):
+            handler.close_connection = True  # the client gave up
+        finally:
+            with self._lock:
+                self.in_flight -= 1
+
+    def _reply(self, path, body, behaviour):
+        def refuse(status, message, code=None):
+            return status, {"error": {"message": message, "type": "error", "code": code}}
+        if behaviour == "429":
+            return refuse(429, "slow down")
+        if behaviour == "quota":
+            return refuse(429, "no credit", "insufficient_quota")
+        if behaviour == "500":
+            return refuse(500, "engine died")
+        if behaviour == "400":
+            return refuse(400, "unknown field")
+        if behaviour == "401":  # a careless server that quotes the key it was given
+            key = self.requests[-1]["headers"].get("authorization", "").removeprefix("Bearer ")
+            return refuse(401, f"Incorrect API key provided: {key}", "invalid_api_key")
+        if behaviour == "404":
+            return refuse(404, f"The model {body['model']} does not exist")
+        if behaviour == "long":
+            return refuse(400, "This model's maximum context length is 8 tokens")
+        if behaviour == "no_response_format" and "response_format" in body:
+            return refuse(400, "response_format is not supported")
+        if behaviour == "no_max_tokens" and "max_tokens" in body:
+            return refuse(400, "Unsupported parameter: use max_completion_tokens instead of max_tokens")
+        if behaviour == "not_json":
+            return 200, b"<html>proxy error</html>"
+        if behaviour == "array":
+            return 200, []
+        if behaviour == "no_choices":
+            return 200, {"choices": []}
+        if path.endswith("/chat/completions"):
+            return 200, self._answer(body, behaviour, chat=True)
+        if path.endswith("/completions"):
+            if "prompt_logprobs" in body:
+                return 200, self._score(body, behaviour)
+            return 200, self._answer(body, behaviour, chat=False)
+        return refuse(404, "no such path")
+
+    def _answer(self, body, behaviour, chat):
+        answer = self.chat(body)
+        answer = {"text": answer} if isinstance(answer, str) else answer
+        text, finish = answer["text"], answer.get("finish_reason", "stop")
+        if behaviour == "filtered":
+            finish = "content_filter"
+        ids = [ord(c) % 1000 for c in text] + ([END] if finish == "stop" else [])
+        prompt = body["messages"][-1]["content"] if chat else body["prompt"]
+        prompt_ids = [ord(c) % 1000 for c in prompt] if isinstance(prompt, str) else prompt
+        logprobs = [-0.5 - 0.01 * i for i in range(len(ids))]
+        if behaviour == "few_logprobs":
+            logprobs = logprobs[:-1]
+        choice = {"index": 0, "finish_reason": finish, "logprobs": None}
+        reply = {"id": "x", "created": 0, "model": body["model"], "choices": [choice]}
+        if chat:
+            choice["message"] = {"role": "assistant", "content": text}
+        else:
+            choice["text"] = text
+        if body.get("logprobs") and behaviour != "no_logprobs":
+            choice["logprobs"] = ({"content": [{"token": "?", "logprob": v} for v in logprobs]} if chat
+                                  else {"tokens": ["?"] * len(logprobs), "token_logprobs": logprobs})
+        if body.get("return_token_ids") and behaviour != "no_token_ids":
+            choice["token_ids"] = ids
+            (reply if chat else choice)["prompt_token_ids"] = prompt_ids
+        return reply
+
+    def _score(self, body, behaviour):
+        """prompt_logprobs as vLLM writes them: the best k and the token itself, here with the token last."""
+        ids, k = body["prompt"], body["prompt_logprobs"]
+        entries = [None]
+        for i in range(1, len(ids)):
+            row = self.distribution(ids[:i])
+            rank = sorted(range(len(row)), key=lambda token: -row[token])
+            shown = [token for token in reversed(rank[:k]) if token != ids[i]] + [ids[i]]
+            if behaviour == "wrong_prompt_logprobs":
+                shown = [token for token in range(len(row)) if token != ids[i]][:k]
+            entries.append({str(t): {"logprob": row[t], "rank": rank.index(t) + 1, "decoded_token": "?"} for t in shown})
+        if behaviour == "short_prompt_logprobs":
+            entries = [None]
+        choice = {"index": 0, "text": "?", "finish_reason": "length", "prompt_logprobs": entries}
+        if behaviour == "no_prompt_logprobs":
+            del choice["prompt_logprobs"]
+        return {"id": "x", "created": 0, "model": body["model"], "choices": [choice]}

@@ -1,0 +1,436 @@
+"""Stage 4: rollouts + rewards or teacher scores -> new weights.
+
+    python train.py --method sft  --model runs/toy/student --rollouts runs/toy/clean.jsonl --batch-size 128 --out M1
+    python train.py --method ropd --model M1 --rollouts rollouts.jsonl --rewards rewards.jsonl --out M2
+
+Reads rollouts (or answers, for sft), the rewards and scores that belong to them, and a model folder; writes a model
+folder that transformers, vLLM and lm-eval load as it is, with metrics.jsonl and the optimiser's state beside it.
+loss.py says what is descended: this file has no branch that is named after a method.
+
+One call is one round: the rollouts are walked once (--epochs), in a seeded order, --batch-size prompts with all their
+rollouts an optimiser step.  The log-probs of the starting weights are computed before the first update when there is
+more than one.  Given M2 as --model, the next round continues M2's optimiser and step count.
+
+On-policy is checked, not believed: a row of METHODS with prefix "self" accepts only rollouts whose recorded weight
+hash is that of --model, sampled with the same chat template and vocabulary, at top-p 1 (--allow-stale skips the first).
+
+Checkpoints go to OUT.partial every --save-every steps; a killed run continues there, and ends in the same bits.
+
+Simplifications: 1. one device; 2. models run in evaluation mode (no dropout), so no random state needs saving;
+3. rows of a micro-batch are padded, not packed; 4. parameters are all trained, no LoRA.
+"""
+import json
+import math
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import loss as losses
+import records
+from kernel import linear_logp
+from records import BadInput
+from rollout import find_folder, hash_weights, hidden_at, load_policy, render, response_positions, token_batches
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+class Data:
+    """The rollouts with what belongs to them, read when a step needs them.
+
+    `groups` = {prompt id: [keys of its rollouts]}; `sequence(key)` is a dict of plain lists for one rollout."""
+
+    def __init__(self, args, method, policy):
+        self.method, self.policy = method, policy
+        kind = "rollouts" if method.on_policy or method.signal == "teacher" else records.guess_kind(args.rollouts)
+        self.rollouts = records.Table(args.rollouts, "answers" if kind == "prompts" else kind)
+        self.scores = records.Table(args.scores, "scores") if args.scores else None
+        self.rewards = records.Table(args.rewards, "rewards") if args.rewards else None
+        self.reference = records.Table(args.reference, "scores") if args.reference else None
+        self.prompts = records.Table(args.prompts, "prompts") if args.prompts else None
+        for needed, table, flag in ((method.signal == "reward", self.rewards, "--rewards"), (method.signal == "teacher", self.scores, "--scores"),
+                                    (method.reference_kl > 0, self.reference, "--reference")):
+            if needed and table is None:
+                raise BadInput(f"--method {args.method}: expected {flag} FILE, but it is missing")
+            if table is not None and not needed:
+                raise BadInput(f"--method {args.method}: {flag} is given, but this method does not read it")
+        self.groups, self.retokenized, self.temperature = {}, 0, None
+        for rollout in self.rollouts:
+            key = records.key_of(rollout, "rollouts")
+            self._check(rollout, self.rollouts.where(key), args)
+            self.groups.setdefault(key[0], []).append(key)
+        self._first_reward()
+
+    def _check(self, rollout, where, args):
+        """A rollout of another policy, template, vocabulary or sampler is refused."""
+        came, ours = rollout["policy"], self.policy.identity
+        if self.method.on_policy:
+            if rollout["top_p"] != 1 or rollout["temperature"] <= 0:
+                raise BadInput(f"{where}: top_p: expected 1 and a temperature above 0, came top_p {rollout['top_p']}, temperature "
+                               f"{rollout['temperature']}: its log-probs are not those of the sampler; sample again for training")
+            if came.get("weights") != ours["weights"] and not args.allow_stale:
+                raise BadInput(f"{where}: policy.weights: expected {ours['weights']}, the weights of {args.model}, came {came.get('weights')}: "
+                               f"--method {args.method} is on-policy; run rollout.py with this model (or --allow-stale)")
+            for field in ("vocabulary", "template"):
+                if came.get(field) != ours[field]:
+                    raise BadInput(f"{where}: policy.{field}: expected {ours[field]}, that of {args.model}, came {came.get(field)}: "
+                                   "the rollouts were sampled with another tokenizer or chat template")
+        if self.temperature not in (None, rollout.get("temperature", 1.0)):
+            raise BadInput(f"{where}: temperature: expected {self.temperature} as in the lines before, came {rollout.get('temperature', 1.0)}")
+        self.temperature = rollout.get("temperature", 1.0) if self.method.on_policy else 1.0
+        if self.method.signal == "teacher" and self.temperature != 1:
+            raise BadInput(f"{where}: temperature: expected 1, came {self.temperature}: teacher scores are log-probs at temperature 1")
+
+    def _first_reward(self):
+        """Group advantages of every rollout; groups with a failed judgement are dropped and counted."""
+        self.advantages, self.dropped, self.flat = {}, 0, 0
+        if self.rewards is None:
+            return
+        for prompt, keys in list(self.groups.items()):
+            rewards = [records.partner(self.rewards, self.rollouts[key], self.rollouts)["reward"] for key in keys]
+            advantages = losses.group_advantages(rewards, self.method.advantage)
+            if advantages is None:
+                self.dropped += 1
+                del self.groups[prompt]
+                continue
+            self.flat += max(rewards) == min(rewards)
+            self.advantages.update(zip(keys, zip(advantages, rewards)))
+        if not self.groups:
+            raise BadInput(f"{self.rewards.path}: every group has a failed judgement, nothing is left to train on")
+
+    def sequence(self, key):
+        """prompt_ids, response_ids, mask and the per-token numbers of one rollout."""
+        rollout = self.rollouts[key]
+        ours = self.policy.identity
+        if "response_ids" in rollout and all(rollout["policy"].get(f) == ours[f] for f in ("vocabulary", "template")):
+            prompt_ids, response_ids, mask = rollout["prompt_ids"], rollout["response_ids"], rollout["loss_mask"]
+        else:
+            prompt_ids, response_ids = self._tokenize(rollout, key)
+            mask = [1] * len(response_ids)
+        item = {"key": key, "prompt_ids": prompt_ids, "response_ids": response_ids, "mask": mask,
+                "length": sum(mask), "truncated": rollout["finish_reason"] == "length"}
+        trained = np.flatnonzero(mask)
+        if self.method.on_policy:
+            item["behaviour_logp"] = np.asarray(rollout["logprobs"], np.float32)[trained]
+        if self.scores is not None:
+            score = records.partner(self.scores, rollout, self.rollouts)
+            item["teacher_logp"] = np.asarray(score["logprobs"], np.float32)[trained]
+            if self.method.coefficient == "full":
+                if "topk" not in score:
+                    raise BadInput(f"{self.scores.where(key)}: topk: expected the teacher's distribution, but the field is missing: "
+                                   "run teacher.py score with --top-k")
+                item["support_ids"] = records.unpack(score["topk"]["ids"])[trained]
+                item["support_logp"] = records.unpack(score["topk"]["logprobs"])[trained]
+        if self.reference is not None:
+            item["reference_logp"] = np.asarray(records.partner(self.reference, rollout, self.rollouts)["logprobs"], np.float32)[trained]
+        if key in self.advantages:
+            item["advantage"], item["reward"] = self.advantages[key]
+        return item
+
+    def _tokenize(self, answer, key):
+        """A text-only answer in the student's tokens; the end token is added iff the answer ended by itself."""
+        if "messages" in answer:
+            prompt = answer
+        elif self.prompts is not None and (key[0],) in self.prompts:
+            prompt = self.prompts[(key[0],)]
+        else:
+            raise BadInput(f"{self.rollouts.where(key)}: expected tokens of this model's vocabulary and template, or `messages`, or its prompt "
+                           f"through --prompts, but has none of them")
+        self.retokenized += 1
+        tokenizer = self.policy.tokenizer
+        response = tokenizer(answer["text"], add_special_tokens=False)["input_ids"]
+        if answer["finish_reason"] == "stop":
+            response.append(tokenizer.eos_token_id)
+        return render(tokenizer, prompt, self.policy.template_options), response
+
+
+def plan(groups, batch_size, epochs, max_steps, seed):
+    """The prompts of every optimiser step: seeded order, an epoch at a time, a short last batch when they do not divide.
+
+    plan(["a", "b", "c"], 2, 1, None, 0) -> [["c", "b"], ["a"]]"""
+    rng, steps = np.random.default_rng(seed), []
+    names = sorted(groups)
+    while (max_steps is None and epochs > 0) or (max_steps is not None and len(steps) < max_steps):
+        order = [names[i] for i in rng.permutation(len(names))]
+        steps += [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        epochs -= 1
+    return steps if max_steps is None else steps[:max_steps]
+
+
+# ---------------------------------------------------------------------------------------------- computing
+
+def forward(policy, items, temperature):
+    """log-probs [N, 1 + K] and entropy [N] of the trained tokens of a micro-batch, in order."""
+    hidden = hidden_at(policy.model, [s["prompt_ids"] + s["response_ids"] for s in items],
+                       [response_positions(s["prompt_ids"], s["mask"]) for s in items])
+    own = torch.tensor([t for s in items for t, m in zip(s["response_ids"], s["mask"]) if m], dtype=torch.int64)[:, None]
+    if "support_ids" in items[0]:
+        own = torch.cat([own, torch.from_numpy(np.concatenate([s["support_ids"] for s in items]).astype(np.int64))], 1)
+    return linear_logp(hidden, policy.head, own.to(hidden.device), temperature=temperature)
+
+
+def known(items, device, vocabulary):
+    """The constant per-token tensors of a micro-batch for loss.token_loss, in the order of `forward`."""
+    batch = {}
+    for name in ("old_logp", "behaviour_logp", "teacher_logp", "support_logp", "reference_logp", "weight"):
+        if name in items[0]:
+            batch[name] = torch.from_numpy(np.concatenate([s[name] for s in items]).astype(np.float32)).to(device)
+    if "advantage" in items[0]:
+        batch["advantage"] = torch.tensor([s["advantage"] for s in items for _ in range(s["length"])], dtype=torch.float32, device=device)
+    if "support_logp" in batch:
+        batch["whole"] = batch["support_logp"].shape[1] >= vocabulary
+    return batch
+
+
+@torch.no_grad()
+def starting_logps(policy, data, keys, args):
+    """{key: log-probs [length] of the trained tokens under the weights as they are now}."""
+    out = {}
+    for start in range(0, len(keys), 1024):
+        items = [data.sequence(key) for key in keys[start:start + 1024]]
+        for item in items:
+            item.pop("support_ids", None)
+        for batch in token_batches([len(s["prompt_ids"]) + len(s["response_ids"]) for s in items], args.micro_batch_tokens):
+            logp = forward(policy, [items[i] for i in batch], data.temperature)[0][:, 0].cpu().numpy()
+            cuts = np.cumsum([items[i]["length"] for i in batch])[:-1]
+            out.update((items[i]["key"], part) for i, part in zip(batch, np.split(logp, cuts)))
+    return out
+
+
+def optimise(policy, data, items, masters, optimiser, args):
+    """One optimiser step on `items`: micro-batches, one gradient, one update.  Returns the step's metrics."""
+    method = data.method
+    for item, weight in zip(items, losses.token_weights([s["length"] for s in items], method.norm)):
+        item["weight"] = np.asarray(weight)
+    items = [s for s in items if s["length"]]
+    if not items:
+        raise BadInput("train.py: a whole optimiser step has no token to train on (every loss mask is 0)")
+    sums, worst = {}, {}
+    for micro in token_batches([len(s["prompt_ids"]) + len(s["response_ids"]) for s in items], args.micro_batch_tokens):
+        micro = [items[i] for i in micro]
+        logp, entropy = forward(policy, micro, data.temperature)
+        batch = known(micro, logp.device, len(policy.tokenizer))
+        value = losses.token_loss(method, logp, entropy, batch)
+        loss = (value * batch["weight"]).sum()
+        loss.backward()
+        for name, x in token_metrics(method, logp.detach()[:, 0], entropy.detach(), value.detach(), batch).items():
+            sums[name] = sums.get(name, 0.0) + float((x * batch["weight"]).sum())
+        if "behaviour_logp" in batch:
+            gap = (batch.get("old_logp", logp.detach()[:, 0]) - batch["behaviour_logp"]).abs()
+            worst["rollout/logprob_gap_max"] = max(worst.get("rollout/logprob_gap_max", 0.0), float(gap.max()))
+    for p, master in zip(policy.model.parameters(), masters):
+        if master is not p:
+            master.grad, p.grad = None if p.grad is None else p.grad.float(), None
+    norm = torch.nn.utils.clip_grad_norm_(masters, args.grad_clip if args.grad_clip > 0 else math.inf)
+    if not torch.isfinite(norm):
+        raise BadInput(f"train.py: gradient norm is {float(norm)}: lower --learning-rate, or look for bad log-probs in the inputs")
+    optimiser.step()
+    optimiser.zero_grad()
+    with torch.no_grad():
+        for p, master in zip(policy.model.parameters(), masters):
+            if master is not p:
+                p.copy_(master)
+    return sums | worst | {"train/grad_norm": float(norm)} | sequence_metrics(items)
+
+
+def token_metrics(method, logp, entropy, value, batch):
+    """Per-token tensors [N] whose weighted mean is logged."""
+    out = {"train/loss": value, "policy/entropy": entropy}
+    if method.coefficient == "token":
+        return out
+    old = batch.get("old_logp", logp)
+    out["policy/kl_from_start"] = (old - logp).exp() - 1 - (old - logp) if "old_logp" in batch else torch.zeros_like(logp)
+    if "behaviour_logp" in batch:
+        out["rollout/logprob_gap_mean"] = (old - batch["behaviour_logp"]).abs()
+    if "teacher_logp" in batch:  # one-sample reverse KL of the policy that sampled; single tokens may be negative
+        out["kl/teacher"] = batch.get("behaviour_logp", old) - batch["teacher_logp"]
+    if "support_logp" in batch:
+        out["kl/teacher_support_mass"] = batch["support_logp"].exp().sum(-1)
+    if "reference_logp" in batch:
+        out["kl/reference"] = logp - batch["reference_logp"]
+    if method.clip_low or method.clip_high:
+        ratio = (logp - old).exp()
+        out["policy/clip_fraction"] = ((ratio < 1 - method.clip_low) | (ratio > 1 + method.clip_high)).float()
+    return out
+
+
+def sequence_metrics(items):
+    out = {"rollout/length_mean": float(np.mean([s["length"] for s in items])), "rollout/length_max": max(s["length"] for s in items),
+           "rollout/truncated": float(np.mean([s["truncated"] for s in items])), "train/tokens": sum(s["length"] for s in items),
+           "train/sequences": len(items)}
+    if "reward" in items[0]:
+        out["reward/mean"] = float(np.mean([s["reward"] for s in items]))
+        out["reward/advantage_abs_mean"] = float(np.mean([abs(s["advantage"]) for s in items]))
+    return out
+
+
+def learning_rate(step, args):
+    """Warm-up, then constant, or linear / cosine decay to zero at --total-steps.  `step` counts from 0 over all rounds."""
+    scale = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
+    if args.schedule != "constant":
+        done = min(1.0, max(0, step - args.warmup_steps) / max(1, args.total_steps - args.warmup_steps))
+        scale *= 1 - done if args.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return args.learning_rate * scale
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+def save(folder, policy, masters, optimiser, state):
+    """A complete model folder with the trainer's state: moments and master weights as safetensors, the rest as JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+    tensors, names = {}, [n for n, _ in policy.model.named_parameters()]
+    for name, master, p in zip(names, masters, policy.model.parameters()):
+        for key, value in optimiser.state.get(master, {}).items():
+            tensors[f"{key}/{name}"] = value.clone().contiguous()
+        if master is not p:
+            tensors[f"master/{name}"] = master.detach()
+    save_file(tensors, folder / "trainer_state.safetensors")
+    records.write_atomically(folder / "trainer_state.json", json.dumps(state, indent=1, default=str) + "\n")
+
+
+def load_trainer_state(folder, policy, masters, optimiser):
+    """Puts moments and master weights back; returns the JSON part."""
+    tensors = load_file(folder / "trainer_state.safetensors")
+    for (name, _), master in zip(policy.model.named_parameters(), masters):
+        entry = {key: tensors[f"{key}/{name}"].to("cpu" if key == "step" else master.device)
+                 for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors}
+        if entry:
+            optimiser.state[master] = entry
+        if f"master/{name}" in tensors:
+            master.data.copy_(tensors[f"master/{name}"])
+    return json.loads((folder / "trainer_state.json").read_text())
+
+
+def checkpoint(partial, step, *content):
+    """Writes OUT.partial/step-N, then points LATEST at it: a kill at any moment leaves one complete checkpoint."""
+    save(partial / f"step-{step}", *content)
+    records.write_atomically(partial / "LATEST", f"step-{step}")
+    for old in partial.glob("step-*"):
+        if old.name != f"step-{step}":
+            shutil.rmtree(old)
+
+
+# ---------------------------------------------------------------------------------------------- the stage
+
+def main(argv=None):
+    p = records.parser(__doc__)
+    p.add_argument("--method", required=True, metavar="NAME", help="row of loss.METHODS: " + ", ".join(losses.METHODS))
+    p.add_argument("--set", action="append", default=[], metavar="COLUMN=VALUE", help="change a column of that row for this run")
+    p.add_argument("--model", required=True, help="folder or Hugging Face id of the policy to train")
+    p.add_argument("--rollouts", required=True, help="JSONL of rollouts, or of answers for sft")
+    p.add_argument("--rewards", help="JSONL of rewards for these rollouts (rubric.py grade)")
+    p.add_argument("--scores", help="JSONL of teacher scores for these rollouts (teacher.py score)")
+    p.add_argument("--reference", help="JSONL of reference-policy scores for the KL leash (teacher.py score --model START)")
+    p.add_argument("--prompts", help="JSONL of prompts, for answers that bring neither tokens nor messages")
+    p.add_argument("--out", required=True, help="folder for the new weights")
+    p.add_argument("--batch-size", type=int, default=32, help="prompts an optimiser step, each with all its rollouts")
+    p.add_argument("--epochs", type=int, default=1, help="walks over the rollouts; more than 1 makes on-policy data stale")
+    p.add_argument("--steps", type=int, help="exactly this many optimiser steps instead of --epochs")
+    p.add_argument("--learning-rate", type=float, default=1e-6, help="peak of AdamW's learning rate; tiny models want 1e-3")
+    p.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's decoupled weight decay")
+    p.add_argument("--adam-beta2", type=float, default=0.999, help="memory of AdamW's second moment; 0.95 forgets faster")
+    p.add_argument("--grad-clip", type=float, default=1.0, help="largest gradient norm; 0 is off")
+    p.add_argument("--schedule", default="constant", choices=("constant", "linear", "cosine"), help="decay to 0 at --total-steps")
+    p.add_argument("--warmup-steps", type=int, default=0, help="steps of linear warm-up, counted over all rounds")
+    p.add_argument("--total-steps", type=int, help="end of the decay, counted over all rounds (default: this call's last step)")
+    p.add_argument("--micro-batch-tokens", type=int, default=8192, help="rows x longest row in one forward pass: memory, not result")
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16 keeps float32 master weights in the state")
+    p.add_argument("--template-options", type=json.loads, default={}, metavar="JSON", help="as for rollout.py")
+    p.add_argument("--save-every", type=int, default=100, help="steps between checkpoints a killed run continues from")
+    p.add_argument("--fresh-optimizer", action="store_true", help="do not continue the optimiser state of --model")
+    p.add_argument("--allow-stale", action="store_true", help="accept rollouts of other weights for an on-policy method")
+    p.add_argument("--seed", type=int, default=0, help="order of the prompts")
+    p.add_argument("--overwrite", action="store_true", help="replace --out and any partial run")
+    args = p.parse_args(argv)
+    if min(args.batch_size, args.micro_batch_tokens, args.save_every) < 1 or args.epochs < 1 or (args.steps is not None and args.steps < 1):
+        raise BadInput("--batch-size, --micro-batch-tokens, --save-every, --epochs and --steps must be at least 1")
+    method = losses.settings(args.method, args.set)
+    out, partial = Path(args.out), Path(str(args.out) + ".partial")
+    source = find_folder(args.model)
+    flags = {k: v for k, v in vars(args).items() if k not in ("overwrite", "save_every", "micro_batch_tokens")}
+    run = {"flags": flags, "method": asdict(method), "weights": hash_weights(source),
+           "inputs": {f: records._prefix_hash(f) for f in (args.rollouts, args.rewards, args.scores, args.reference) if f}}
+    if args.overwrite:
+        for folder in (out, partial):
+            shutil.rmtree(folder, ignore_errors=True)
+    for state_file in (out / "trainer_state.json", partial / "run.json"):
+        if state_file.exists() and json.loads(state_file.read_text()).get("run") != json.loads(json.dumps(run)):
+            raise BadInput(f"{state_file.parent}: holds another training run: give another --out, or --overwrite")
+    if (out / "trainer_state.json").exists():
+        summary = json.loads((out / "trainer_state.json").read_text())["summary"]
+        print(f"train.py: {out}: complete already, {summary['steps']} steps")
+        return summary
+    if out.exists():
+        raise BadInput(f"{out}: exists and is not a training run of this stage: give another --out, or --overwrite")
+
+    policy = load_policy(args.model, dtype=args.dtype, template_options=args.template_options)
+    data = Data(args, method, policy)
+    steps = plan(data.groups, args.batch_size, args.epochs, args.steps, args.seed)
+    old = {}
+    if method.coefficient in ("reward", "k1") and len(steps) > 1:
+        old = starting_logps(policy, data, [key for keys in data.groups.values() for key in keys], args)
+
+    masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in policy.model.parameters()]
+    optimiser = torch.optim.AdamW(masters, lr=args.learning_rate, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
+    done, before, metrics_path = 0, {"step": 0, "tokens": 0}, partial / "metrics.jsonl"
+    if (partial / "LATEST").exists():
+        folder = partial / (partial / "LATEST").read_text()
+        policy.model.load_state_dict(load_policy(folder, dtype=args.dtype).model.state_dict())
+        state = load_trainer_state(folder, policy, masters, optimiser)
+        done, before = state["done"], state["before"]
+        kept = metrics_path.read_text().splitlines(keepends=True)[:done]
+        records.write_atomically(metrics_path, kept)
+    else:
+        partial.mkdir(parents=True, exist_ok=True)
+        records.write_atomically(partial / "run.json", json.dumps({"run": run}, indent=1) + "\n")
+        metrics_path.unlink(missing_ok=True)
+        continued = source / "trainer_state.json"
+        if continued.exists() and not args.fresh_optimizer and json.loads(continued.read_text())["run"]["flags"]["method"] == args.method:
+            state = load_trainer_state(source, policy, masters, optimiser)
+            before = {"step": state["step"], "tokens": state["tokens"]}
+    args.total_steps = args.total_steps or before["step"] + len(steps)
+
+    tokens, started = before["tokens"] if not done else state["tokens"], time.time()
+    with open(metrics_path, "a", encoding="utf-8") as log:
+        for index in tqdm(range(done, len(steps)), initial=done, total=len(steps), desc=f"train {args.method}", disable=not sys.stderr.isatty()):
+            items = [data.sequence(key) for prompt in steps[index] for key in data.groups[prompt]]
+            for item in items:
+                if item["key"] in old:
+                    item["old_logp"] = old[item["key"]]
+            step = before["step"] + index
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(step, args)
+            metrics = optimise(policy, data, items, masters, optimiser, args)
+            tokens += metrics["train/tokens"]
+            metrics |= {"train/learning_rate": learning_rate(step, args), "train/tokens_total": tokens}
+            if method.signal == "reward":
+                metrics |= {"judge/groups_dropped": data.dropped, "reward/zero_variance_groups": data.flat / len(data.groups)}
+            log.write(json.dumps({"step": step + 1} | metrics) + "\n")
+            log.flush()
+            if (index + 1) % args.save_every == 0 and index + 1 < len(steps):
+                checkpoint(partial, index + 1, policy, masters, optimiser,
+                           {"run": run, "done": index + 1, "before": before, "step": step + 1, "tokens": tokens})
+    summary = {"out": str(out), "steps": len(steps), "step": before["step"] + len(steps), "trained_tokens": tokens - before["tokens"],
+               "loss": metrics["train/loss"], "groups_dropped": data.dropped, "retokenized": data.retokenized,
+               "seconds": round(time.time() - started, 2)}
+    final = partial / "final"
+    shutil.rmtree(final, ignore_errors=True)
+    save(final, policy, masters, optimiser, {"run": run, "step": summary["step"], "tokens": tokens, "summary": summary})
+    shutil.copy(metrics_path, final / "metrics.jsonl")
+    final.rename(out)
+    shutil.rmtree(partial)
+    print(f"train.py: {out}: {args.method}, {len(steps)} steps, {summary['trained_tokens']} tokens, loss {summary['loss']:.4f}"
+          + (f", {data.dropped} groups dropped for failed judgements" if data.dropped else ""))
+    return summary
+
+
+if __name__ == "__main__":
+    records.run(main)
