@@ -8,8 +8,7 @@
 Reads prompts that have an `answer`, and rollouts or answers: those of --rollouts, or those it samples from --model with
 rollout.py (kept beside --out as `*.rollouts.jsonl`; flags that are not listed below go to rollout.py, see its --help).
 Writes one line an answer: `id`, `sample`, `text`, `correct`, `length` (tokens; null for an API that shows none),
-`truncated`, `repetition`.  Run an interrupted evaluation again and it goes on.
-`table` and `plot` read the lines that recipes append to results/: one per (arm, seed, checkpoint).
+`truncated`, `repetition`.  `table` and `plot` read what recipes append to results/, a line per (arm, seed, checkpoint).
 
 Accuracy is avg@n: the mean over prompts of the share of right answers.  pass@k is the unbiased estimator of Chen et al.
 2021 (arXiv 2107.03374, eq. 1).  Truncated and repetition rates are TruncRate and RepRate of Stable-OPD (2604.08527).

@@ -205,5 +205,5 @@ def token_weights(lengths, norm):
     token_weights([1, 3], "sequence") -> [[1/2], [1/6, 1/6, 1/6]]"""
     kept = [n for n in lengths if n]
     if norm == "token":
-        return [[1 / sum(kept)] * n for n in lengths]
-    return [[1 / (len(kept) * n)] * n for n in lengths]
+        return [[1 / sum(kept)] * n if n else [] for n in lengths]
+    return [[1 / (len(kept) * n)] * n if n else [] for n in lengths]

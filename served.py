@@ -101,7 +101,8 @@ class Server:
                     done.put((job[0], function(job[0]), None))
                 except ServedFailure as failure:
                     done.put((job[0], failure, None))
-                except BaseException as error:  # carried to the caller's thread and raised there
+                except BaseException as error:  # carried to the caller's thread and raised there; nothing more is sent
+                    stopped.set()
                     done.put((job[0], None, error))
 
         for _ in range(self.concurrency):
@@ -134,8 +135,9 @@ class Server:
 
         Every sampling field is sent: a server fills the missing ones from the model's generation_config.json, and then
         samples from a distribution nobody recorded.  Without need_tokens the server may be any make, and vLLM's own fields
-        (NEUTRAL) cannot be sent: start vLLM with --generation-config vllm.  The log-probs are those of the sampling distribution only if the
-        server runs with --logprobs-mode processed_logprobs or temperature and top_p are 1; a reply does not tell."""
+        (NEUTRAL) cannot be sent: start vLLM with --generation-config vllm.  The log-probs are those of
+        the sampling distribution only if the server runs with --logprobs-mode processed_logprobs, or temperature and top_p
+        are 1; a reply does not tell."""
         request = {"temperature": temperature, "top_p": top_p, "seed": seed, "n": 1, "presence_penalty": 0.0,
                    "frequency_penalty": 0.0}
         extra = {}
@@ -253,8 +255,8 @@ class Server:
 
     def _trouble(self, error):
         """The exception for a status the client gave up on: whose problem is it?"""
-        said = error.message if " - " in error.message else f"{error.message} - {error.response.text}"  # "Error code: 400 - ..."
-        said = " ".join(f"{said[:300]} {error.code or ''}".replace(self._key, "***").split())
+        said = error.message if " - " in error.message else f"{error.message} - {error.response.text}"
+        said = " ".join(said.replace(self._key, "***").split())[:300] + (f" ({error.code})" if error.code else "")
         if error.status_code in (401, 403):  # the server's own words can quote parts of the key: leave them out
             return BadInput(f"{self.base_url}: {error.status_code}, the key in ${self.api_key_env} is not accepted for model "
                             f"{self.model}: set that variable, or name another with --api-key-env")

@@ -9,9 +9,10 @@ id = code point mod 1000, and END closes an answer that stops.  distribution(pre
 after those ids; it scores prompts given as ids.
 
 What a script entry does to one request: "normal"; "429", "500", "400", "401", "404", "quota", "long" (context length);
-"hang" (no answer before the server closes); "cut" (a shorter body than its JSON); "torn" (a shorter body than its
-Content-Length); "not_json"; "array"; "no_choices"; "filtered"; "few_logprobs"; "no_logprobs"; "no_token_ids";
-"no_prompt_logprobs"; "short_prompt_logprobs"; "wrong_prompt_logprobs".  "no_response_format" refuses that field only.
+"leak" (a 400 that quotes the key far into its message); "hang" (no answer before the server closes); "cut" (a shorter body
+than its JSON); "torn" (a shorter body than its Content-Length); "not_json"; "array"; "no_choices"; "filtered";
+"few_logprobs"; "no_logprobs"; "no_token_ids"; "no_prompt_logprobs"; "short_prompt_logprobs"; "wrong_prompt_logprobs".
+"no_response_format" and "no_max_tokens" refuse that one field.  `always` does the same to every request.
 """
 import hashlib
 import json
@@ -102,6 +103,8 @@ class FakeServer:
             return refuse(429, "no credit", "insufficient_quota")
         if behaviour == "500":
             return refuse(500, "engine died")
+        if behaviour == "leak":
+            return refuse(400, "bad " * 65 + self.requests[-1]["headers"]["authorization"])
         if behaviour == "400":
             return refuse(400, "unknown field")
         if behaviour == "401":  # a careless server that quotes the key it was given

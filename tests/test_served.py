@@ -192,7 +192,7 @@ def test_no_shape_of_logprobs_is_a_traceback(logprobs, monkeypatch):
 
 
 @pytest.mark.parametrize("behaviour, words", [("401", "FAKE_KEY"), ("404", "no model 'm'"), ("400", "unknown field"),
-                                              ("quota", "credit")])
+                                              ("quota", "credit"), ("leak", "bad bad")])
 def test_what_only_a_person_can_mend_stops_at_once(behaviour, words, caplog):
     caplog.set_level(logging.DEBUG)
     with FakeServer(always=behaviour) as fake:
@@ -321,6 +321,17 @@ def test_map_stops_on_a_wrong_key_without_asking_for_everything():
         with pytest.raises(BadInput, match="FAKE_KEY"):
             list(server.map(lambda i: server.sample(ASK, need_tokens=False, **SAMPLING), range(1000)))
         assert len(fake.requests) < 20
+
+
+def test_map_runs_nothing_after_an_error():
+    calls = []
+
+    def call(item):
+        calls.append(item)
+        raise BadInput("stop")
+    with pytest.raises(BadInput, match="stop"):
+        list(Server("http://127.0.0.1:9/v1", "m", "FAKE_KEY", concurrency=1).map(call, range(9)))
+    assert calls == [0]
 
 
 def test_map_can_be_interrupted_while_the_server_hangs():
