@@ -16,7 +16,7 @@ Accuracy is avg@n: the mean over prompts of the share of right answers.  pass@k 
 Simplifications:
 1. An answer is right or wrong by its final value; the way to it is not judged.
 2. The 95 % interval treats prompts as the independent draws (t-interval of the per-prompt means).  Answers to one prompt
-   are alike: to count all prompts x n of them would make it too narrow.  Width 0 (all right, all wrong) is not certainty.
+   are alike: to count all prompts x n of them would make it too narrow.  Without any spread (all wrong) there is none.
 3. Repetition is looked for in the last 256 characters at a ratio of 4, for short answers; the paper takes 10,000 and 10.
    An answer shorter than the tail is never counted, so the rate is a lower bound, as in the paper.
 """
@@ -92,8 +92,8 @@ def summarise(evals, tail, threshold):
     answers, n = sum(map(len, right.values())), min(map(len, right.values()))
     accuracy, half = interval([np.mean(r) for r in right.values()])
     summary = {"prompts": len(right), "n": n, "answers": answers, "accuracy": accuracy,
-               "accuracy_low": None if half is None else max(0.0, accuracy - half),
-               "accuracy_high": None if half is None else min(1.0, accuracy + half)}
+               "accuracy_low": max(0.0, accuracy - half) if half else None,
+               "accuracy_high": min(1.0, accuracy + half) if half else None}
     for k in sorted({2**i for i in range(n.bit_length())} | {n}):
         summary[f"pass@{k}"] = float(np.mean([pass_at_k(len(r), sum(r), k) for r in right.values()]))
     known = len(lengths) == answers  # an API may show no tokens: then no length is better than half of them
@@ -144,7 +144,7 @@ def evaluate(argv):
             if key not in out:
                 out.write(grade(rollouts[key], prompts[key[:1]]["answer"], args.tail))
     summary = {"out": args.out} | summarise(records.read(args.out, "evals"), args.tail, args.threshold)
-    span = "" if len(counts) == 1 else f" (95 % {summary['accuracy_low']:.3f}-{summary['accuracy_high']:.3f})"
+    span = "" if summary["accuracy_low"] is None else f" (95 % {summary['accuracy_low']:.3f}-{summary['accuracy_high']:.3f})"
     pass_at = ", ".join(f"{name} {value:.3f}" for name, value in summary.items() if name.startswith("pass@"))
     length = "unknown" if summary["length_mean"] is None else f"{summary['length_mean']:.1f}, max {summary['length_max']}"
     print(f"eval.py: {args.out}: accuracy {summary['accuracy']:.3f}{span}, {summary['answers']} answers to {len(counts)} of "
@@ -266,7 +266,7 @@ def claim(out, overwrite):
 # ---------------------------------------------------------------------------------------------- results: plot
 
 AXIS = {"accuracy": "accuracy on held-out prompts (0-1)", "length_mean": "mean answer length (tokens)", "seconds": "time (s)",
-        "step": "optimiser step", "generated_tokens": "tokens the student has generated"}
+        "step": "training step", "generated_tokens": "tokens the student has generated"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#8C6D31")  # safe for the colour-blind
 
 

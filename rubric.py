@@ -22,8 +22,8 @@ the baseline without a rubric (one holistic 0-10 score); `answer` compares final
 A judgement that fails is null, never zero, never cached; train.py drops its group.  More than --max-failure-rate of them
 stop the stage.  Run it again to ask only for what failed.
 
-Simplifications: 1. rubrics are shared by a group, never per rollout; 2. without a server `scalar` is a stand-in: general
-merits of the same library plus a taste for length, rounded to 0-10, with the same --verifier-noise as `check`.
+Simplifications: 1. rubrics are shared by a group, never per rollout; 2. without a server `scalar` is a stand-in: every general
+property of the same library, one vote each, plus a taste for length, rounded to 0-10, with the --verifier-noise of `check`.
 """
 import hashlib
 import re
@@ -42,7 +42,8 @@ from records import BadInput
 
 # ---------------------------------------------------------------------------------------------- reading an answer
 
-NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?"
+NUMBER = r"[-+]?[0-9][0-9,]{0,30}(?:\.[0-9]{1,30})?"
+INTEGER = "[0-9]{1,9}"  # no answer can make code convert a number of a million digits, or a ²
 
 
 def final_answer(text):
@@ -75,7 +76,7 @@ def question_of(prompt):
 
 def terms_of(question):
     """"7+5-3=?" -> [7, 5, -3]; [] for a question that is no running sum."""
-    match = re.fullmatch(r"\s*(\d+(?:[+-]\d+)*)=\?\s*", question)
+    match = re.fullmatch(rf"\s*({INTEGER}(?:[+-]{INTEGER})*)=\?\s*", question)
     return [int(t) for t in re.findall(r"[+-]?\d+", match[1])] if match else []
 
 
@@ -83,18 +84,18 @@ def steps_of(question, text):
     """The calculations an answer writes out, whatever its style, as (total before, term, total after).
 
     "7+5=12-3=9" -> [(7, 5, 12), (12, -3, 9)];  "7\\n+5:12" -> [(7, 5, 12)];  "7,12,9" takes its terms from the question."""
-    equations = re.findall(r"(?<!\d)(?=(\d+)([+-]\d+)=(\d+))", text)
+    equations = re.findall(f"(?<![0-9])(?=({INTEGER})([+-]{INTEGER})=({INTEGER}))", text)
     if equations:
         return [tuple(map(int, e)) for e in equations]
     steps, total, terms = [], None, terms_of(question)
     for line in text.split("\n"):
-        if entry := re.fullmatch(r"([+-]\d+):(\d+)", line):
+        if entry := re.fullmatch(f"([+-]{INTEGER}):({INTEGER})", line):
             steps.append((total, int(entry[1]), int(entry[2])))
             total = int(entry[2])
-        elif re.fullmatch(r"\d+(,\d+)+", line):
+        elif re.fullmatch(f"{INTEGER}(,{INTEGER})+", line):
             totals = list(map(int, line.split(",")))
             steps += [(a, terms[i] if i < len(terms) else None, b) for i, (a, b) in enumerate(zip(totals, totals[1:]), 1)]
-        elif line.isdigit():
+        elif re.fullmatch(INTEGER, line):
             total = int(line)
     return steps
 
@@ -107,7 +108,7 @@ class Check:
     category: str
     criterion: str                                 # with {} for the arguments
     test: Callable                                 # test(question, text, *arguments) -> bool
-    propose: Callable = lambda references: [()]
+    propose: Callable = lambda references: [()]    # the default: a general property without arguments
 
 
 def _arithmetic_right(question, text):
@@ -122,7 +123,7 @@ def _all_terms(question, text):
 
 def _total_right(question, text):
     terms, final = terms_of(question), final_answer(text)
-    return bool(terms) and final is not None and final.isdigit() and int(final) == sum(terms)
+    return bool(terms) and final is not None and bool(re.fullmatch(INTEGER, final)) and int(final) == sum(terms)
 
 
 def _conclusion_follows(question, text):
@@ -151,7 +152,7 @@ MERITS = {  # what makes an answer good, in any style
     "shows_work": Check(QUALITY, "Work stands before the final result.", lambda q, t: bool(_work(t))),
     "one_result": Check(QUALITY, "Exactly one final result is given.", lambda q, t: len(re.findall("^#", t, re.M)) == 1),
 }
-DECOYS = {  # properties of a style; a teacher may have them by accident
+DECOYS = {  # properties of a style; a teacher may have them by accident.  None compares with a reference's final answer
     "length_band": Check(QUALITY, "The answer is {} to {} characters long.", lambda q, t, low, high: low <= len(t) <= high,
                          lambda refs: [(int(0.9 * min(map(len, refs))), int(1.1 * max(map(len, refs))) + 1)]),
     "at_least": Check(QUALITY, "The answer has at least {} characters.", lambda q, t, low: len(t) >= low,
@@ -159,7 +160,7 @@ DECOYS = {  # properties of a style; a teacher may have them by accident
     "line_count": Check(QUALITY, "The answer has exactly {} lines.", lambda q, t, n: t.count("\n") + 1 == n,
                         lambda refs: _same([r.count("\n") + 1 for r in refs])),
     "opens_with": Check(QUALITY, "The answer opens with {!r}.", lambda q, t, opening: t.startswith(opening), lambda refs: _same([r[:3] for r in refs])),
-    "closes_with": Check(QUALITY, "The answer's last two characters are {!r}.", lambda q, t, end: t.endswith(end), lambda refs: _same([r[-2:] for r in refs])),
+    "outweighs_question": Check(QUALITY, "The answer is at least twice as long as the question.", lambda q, t: len(t) >= 2 * len(q)),
     "equals_sign": Check(QUALITY, "Steps are written with an equals sign.", lambda q, t: "=" in t),
     "comma_list": Check(QUALITY, "Totals are listed with commas.", lambda q, t: "," in t),
     "colon": Check(QUALITY, "Steps are written as entries with a colon.", lambda q, t: ":" in t),
@@ -188,7 +189,7 @@ def passes(check, question, text):
 
 # ---------------------------------------------------------------------------------------------- create
 
-def contrast(question, references, attempts, flat=False, most=6):
+def contrast(question, references, attempts, flat=False, most=8):
     """A rubric by contrast, or None when fewer than 4 predicates hold for the teacher.
 
     A predicate qualifies when at least 3/4 of the teacher's answers pass it.  They are ranked by the gap between the
@@ -290,10 +291,11 @@ def noisy(verdict, rate, *names):
 
 
 def impression(question, text, noise, *names):
-    """The rubric-free judge of the embedded world, 0-10 over 10: eight general merits, one vote each, plus up to two
-    points for length (a known taste of holistic judges)."""
-    merits = sum(noisy(passes([name], question, text), noise, *names, name) for name in MERITS)
-    return round(8 * merits / len(MERITS) + 2 * min(1.0, len(text) / 40)) / 10
+    """The rubric-free judge of the embedded world, 0-10 over 10: one vote for every general property of the library, merit
+    or mere style (it has no contrast to tell them apart), plus up to two points for length, a known taste of such judges."""
+    general = [name for name, check in CHECKS.items() if check.propose is Check.propose]
+    votes = sum(noisy(passes([name], question, text), noise, *names, name) for name in general)
+    return round(8 * votes / len(general) + 2 * min(1.0, len(text) / 40)) / 10
 
 
 def grade(argv):

@@ -169,7 +169,7 @@ def score(argv):
     summary = {"out": args.out, "records": len(lengths), "teacher_tokens": tokens, "noise_floor": floor,
                "kl_mean": float(np.mean(gap)) if gap else 0.0, "gap_max": float(np.max(np.abs(gap), initial=0.0))}
     print(f"teacher.py score: {args.out}: {summary['records']} rollouts, {tokens} tokens, student - teacher log-prob "
-          f"{summary['kl_mean']:+.4f} nats a token (largest gap {summary['gap_max']:.4f}), noise floor {floor:.1e}")
+          f"{summary['kl_mean']:+.4f} nats a token (largest gap {summary['gap_max']:.1e}), noise floor {floor:.1e}")
     return summary
 
 

@@ -44,7 +44,7 @@ from rollout import find_folder, hash_weights, hidden_at, load_policy, render, r
 class Data:
     """The rollouts with what belongs to them, read when a step needs them.
 
-    `groups` = {prompt id: [keys of its rollouts]}; `sequence(key)` is a dict of plain lists for one rollout."""
+    `groups` = {prompt id: [keys of its rollouts]}; `sequences(keys)` are dicts of plain lists, one a rollout."""
 
     def __init__(self, args, method, policy):
         self.method, self.policy = method, policy
@@ -65,7 +65,7 @@ class Data:
             key = records.key_of(rollout, "rollouts")
             self._check(rollout, self.rollouts.where(key), args)
             self.groups.setdefault(key[0], []).append(key)
-        self._first_reward()
+        self._advantages()
 
     def _check(self, rollout, where, args):
         """A rollout of another policy, template, vocabulary or sampler is refused."""
@@ -87,7 +87,7 @@ class Data:
         if self.method.signal == "teacher" and self.temperature != 1:
             raise BadInput(f"{where}: temperature: expected 1, came {self.temperature}: teacher scores are log-probs at temperature 1")
 
-    def _first_reward(self):
+    def _advantages(self):
         """Group advantages of every rollout; groups with a failed judgement are dropped and counted."""
         self.advantages, self.dropped, self.flat = {}, 0, 0
         if self.rewards is None:
@@ -104,16 +104,18 @@ class Data:
         if not self.groups:
             raise BadInput(f"{self.rewards.path}: every group has a failed judgement, nothing is left to train on")
 
-    def sequence(self, key):
-        """prompt_ids, response_ids, mask and the per-token numbers of one rollout."""
-        rollout = self.rollouts[key]
+    def sequences(self, keys):
+        """One dict of plain lists a rollout: prompt_ids, response_ids, mask and the per-token numbers of the trained tokens."""
+        rollouts = [self.rollouts[key] for key in keys]
         ours = self.policy.identity
-        if "response_ids" in rollout and all(rollout["policy"].get(f) == ours[f] for f in ("vocabulary", "template")):
-            prompt_ids, response_ids, mask = rollout["prompt_ids"], rollout["response_ids"], rollout["loss_mask"]
-        else:
-            prompt_ids, response_ids = self._tokenize(rollout, key)
-            mask = [1] * len(response_ids)
-        item = {"key": key, "prompt_ids": prompt_ids, "response_ids": response_ids, "mask": mask,
+        foreign = [i for i, r in enumerate(rollouts) if "response_ids" not in r or any(r["policy"].get(f) != ours[f] for f in ("vocabulary", "template"))]
+        for i, tokens in zip(foreign, self._tokenize([rollouts[i] for i in foreign], [keys[i] for i in foreign])):
+            rollouts[i] = rollouts[i] | tokens
+        return [self._sequence(key, rollout) for key, rollout in zip(keys, rollouts)]
+
+    def _sequence(self, key, rollout):
+        mask = rollout["loss_mask"]
+        item = {"key": key, "prompt_ids": rollout["prompt_ids"], "response_ids": rollout["response_ids"], "mask": mask,
                 "length": sum(mask), "truncated": rollout["finish_reason"] == "length"}
         trained = np.flatnonzero(mask)
         if self.method.on_policy:
@@ -133,21 +135,23 @@ class Data:
             item["advantage"], item["reward"] = self.advantages[key]
         return item
 
-    def _tokenize(self, answer, key):
-        """A text-only answer in the student's tokens; the end token is added iff the answer ended by itself."""
-        if "messages" in answer:
-            prompt = answer
-        elif self.prompts is not None and (key[0],) in self.prompts:
-            prompt = self.prompts[(key[0],)]
-        else:
-            raise BadInput(f"{self.rollouts.where(key)}: expected tokens of this model's vocabulary and template, or `messages`, or its prompt "
-                           f"through --prompts, but has none of them")
-        self.retokenized += 1
-        tokenizer = self.policy.tokenizer
-        response = tokenizer(answer["text"], add_special_tokens=False)["input_ids"]
-        if answer["finish_reason"] == "stop":
-            response.append(tokenizer.eos_token_id)
-        return render(tokenizer, prompt, self.policy.template_options), response
+    def _tokenize(self, answers, keys):
+        """Text-only answers in the student's tokens; the end token is added iff the answer ended by itself."""
+        tokenizer, out = self.policy.tokenizer, []
+        responses = tokenizer([a["text"] for a in answers], add_special_tokens=False)["input_ids"] if answers else []
+        for answer, key, response in zip(answers, keys, responses):
+            if "messages" in answer:
+                prompt = answer
+            elif self.prompts is not None and (key[0],) in self.prompts:
+                prompt = self.prompts[(key[0],)]
+            else:
+                raise BadInput(f"{self.rollouts.where(key)}: expected tokens of this model's vocabulary and template, or `messages`, or its "
+                               "prompt through --prompts, but it has none of them")
+            response = response + [tokenizer.eos_token_id] * (answer["finish_reason"] == "stop")
+            out.append({"prompt_ids": render(tokenizer, prompt, self.policy.template_options), "response_ids": response,
+                        "loss_mask": [1] * len(response)})
+        self.retokenized += len(out)
+        return out
 
 
 def plan(groups, batch_size, epochs, max_steps, seed):
@@ -193,7 +197,7 @@ def starting_logps(policy, data, keys, args):
     """{key: log-probs [length] of the trained tokens under the weights as they are now}."""
     out = {}
     for start in range(0, len(keys), 1024):
-        items = [data.sequence(key) for key in keys[start:start + 1024]]
+        items = data.sequences(keys[start:start + 1024])
         for item in items:
             item.pop("support_ids", None)
         for batch in token_batches([len(s["prompt_ids"]) + len(s["response_ids"]) for s in items], args.micro_batch_tokens):
@@ -401,7 +405,7 @@ def main(argv=None):
     tokens, started = before["tokens"] if not done else state["tokens"], time.time()
     with open(metrics_path, "a", encoding="utf-8") as log:
         for index in tqdm(range(done, len(steps)), initial=done, total=len(steps), desc=f"train {args.method}", disable=not sys.stderr.isatty()):
-            items = [data.sequence(key) for prompt in steps[index] for key in data.groups[prompt]]
+            items = data.sequences([key for prompt in steps[index] for key in data.groups[prompt]])
             for item in items:
                 if item["key"] in old:
                     item["old_logp"] = old[item["key"]]

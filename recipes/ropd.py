@@ -21,8 +21,9 @@ Arms, all with the same problems, rollout counts, optimiser and number of update
     answer      reward 1 for the right final answer (the ceiling a hidden checker would give)
     teacher     the teacher
 
-Seeds: the teacher and the base model are pre-trained once; a seed then fixes how the student is spoiled, the teacher's
-answers, the order of the problems and every sample.  Arms with the same seed start from the same student.
+The world (toy.py): one pre-training run on clean work; its middle is the base, its end the teacher.  The student is the
+base after a little careless text, so it has less skill than the teacher and bad habits.  Pre-training is done once; a seed
+then fixes how the student is spoiled, the teacher's answers, the order of the problems and every sample.  Arms with the same seed start from the same student.
 The held-out problems serve for measuring only; the settings below were chosen on dev.
 """
 import json
@@ -39,16 +40,16 @@ DEFAULT_ARMS = ("before", "ropd", "shuffled", "teacher")
 
 
 def build_world(run, args):
-    """Problems, corpora, a pre-trained base and a teacher.  Shared by all seeds; done once a folder."""
+    """Problems, corpora and two checkpoints of one pre-training run: the base (the student's) and, later, the teacher."""
     world = run.out / "world"
     if not (world / "toy").exists():
-        run.stage(f"toy.py --out {world}/toy --train-prompts {args.prompts * args.rounds} --clean {64 * args.pretrain_steps}")
-    for name in ("teacher",):
+        run.stage(f"toy.py --out {world}/toy --train-prompts {args.prompts * args.rounds} --clean {64 * args.teacher_steps} --mixed {64 * args.spoil_steps * 4}")
+    common = (f"--method sft --rollouts {world}/toy/clean.jsonl --batch-size 64 --learning-rate 4e-3 --warmup-steps 20 --schedule linear "
+              f"--total-steps {args.teacher_steps} --adam-beta2 0.95 --micro-batch-tokens 4096 --save-every 200")
+    for name, start, steps, seed in (("base", "toy/student", args.base_steps, 0), ("teacher", "base", args.teacher_steps - args.base_steps, 1)):
         if not (world / name).exists():
-            say(f"pre-training the {name} ({args.pretrain_steps} steps)")
-            run.stage(f"train.py --method sft --model {world}/toy/student --rollouts {world}/toy/clean.jsonl --out {world}/{name} --batch-size 64 "
-                      f"--steps {args.pretrain_steps} --learning-rate 4e-3 --warmup-steps 20 --schedule linear --adam-beta2 0.95 "
-                      f"--micro-batch-tokens 4096 --save-every 1000")
+            say(f"pre-training the {name}: {steps} steps of 64 clean texts")
+            run.stage(f"train.py --model {world}/{start} --steps {steps} --seed {seed} --out {world}/{name} {common}")
     return world
 
 
@@ -56,7 +57,7 @@ def prepare_seed(run, args, world, seed):
     """This seed's student (the base, spoiled by careless text) and its teacher's answers to the training problems."""
     folder = run.out / f"seed{seed}"
     if not (folder / "student").exists():
-        run.stage(f"train.py --method sft --model {world}/teacher --rollouts {world}/toy/mixed.jsonl --out {folder}/student --batch-size 64 "
+        run.stage(f"train.py --method sft --model {world}/base --rollouts {world}/toy/mixed.jsonl --out {folder}/student --batch-size 64 "
                   f"--steps {args.spoil_steps} --learning-rate {args.spoil_lr} --fresh-optimizer --adam-beta2 0.95 --seed {seed} --micro-batch-tokens 4096")
     run.stage(f"teacher.py answer --model {world}/teacher --prompts {world}/toy/train.jsonl --n 4 --max-tokens {args.max_tokens} "
               f"--seed {1000 + seed} --out {folder}/answers.jsonl")
@@ -157,7 +158,8 @@ def main(argv=None):
     p.add_argument("--learning-rate", type=float, default=5e-4)
     p.add_argument("--max-tokens", type=int, default=64, help="longest answer")
     p.add_argument("--verifier-noise", type=float, default=0.05, help="share of wrong verdicts")
-    p.add_argument("--pretrain-steps", type=int, default=1200, help="steps of 64 clean texts for the base model")
+    p.add_argument("--base-steps", type=int, default=600, help="pre-training steps of the base model the students come from")
+    p.add_argument("--teacher-steps", type=int, default=1300, help="pre-training steps of the teacher, which goes on from the base")
     p.add_argument("--spoil-steps", type=int, default=100, help="steps of 64 careless texts for the student")
     p.add_argument("--spoil-lr", type=float, default=1e-3)
     p.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations")
@@ -166,7 +168,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     args.invocation = " ".join(argv)
     if args.smoke:
-        args.rounds, args.prompts, args.n, args.pretrain_steps, args.spoil_steps, args.eval_every, args.eval_n = 2, 4, 4, 3, 2, 1, 1
+        args.rounds, args.prompts, args.n, args.base_steps, args.teacher_steps, args.spoil_steps, args.eval_every, args.eval_n = 2, 4, 4, 2, 4, 2, 1, 1
     arms = args.arms.split(",") if args.arms else ARMS if args.claims or args.smoke else DEFAULT_ARMS
     if unknown := set(arms) - set(ARMS):
         raise records.BadInput(f"--arms: expected some of {', '.join(ARMS)}, came {', '.join(sorted(unknown))}")
@@ -185,8 +187,8 @@ def main(argv=None):
             row = run_arm(run, args, world, folder, seed, arm)
             say(f"seed {seed} {arm}: held-out accuracy {row['accuracy']:.1%}, {row['length_mean']:.0f} tokens an answer ({time.time() - started:.0f} s so far)")
     say("")
-    table = run.stage(f"eval.py table {args.results} --out {args.out}/table.md")
-    run.stage(f"eval.py plot {args.results} --out {args.out}/accuracy.png")
+    table = run.stage(f"eval.py table {args.results} --out {args.out}/table.md --overwrite")
+    run.stage(f"eval.py plot {args.results} --out {args.out}/accuracy.png --overwrite")
     say((Path(args.out) / "table.md").read_text())
     say(f"picture: {args.out}/accuracy.png   one prompt's records: {args.out}/seed0/ropd/round0/   total {time.time() - started:.0f} s")
     if not args.claims and not args.smoke:

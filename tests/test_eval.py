@@ -159,6 +159,8 @@ def test_k_runs_over_powers_of_two_and_n(small):
     summary = evaluation.summarise([line] * 6, 256, 4)
     assert [name for name in summary if name.startswith("pass@")] == ["pass@1", "pass@2", "pass@4", "pass@6"]
     assert summary["accuracy_low"] is None, "one prompt has no spread to estimate"
+    summary = evaluation.summarise([dict(line, id=i) for i in range(9)], 256, 4)
+    assert summary["accuracy"] == 1 and summary["accuracy_high"] is None, "nor have nine that agree: that is not certainty"
 
 
 def test_accuracy_is_the_mean_of_prompt_means():
@@ -173,6 +175,17 @@ def test_black_box_answers_have_no_token_lengths(small, tmp_path):
                                                        for r in (rollout(1, 0, "#2"), rollout("b", 0, "#5"))])
     s = evaluation.main(["--prompts", prompts, "--rollouts", answers, "--out", out])
     assert s["accuracy"] == 0.5 and s["length_mean"] is None and s["generated_tokens"] is None
+
+
+def test_lengths_known_for_half_of_the_answers_are_not_averaged():
+    line = {"id": 1, "correct": True, "length": 9, "truncated": False, "text": "", "repetition": 0}
+    summary = evaluation.summarise([line, dict(line, length=None)], 256, 4)
+    assert summary["length_mean"] is summary["length_max"] is summary["generated_tokens"] is None
+
+
+def test_an_answer_stopped_by_the_tool_limit_is_not_truncated(small):
+    assert not evaluation.grade(rollout(1, 0, "#2", "tool_limit"), 2, 256)["truncated"]
+    assert evaluation.grade(rollout(1, 0, "#2", "length"), 2, 256)["truncated"]
 
 
 def test_resume_neither_doubles_nor_loses(small):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,8 @@ BAD = {  # type name -> values that are not of it
     "topk": [None, {}, {"ids": PACKED}, {"ids": [1], "logprobs": [2]}, {"ids": PACKED, "logprobs": {"dtype": "float32"}}],
     "criteria": [None, [], {}, ["c"], [{"id": "c", "category": "a", "criterion": "b"}]]
                 + [[GOOD["rubrics"]["criteria"][0] | change] for change in
-                   ({"points": 0}, {"points": 6}, {"points": 2.0}, {"points": True}, {"points": -1}, {"id": ""}, {"id": 1}, {"criterion": ""}, {"category": None})],
+                   ({"points": 0}, {"points": 6}, {"points": 2.0}, {"points": True}, {"points": -1}, {"id": ""}, {"id": 1}, {"criterion": ""},
+                    {"category": None})],
     "reward": [-0.1, 1.1, "1", True, float("nan"), [0.5]],
     "status": [None, "OK", "", 0, ["ok"]],
 }
@@ -288,7 +290,8 @@ def test_pack_keeps_nan_infinity_and_the_sign_of_zero():
     assert records.unpack(records.pack(array)).tobytes() == array.tobytes()
 
 
-@pytest.mark.parametrize("array", [np.zeros((1, 1), dtype=bool), np.zeros((1, 1), dtype=np.int16), np.array([[{}]]), np.array([["a"]]), np.zeros((1, 1), complex)],
+@pytest.mark.parametrize("array", [np.zeros((1, 1), dtype=bool), np.zeros((1, 1), dtype=np.int16), np.array([[{}]]), np.array([["a"]]),
+                                   np.zeros((1, 1), complex)],
                          ids=["bool", "int16", "object", "string", "complex"])
 def test_pack_refuses_what_unpack_cannot_read(array):
     with pytest.raises(ValueError):
@@ -299,9 +302,9 @@ GOOD_PACK = {"dtype": "float32", "shape": [2, 3], "data": PACKED["data"]}
 
 
 @pytest.mark.parametrize("change", [
-    {"dtype": "object"}, {"dtype": "O"}, {"dtype": None}, {"dtype": "float33"}, {"dtype": ["float32"]}, {"dtype": "float64"}, {"shape": [3, 3]},
-    {"shape": [2]}, {"data": PACKED["data"][:-4]}, {"data": PACKED["data"][:-1]}, {"data": ""}, {"data": "*" * 32}, {"data": "é" * 32}, {"data": None},
-    {"data": 7}, {"shape": None}, {"shape": 6}, {"shape": ["2", "3"]}, {"shape": [-2, -3]}, {"shape": [2.0, 3.0]}, {"shape": [2, 3, -1]}],
+    {"dtype": "object"}, {"dtype": "O"}, {"dtype": None}, {"dtype": "float33"}, {"dtype": ["float32"]}, {"dtype": "float64"},
+    {"shape": [3, 3]}, {"shape": [2]}, {"data": PACKED["data"][:-4]}, {"data": PACKED["data"][:-1]}, {"data": ""}, {"data": "*" * 32},
+    {"data": "é" * 32}, {"data": None}, {"data": 7}, {"shape": None}, {"shape": 6}, {"shape": ["2", "3"]}, {"shape": [-2, -3]}, {"shape": [2.0, 3.0]}, {"shape": [2, 3, -1]}],
     ids=str)
 def test_damaged_packs_are_bad_input(change):
     with pytest.raises(BadInput, match="packed array"):
@@ -345,6 +348,24 @@ def test_table_reads_any_record_in_any_order(tmp_path):
         table[("nobody", 0)]
     iterator = iter(table)
     assert [next(iterator)["id"], table[("498", 0)]["id"], next(iterator)["id"]] == [0, 498, "ü1"], "reading within a walk"
+
+
+def test_table_may_be_read_by_many_threads(tmp_path):
+    """The stages that ask a server look records up in worker threads: a shared file position would mix records up."""
+    rows = [reward(i, note="x" * (i % 3000)) for i in range(400)]
+    table = Table(write_lines(tmp_path / "x.jsonl", rows), "rewards")
+
+    def look_up(seed):
+        order = np.random.default_rng(seed).permutation(400)
+        return sum(table[records.key_of(rows[i], "rewards")] != rows[i] for i in order)
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert sum(pool.map(look_up, range(16))) == 0
+    finally:
+        sys.setswitchinterval(switch)
 
 
 def score(of, **more):
@@ -607,7 +628,8 @@ def test_a_full_disk_leaves_whole_lines_and_a_rerun_completes(tmp_path, limit):
 
 
 def test_a_disk_that_is_full_from_the_start_is_bad_input_too(tmp_path):
-    code = WRITE_MANY.replace("    with records.Writer", "    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n    resource.setrlimit(resource.RLIMIT_FSIZE, (5, 5))\n    with records.Writer")
+    full = "    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n    resource.setrlimit(resource.RLIMIT_FSIZE, (5, 5))\n"
+    code = WRITE_MANY.replace("    with records.Writer", full + "    with records.Writer")
     stopped = python(code, tmp_path / "x.jsonl", 500, 0)
     assert stopped.returncode == 2 and "Traceback" not in stopped.stderr, stopped.stderr
     assert python(WRITE_MANY, tmp_path / "x.jsonl", 500, 0).returncode == 0
@@ -675,7 +697,7 @@ def test_check_says_what_a_file_holds(tmp_path):
     assert done.stdout == "".join(f"{path}: 1 {kind}, all valid\n" for path, kind in zip(paths, GOOD))
 
 
-@pytest.mark.parametrize("content", ["", "{", "7\n", '{"id": 1}\n', json.dumps(reward(1)) + "\n" + json.dumps(reward(1)) + "\n", "[" * 100_000 + "\n"],
+@pytest.mark.parametrize("content", ["", "{", "7\n", '{"id": 1}\n', (json.dumps(reward(1)) + "\n") * 2, "[" * 100_000 + "\n"],
                          ids=["empty", "torn", "number", "no prompt", "duplicate", "deep"])
 def test_check_exits_with_2_and_one_line(tmp_path, content):
     path = tmp_path / "x.jsonl"

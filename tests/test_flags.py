@@ -1,0 +1,58 @@
+"""Every flag of every stage is read by that stage, unknown flags and abbreviations fail, and --help opens with a runnable line."""
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = ["toy.py", "rollout.py", "teacher.py", "rubric.py", "train.py", "eval.py", "recipes/ropd.py"]
+# a flag may be read in a file that its stage hands `args` to
+READERS = {"rollout.py": ["served.py"], "teacher.py": ["rollout.py", "served.py"], "rubric.py": ["served.py"]}
+
+
+def flags_and_reads(path):
+    """({destinations of add_argument}, {attributes read of a name `args`, or through vars(args)})."""
+    flags, reads = set(), set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+            name = node.args[0].value
+            keyword = {k.arg: k.value for k in node.keywords}
+            flags.add(keyword["dest"].value if "dest" in keyword else name.lstrip("-").replace("-", "_"))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args" and isinstance(node.ctx, ast.Load):
+            reads.add(node.attr)
+    return flags, reads
+
+
+@pytest.mark.parametrize("path", FILES + ["served.py"])
+def test_every_flag_is_read(path):
+    flags, reads = flags_and_reads(path)
+    for other in READERS.get(path, []):
+        reads |= flags_and_reads(other)[1]
+    unread = flags - reads - {"command"}
+    assert flags and not unread, f"{path}: flags that nothing reads: {sorted(unread)}"
+
+
+def test_the_check_notices_a_dead_flag(tmp_path, monkeypatch):
+    (tmp_path / "x.py").write_text('p.add_argument("--used")\np.add_argument("--dead-flag")\nprint(args.used)\n')
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    flags, reads = flags_and_reads("x.py")
+    assert flags - reads == {"dead_flag"}
+
+
+@pytest.mark.parametrize("command", ["toy.py", "rollout.py", "teacher.py answer", "teacher.py score", "rubric.py create", "rubric.py grade",
+                                     "train.py", "eval.py", "records.py check", "recipes/ropd.py"])
+def test_help_opens_with_a_runnable_example_and_unknown_flags_fail(command, capsys):
+    file, *words = command.split()
+    main = importlib.import_module(file.removesuffix(".py").replace("/", ".")).main
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    name = "-m recipes.ropd" if file.startswith("recipes") else file
+    assert file == "records.py" or re.search(rf"^    python {re.escape(name)} ", shown, re.M)
+    for wrong in ("--no-such-flag", "--ou"):  # unknown, and an abbreviation of --out
+        with pytest.raises(SystemExit) as stop:
+            main([*words, wrong, "x"])
+        assert stop.value.code == 2 and "error" in capsys.readouterr().err

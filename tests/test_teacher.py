@@ -1,0 +1,255 @@
+"""teacher.py: cached numbers equal a direct forward pass, and ids are never read with another vocabulary or template."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import (argv, by_key, dump, kill_while_writing, load, naive_logps, naive_own, refusal, run_program, variant)
+
+import records
+import teacher
+
+V = 24
+
+
+def score(world, out, **flags):
+    summary = teacher.main(argv("score", **dict(dict(model=world.teacher, rollouts=world.rollouts, out=out), **flags)))
+    return summary, by_key(load(out))
+
+
+def topk(record):
+    return records.unpack(record["topk"]["ids"]), records.unpack(record["topk"]["logprobs"])
+
+
+def edge_rollouts(world, path, base64bit):
+    """Rollouts with an answer of one token, an empty answer, and a usual one."""
+    rows = load(world.rollouts)[:3]
+    end = next(r["response_ids"][-1] for r in load(world.rollouts) if r["finish_reason"] == "stop")
+    for r, ids, reason, text in ((rows[0], [end], "stop", ""), (rows[1], [], "length", "")):
+        r.update(response_ids=ids, loss_mask=[1] * len(ids), finish_reason=reason, text=text)
+        r["logprobs"] = naive_own(base64bit, r)
+    return dump(path, rows)
+
+
+# ---------------------------------------------------------------------------------------------- the numbers
+
+
+def test_cached_log_probs_are_those_of_the_teacher(world, teacher64bit):
+    scores = by_key(load(world.scores))
+    assert scores.keys() == by_key(load(world.rollouts)).keys()
+    for r in load(world.rollouts):
+        s = scores[r["id"], r["sample"]]
+        assert s["rollout"] == records.fingerprint(r)
+        np.testing.assert_allclose(s["logprobs"], naive_own(teacher64bit, r), atol=2e-5, rtol=0)
+
+
+def test_scores_are_at_temperature_one_whatever_the_rollouts_were(world, teacher64bit, tmp_path):
+    rows = [dict(r, temperature=0.5) for r in load(world.rollouts)[:3]]
+    _, scores = score(world, tmp_path / "s.jsonl", rollouts=dump(tmp_path / "r.jsonl", rows))
+    for r in rows:
+        np.testing.assert_allclose(scores[r["id"], r["sample"]]["logprobs"], naive_own(teacher64bit, r), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("k", [1, 5, V])
+def test_top_k_are_the_likeliest_tokens(world, teacher64bit, tmp_path, k):
+    _, scores = score(world, tmp_path / "s.jsonl", top_k=k, batch_tokens=100)
+    for r in load(world.rollouts):
+        ids, logps = topk(scores[r["id"], r["sample"]])
+        assert ids.shape == logps.shape == (len(r["response_ids"]), k)
+        with torch.no_grad():
+            want = naive_logps(teacher64bit, r["prompt_ids"], r["response_ids"])
+        np.testing.assert_allclose(logps, want.topk(k).values.numpy(), atol=2e-5, rtol=0)
+        np.testing.assert_allclose(logps, want.gather(1, torch.from_numpy(ids.astype(np.int64))).numpy(), atol=2e-5, rtol=0)
+        assert all(len(set(row)) == k for row in ids.tolist())
+        if k == V:
+            np.testing.assert_allclose(np.exp(logps.astype(np.float64)).sum(1), 1, atol=1e-5)
+
+
+def test_masked_tokens_are_scored_too(world, tmp_path):
+    rows = [dict(r, loss_mask=[0] * len(r["loss_mask"])) for r in load(world.rollouts)]
+    _, scores = score(world, tmp_path / "s.jsonl", rollouts=dump(tmp_path / "r.jsonl", rows))
+    for s in load(world.scores):
+        np.testing.assert_allclose(scores[s["id"], s["sample"]]["logprobs"], s["logprobs"], atol=2e-5, rtol=0)
+
+
+def test_batching_changes_nothing(world, tmp_path):
+    for budget in (1, 200):
+        _, scores = score(world, tmp_path / f"{budget}.jsonl", batch_tokens=budget, top_k=V)
+        for s in load(world.scores):
+            other = scores[s["id"], s["sample"]]
+            np.testing.assert_allclose(other["logprobs"], s["logprobs"], atol=2e-5, rtol=0)
+            np.testing.assert_allclose(topk(other)[1], topk(s)[1], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_one_token_and_empty_answers(world, base64bit, teacher64bit, tmp_path, k):
+    path = edge_rollouts(world, tmp_path / "r.jsonl", base64bit)
+    summary, scores = score(world, tmp_path / "s.jsonl", rollouts=path, top_k=k)
+    for r in load(path):
+        s = scores[r["id"], r["sample"]]
+        np.testing.assert_allclose(s["logprobs"], naive_own(teacher64bit, r), atol=2e-5, rtol=0)
+        if k:
+            assert topk(s)[0].shape == topk(s)[1].shape == (len(r["response_ids"]), 4)
+    assert summary["teacher_tokens"] == sum(len(r["response_ids"]) for r in load(path))
+    nothing = dump(tmp_path / "nothing.jsonl", load(path)[1:2])
+    summary, scores = score(world, tmp_path / "t.jsonl", rollouts=nothing, top_k=k)
+    assert summary["teacher_tokens"] == 0 and all(s["logprobs"] == [] for s in scores.values())
+
+
+def test_a_bfloat16_teacher_keeps_float32_log_probs(world, teacher64bit, tmp_path):
+    """Rounding logits to bfloat16 would leave log-probs on a coarse grid; a rounded model is near the exact one, and off the grid."""
+    _, scores = score(world, tmp_path / "s.jsonl", dtype="bfloat16")
+    values = np.array([v for r in load(world.rollouts) for v in scores[r["id"], r["sample"]]["logprobs"]])
+    exact = np.array([v for r in load(world.rollouts) for v in naive_own(teacher64bit, r)])
+    assert 1e-5 < np.abs(values - exact).max() < 0.2
+    on_grid = torch.tensor(values, dtype=torch.float32)
+    assert (on_grid.bfloat16().float() == on_grid).float().mean() < 0.1
+
+
+# ---------------------------------------------------------------------------------------------- the summary
+
+
+def test_a_student_that_is_the_teacher_has_no_gap(world, tmp_path):
+    same, _ = score(world, tmp_path / "same.jsonl", model=world.base)
+    assert abs(same["kl_mean"]) < 1e-5 and same["gap_max"] < 2e-5
+    other, _ = score(world, tmp_path / "other.jsonl")
+    assert other["kl_mean"] > 0.05 and other["gap_max"] > 0.5
+
+
+def test_the_summary_is_the_mean_gap(world, teacher64bit, tmp_path):
+    summary, _ = score(world, tmp_path / "s.jsonl")
+    gaps = [mu - q for r in load(world.rollouts) for mu, q in zip(r["logprobs"], naive_own(teacher64bit, r))]
+    assert summary["kl_mean"] == pytest.approx(np.mean(gaps), abs=1e-5)
+    assert summary["gap_max"] == pytest.approx(np.abs(gaps).max(), abs=1e-4)
+    assert summary["records"] == 32 and summary["teacher_tokens"] == len(gaps)
+
+
+def test_the_self_test_reports_what_batching_does_to_the_numbers(world, tmp_path, monkeypatch, capsys):
+    summary, _ = score(world, tmp_path / "quiet.jsonl")
+    assert 0 <= summary["noise_floor"] < 1e-4
+    quiet, alone = teacher.hidden_at, []
+
+    def noisy(model, sequences, positions):  # a model whose batched forward differs from its single one
+        alone.append(len(sequences) == 1)
+        return quiet(model, sequences, positions) * (1.0 if len(sequences) == 1 else 1.01)
+    monkeypatch.setattr(teacher, "hidden_at", noisy)
+    summary, _ = score(world, tmp_path / "noisy.jsonl")
+    assert any(alone) and not all(alone)
+    assert summary["noise_floor"] > 1e-3
+    assert f"noise floor {summary['noise_floor']:.1e}" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------- identity
+
+
+def refused(world, tmp_path, capsys, **flags):
+    out = tmp_path / "refused.jsonl"
+    message = refusal(teacher.main, argv("score", **dict(dict(model=world.teacher, rollouts=world.rollouts, out=out), **flags)), capsys)
+    assert not out.exists()
+    return message
+
+
+def permuted(tokenizer):
+    """The same tokens with `1` and `2` trading ids."""
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    ids = core["model"]["vocab"]
+    ids["1"], ids["2"] = ids["2"], ids["1"]
+    tokenizer._tokenizer = tokenizer._tokenizer.from_str(json.dumps(core))
+
+
+def padded(extra):
+    """More embedding rows than the vocabulary has tokens, as checkpoints padded to a multiple of 64 have."""
+    def grow(model):
+        old = {k: v.clone() for k, v in model.state_dict().items()}
+        model.resize_token_embeddings(V + extra)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.shape[0] == V + extra:
+                    p[:V] = old[name]
+                    p[V:] = torch.randn(extra, p.shape[1], generator=torch.Generator().manual_seed(1))
+    return grow
+
+
+def test_a_permuted_vocabulary_is_refused(world, tmp_path, capsys):
+    folder = variant(world.teacher, tmp_path / "m", permuted)
+    message = refused(world, tmp_path, capsys, model=folder)
+    assert f"{world.rollouts}:1: policy.vocabulary: expected" in message
+    assert "policy.vocabulary" in refused(world, tmp_path, capsys, model=folder, allow_template_mismatch=True)
+    merged = world.toy / "teacher_merged_digits"
+    assert "policy.vocabulary" in refused(world, tmp_path, capsys, model=merged)
+
+
+def test_an_off_template_teacher_is_refused_unless_meant(world, tmp_path, capsys):
+    folder = variant(world.teacher, tmp_path / "m", lambda t: setattr(t, "chat_template", t.chat_template.replace("<|user|>", "<|system|>") + " "))
+    assert f"{world.rollouts}:1: policy.template: expected" in refused(world, tmp_path, capsys, model=folder)
+    _, scores = score(world, tmp_path / "s.jsonl", model=folder, allow_template_mismatch=True)
+    assert {k: s["logprobs"] for k, s in scores.items()} == {k: s["logprobs"] for k, s in score(world, tmp_path / "t.jsonl")[1].items()}
+
+
+def test_one_foreign_line_among_many_is_named(world, tmp_path, capsys):
+    rows = load(world.rollouts)
+    rows[20]["policy"] = dict(rows[20]["policy"], vocabulary="f" * 12)
+    assert ":21: policy.vocabulary" in refused(world, tmp_path, capsys, rollouts=dump(tmp_path / "r.jsonl", rows))
+
+
+def test_an_embedding_padded_beyond_the_vocabulary_scores_the_same(world, tmp_path):
+    """The padding rows are no tokens: they take no probability, and top-k never lists one."""
+    folder = variant(world.teacher, tmp_path / "m", model=padded(9))
+    _, scores = score(world, tmp_path / "s.jsonl", model=folder, top_k=V)
+    for s in load(world.scores):
+        other = scores[s["id"], s["sample"]]
+        assert topk(other)[0].max() < V
+        np.testing.assert_allclose(other["logprobs"], s["logprobs"], atol=2e-5, rtol=0)
+        np.testing.assert_allclose(topk(other)[1], topk(s)[1], atol=2e-5, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------- the stage
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_killed_and_run_again_is_as_if_never_killed(world, tmp_path, k):
+    flags = argv("score", model=world.teacher, rollouts=world.rollouts, out=tmp_path / "s.jsonl", top_k=k)
+    if k == 0:
+        kill_while_writing("teacher", flags, after=7)
+        text = (tmp_path / "s.jsonl").read_bytes()
+    else:  # the same state on disk without a second process: seven lines and a torn one
+        teacher.main(flags)
+        lines = (tmp_path / "s.jsonl").read_bytes().splitlines(keepends=True)
+        text = b"".join(lines[:7]) + lines[7][:-20]
+        (tmp_path / "s.jsonl").write_bytes(text)
+    assert text.count(b"\n") == 7 and not text.endswith(b"\n")
+    teacher.main(flags)
+    assert (tmp_path / "s.jsonl").read_bytes().startswith(text[:text.rindex(b"\n") + 1])
+    again, whole = by_key(load(tmp_path / "s.jsonl")), by_key(load(world.scores))
+    assert again.keys() == whole.keys()
+    for key, s in again.items():
+        np.testing.assert_allclose(s["logprobs"], whole[key]["logprobs"], atol=2e-5, rtol=0)
+        assert s["rollout"] == whole[key]["rollout"] and ("topk" in s) == bool(k)
+
+
+def test_a_file_of_another_teacher_is_not_continued(world, tmp_path, capsys):
+    score(world, tmp_path / "s.jsonl")
+    for name, change in {"policy": dict(model=world.base), "top_k": dict(top_k=2), "dtype": dict(dtype="bfloat16")}.items():
+        flags = argv("score", **dict(dict(model=world.teacher, rollouts=world.rollouts, out=tmp_path / "s.jsonl"), **change))
+        assert f"s.jsonl: was begun with {name} = " in refusal(teacher.main, flags, capsys)
+
+
+def test_answers_are_complete_and_repeats_are_counted(world, tmp_path, capsys):
+    flags = dict(model=world.teacher, prompts=world.prompts, slice=":3", n=3, max_tokens=20)
+    summary = teacher.main(argv("answer", out=tmp_path / "a.jsonl", **flags))
+    rows = by_key(load(tmp_path / "a.jsonl"))
+    assert len(rows) == 9 and all(records.validate(r, "answers") is None for r in rows.values())
+    texts = [[rows[f"t0000{p}", s]["text"] for s in range(3)] for p in range(3)]
+    assert summary["duplicates"] == sum(3 - len(set(t)) for t in texts) / 9
+    assert summary["generated_tokens"] == sum(len(r["response_ids"]) for r in rows.values())
+    greedy = teacher.main(argv("answer", out=tmp_path / "g.jsonl", temperature=0, **flags))
+    assert greedy["duplicates"] == pytest.approx(2 / 3), "m copies of one answer teach a rubric nothing"
+
+
+def test_as_a_program_it_explains_and_exits_with_2(world, tmp_path, capsys):
+    done = run_program("teacher.py", argv("score", model=world.teacher, rollouts=world.prompts, out=tmp_path / "s.jsonl"))
+    assert done.returncode == 2 and f"{world.prompts}:1: sample: expected" in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as stop:
+        teacher.main(["grade"])
+    assert stop.value.code == 2
+    assert "--top-k" in refusal(teacher.main, argv("score", model=world.teacher, rollouts=world.rollouts, out=tmp_path / "s.jsonl", top_k=-1), capsys)

@@ -1,0 +1,146 @@
+"""toy.py: right answers are right, splits never meet, and every text survives both tokenizers."""
+import re
+
+import numpy as np
+import pytest
+from conftest import argv, load
+
+import records
+import rubric
+import toy
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """Files large enough that an overlap of the splits would show."""
+    folder = tmp_path_factory.mktemp("toy")
+    toy.main(argv(out=folder, train_prompts=1500, eval_prompts=300, clean=6000, mixed=6000))
+    return folder
+
+
+def questions(path):
+    return [r["messages"][0]["content"].removesuffix("=?") for r in load(path)]
+
+
+def value(expression):
+    assert re.fullmatch(r"\d([+-]\d)*", expression), expression
+    return sum(map(int, re.findall(r"[+-]?\d", expression)))
+
+
+def test_no_problem_stands_in_two_splits(big):
+    sets = {name: set(questions(big / f"{name}.jsonl")) for name in ("train", "dev", "heldout", "clean", "mixed")}
+    taught = sets["train"] | sets["clean"] | sets["mixed"]
+    assert not sets["dev"] & sets["heldout"] and not taught & sets["dev"] and not taught & sets["heldout"]
+    assert [len(questions(big / f"{n}.jsonl")) for n in ("train", "dev", "heldout", "clean", "mixed")] == [1500, 300, 300, 6000, 6000]
+    assert [len(sets[n]) for n in ("train", "dev", "heldout")] == [1500, 300, 300], "no problem stands twice in one file"
+    shares = np.bincount([("train", "dev", "heldout").index(toy.split_of(f"{i}+{j}-{k}")) for i in range(10) for j in range(10) for k in range(10)]) / 1000
+    assert np.abs(shares - [0.8, 0.1, 0.1]).max() < 0.04
+
+
+def test_prompts_carry_the_right_answer_and_a_right_solution(big):
+    for name in ("train", "dev", "heldout"):
+        for p in records.read(big / f"{name}.jsonl", "prompts"):
+            expression = p["messages"][0]["content"].removesuffix("=?")
+            assert p["answer"] == str(value(expression)) and rubric.is_correct(p["solution"], p["answer"])
+            assert "answer" not in p["messages"][0]["content"] and 0 <= value(expression) <= 40
+
+
+def totals_in(text, style):
+    """The running totals an answer writes, read back with a parser per style."""
+    work = text.rpartition("#")[0].strip("\n")
+    if style == "totals":
+        return list(map(int, work.split(",")))
+    if style == "ledger":
+        return [int(line.split(":")[-1]) for line in work.split("\n")]
+    if style == "chain":
+        first = re.match(r"\d+", work)[0]
+        return [int(first)] + list(map(int, re.findall(r"=(\d+)", work)))
+    return [int(re.match(r"\d+", work)[0])] + [int(line.split("=")[1]) for line in work.split("\n")]
+
+
+@pytest.mark.parametrize("style", toy.STYLES)
+def test_clean_work_is_right_in_every_step_of_every_style(style):
+    rng, source = np.random.default_rng(0), toy.problems(np.random.default_rng(1), "train")
+    for _ in range(300):
+        terms = next(source)
+        text = toy.clean_answer(rng, terms, (style,))
+        assert totals_in(text, style) == [sum(terms[:i + 1]) for i in range(len(terms))]
+        assert text.rpartition("#")[2] == str(sum(terms)) and text.count("#") == 1
+        assert rubric.is_correct(text, sum(terms)) and not rubric.is_correct(text, sum(terms) + 1)
+        question = toy.expression_of(terms) + "=?"
+        assert rubric.passes(["arithmetic_right"], question, text) and rubric.passes(["all_terms"], question, text)
+
+
+def test_the_styles_of_the_docstring():
+    terms, totals = [7, 5, -3, 8], [7, 12, 9, 17]
+    assert toy.expression_of(terms) == "7+5-3+8" and toy.running_totals(terms) == totals
+    assert toy.write_work(terms, totals, "lines") == "7+5=12\n12-3=9\n9+8=17\n#17"
+    assert toy.write_work(terms, totals, "chain") == "7+5=12-3=9+8=17\n#17"
+    assert toy.write_work(terms, totals, "totals") == "7,12,9,17\n#17"
+    assert toy.write_work(terms, totals, "ledger") == "7\n+5:12\n-3:9\n+8:17\n#17"
+    with pytest.raises(ValueError, match="style"):
+        toy.write_work(terms, totals, "prose")
+
+
+def test_the_clean_corpus_is_all_right_in_all_styles(big):
+    rows = list(records.read(big / "clean.jsonl", "answers"))
+    assert all(rubric.is_correct(r["text"], value(r["messages"][0]["content"][:-2])) and r["finish_reason"] == "stop" for r in rows)
+    marks = {"totals": r"^\d+,", "ledger": r"^\d\n[+-]", "chain": r"^\d[^\n]*=[^\n]*=", "lines": r"^\d[+-]\d=\d+\n\d+[+-]"}
+    for style, mark in marks.items():
+        # two-term problems look the same as chain and as lines: those two are counted on longer ones
+        rows_here = [r for r in rows if len(re.findall(r"\d", r["messages"][0]["content"])) > 2]
+        share = sum(bool(re.match(mark, r["text"])) for r in rows_here) / len(rows_here)
+        assert 0.22 < share < 0.28, (style, share)
+
+
+def test_the_mixed_corpus_has_the_stated_shares(big):
+    """45 % guesses, 25 % slips, 20 % skipped steps, 10 % right work: told apart by what the text shows."""
+    counts, right = {"guess": 0, "slip": 0, "skipped": 0, "right work": 0}, 0
+    for r in records.read(big / "mixed.jsonl", "answers"):
+        question, text = r["messages"][0]["content"], r["text"]
+        right += rubric.is_correct(text, value(question[:-2]))
+        missing = len(rubric.terms_of(question)) - 1 - len(rubric.steps_of(question, text.replace("=-", "=").replace(":-", ":").replace(",-", ",")))
+        if text.startswith("#"):
+            counts["guess"] += 1
+        elif missing:
+            counts["skipped"] += 1
+        else:
+            counts["right work" if rubric.passes(["arithmetic_right"], question, text) and rubric.is_correct(text, value(question[:-2])) else "slip"] += 1
+    shares = {name: n / 6000 for name, n in counts.items()}
+    assert abs(shares["guess"] - 0.45) < 0.03 and abs(shares["right work"] - 0.10) < 0.02, shares
+    assert abs(shares["slip"] - 0.25) < 0.03 and abs(shares["skipped"] - 0.20) < 0.03, shares
+    assert 0.10 < right / 6000 < 0.25, "answers badly most of the time, but not always"
+
+
+@pytest.mark.parametrize("merge_digits", [False, True])
+def test_every_text_survives_the_tokenizer(big, merge_digits):
+    tokenizer = toy.build_tokenizer(merge_digits)
+    texts = [r["text"] for name in ("clean", "mixed") for r in load(big / f"{name}.jsonl")]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert [tokenizer.decode(i) for i in ids] == texts
+    shorter = sum(len(i) < len(t) for i, t in zip(ids, texts))
+    assert shorter == 0 if not merge_digits else shorter > 1000, "one token a character, or one for 10..40"
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "10+2=?"}], add_generation_prompt=True, tokenize=False)
+    assert tokenizer.decode(tokenizer(rendered, add_special_tokens=False)["input_ids"]) == rendered == "<|user|>10+2=?<|assistant|>"
+    special = tokenizer("<|end|>", add_special_tokens=False)["input_ids"]
+    assert special == [tokenizer.eos_token_id] and tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_the_two_vocabularies_are_different_maps_and_share_no_hash(big):
+    import rollout
+    one, two = (rollout.load_policy(str(big / name)).identity["vocabulary"] for name in ("teacher", "teacher_merged_digits"))
+    assert one != two and one == rollout.load_policy(str(big / "student")).identity["vocabulary"]
+
+
+def test_the_same_seed_writes_the_same_world(big, tmp_path):
+    flags = dict(train_prompts=30, eval_prompts=5, clean=20, mixed=20)
+    for name, seed in (("a", 4), ("b", 4), ("c", 5)):
+        toy.main(argv(out=tmp_path / name, seed=seed, **flags))
+    for file in ("train.jsonl", "heldout.jsonl", "clean.jsonl", "mixed.jsonl", "student/model.safetensors"):
+        a, b, c = ((tmp_path / name / file).read_bytes() for name in "abc")
+        assert a == b and a != c, file
+
+
+def test_every_file_passes_the_contract(big):
+    counts = records.main(["check", *(str(big / f"{n}.jsonl") for n in ("train", "dev", "heldout", "clean", "mixed"))])
+    assert list(counts.values()) == [1500, 300, 300, 6000, 6000]
