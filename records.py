@@ -13,7 +13,7 @@ Four rules keep data safe, and all of them live here:
 4. Rewards and scores carry the fingerprint of the rollout they belong to, so that those of another round with the
    same ids can never be joined by mistake.
 
-Memory: files are walked, not loaded.  A `Table` keeps about 150 bytes a record (its key and its place in the file).
+Memory: files are walked, not loaded.  A `Table` keeps about 300 bytes a record (its key and its place in the file).
 """
 import argparse
 import base64
@@ -22,9 +22,15 @@ import json
 import math
 import os
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock, two writers of one file are not noticed there
+    fcntl = None
 
 
 class BadInput(ValueError):
@@ -38,7 +44,7 @@ def _is_int(x):
 
 
 def _is_number(x):
-    return type(x) in (int, float) and math.isfinite(x)
+    return type(x) in (int, float) and -sys.float_info.max <= x <= sys.float_info.max  # false for NaN and for 10**400
 
 
 def _is_list_of(test):
@@ -69,7 +75,7 @@ TYPES = {  # name -> (what an error message calls it, test)
     "ids": ("a list of integers >= 0", _is_list_of(lambda i: _is_int(i) and i >= 0)),
     "mask": ("a list of 0 and 1", _is_list_of(lambda i: _is_int(i) and i in (0, 1))),
     "logprobs": ("a list of finite numbers <= 0", _is_list_of(lambda v: _is_number(v) and v <= 1e-4)),
-    "steps": ("a list of [start, end, ok]", _is_list_of(lambda s: type(s) is list and len(s) == 3)),
+    "steps": ("a list of [start, end, ok]", _is_list_of(lambda s: type(s) is list and len(s) == 3 and _is_int(s[0]) and _is_int(s[1]))),
     "topk": ('an object with packed "ids" and "logprobs"',
              lambda x: type(x) is dict and _is_packed(x.get("ids")) and _is_packed(x.get("logprobs"))),
     "criteria": ('a non-empty list of {"id", "category", "criterion", "points" (integer 1-5)}',
@@ -143,7 +149,7 @@ def key_of(record, kind):
 
 def fingerprint(record):
     """12 hex digits that change when a rollout's text or tokens change: what a reward or score was made for."""
-    return hashlib.sha256(json.dumps([record["text"], record.get("response_ids")]).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([record["text"], record.get("prompt_ids"), record.get("response_ids")]).encode()).hexdigest()[:12]
 
 
 def floats(values):
@@ -151,22 +157,32 @@ def floats(values):
     return [float(f"{v:.9g}") for v in np.asarray(values, dtype=np.float32).tolist()]
 
 
+PACKABLE = ("float16", "float32", "float64", "int32", "int64", "uint16", "uint8")  # no type that could hold an object
+
+
 def pack(array):
     """A 2-D array as JSON: {"dtype", "shape", "data" (base64 of the row-major little-endian bytes)}."""
     array = np.ascontiguousarray(array)
+    if array.dtype.name not in PACKABLE:
+        raise ValueError(f"pack: expected one of {', '.join(PACKABLE)}, came {array.dtype}")
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
     return {"dtype": array.dtype.name, "shape": list(array.shape), "data": base64.b64encode(array.tobytes()).decode()}
 
 
 def unpack(packed):
     """The array that `pack` packed (a writable copy)."""
-    if packed.get("dtype") not in ("float16", "float32", "float64", "int32", "int64", "uint16", "uint8"):
-        raise BadInput(f"packed array: dtype: expected a plain number type, came {_show(packed.get('dtype'))}")
-    data = base64.b64decode(packed["data"], validate=True)
-    dtype = np.dtype(packed["dtype"]).newbyteorder("<")
-    if len(data) != dtype.itemsize * math.prod(packed["shape"]):
-        raise BadInput(f"packed array: expected {packed['shape']} of {packed['dtype']}, came {len(data)} bytes")
-    return np.frombuffer(data, dtype=dtype).reshape(packed["shape"]).copy()
+    if packed.get("dtype") not in PACKABLE:
+        raise BadInput(f"packed array: dtype: expected one of {', '.join(PACKABLE)}, came {_show(packed.get('dtype'))}")
+    shape, dtype = packed["shape"], np.dtype(packed["dtype"]).newbyteorder("<")
+    if not _is_list_of(lambda n: _is_int(n) and n >= 0)(shape):
+        raise BadInput(f"packed array: shape: expected a list of integers >= 0, came {_show(shape)}")
+    try:
+        data = base64.b64decode(packed["data"], validate=True)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"packed array: data: expected base64, came {_show(packed['data'])} ({error})") from None
+    if len(data) != dtype.itemsize * math.prod(shape):
+        raise BadInput(f"packed array: expected {shape} of {packed['dtype']}, came {len(data)} bytes")
+    return np.frombuffer(data, dtype=dtype).reshape(shape).copy()
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -176,7 +192,7 @@ def _lines(path, kind):
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: expected a JSONL file of {kind}, but there is no such file")
-    seen, number, offset = set(), 0, 0
+    seen, offset, found = set(), 0, False
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             start, offset = offset, offset + len(line)
@@ -184,13 +200,17 @@ def _lines(path, kind):
                 continue
             try:
                 record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, too deep, a number of 5000 digits
                 if not line.endswith(b"\n"):
                     raise BadInput(f"{path}:{number}: the last line is torn (a stage was stopped while writing it): "
                                    f"run the stage that writes {path.name} again, it will complete the file") from None
                 raise BadInput(f"{path}:{number}: expected one JSON object a line, came {_show(line.decode('utf-8', 'replace').rstrip())} "
                                f"({error})") from None
             problem = validate(record, kind)
+            if not problem and (b"NaN" in line or b"Infinity" in line):  # in a key not listed, where no writer could write it
+                odd = []
+                json.loads(line, parse_constant=odd.append)
+                problem = f"expected JSON, which has no {odd[0]}" if odd else None
             if problem:
                 raise BadInput(f"{path}:{number}: {problem}")
             if KINDS[kind][0]:
@@ -199,8 +219,9 @@ def _lines(path, kind):
                     shown = ", ".join(f"{f} {record[f]!r}" for f in KINDS[kind][0])
                     raise BadInput(f"{path}:{number}: duplicate key: {shown} stands on an earlier line too")
                 seen.add(key)
+            found = True
             yield number, start, record
-    if offset == 0:
+    if not found:
         raise BadInput(f"{path}: expected at least one record of {kind}, but the file is empty")
 
 
@@ -219,7 +240,7 @@ class Table:
         self.path, self.kind, self._place = Path(path), kind, {}
         for number, offset, record in _lines(path, kind):
             self._place[key_of(record, kind)] = (number, offset)
-        self._file = open(self.path, "rb")
+        self._file, self._lock = open(self.path, "rb"), threading.Lock()
 
     def __len__(self):
         return len(self._place)
@@ -228,8 +249,10 @@ class Table:
         return key in self._place
 
     def __getitem__(self, key):
-        self._file.seek(self._place[key][1])
-        return json.loads(self._file.readline())
+        with self._lock:  # worker threads share the file's position
+            self._file.seek(self._place[key][1])
+            line = self._file.readline()
+        return json.loads(line)
 
     def __iter__(self):
         return (self[key] for key in self._place)
@@ -255,6 +278,10 @@ def partner(table, rollout, rollouts):
     if table.kind == "scores" and len(record["logprobs"]) != len(rollout["response_ids"]):
         raise BadInput(f"{table.where(key)}: logprobs: expected {len(rollout['response_ids'])} values, one per response "
                        f"token, came {len(record['logprobs'])}")
+    for name, packed in record.get("topk", {}).items():
+        if packed["shape"][:1] != [len(rollout["response_ids"])]:
+            raise BadInput(f"{table.where(key)}: topk: expected {len(rollout['response_ids'])} rows of {name}, one per response "
+                           f"token, came {packed['shape']}")
     return record
 
 
@@ -271,31 +298,54 @@ class Writer:
         self.path, self.kind, self.done = Path(path), kind, set()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         sidecar = self.path.with_name(self.path.name + ".run.json")
-        if overwrite:
-            self.path.unlink(missing_ok=True)
-        if self.path.exists() and self.path.stat().st_size:
-            self._check_same_run(sidecar, settings, inputs)
-            self._mend_last_line()
+        for source in map(Path, inputs):
+            if not source.is_file():
+                raise BadInput(f"{source}: expected a file to make {path} from, but there is no such file")
+            if self.path.exists() and self.path.samefile(source):
+                raise BadInput(f"{path}: is an input of this command, it cannot be the output too: give another --out")
+        self._open()
+        try:
+            if overwrite:
+                self._file.truncate(0)
             if self.path.stat().st_size:
-                self._load_done(retry)
-        state = {"settings": settings, "inputs": {str(p): _prefix_hash(p) for p in inputs}}
-        write_atomically(sidecar, json.dumps(state, indent=1, default=str) + "\n")
+                self._check_same_run(sidecar, settings, inputs)
+                self._mend_last_line()
+                if self.path.stat().st_size:
+                    self._load_done(retry)
+            state = {"settings": settings, "inputs": {str(p): _prefix_hash(p) for p in inputs}}
+            write_atomically(sidecar, json.dumps(state, indent=1, default=str) + "\n")
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _open(self):
         self._file = open(self.path, "ab", buffering=0)
+        try:
+            if fcntl:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise BadInput(f"{self.path}: another process is writing this file: wait for it, or give another --out") from None
 
     def _check_same_run(self, sidecar, settings, inputs):
         fresh = f"give another --out, or --overwrite to begin {self.path.name} anew"
         if not sidecar.exists():
             raise BadInput(f"{self.path}: expected {sidecar.name} beside it to continue this file, but there is none: {fresh}")
-        before = json.loads(sidecar.read_text())
+        try:
+            before = json.loads(sidecar.read_text())
+            before["settings"].keys(), before["inputs"].keys()
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise BadInput(f"{sidecar}: expected the settings {self.path.name} was begun with, but it is damaged: {fresh}") from None
         now = json.loads(json.dumps(settings, default=str))
         for name in sorted(before["settings"].keys() | now.keys()):
             if before["settings"].get(name) != now.get(name):
                 raise BadInput(f"{self.path}: was begun with {name} = {_show(before['settings'].get(name))}, now it is "
                                f"{_show(now.get(name))}: {fresh}")
-        for path in inputs:
-            old = before["inputs"].get(str(path))
-            if old and _prefix_hash(path, old["bytes"]) != old:
-                raise BadInput(f"{self.path}: was made from {path}, which has changed since: {fresh}")
+        if len(before["inputs"]) != len(inputs):
+            raise BadInput(f"{self.path}: was made from {', '.join(before['inputs']) or 'no file'}: {fresh}")
+        for (name, old), path in zip(before["inputs"].items(), inputs):  # by place: a moved file is the same input
+            if _prefix_hash(path, old["bytes"]) != old:
+                raise BadInput(f"{self.path}: was made from {name}, which has changed since, or {path} is another file: {fresh}")
 
     def _mend_last_line(self):
         """A kill can leave half a line at the end: cut it off (its record is made again)."""
@@ -324,7 +374,9 @@ class Writer:
                 self.done.add(key_of(record, self.kind))
         if again:
             kept = (r for r in read(self.path, self.kind) if not retry(r))
-            write_atomically(self.path, (json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+            write_atomically(self.path, (_dump(r).decode() for r in kept))
+            self._file.close()
+            self._open()  # the file has been replaced by a new one
 
     def __contains__(self, key):
         return key in self.done
@@ -336,7 +388,10 @@ class Writer:
             problem = validate(record, self.kind)
             if problem:
                 raise ValueError(f"{self.path}: refusing to write a bad record: {problem}")
-            lines += json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+            lines += _dump(record)
+        keys = [key_of(r, self.kind) for r in records] if KINDS[self.kind][0] else []
+        if len({*keys} - self.done) < len(keys):
+            raise ValueError(f"{self.path}: refusing to write a key twice: {keys}")
         before = os.fstat(self._file.fileno()).st_size
         written = 0
         try:
@@ -346,13 +401,21 @@ class Writer:
             os.ftruncate(self._file.fileno(), before)
             raise BadInput(f"{self.path}: could not append ({error.strerror}); every record written before is whole: "
                            "make room and run the same command again") from None
-        self.done.update(key_of(r, self.kind) for r in records)
+        self.done.update(keys)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self._file.close()
+
+
+def _dump(record):
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError:  # half a surrogate pair, which UTF-8 cannot hold and JSON's escapes can
+        return json.dumps(record, allow_nan=False).encode() + b"\n"
 
 
 def _prefix_hash(path, limit=None):
@@ -369,10 +432,14 @@ def _prefix_hash(path, limit=None):
 def write_atomically(path, text):
     """Writes a small file (a string, or an iterable of strings) so that a reader sees the old one or the new one."""
     temporary = Path(path).with_name(Path(path).name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.writelines([text] if isinstance(text, str) else text)
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.writelines([text] if isinstance(text, str) else text)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise BadInput(f"{path}: could not write ({error.strerror}): make room and run the same command again") from None
     os.replace(temporary, path)
 
 
@@ -385,7 +452,10 @@ def parser(doc):
             if action.default in (None, False, argparse.SUPPRESS) or "%(default)" in (action.help or ""):
                 return action.help
             return (action.help or "") + " (default: %(default)s)"
-    return argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
+    class Parser(argparse.ArgumentParser):  # add_parser makes subcommands of the same class, so the rules hold for them too
+        def __init__(self, **options):
+            super().__init__(**{"formatter_class": Formatter, "allow_abbrev": False} | options)
+    return Parser(description=doc)
 
 
 def run(main):
@@ -403,13 +473,13 @@ def run(main):
 def guess_kind(path):
     """The kind of a file from its first record's fields."""
     with open(path, "rb") as f:
-        first = f.readline()
+        first = next((line for line in f if line.strip()), b"")
     try:
         fields = set(json.loads(first))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return "prompts"
     for kind, mark in (("rubrics", "criteria"), ("rewards", "reward"), ("evals", "correct"), ("results", "arm"),
-                       ("rollouts", "loss_mask"), ("scores", "logprobs"), ("answers", "text"), ("metrics", "step")):
+                       ("rollouts", "loss_mask"), ("answers", "text"), ("scores", "logprobs"), ("metrics", "step")):
         if mark in fields:
             return kind
     return "prompts"

@@ -774,3 +774,12 @@ def test_guess_kind_looks_past_blank_lines_and_a_bom(tmp_path):
 def test_guess_kind_tells_a_black_box_answer_with_logprobs_from_a_score(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", [GOOD["answers"] | {"logprobs": [-1.0]}])
     assert list(read(path, "answers")) and records.guess_kind(path) == "answers"
+
+
+def test_two_writers_of_one_file_are_refused(tmp_path):
+    with records.Writer(tmp_path / "w.jsonl", "rewards", {}):
+        with pytest.raises(BadInput, match="another process"):
+            records.Writer(tmp_path / "w.jsonl", "rewards", {})
+        with pytest.raises(BadInput, match="another process"):
+            records.Writer(tmp_path / "w.jsonl", "rewards", {}, overwrite=True)
+    records.Writer(tmp_path / "w.jsonl", "rewards", {}).__exit__()
