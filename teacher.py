@@ -77,8 +77,9 @@ def score_record(rollout, identity, logprobs, top_ids, top_logprobs):
     record = {"id": rollout["id"], "sample": rollout["sample"], "policy": identity, "rollout": records.fingerprint(rollout),
               "logprobs": records.floats(np.minimum(logprobs, 0))}
     if top_ids is not None:
+        top_ids, top_logprobs = np.asarray(top_ids), np.asarray(top_logprobs, np.float32)  # a server gives lists
         small = np.uint16 if top_ids.max(initial=0) < 65536 else np.int32
-        record["topk"] = {"ids": records.pack(top_ids.astype(small)), "logprobs": records.pack(top_logprobs.astype(np.float32))}
+        record["topk"] = {"ids": records.pack(top_ids.astype(small)), "logprobs": records.pack(top_logprobs)}
     return record
 
 

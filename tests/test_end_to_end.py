@@ -1,0 +1,148 @@
+"""The whole pipeline: the main job's recipe in seconds, and every stage against a server that misbehaves."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import records
+import rollout
+import rubric
+import teacher
+import toy
+from fake_server import FakeServer
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*words, **options):
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    out = tmp_path_factory.mktemp("smoke")
+    done = run("-m", "recipes.ropd", "--smoke", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_smoke_runs_every_arm_and_ends_in_a_table_and_a_picture(smoke):
+    out, done = smoke
+    rows = list(records.read(out / "results.jsonl", "results"))
+    assert {r["arm"] for r in rows if r["final"]} == {"before", "sft", "scalar", "ropd", "ropd-m1", "ropd-flat", "shuffled", "answer", "teacher"}
+    for r in rows:
+        assert 0 <= r["accuracy"] <= 1 and r["command"].startswith("python -m recipes.ropd") and r["versions"]["torch"]
+    ropd = [r for r in rows if r["arm"] == "ropd"]
+    assert ropd[-1]["trained_tokens"] > 0 and ropd[-1]["teacher_tokens"] > 0 and ropd[-1]["generated_tokens"] >= ropd[-1]["trained_tokens"]
+    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG") and "| ropd |" in (out / "table.md").read_text()
+    assert "| ropd |" in done.stdout
+
+
+def test_every_file_the_recipe_left_is_valid_and_joins(smoke):
+    out, _ = smoke
+    files = [f for f in out.rglob("*.jsonl") if ".run" not in f.name]
+    assert len(files) > 40
+    for f in files:
+        assert sum(1 for _ in records.read(f, "prompts" if f.parent.name == "toy" and f.name in ("train.jsonl", "dev.jsonl", "heldout.jsonl")
+                                           else records.guess_kind(f)))
+    place = out / "seed0" / "ropd" / "round1"
+    rollouts, rewards = records.Table(place / "rollouts.jsonl", "rollouts"), records.Table(place / "rewards.jsonl", "rewards")
+    for r in rollouts:
+        assert records.partner(rewards, r, rollouts)["status"] == "ok"
+
+
+def test_commands_can_be_pasted_and_say_that_they_are_done(smoke):
+    out, _ = smoke
+    lines = (out / "commands.sh").read_text().splitlines()
+    assert all(line.startswith("python ") for line in lines)
+    pasted = next(line for line in lines if "rollout.py" in line and "/ropd/round1/" in line).split()
+    # round 1 sampled from round 0's weights, which the recipe has tidied away: the stage says so instead of guessing
+    gone = run(*pasted[1:])
+    assert gone.returncode == 2 and "neither a folder" in gone.stderr
+    pasted = next(line for line in lines if "rubric.py grade" in line and "/ropd/round1/" in line).split()
+    before = Path(pasted[-1]).read_bytes()
+    again = run(*pasted[1:])
+    assert again.returncode == 0, again.stderr
+    assert Path(pasted[-1]).read_bytes() == before
+
+
+def test_a_second_call_finds_everything_done(smoke):
+    out, _ = smoke
+    before = (out / "results.jsonl").read_bytes()
+    again = run("-m", "recipes.ropd", "--smoke", "--out", str(out))
+    assert again.returncode == 0 and again.stdout.count("done before") == 9
+    assert (out / "results.jsonl").read_bytes() == before
+
+
+def test_a_killed_recipe_goes_on(tmp_path):
+    command = [sys.executable, "-m", "recipes.ropd", "--smoke", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:  # kill it in the middle of the scalar arm
+        if "sft: held-out" in line:
+            break
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = run("-m", "recipes.ropd", "--smoke", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = list(records.read(tmp_path / "results.jsonl", "results"))
+    keys = [(r["arm"], r["seed"], r["step"]) for r in rows]
+    assert len(keys) == len(set(keys)) and sum(r["final"] for r in rows) == 9
+
+
+# ------------------------------------------------------------------ served student, teacher and judge
+
+def reply(body):
+    """A student or teacher that answers "#9"; a rubricator with four criteria; a verifier that approves of everything."""
+    document = body["messages"][-1]["content"] if "messages" in body else ""
+    if not document.startswith("{"):
+        return "#9"
+    data = json.loads(document)
+    if "criteria" not in data:
+        return json.dumps({"criteria": [{"id": f"c{i}", "category": "Task Completion", "criterion": f"merit {i}", "points": i} for i in (1, 2, 3, 4)]})
+    answers = next(v for k, v in data.items() if k.startswith("answers"))
+    return json.dumps({"verdicts": [{"answer_index": i + 1, "judgement": [True] * 4} for i in range(len(answers))]})
+
+
+def test_the_served_pipeline_survives_429_500_timeouts_and_broken_bodies(tmp_path):
+    toy.main(["--out", str(tmp_path / "toy"), "--train-prompts", "3", "--eval-prompts", "2", "--clean", "4", "--mixed", "4"])
+    student, prompts = str(tmp_path / "toy" / "student"), str(tmp_path / "toy" / "train.jsonl")
+    paths = {n: str(tmp_path / f"{n}.jsonl") for n in ("rollouts", "answers", "scores", "rubrics", "rewards")}
+
+    def served(fake):
+        return ["--model", student, "--base-url", fake.base_url, "--max-retries", "2", "--timeout", "1", "--concurrency", "3"]
+    with FakeServer(chat=reply, script=["429", "normal", "500", "torn", "hang"]) as fake:
+        made = rollout.main(["--prompts", prompts, "--n", "2", "--max-tokens", "8", "--out", paths["rollouts"], *served(fake)])
+        assert made["records"] == 6
+        assert all(b["temperature"] == 1.0 and b["top_p"] == 1.0 and "seed" in b for b in fake.bodies())
+    with FakeServer(chat=reply) as fake:
+        assert teacher.main(["answer", "--prompts", prompts, "--n", "2", "--max-tokens", "8", "--out", paths["answers"], *served(fake)])["duplicates"] == 0.5
+    with FakeServer(script=["500"], distribution=lambda prefix: [-6.9 - (len(prefix) + t) % 7 / 10 for t in range(1000)]) as fake:
+        scored = teacher.main(["score", "--rollouts", paths["rollouts"], "--top-k", "3", "--out", paths["scores"], *served(fake)])
+        assert scored["records"] == 6 and scored["noise_floor"] == 0
+    with FakeServer(chat=reply, script=["429", "not_json"]) as fake:
+        judge_flags = ["--max-failure-rate", "0.5", *served(fake)]
+        made = rubric.main(["create", "--rubricator", "llm", "--prompts", prompts, "--answers", paths["answers"], "--m", "2", "--rollouts", paths["rollouts"],
+                            "--out", paths["rubrics"], *judge_flags])
+        assert made["records"] + made["failed"] == 3
+    with FakeServer(chat=reply) as fake:
+        rubric.main(["create", "--rubricator", "llm", "--prompts", prompts, "--answers", paths["answers"], "--m", "2", "--rollouts", paths["rollouts"],
+                     "--out", paths["rubrics"], *served(fake)[:2], "--base-url", fake.base_url, "--overwrite"])
+        graded = rubric.main(["grade", "--grader", "judge", "--prompts", prompts, "--answers", paths["answers"], "--rubrics", paths["rubrics"],
+                              "--rollouts", paths["rollouts"], "--out", paths["rewards"], *served(fake)])
+        assert graded["reward_mean"] == 1.0 and graded["failed"] == 0
+    assert records.main(["check", *paths.values()])
+    assert os.environ.get("OPENAI_API_KEY", "EMPTY") not in "".join(Path(p).read_text() for p in paths.values()).replace("EMPTY", "")
+
+
+def test_a_served_student_that_shows_no_tokens_is_refused_for_training(tmp_path):
+    toy.main(["--out", str(tmp_path / "toy"), "--train-prompts", "1", "--eval-prompts", "1", "--clean", "1", "--mixed", "1"])
+    for behaviour in ("no_token_ids", "few_logprobs", "no_logprobs"):
+        with FakeServer(chat=reply, always=behaviour) as fake, pytest.raises(records.BadInput):
+            rollout.main(["--model", "served-name", "--base-url", fake.base_url, "--prompts", str(tmp_path / "toy/train.jsonl"), "--n", "1",
+                          "--out", str(tmp_path / f"{behaviour}.jsonl"), "--max-retries", "0", "--timeout", "2"])

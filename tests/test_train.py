@@ -1,0 +1,867 @@
+"""train.py: the gradient is the formula's, whatever the batching; only data that belongs together is accepted; a killed
+run ends in the same bits.  The reference is plain transformers in float64, a sequence at a time."""
+import copy
+import json
+import math
+import shutil
+import signal
+import subprocess
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+from conftest import (ROOT, argv, by_key, dump, load, make_rewards, naive_logps, naive_model, program, refusal, run_program, same_bits, variant,
+                      weights)
+from safetensors.torch import load_file
+from test_teacher import edge_rollouts, padded, permuted
+
+import loss as losses
+import records
+import rollout
+import teacher
+import train
+from loss import METHODS
+
+V, END = 24, 4
+FAST = dict(learning_rate=1e-3, batch_size=3)
+
+
+def needs(world, method, overrides=()):
+    """The files a row of METHODS reads, as flags."""
+    row = losses.settings(method, overrides)
+    flags = dict(method=method, rollouts=world.rollouts)
+    if row.signal == "reward":
+        flags["rewards"] = world.rewards
+    if row.signal == "teacher":
+        flags["scores"] = world.scores
+    if row.reference_kl:
+        flags["reference"] = world.scores  # any policy can be the reference; the teacher is a far one
+    return flags
+
+
+def run(world, out, **flags):
+    """train.main on the world's base model, by default; returns its summary."""
+    flags = dict(needs(world, flags.get("method", "opd")), **flags)
+    return train.main(argv(**dict(dict(model=world.base, out=out, **FAST), **flags)))
+
+
+def moved(a, b):
+    """Largest difference between two models' parameters."""
+    a, b = weights(a), weights(b)
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+def metrics(folder):
+    return list(records.read(folder / "metrics.jsonl", "metrics"))
+
+
+# ---------------------------------------------------------------------------------------------- one step's gradient
+
+
+class Recorder:
+    """An optimiser that only writes the gradient down."""
+
+    def __init__(self, masters):
+        self.masters = masters
+
+    def step(self):
+        self.gradient = [torch.zeros_like(m, dtype=torch.float64) if m.grad is None else m.grad.double() for m in self.masters]
+
+    def zero_grad(self):
+        for m in self.masters:
+            m.grad = None
+
+
+def gradient(world, flags, micro=8192, model=None, overrides=(), old=None, dtype="auto"):
+    """train.py's gradient for one step on all rollouts: (one flat float64 vector, the step's metrics)."""
+    args = types.SimpleNamespace(**dict(dict(rewards=None, scores=None, reference=None, prompts=None, allow_stale=model is not None, grad_clip=0.0,
+                                             micro_batch_tokens=micro, model=str(model or world.base)), **flags))
+    policy = rollout.load_policy(args.model, dtype)
+    data = train.Data(args, losses.settings(args.method, overrides), policy)
+    items = data.sequences([key for keys in data.groups.values() for key in keys])
+    for item in items:
+        if old:
+            item["old_logp"] = np.asarray(old[item["key"]], np.float32)
+    masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in policy.model.parameters()]
+    recorder = Recorder(masters)
+    numbers = train.optimise(policy, data, items, masters, recorder, args)
+    return torch.cat([g.flatten() for g in recorder.gradient]), numbers
+
+
+def surrogate(row, own, old, mu, advantage):
+    """PPO's clipped objective for one token, case by case, with dual clip and truncated importance weights."""
+    ratio = torch.exp(own - old)
+    value = ratio * advantage
+    if row.clip_low or row.clip_high:
+        bounded = torch.clamp(ratio, max=1 + row.clip_high) if advantage > 0 else torch.clamp(ratio, min=1 - row.clip_low)
+        value = bounded * advantage
+    if row.dual_clip and advantage < 0 and float(value.detach()) < row.dual_clip * advantage:
+        value = torch.zeros_like(value) + row.dual_clip * advantage
+    return value * (min(math.exp(old - mu), row.tis_cap) if row.tis_cap else 1.0)
+
+
+def naive_gradient(model, row, rollouts, rewards=None, scores=None, reference=None, old=None, temperature=1.0):
+    """The same step from the formula in loss.py's docstring: full logits, float64, one unpadded sequence at a time."""
+    model = copy.deepcopy(model)
+    rollouts = [r for r in rollouts]
+    lengths = {(r["id"], r["sample"]): sum(r["loss_mask"]) for r in rollouts}
+    trained = [n for n in lengths.values() if n]
+    groups = {}
+    for r in rollouts:
+        groups.setdefault(r["id"], []).append(r["sample"])
+    total = 0.0
+    for r in rollouts:
+        key = (r["id"], r["sample"])
+        if not lengths[key]:
+            continue
+        table = naive_logps(model, r["prompt_ids"], r["response_ids"], temperature)
+        n = sum(trained) if row.norm == "token" else len(trained) * lengths[key]
+        if row.coefficient == "reward":
+            group = [rewards[r["id"], s]["reward"] for s in groups[r["id"]]]
+            advantage = rewards[key]["reward"] - np.mean(group)
+            if row.advantage == "std":
+                advantage /= np.std(group) + 1e-6
+        if row.coefficient == "full":
+            ids, logps = (records.unpack(scores[key]["topk"][f]) for f in ("ids", "logprobs"))
+            full = np.empty((len(ids), V))
+            np.put_along_axis(full, ids.astype(int), logps, 1)
+        for t, token in enumerate(r["response_ids"]):
+            if not r["loss_mask"][t]:
+                continue
+            own, p = table[t, token], table[t].exp()
+            before = float(own.detach()) if old is None else old[key][t]
+            if row.coefficient == "token":
+                value = own
+            elif row.coefficient == "full":
+                value = -(p * (table[t] - torch.tensor(full[t]))).sum()
+            else:
+                a = advantage if row.coefficient == "reward" else scores[key]["logprobs"][t] - r["logprobs"][t]
+                value = surrogate(row, own, before, r["logprobs"][t], a)
+            if row.reference_kl:  # the gradient of k2 = d^2 / 2 is d grad log pi
+                value = value - row.reference_kl * float(own.detach() - reference[key]["logprobs"][t]) * own
+            if row.entropy_bonus:
+                value = value - row.entropy_bonus * (p * table[t]).sum()
+            total = total - value / n
+    total.backward()
+    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in model.parameters()])
+
+
+def same_gradient(got, want, tolerance):
+    """|got - want| <= tolerance |want|."""
+    assert float(want.norm()) > 1e-3, "the reference gradient should not be empty"
+    assert float((got - want).norm() / want.norm()) < tolerance
+
+
+@pytest.fixture(scope="module")
+def masked(world, tmp_path_factory):
+    """The world with holes in the loss masks: some tokens, the beginning of one answer, all of two answers."""
+    rng = np.random.default_rng(0)
+    rows = load(world.rollouts)
+    for i, r in enumerate(rows):
+        r["loss_mask"] = [int(rng.random() < 0.7) for _ in r["loss_mask"]] if i % 3 == 0 else r["loss_mask"]
+        if i in (5, 11):
+            r["loss_mask"] = [0] * len(r["loss_mask"])
+    path = dump(tmp_path_factory.mktemp("masked") / "rollouts.jsonl", rows)
+    assert len({len(r["prompt_ids"]) for r in rows}) > 2 and len({sum(r["loss_mask"]) for r in rows}) > 8
+    return types.SimpleNamespace(**dict(vars(world), rollouts=path))
+
+
+@pytest.fixture(scope="module")
+def drifted(world, tmp_path_factory):
+    """The base model after some more training: log pi differs from the log-probs the rollouts were sampled with."""
+    out = tmp_path_factory.mktemp("drifted") / "m"
+    train.main(argv(method="sft", model=world.base, rollouts=world.toy / "mixed.jsonl", out=out, steps=4, learning_rate=3e-3, fresh_optimizer=True))
+    return out
+
+
+def tables(world):
+    return dict(rewards=by_key(load(world.rewards)), scores=by_key(load(world.scores)), reference=by_key(load(world.scores)))
+
+
+ROWS = [(m, ()) for m in METHODS] + [("opd", ("entropy_bonus=0.1",)), ("opd", ("norm=sequence", "clip_low=0.2", "clip_high=0.2")),
+                                     ("ropd", ("reference_kl=0.5", "norm=sequence"))]
+
+
+@pytest.mark.parametrize("method, overrides", ROWS)
+def test_the_first_step_has_the_gradient_of_the_formula(masked, base64bit, method, overrides):
+    """Every row of METHODS: relative error of the whole gradient below 2e-5 (float32 against float64)."""
+    got, _ = gradient(masked, needs(masked, method, overrides), overrides=overrides)
+    same_gradient(got, naive_gradient(base64bit, losses.settings(method, overrides), load(masked.rollouts), **tables(masked)), 2e-5)
+
+
+@pytest.mark.parametrize("method", [m for m, row in METHODS.items() if row.coefficient in ("reward", "k1")])
+def test_later_steps_weigh_by_the_importance_ratio(masked, drifted, method):
+    """After an update: ratios, clips and truncated importance weights against log-probs recorded before it."""
+    rng, old = np.random.default_rng(1), {}
+    for r in load(masked.rollouts):
+        old[r["id"], r["sample"]] = [min(x, 0.0) for x in np.array(r["logprobs"]) + rng.normal(0, 0.5, len(r["logprobs"]))]
+    rows = load(masked.rollouts)
+    cut = {key: [v for v, m in zip(old[key], r["loss_mask"]) if m] for key, r in by_key(rows).items()}
+    got, numbers = gradient(masked, needs(masked, method), model=drifted, old=cut)
+    want = naive_gradient(naive_model(drifted), METHODS[method], rows, old=old, **tables(masked))
+    same_gradient(got, want, 1e-4)
+    if METHODS[method].clip_low:
+        assert numbers["policy/clip_fraction"] > 0.05, "the fixture should clip"
+
+
+def test_rollouts_at_another_temperature_train_that_distribution(world, base64bit, tmp_path):
+    rollout.main(argv(model=world.base, prompts=world.prompts, slice=":3", n=3, max_tokens=20, temperature=0.7, out=tmp_path / "r.jsonl"))
+    make_rewards(tmp_path / "r.jsonl", tmp_path / "w.jsonl")
+    got, numbers = gradient(world, dict(method="grpo", rollouts=tmp_path / "r.jsonl", rewards=tmp_path / "w.jsonl"))
+    rows, rewards = load(tmp_path / "r.jsonl"), by_key(load(tmp_path / "w.jsonl"))
+    same_gradient(got, naive_gradient(base64bit, METHODS["grpo"], rows, rewards, temperature=0.7), 2e-5)
+    assert numbers["rollout/logprob_gap_max"] < 2e-5
+    for r in rows:
+        r["temperature"] = 1.0  # a lie about the temperature shows in the gap
+    _, numbers = gradient(world, dict(method="grpo", rollouts=dump(tmp_path / "lie.jsonl", rows), rewards=tmp_path / "w.jsonl"))
+    assert numbers["rollout/logprob_gap_mean"] > 0.05
+
+
+# ---------------------------------------------------------------------------------------------- batching, masks
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_micro_batches_do_not_change_the_gradient(masked, method):
+    """One row, a few rows or all rows in a forward pass: relative difference below 1e-5; means of means would be off by far."""
+    whole, numbers = gradient(masked, needs(masked, method), micro=10**6)
+    for micro in (1, 90):
+        part, other = gradient(masked, needs(masked, method), micro=micro)
+        same_gradient(part, whole, 1e-5)
+        assert other == pytest.approx(numbers, rel=1e-4, abs=1e-6), "the metrics neither"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fully_masked_answer_contributes_nothing(masked, tmp_path, method):
+    """Its tokens may be anything, and without a group baseline that counts its reward it may as well not be there."""
+    whole, numbers = gradient(masked, needs(masked, method))
+    assert numbers["train/sequences"] == 30
+    rows, scores = load(masked.rollouts), by_key(load(masked.scores))
+    for r in rows:
+        if not sum(r["loss_mask"]):
+            s, n = scores[r["id"], r["sample"]], 3
+            r.update(response_ids=[9] * n, logprobs=[-7.0] * n, loss_mask=[0] * n)
+            s.update(rollout=records.fingerprint(r), logprobs=[-9.0] * n, topk={f: records.pack(records.unpack(s["topk"][f])[:n]) for f in s["topk"]})
+    other = types.SimpleNamespace(**dict(vars(masked), rollouts=dump(tmp_path / "r.jsonl", rows), scores=dump(tmp_path / "s.jsonl", scores.values()),
+                                         rewards=make_rewards(tmp_path / "r.jsonl", tmp_path / "w.jsonl")))
+    same_gradient(gradient(other, needs(other, method))[0], whole, 1e-5)
+    if METHODS[method].signal != "reward":
+        without = dump(tmp_path / "without.jsonl", [r for r in rows if sum(r["loss_mask"])])
+        same_gradient(gradient(masked, dict(needs(masked, method), rollouts=without))[0], whole, 1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_masked_positions_may_hold_anything(world, tmp_path, method):
+    """Log-probs under a masked token are never read; ids after the last trained token neither."""
+    clean, wild, scores = load(world.rollouts), load(world.rollouts), load(world.scores)
+    place = {(s["id"], s["sample"]): s for s in scores}
+    for a, b in zip(clean, wild):
+        n = len(a["response_ids"])
+        hidden = [0] if n > 2 else []  # the first token, and everything in the last third
+        tail = list(range(n - n // 3, n))
+        for r in (a, b):
+            r["loss_mask"] = [0 if t in hidden + tail else 1 for t in range(n)]
+        s = place[b["id"], b["sample"]]
+        top = records.unpack(s["topk"]["logprobs"])
+        for t in hidden + tail:
+            b["logprobs"][t], s["logprobs"][t] = -1e30, -1e30
+            top[t] = np.nan
+        for t in tail:
+            b["response_ids"][t] = (b["response_ids"][t] + 1) % V
+        s["rollout"], s["topk"]["logprobs"] = records.fingerprint(b), records.pack(top)
+    a = types.SimpleNamespace(**dict(vars(world), rollouts=dump(tmp_path / "a.jsonl", clean)))
+    b = types.SimpleNamespace(**dict(vars(world), rollouts=dump(tmp_path / "b.jsonl", wild), scores=dump(tmp_path / "s.jsonl", scores),
+                                     rewards=make_rewards(tmp_path / "b.jsonl", tmp_path / "w.jsonl")))
+    first, second = gradient(a, needs(a, method))[0], gradient(b, needs(b, method))[0]
+    assert torch.isfinite(second).all()
+    same_gradient(second, first, 1e-6)
+
+
+def test_one_token_and_empty_answers_train(world, base64bit, tmp_path):
+    path = edge_rollouts(world, tmp_path / "r.jsonl", base64bit)
+    teacher.main(argv("score", model=world.teacher, rollouts=path, out=tmp_path / "s.jsonl", top_k=V))
+    make_rewards(path, tmp_path / "w.jsonl")
+    world = types.SimpleNamespace(**dict(vars(world), rollouts=path, scores=tmp_path / "s.jsonl", rewards=tmp_path / "w.jsonl"))
+    for method in METHODS:
+        got, numbers = gradient(world, needs(world, method))
+        assert numbers["train/sequences"] == 2 and numbers["train/tokens"] == 1 + len(load(path)[2]["response_ids"])
+        if METHODS[method].signal != "reward" or METHODS[method].advantage != "std":
+            same_gradient(got, naive_gradient(base64bit, METHODS[method], load(path), **tables(world)), 2e-5)
+    run(world, tmp_path / "m", epochs=2)  # and the whole stage, with log-probs of the starting weights
+    assert len(metrics(tmp_path / "m")) == 2
+
+
+def test_a_bfloat16_model_accumulates_micro_batches_in_float32(world, tmp_path):
+    """Summed in bfloat16 (8 bits), the gradients of 512 micro-batches lose what is small against the running sum."""
+    many = dump(tmp_path / "r.jsonl", [dict(r, id=f"{r['id']}-{i}") for i in range(16) for r in load(world.rollouts)])
+    exact, _ = gradient(world, dict(method="sft", rollouts=many))
+    few, one = (gradient(world, dict(method="sft", rollouts=many), micro=micro, dtype="bfloat16")[0] for micro in (300, 1))
+    error = [float((g - exact).norm() / exact.norm()) for g in (few, one)]
+    assert error[0] < 0.05 and error[1] < 1.5 * error[0], error
+
+
+# ---------------------------------------------------------------------------------------------- signals that must be zero
+
+
+def test_a_student_that_is_its_own_teacher_learns_nothing(world, tmp_path):
+    """opd-full: loss below 1e-6, gradient below 1e-5 of that of another teacher.  opd: advantages within the noise floor."""
+    teacher.main(argv("score", model=world.base, rollouts=world.rollouts, out=tmp_path / "s.jsonl", top_k=V))
+    for method, bound in (("opd-full", 1e-5), ("opd", 1e-3)):
+        same, same_numbers = gradient(world, dict(needs(world, method), scores=tmp_path / "s.jsonl"))
+        other, other_numbers = gradient(world, needs(world, method))
+        assert float(same.norm()) < bound * float(other.norm())
+        assert abs(same_numbers["train/loss"]) < 1e-5 < abs(other_numbers["train/loss"])
+        assert abs(same_numbers["kl/teacher"]) < 1e-5 and other_numbers["kl/teacher"] > 0.05
+    gaps = [abs(q - mu) for r, s in zip(load(world.rollouts), map(by_key(load(tmp_path / "s.jsonl")).get, by_key(load(world.rollouts))))
+            for q, mu in zip(s["logprobs"], r["logprobs"])]
+    assert max(gaps) < 2e-5
+
+
+def test_top_k_support_is_between_nothing_and_everything(world, tmp_path):
+    """More support, more of the loss: the lumped divergence never exceeds the full one and reaches it at K = V."""
+    values = []
+    for k in (1, 4, V - 1, V):
+        teacher.main(argv("score", model=world.teacher, rollouts=world.rollouts, out=tmp_path / f"{k}.jsonl", top_k=k))
+        values.append(gradient(world, dict(needs(world, "opd-full"), scores=tmp_path / f"{k}.jsonl"))[1]["train/loss"])
+    assert 0 < values[0] < values[1] < values[2] <= values[3] + 1e-5
+    assert values[2] == pytest.approx(values[3], abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- ends of answers
+
+
+def answers_file(path, texts, finish="stop"):
+    return dump(path, [{"id": f"a{i}", "sample": 0, "policy": {"model": "elsewhere"}, "messages": [{"role": "user", "content": q}], "text": text,
+                        "finish_reason": finish} for i, (q, text) in enumerate(texts)])
+
+
+TEXTS = [("1+2=?", "#3"), ("4+5-2=?", "4+5=9\n9-2=7\n#7"), ("9-3=?", "9-3=6\n#6")]
+
+
+@pytest.mark.parametrize("finish, extra", [("stop", 1), ("length", 0), ("tool_limit", 0)])
+def test_only_answers_that_ended_get_an_end_token(world, tmp_path, finish, extra):
+    path = answers_file(tmp_path / "a.jsonl", TEXTS, finish)
+    policy = rollout.load_policy(str(world.base))
+    args = types.SimpleNamespace(method="sft", model=str(world.base), rollouts=path, rewards=None, scores=None, reference=None, prompts=None, allow_stale=False)
+    data = train.Data(args, METHODS["sft"], policy)
+    for item, (question, text) in zip(data.sequences([(f"a{i}", 0) for i in range(3)]), TEXTS):
+        assert policy.tokenizer.decode(item["prompt_ids"]) == f"<|user|>{question}<|assistant|>"
+        assert policy.tokenizer.decode(item["response_ids"]) == text + "<|end|>" * extra
+        assert item["mask"] == [1] * (len(text) + extra)
+    summary = train.main(argv(method="sft", model=world.base, rollouts=path, out=tmp_path / "m", **FAST))
+    assert summary["trained_tokens"] == sum(len(t) + extra for _, t in TEXTS) and summary["retokenized"] == 3
+
+
+def end_probability(folder, texts):
+    """Mean probability of the end token after each whole text."""
+    model, tokenizer = naive_model(folder), rollout.load_policy(str(folder)).tokenizer
+    out = []
+    with torch.no_grad():
+        for question, text in texts:
+            ids = tokenizer(f"<|user|>{question}<|assistant|>{text}", add_special_tokens=False)["input_ids"]
+            out.append(float(torch.softmax(model(torch.tensor([ids])).logits[0, -1], -1)[END]))
+    return np.mean(out)
+
+
+@pytest.mark.parametrize("pad_is_end", [False, True])
+@pytest.mark.parametrize("tokens_on_disk", [False, True])
+def test_the_end_token_is_learnt_also_where_it_is_the_pad_token(world, tmp_path, pad_is_end, tokens_on_disk):
+    """Texts are cut in the middle, so nothing but the end token itself can teach the model to end there."""
+    texts = [(q, t[:-1].rstrip("\n")) for q, t in TEXTS]
+
+    def change(tokenizer):
+        if pad_is_end:
+            tokenizer.pad_token = tokenizer.eos_token
+    folder = variant(world.base, tmp_path / "m", change)
+    policy = rollout.load_policy(str(folder))
+    assert (policy.tokenizer.pad_token_id == END) == pad_is_end and policy.tokenizer.eos_token_id == END
+    path = answers_file(tmp_path / "a.jsonl", texts)
+    if tokens_on_disk:
+        rows = []
+        for r, (_, text) in zip(load(path), texts):
+            ids = policy.tokenizer(text)["input_ids"] + [END]
+            rows.append(r | {"policy": policy.identity, "prompt_ids": rollout.render(policy.tokenizer, r), "response_ids": ids,
+                             "loss_mask": [1] * len(ids), "logprobs": [-1.0] * len(ids), "temperature": 1.0, "top_p": 1.0})
+        dump(path, rows)
+    before = end_probability(folder, texts)
+    summary = train.main(argv(method="sft", model=folder, rollouts=path, out=tmp_path / "out", steps=8, learning_rate=3e-3, batch_size=3))
+    assert summary["trained_tokens"] == 8 * sum(len(t) + 1 for _, t in texts)
+    assert summary["retokenized"] == (0 if tokens_on_disk else 3), "the number of answers, however often they are read"
+    after = end_probability(tmp_path / "out", texts)
+    assert before < 0.5 and after > 0.8
+    # without an end token the same steps teach no end
+    train.main(argv(method="sft", model=folder, rollouts=answers_file(tmp_path / "cut.jsonl", texts, "length"), out=tmp_path / "cut", steps=8,
+                    learning_rate=3e-3, batch_size=3))
+    assert end_probability(tmp_path / "cut", texts) < before + 0.1
+
+
+def test_answers_sampled_at_other_temperatures_are_fine_to_imitate(world, tmp_path):
+    """A temperature matters where log-probs are used; imitation uses none."""
+    rows = load(world.rollouts)
+    for i, r in enumerate(rows):
+        r["temperature"], r["top_p"] = (0.0, 0.7, 1.0)[i % 3], 0.9
+    hot, _ = gradient(world, dict(method="sft", rollouts=dump(tmp_path / "r.jsonl", rows)))
+    same_gradient(hot, gradient(world, dict(method="sft", rollouts=world.rollouts))[0], 1e-6)
+
+
+def test_answers_of_another_vocabulary_are_read_as_text(world, tmp_path):
+    """Ids of a foreign tokenizer are never taken for ours: the text is tokenized again."""
+    rows = load(world.rollouts)
+    prompts = by_key([dict(p, sample=0) for p in load(world.prompts)])
+    for r in rows:
+        r["messages"] = prompts[r["id"], 0]["messages"]
+    foreign = [dict(r, policy=dict(r["policy"], vocabulary="f" * 12), response_ids=[0] * len(r["response_ids"])) for r in rows]
+    native = [{k: v for k, v in r.items() if k in ("id", "sample", "policy", "text", "finish_reason", "messages")} for r in rows]
+    a, _ = gradient(world, dict(method="sft", rollouts=dump(tmp_path / "a.jsonl", foreign)))
+    b, _ = gradient(world, dict(method="sft", rollouts=dump(tmp_path / "b.jsonl", native)))
+    same_gradient(a, b, 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- failed judgements
+
+
+@pytest.mark.parametrize("method", [m for m, row in METHODS.items() if row.signal == "reward"])
+def test_a_group_with_a_failed_judgement_is_as_if_it_were_not_there(world, tmp_path, method):
+    bad = ("t00002", 1)
+    rewards = make_rewards(world.rollouts, tmp_path / "w.jsonl", lambda r: None if (r["id"], r["sample"]) == bad else 0.25 * r["sample"])
+    flags = dict(needs(world, method), rewards=rewards, epochs=2)
+    summary = run(world, tmp_path / "a", **flags)
+    assert summary["groups_dropped"] == 1
+    rest = dump(tmp_path / "r.jsonl", [r for r in load(world.rollouts) if r["id"] != bad[0]])
+    # 7 groups at 3 a step: had the dropped group kept its place in the plan, or its tokens in a denominator, weights would differ
+    other = run(world, tmp_path / "b", **dict(flags, rollouts=rest))
+    assert other["groups_dropped"] == 0 and other["trained_tokens"] == summary["trained_tokens"]
+    assert same_bits(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert all(m["judge/groups_dropped"] == 1 for m in metrics(tmp_path / "a"))
+
+
+def test_nothing_left_to_train_on_is_said(world, tmp_path, capsys):
+    rewards = make_rewards(world.rollouts, tmp_path / "w.jsonl", lambda r: None)
+    assert "every group has a failed judgement" in refused(world, tmp_path, capsys, method="ropd", rewards=rewards)
+
+
+def test_equal_rewards_in_every_group_teach_nothing(world, tmp_path):
+    rewards = make_rewards(world.rollouts, tmp_path / "w.jsonl", lambda r: 0.75)
+    for method in ("ropd", "grpo"):
+        got, _ = gradient(world, dict(needs(world, method), rewards=rewards))
+        assert float(got.norm()) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------- what belongs together
+
+
+def refused(world, tmp_path, capsys, **flags):
+    flags = dict(needs(world, flags.get("method", "opd")), **flags)
+    message = refusal(train.main, argv(**dict(dict(model=world.base, out=tmp_path / "refused", **FAST), **flags)), capsys)
+    assert not (tmp_path / "refused").exists(), "a refusal leaves nothing that looks like a model"
+    return message
+
+
+ON_POLICY = [m for m, row in METHODS.items() if row.on_policy]
+
+
+@pytest.mark.parametrize("method", ON_POLICY)
+def test_rollouts_of_other_weights_are_refused(world, drifted, tmp_path, capsys, method):
+    message = refused(world, tmp_path, capsys, method=method, model=drifted)
+    assert f"{world.rollouts}:1: policy.weights: expected " in message and "--allow-stale" in message
+
+
+def test_stale_rollouts_are_accepted_when_meant_and_one_line_is_named(world, drifted, tmp_path, capsys):
+    assert run(world, tmp_path / "m", model=drifted, allow_stale=True)["steps"] == 3
+    rows = load(world.rollouts)
+    rows[17]["policy"] = dict(rows[17]["policy"], weights="0" * 12)
+    path = dump(tmp_path / "r.jsonl", rows)
+    assert f"{path}:18: policy.weights: expected" in refused(world, tmp_path, capsys, rollouts=path)
+
+
+@pytest.mark.parametrize("method", ON_POLICY)
+@pytest.mark.parametrize("field, change", [("template", lambda t: setattr(t, "chat_template", t.chat_template + " ")), ("vocabulary", permuted)])
+def test_another_template_or_a_permuted_vocabulary_is_refused_even_when_stale(world, tmp_path, capsys, method, field, change):
+    folder = variant(world.base, tmp_path / "m", change)
+    assert f":1: policy.{field}: expected" in refused(world, tmp_path, capsys, method=method, model=folder, allow_stale=True)
+
+
+def test_a_padded_embedding_is_the_same_vocabulary(world, tmp_path):
+    """More rows than tokens: the same loss and the same gradient on the rows that are tokens, also with the whole support."""
+    folder = variant(world.base, tmp_path / "m", model=padded(8))
+    for method in ("opd", "opd-full", "ropd"):
+        run(world, tmp_path / method / "a", method=method, batch_size=8)
+        run(world, tmp_path / method / "b", method=method, batch_size=8, model=folder, allow_stale=True)
+        a, b = metrics(tmp_path / method / "a")[0], metrics(tmp_path / method / "b")[0]
+        for name in ("train/loss", "policy/entropy", "train/grad_norm", "rollout/logprob_gap_mean"):
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=2e-5), (method, name)
+
+
+@pytest.mark.parametrize("field, value", [("top_p", 0.9), ("temperature", 0.0)])
+@pytest.mark.parametrize("method", ON_POLICY)
+def test_rollouts_whose_log_probs_are_not_the_samplers_are_refused(world, tmp_path, capsys, method, field, value):
+    rows = load(world.rollouts)
+    rows[3][field] = value
+    message = refused(world, tmp_path, capsys, method=method, rollouts=dump(tmp_path / "r.jsonl", rows))
+    assert "r.jsonl:4: top_p: expected 1 and a temperature above 0" in message
+
+
+def test_teacher_scores_need_rollouts_at_temperature_one_and_one_temperature_a_file(world, tmp_path, capsys):
+    rows = [dict(r, temperature=0.7) for r in load(world.rollouts)]
+    warm = dump(tmp_path / "r.jsonl", rows)
+    assert "r.jsonl:1: temperature: expected 1, came 0.7" in refused(world, tmp_path, capsys, method="opd", rollouts=warm)
+    rows[9]["temperature"] = 0.9
+    mixed = dump(tmp_path / "q.jsonl", rows)
+    assert "q.jsonl:10: temperature: expected 0.7" in refused(world, tmp_path, capsys, method="grpo", rollouts=mixed)
+
+
+def test_rewards_and_scores_of_other_rollouts_with_the_same_ids_are_refused(world, tmp_path, capsys):
+    rollout.main(argv(model=world.base, prompts=world.prompts, slice=":8", n=4, max_tokens=28, seed=9, out=tmp_path / "r.jsonl"))
+    assert by_key(load(tmp_path / "r.jsonl")).keys() == by_key(load(world.rollouts)).keys()
+    for method, flag in (("ropd", world.rewards), ("opd", world.scores), ("opd-full", world.scores)):
+        message = refused(world, tmp_path, capsys, method=method, rollouts=tmp_path / "r.jsonl")
+        assert f"{flag}:" in message and ": rollout: expected" in message and "made for other rollouts" in message
+
+
+@pytest.mark.parametrize("method, flag", [("ropd", "rewards"), ("opd", "scores"), ("ropd-paper", "reference")])
+def test_a_missing_record_is_named(world, tmp_path, capsys, method, flag):
+    path = dump(tmp_path / "part.jsonl", load(needs(world, method)[flag])[:-1])
+    message = refused(world, tmp_path, capsys, method=method, **{flag: path})
+    assert f"{path}: expected a record for id" in message and str(world.rollouts) in message
+
+
+def test_scores_without_a_distribution_are_refused_where_one_is_needed(world, tmp_path, capsys):
+    path = dump(tmp_path / "s.jsonl", [{k: v for k, v in s.items() if k != "topk"} for s in load(world.scores)])
+    assert "--top-k" in refused(world, tmp_path, capsys, method="opd-full", scores=path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_files_a_method_needs_are_demanded_and_others_refused(world, tmp_path, capsys, method):
+    have = needs(world, method)
+    for flag, path in dict(rewards=world.rewards, scores=world.scores, reference=world.scores).items():
+        if flag in have:
+            assert f"expected --{flag} FILE, but it is missing" in refused(world, tmp_path, capsys, **dict(have, **{flag: None}))
+        else:
+            assert f"--{flag} is given, but this method does not read it" in refused(world, tmp_path, capsys, **dict(have, **{flag: path}))
+    if METHODS[method].on_policy:
+        assert "--prompts" in refused(world, tmp_path, capsys, **dict(have, prompts=world.prompts))
+
+
+@pytest.mark.parametrize("flags", [dict(steps=3, epochs=2), dict(schedule="constant", total_steps=50)])
+def test_flags_that_would_do_nothing_are_refused(world, tmp_path, capsys, flags):
+    refused(world, tmp_path, capsys, **flags)
+
+
+@pytest.mark.parametrize("flags", [dict(batch_size=0), dict(epochs=0), dict(steps=0), dict(micro_batch_tokens=0), dict(save_every=0), dict(method="nope"),
+                                   dict(set="clip_low"), dict(set="norm=other"), dict(set="coefficient=k3")])
+def test_senseless_flags_are_refused(world, tmp_path, capsys, flags):
+    flags = dict(needs(world, "opd"), **flags)
+    refusal(train.main, argv(**dict(dict(model=world.base, out=tmp_path / "m", learning_rate=1e-3), **flags)), capsys)
+
+
+@pytest.mark.parametrize("flag", ["rollouts", "scores"])
+def test_a_missing_file_is_one_line_and_exit_code_2(world, tmp_path, capsys, flag):
+    assert "absent.jsonl" in refused(world, tmp_path, capsys, **{flag: tmp_path / "absent.jsonl"})
+
+
+def test_teacher_scores_are_not_joined_with_an_answer_that_was_tokenized_again(world, tmp_path, capsys):
+    """Off-policy distillation on another template: the teacher's numbers belong to tokens after another prompt."""
+    folder = variant(world.base, tmp_path / "m", lambda t: setattr(t, "chat_template", t.chat_template + " "))
+    message = refused(world, tmp_path, capsys, method="opd-full", set="prefix=data", model=folder, prompts=world.prompts)
+    assert "policy.template" in message
+
+
+# ---------------------------------------------------------------------------------------------- rounds
+
+
+def one_group(world, path):
+    """One prompt's rollouts: every optimiser step walks the very same batch in the very same order."""
+    return dump(path, [r for r in load(world.rollouts) if r["id"] == "t00003"])
+
+
+def test_the_next_round_continues_the_optimiser_and_the_step_count(world, tmp_path):
+    """2 + 2 steps on one fixed batch are 4 steps, to the bit: moments, bias correction, warm-up and decay all continue.
+
+    The importance ratio starts anew each round, so the comparison uses imitation, which has none."""
+    flags = dict(method="sft", rollouts=one_group(world, tmp_path / "r.jsonl"), warmup_steps=3, schedule="linear", total_steps=6, learning_rate=1e-3)
+
+    def go(model, out, **more):
+        return train.main(argv(model=model, out=tmp_path / out, **dict(flags, **more)))
+    assert go(world.base, "four", steps=4, fresh_optimizer=True)["step"] == 4
+    assert go(world.base, "two", steps=2, fresh_optimizer=True)["step"] == 2
+    second = go(tmp_path / "two", "two_two", steps=2)
+    assert second["step"] == 4 and second["steps"] == 2
+    assert same_bits(weights(tmp_path / "four"), weights(tmp_path / "two_two"))
+    assert [m["step"] for m in metrics(tmp_path / "two_two")] == [3, 4]
+    rates = [m["train/learning_rate"] for m in metrics(tmp_path / "two") + metrics(tmp_path / "two_two")]
+    assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3], rel=1e-9)
+    assert metrics(tmp_path / "two_two")[-1]["train/tokens_total"] == metrics(tmp_path / "four")[-1]["train/tokens_total"]
+
+    third = go(tmp_path / "two_two", "third", steps=3)  # the decay: steps 4, 5 of 3 + 3, and 0 at the end
+    assert [m["train/learning_rate"] for m in metrics(tmp_path / "third")] == pytest.approx([1e-3 * 2 / 3, 1e-3 / 3, 0], abs=1e-12)
+    assert third["step"] == 7
+
+    fresh = go(tmp_path / "two", "fresh", steps=2, fresh_optimizer=True)
+    assert fresh["step"] == 2 and moved(tmp_path / "fresh", tmp_path / "two_two") > 1e-5
+
+
+def test_the_optimiser_is_adamw(world, tmp_path):
+    """Three steps against torch's own AdamW driven by the naive gradient: no hidden scaling, no lost moment."""
+    path = one_group(world, tmp_path / "r.jsonl")
+    train.main(argv(method="sft", model=world.base, rollouts=path, out=tmp_path / "m", steps=3, learning_rate=1e-3, grad_clip=0.5, weight_decay=0.1,
+                    adam_beta2=0.95, fresh_optimizer=True))
+    model = naive_model(world.base)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(3):
+        flat = naive_gradient(model, METHODS["sft"], load(path))
+        norm = float(flat.norm())
+        assert metrics(tmp_path / "m")[step]["train/grad_norm"] == pytest.approx(norm, rel=1e-4) and norm > 0.5
+        for p, g in zip(model.parameters(), (0.5 / norm * flat).split([p.numel() for p in model.parameters()])):
+            p.grad = g.view_as(p)
+        optimiser.step()
+    want, start = model.state_dict(), weights(world.base)
+    got = weights(tmp_path / "m")
+    error = sum(float(((got[k] - want[k]) ** 2).sum()) for k in got) ** 0.5
+    length = sum(float(((start[k] - want[k]) ** 2).sum()) for k in got) ** 0.5
+    assert error < 0.01 * length  # entries whose gradient is nearly zero divide noise by noise in AdamW
+
+
+def test_another_method_does_not_inherit_the_moments(world, tmp_path):
+    summary = run(world, tmp_path / "m")
+    assert (world.base / "metrics.jsonl").exists() and summary["step"] == summary["steps"] == 3
+
+
+def test_on_policy_rounds_chain_through_rollouts(world, tmp_path):
+    """The loop of a recipe: sample with the new weights, score, train; yesterday's rollouts are refused."""
+    model, step = world.base, 0
+    for number in range(2):
+        at = tmp_path / str(number)
+        rollout.main(argv(model=model, prompts=world.prompts, slice=f"{4 * number}:{4 * number + 4}", n=3, max_tokens=20, seed=number, out=at / "r.jsonl"))
+        teacher.main(argv("score", model=world.teacher, rollouts=at / "r.jsonl", out=at / "s.jsonl"))
+        flags = dict(method="opd", rollouts=at / "r.jsonl", scores=at / "s.jsonl", learning_rate=1e-3, batch_size=2)
+        step = train.main(argv(model=model, out=at / "m", **flags))["step"]
+        model = at / "m"
+        gaps = [m["rollout/logprob_gap_mean"] for m in metrics(model)]
+        assert max(gaps) < 2e-5, "the log-probs of the starting weights, also in later steps"
+        assert metrics(model)[0]["policy/kl_from_start"] < 1e-6 < metrics(model)[1]["policy/kl_from_start"]
+    assert step == 4
+    with pytest.raises(records.BadInput, match="policy.weights"):
+        train.main(argv(model=model, out=tmp_path / "stale", **flags))
+
+
+# ---------------------------------------------------------------------------------------------- resume
+
+
+RESUME = dict(method="ropd", epochs=3, save_every=1, batch_size=2, learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "m"
+    run(world, out, **RESUME)
+    return out
+
+
+def same_run(out, uninterrupted):
+    assert same_bits(weights(out), weights(uninterrupted))
+    mine, whole = metrics(out), metrics(uninterrupted)
+    assert [m["step"] for m in mine] == list(range(1, len(whole) + 1)), "every step once, in order"
+    assert mine == whole
+    a, b = ({p.relative_to(f): load_file(p) for p in f.rglob("*.safetensors")} for f in (out, uninterrupted))
+    assert a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a), "moments too"
+    assert not out.with_name(out.name + ".partial").exists()
+
+
+def test_killed_by_the_machine_and_run_again_ends_in_the_same_bits(world, uninterrupted, tmp_path):
+    out = tmp_path / "m"
+    flags = argv(model=world.base, out=out, **dict(needs(world, "ropd"), **RESUME))
+    log = tmp_path / "m.partial" / "metrics.jsonl"
+    process = subprocess.Popen(program("train.py", flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 100
+    while process.poll() is None and time.time() < deadline and not (log.exists() and log.read_bytes().count(b"\n") >= 3):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -9, "the run ended before it could be killed"
+    assert not out.exists()
+    train.main(flags)
+    same_run(out, uninterrupted)
+
+
+class Killed(BaseException):
+    """Stands in for a kill at one exact place: nothing in the stage catches it."""
+
+
+PLACES = {  # what dies: function, on the n-th call (from 0) whose first argument ends like this
+    "after the log line, before the checkpoint": (train, "checkpoint", 3, ""),
+    "model half written": (train, "save_file", 3, ""),
+    "model written, LATEST still old": (records, "write_atomically", 3, "LATEST"),
+    "LATEST new, old checkpoint still there": (shutil, "rmtree", 2, "step-"),
+    "everything saved, not yet renamed": (shutil, "copy", 0, "metrics.jsonl"),
+    "renamed, partial still there": (shutil, "rmtree", 0, ".partial"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_killed_anywhere_and_run_again_ends_in_the_same_bits(world, uninterrupted, tmp_path, monkeypatch, place):
+    out, (module, name, count, mark) = tmp_path / "m", PLACES[place]
+    real, calls = getattr(module, name), [0]
+
+    def dying(*args, **kwargs):
+        if str(args[0]).rstrip("0123456789").endswith(mark):
+            if calls[0] == count:
+                raise Killed
+            calls[0] += 1
+        return real(*args, **kwargs)
+    flags = argv(model=world.base, out=out, **dict(needs(world, "ropd"), **RESUME))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, dying)
+        with pytest.raises(Killed):
+            train.main(flags)
+    if place.startswith("renamed"):
+        assert out.exists()
+        assert train.main(flags)["steps"] == 12
+        shutil.rmtree(tmp_path / "m.partial", ignore_errors=True)
+    else:
+        assert not out.exists()
+        train.main(flags)
+    same_run(out, uninterrupted)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(world, uninterrupted, capsys):
+    files = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in uninterrupted.rglob("*") if p.is_file()}
+    summary = run(world, uninterrupted, **RESUME)
+    assert "complete already, 12 steps" in capsys.readouterr().out and summary["steps"] == 12
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in uninterrupted.rglob("*") if p.is_file()} == files
+
+
+@pytest.mark.parametrize("change", [dict(learning_rate=2e-3), dict(seed=1), dict(epochs=4), dict(set="tis_cap=0"), dict(batch_size=4)])
+def test_other_flags_with_the_same_out_are_refused(world, uninterrupted, tmp_path, capsys, change):
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    flags = dict(dict(needs(world, "ropd"), **RESUME), **change)
+    message = refusal(train.main, argv(model=world.base, out=uninterrupted, **flags), capsys)
+    assert "holds another training run" in message and (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_changed_inputs_with_the_same_out_are_refused(world, tmp_path, capsys):
+    path = tmp_path / "r.jsonl"
+    shutil.copy(world.rollouts, path)
+    run(world, tmp_path / "m", rollouts=path)
+    dump(path, load(world.rollouts)[:-4])
+    flags = dict(needs(world, "opd"), rollouts=path)
+    assert "holds another training run" in refusal(train.main, argv(model=world.base, out=tmp_path / "m", **dict(flags, **FAST)), capsys)
+    run(world, tmp_path / "m", rollouts=path, overwrite=True)
+    assert metrics(tmp_path / "m")[-1]["step"] == 3
+
+
+def test_a_folder_that_is_not_a_run_is_left_alone(world, tmp_path, capsys):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "thesis.txt").write_text("all of it")
+    flags = dict(needs(world, "opd"), **FAST)
+    assert "is not a training run" in refusal(train.main, argv(model=world.base, out=tmp_path / "m", **flags), capsys)
+    assert (tmp_path / "m" / "thesis.txt").exists()
+
+
+def test_overwrite_never_deletes_the_model_it_starts_from(world, tmp_path, capsys):
+    folder = variant(world.base, tmp_path / "m")
+    refusal(train.main, argv(method="sft", model=folder, rollouts=world.rollouts, out=folder, overwrite=True, **FAST), capsys)
+    assert moved(folder, world.base) == 0
+
+
+def test_overwrite_keeps_the_old_run_when_the_new_one_is_refused(world, tmp_path, capsys):
+    run(world, tmp_path / "m")
+    flags = dict(needs(world, "opd"), scores=None, overwrite=True, **FAST)
+    refusal(train.main, argv(model=world.base, out=tmp_path / "m", **flags), capsys)
+    assert (tmp_path / "m" / "model.safetensors").exists()
+
+
+def test_as_a_program_it_explains_and_exits_with_2(world, drifted, tmp_path):
+    done = run_program("train.py", argv(model=drifted, out=tmp_path / "m", **needs(world, "opd")))
+    assert done.returncode == 2 and "policy.weights" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------- the folder
+
+
+def test_the_saved_folder_is_a_plain_transformers_model(world, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    run(world, tmp_path / "m")
+    folder = tmp_path / "m"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == tokenizer.eos_token_id == END
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "3+4=?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert tokenizer.decode(prompt["input_ids"][0]) == "<|user|>3+4=?<|assistant|>"
+    out = model.generate(**prompt, max_new_tokens=10, do_sample=False)
+    assert out.shape[1] > prompt["input_ids"].shape[1]
+    assert moved(folder, world.base) > 1e-4
+
+
+def test_the_saved_folder_has_no_pickle_and_loaders_that_glob_find_only_the_model(world, tmp_path):
+    """Servers load every *.safetensors of a folder that has no index: the optimiser's state must not be among them."""
+    run(world, tmp_path / "m")
+    suffixes = {p.suffix for p in (tmp_path / "m").rglob("*") if p.is_file()}
+    assert suffixes <= {".safetensors", ".json", ".jsonl", ".jinja", ".txt", ".model"}, suffixes
+    parameters = set(weights(tmp_path / "m"))
+    for path in (tmp_path / "m").glob("*.safetensors"):
+        assert set(load_file(path)) <= parameters, path.name
+
+
+# ---------------------------------------------------------------------------------------------- bfloat16
+
+
+def test_bfloat16_keeps_masters_so_that_tiny_steps_add_up(world, tmp_path):
+    """12 steps of 1e-5: each is below the spacing of a bfloat16 weight of 0.02 and would be rounded away."""
+    flags = dict(method="sft", rollouts=one_group(world, tmp_path / "r.jsonl"), dtype="bfloat16", steps=12, learning_rate=1e-5, weight_decay=0.0,
+                 fresh_optimizer=True)
+    train.main(argv(model=world.base, out=tmp_path / "m", **flags))
+    start, end = weights(world.base), weights(tmp_path / "m")
+    assert all(v.dtype == torch.bfloat16 for v in end.values())
+    states = [load_file(p) for p in (tmp_path / "m").rglob("*.safetensors")]
+    masters = {k.removeprefix("master/"): v for s in states for k, v in s.items() if k.startswith("master/")}
+    assert masters.keys() == end.keys() and all(v.dtype == torch.float32 for v in masters.values())
+    name = "model.layers.0.mlp.gate_proj.weight"
+    begun = start[name].bfloat16()
+    step = (masters[name] - begun.float()).abs()
+    assert 3e-5 < float(step.median()) < 1.3e-4, "about 12 steps of at most 1e-5"
+    large = begun.abs() > 0.02  # here half a spacing is at least 6e-5, six steps
+    assert float((end[name] != begun)[large].float().mean()) > 0.1
+    assert torch.equal(end[name], masters[name].bfloat16())
+
+
+def test_bfloat16_resumes_with_its_masters(world, tmp_path, monkeypatch):
+    flags = argv(model=world.base, **dict(needs(world, "ropd"), **dict(RESUME, dtype="bfloat16", epochs=2, learning_rate=1e-4)))
+    train.main(flags + ["--out", str(tmp_path / "whole")])
+    real, calls = train.checkpoint, [0]
+
+    def dying(*args):
+        real(*args)
+        calls[0] += 1
+        if calls[0] == 3:
+            raise Killed
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "checkpoint", dying)
+        with pytest.raises(Killed):
+            train.main(flags + ["--out", str(tmp_path / "m")])
+    train.main(flags + ["--out", str(tmp_path / "m")])
+    same_run(tmp_path / "m", tmp_path / "whole")
+
+
+# ---------------------------------------------------------------------------------------------- the plan
+
+
+def test_the_plan_walks_every_prompt_once_an_epoch():
+    assert train.plan(["a", "b", "c"], 2, 1, None, 0) == [["c", "b"], ["a"]], "the docstring's example"
+    names = {f"p{i}": None for i in range(10)}
+    for batch in (1, 3, 10, 99):
+        steps = train.plan(names, batch, 3, None, 5)
+        flat = [n for s in steps for n in s]
+        assert len(flat) == 30 and all(sorted(flat[i:i + 10]) == sorted(names) for i in (0, 10, 20))
+        assert flat[:10] != flat[10:20] and max(map(len, steps)) <= batch
+    assert train.plan(names, 3, 1, 7, 5) == train.plan(names, 3, 9, None, 5)[:7], "--steps takes as many epochs as it needs"
+    assert train.plan(names, 3, 1, None, 5) != train.plan(names, 3, 1, None, 6)
+
+
+def test_learning_rate_schedules_at_their_corners():
+    args = types.SimpleNamespace(learning_rate=2.0, warmup_steps=4, schedule="cosine", total_steps=14)
+
+    def at(step, **more):
+        return train.learning_rate(step, types.SimpleNamespace(**dict(vars(args), **more)))
+    assert [at(s) for s in range(5)] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
+    assert at(9) == pytest.approx(1.0) and at(14) == pytest.approx(0, abs=1e-12) and at(99) == pytest.approx(0, abs=1e-12)
+    assert at(9, schedule="linear") == pytest.approx(1.0) and at(11, schedule="linear") == pytest.approx(0.6)
+    assert at(99, schedule="constant") == 2.0 and at(0, warmup_steps=0) == 2.0
