@@ -27,7 +27,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import records
 from records import BadInput
@@ -140,7 +139,7 @@ def evaluate(argv):
             raise BadInput(f"{rollouts.path}: expected {most} answers to every prompt, came {counts[key]} to id {key[0]!r} "
                            f"({prompts.where(key)}): complete the file, or --partial to measure what there is")
     with records.Writer(args.out, "evals", {"tail": args.tail}, (args.prompts, args.rollouts), args.overwrite) as out:
-        for key in tqdm(rollouts.keys(), desc="grade", unit="answer", disable=None):
+        for key in records.progress(rollouts.keys(), desc="grade", unit="answer", disable=None):
             if key not in out:
                 out.write(grade(rollouts[key], prompts[key[:1]]["answer"], args.tail))
     summary = {"out": args.out} | summarise(records.read(args.out, "evals"), args.tail, args.threshold)
@@ -300,13 +299,18 @@ def figure(lines, metric, x, title):
         raise BadInput("plots need matplotlib: pip install matplotlib") from None
     picture = Figure(figsize=(9, 4.8), dpi=150, layout="constrained")
     axes = picture.add_subplot()
-    for i, (arm, points) in enumerate((arm, points) for arm, points in lines.items() if points):
+    levels = [arm for arm, points in lines.items() if points and points[0][0] is None]
+    colours = {arm: COLOURS[i % 8] for i, arm in enumerate(arm for arm in lines if arm not in levels)}
+    for arm, points in lines.items():
+        if not points:
+            continue
         at, mean, least, greatest = zip(*points)
-        if at[0] is None:
-            axes.axhline(mean[0], color=COLOURS[i % 8], linestyle="--", linewidth=1.3, label=arm)
+        label = f"{arm} {mean[-1]:.3g}"
+        if arm in levels:  # grey, told apart by their dashes
+            axes.axhline(mean[0], color="0.35", linestyle=("--", ":", "-.")[levels.index(arm) % 3], linewidth=1.5, label=label)
         else:
-            axes.plot(at, mean, color=COLOURS[i % 8], marker="o", markersize=4, linewidth=1.8, label=arm)
-            axes.fill_between(at, least, greatest, color=COLOURS[i % 8], alpha=0.13, linewidth=0)
+            axes.plot(at, mean, color=colours[arm], marker="o", markersize=4, linewidth=1.8, label=label)
+            axes.fill_between(at, least, greatest, color=colours[arm], alpha=0.13, linewidth=0)
     if metric == "accuracy":
         axes.set_ylim(bottom=0)
     axes.set(xlabel=AXIS.get(x, x), ylabel=AXIS.get(metric, metric))
@@ -333,7 +337,8 @@ def write_plot(argv):
     claim(args.out, args.overwrite)
     rows = read_results(args.file, [args.metric, args.x])
     lines, left_out = curves(rows, args.metric, args.x)
-    title = f"{Path(args.file).stem}: mean over {len({row['seed'] for row in rows})} seeds, band = min to max"
+    seeds = len({row["seed"] for row in rows})
+    title = f"{Path(args.file).stem}: " + ("one seed" if seeds == 1 else f"mean over {seeds} seeds, band = min to max") + "; legend: last value"
     figure(lines, args.metric, args.x, title).savefig(args.out)
     print(f"eval.py: {args.out}: {len(lines)} arms" + "".join(f"\nleft out: {sentence}" for sentence in left_out))
     return {"out": args.out, "lines": lines, "left_out": left_out}

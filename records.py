@@ -26,6 +26,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 try:
     import fcntl
@@ -468,6 +469,11 @@ def run(main):
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+def progress(iterable=None, **options):
+    """A progress bar on a terminal, nothing in a log file; the stage's last line says how it ended."""
+    return tqdm(iterable, disable=not sys.stderr.isatty(), leave=False, **options)
 
 
 def guess_kind(path):

@@ -20,12 +20,10 @@ for large models serve them with vLLM and use --base-url.
 """
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import records
 import served
@@ -329,7 +327,7 @@ def answer_prompts(args, kind, need_tokens):
     total, failures = len(prompts) * args.n, []
     with records.Writer(args.out, kind, settings, [args.prompts], args.overwrite) as writer:
         jobs = [(p, s) for p in prompts for s in range(args.n) if (str(p["id"]), s) not in writer]
-        with tqdm(total=total, initial=total - len(jobs), desc=Path(args.out).name, disable=not sys.stderr.isatty()) as bar:
+        with records.progress(total=total, initial=total - len(jobs), desc=Path(args.out).name) as bar:
             if policy:
                 batches = generate(policy, jobs, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p,
                                    seed=args.seed, batch_tokens=args.batch_tokens)

@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Callable
 
 import numpy as np
-from tqdm import tqdm
 
 import judge
 import records
@@ -259,7 +258,7 @@ def create(argv):
             server, cache, name = served_judge(args)
             results = server.map(lambda key: attempt(judge.propose_rubric, server, question_of(prompts[key]), answers[key], attempts[key],
                                                      **judge_options(args, cache)), todo)
-        for key, criteria in tqdm(results, total=len(todo), desc=Path(args.out).name, disable=not sys.stderr.isatty()):
+        for key, criteria in records.progress(results, total=len(todo), desc=Path(args.out).name):
             if criteria is None or isinstance(criteria, Exception):
                 failures.append(criteria or "fewer than 4 predicates hold for the teacher's answers")
                 stop_if_failing(failures, len(todo), args)
@@ -371,7 +370,7 @@ def grade(argv):
     with records.Writer(args.out, "rewards", settings, inputs, args.overwrite, retry=lambda r: r["status"] == "failed") as writer:
         todo = [g for g, keys in groups.items() if any(key not in writer for key in keys)]
         results = server.map(grade_group, todo) if server else ((g, grade_group(g)) for g in todo)
-        for prompt_id, result in tqdm(results, total=len(todo), desc=Path(args.out).name, disable=not sys.stderr.isatty()):
+        for prompt_id, result in records.progress(results, total=len(todo), desc=Path(args.out).name):
             rewards, teachers = ([(None, str(result))] * len(groups[prompt_id]), []) if isinstance(result, Exception) else result
             if args.shuffle:  # the group keeps its rewards, each loses its rollout
                 order = np.random.default_rng(int(hashlib.sha256(f"{args.seed}|{prompt_id}".encode()).hexdigest()[:8], 16)).permutation(len(rewards))
@@ -407,8 +406,9 @@ def grade(argv):
     if teacher_scores:
         summary |= {"teacher_reward_mean": float(np.mean(teacher_scores)), "student_beats_worst_teacher": float(np.mean(beaten))}
         text += f"teacher's {summary['teacher_reward_mean']:.3f}, "
-    print(f"rubric.py grade: {args.out}: {len(rollouts)} rollouts by {name}, {text}{summary['zero_variance_groups']:.0%} of groups "
-          f"without a difference, {failed} failed")
+    if ok:
+        text += f"{summary['zero_variance_groups']:.0%} of groups without a difference, "
+    print(f"rubric.py grade: {args.out}: {len(rollouts)} rollouts by {name}, {text}{failed} failed")
     return summary
 
 

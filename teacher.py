@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import records
 import served
@@ -147,7 +146,7 @@ def score(argv):
     with records.Writer(args.out, "scores", settings, [args.rollouts], args.overwrite) as writer:
         todo = [(key, n) for key, n in lengths if key not in writer]
         batches = [[todo[i][0] for i in b] for b in token_batches([n for _, n in todo], args.batch_tokens if policy else 1)]
-        with tqdm(total=len(lengths), initial=len(lengths) - len(todo), desc=Path(args.out).name, disable=not sys.stderr.isatty()) as bar:
+        with records.progress(total=len(lengths), initial=len(lengths) - len(todo), desc=Path(args.out).name) as bar:
             def work(keys):
                 batch = [rollouts[key] for key in keys]
                 return batch, forward(batch)

@@ -22,7 +22,6 @@ Simplifications: 1. one device; 2. models run in evaluation mode (no dropout), s
 import json
 import math
 import shutil
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +29,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 import loss as losses
 import records
@@ -89,11 +87,12 @@ class Data:
 
     def _advantages(self):
         """Group advantages of every rollout; groups with a failed judgement are dropped and counted."""
-        self.advantages, self.dropped, self.flat = {}, 0, 0
+        self.advantages, self.dropped, self.flat, failed = {}, 0, 0, 0
         if self.rewards is None:
             return
         for prompt, keys in list(self.groups.items()):
             rewards = [records.partner(self.rewards, self.rollouts[key], self.rollouts)["reward"] for key in keys]
+            failed += rewards.count(None)
             advantages = losses.group_advantages(rewards, self.method.advantage)
             if advantages is None:
                 self.dropped += 1
@@ -101,6 +100,7 @@ class Data:
                 continue
             self.flat += max(rewards) == min(rewards)
             self.advantages.update(zip(keys, zip(advantages, rewards)))
+        self.failure_rate = failed / len(self.rollouts)
         if not self.groups:
             raise BadInput(f"{self.rewards.path}: every group has a failed judgement, nothing is left to train on")
 
@@ -404,7 +404,7 @@ def main(argv=None):
 
     tokens, started = before["tokens"] if not done else state["tokens"], time.time()
     with open(metrics_path, "a", encoding="utf-8") as log:
-        for index in tqdm(range(done, len(steps)), initial=done, total=len(steps), desc=f"train {args.method}", disable=not sys.stderr.isatty()):
+        for index in records.progress(range(done, len(steps)), initial=done, total=len(steps), desc=f"train {args.method}"):
             items = data.sequences([key for prompt in steps[index] for key in data.groups[prompt]])
             for item in items:
                 if item["key"] in old:
@@ -416,7 +416,7 @@ def main(argv=None):
             tokens += metrics["train/tokens"]
             metrics |= {"train/learning_rate": learning_rate(step, args), "train/tokens_total": tokens}
             if method.signal == "reward":
-                metrics |= {"judge/groups_dropped": data.dropped, "reward/zero_variance_groups": data.flat / len(data.groups)}
+                metrics |= {"judge/failure_rate": data.failure_rate, "judge/groups_dropped": data.dropped, "reward/zero_variance_groups": data.flat / len(data.groups)}
             log.write(json.dumps({"step": step + 1} | metrics) + "\n")
             log.flush()
             if (index + 1) % args.save_every == 0 and index + 1 < len(steps):

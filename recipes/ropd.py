@@ -32,6 +32,8 @@ import sys
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
 import records
 from recipes import Run, append_result, versions
 
@@ -98,9 +100,9 @@ def run_arm(run, args, world, folder, seed, arm):
         cost["trained_tokens"] += done["trained_tokens"]
         cost["teacher_tokens"] += sum(len(r["response_ids"]) for r in records.read(answers, "answers"))
         model = place / "model"
-        return measure(args.rounds, True, {"loss": done["loss"]})
+        return measure(args.rounds * args.updates, True, {"loss": done["loss"]})
 
-    for number in range(args.rounds):
+    for number in records.progress(range(args.rounds), desc=f"seed {seed} {arm}", unit="round"):
         at, part = place / f"round{number}", f"{number * args.prompts}:{(number + 1) * args.prompts}"
         rolled = run.stage(f"rollout.py --model {model} --prompts {world}/toy/train.jsonl --slice {part} --n {args.n} "
                            f"--max-tokens {args.max_tokens} --seed {seed * 1000 + number} --out {at}/rollouts.jsonl")
@@ -124,7 +126,7 @@ def run_arm(run, args, world, folder, seed, arm):
         model = at / "model"
         final = number == args.rounds - 1
         if final or (number + 1) % args.eval_every == 0:
-            measure(number + 1, final, {"reward_mean": graded["reward_mean"], "zero_variance_groups": graded["zero_variance_groups"]})
+            measure((number + 1) * args.updates, final, {"reward_mean": graded["reward_mean"], "zero_variance_groups": graded["zero_variance_groups"]})
             say(f"  {arm}: round {number + 1}/{args.rounds}, reward {graded['reward_mean']:.2f}, answers of {rolled['length_mean']:.0f} tokens, "
                 f"held-out accuracy {row['accuracy']:.1%}")
     return row
@@ -139,7 +141,8 @@ def teacher_tokens(path, number, args, m, cache={}):
 
 
 def say(text):
-    print(text, flush=True)
+    tqdm.write(text)  # above a progress bar, if there is one
+    sys.stdout.flush()
 
 
 def main(argv=None):
