@@ -313,7 +313,7 @@ class Writer:
                 self._mend_last_line()
                 if self.path.stat().st_size:
                     self._load_done(retry)
-            state = {"settings": settings, "inputs": {str(p): _prefix_hash(p) for p in inputs}}
+            state = {"settings": settings, "inputs": {str(p): hash_file(p) for p in inputs}}
             write_atomically(sidecar, json.dumps(state, indent=1, default=str) + "\n")
         except BaseException:
             self._file.close()
@@ -345,7 +345,7 @@ class Writer:
         if len(before["inputs"]) != len(inputs):
             raise BadInput(f"{self.path}: was made from {', '.join(before['inputs']) or 'no file'}: {fresh}")
         for (name, old), path in zip(before["inputs"].items(), inputs):  # by place: a moved file is the same input
-            if _prefix_hash(path, old["bytes"]) != old:
+            if hash_file(path, old["bytes"]) != old:
                 raise BadInput(f"{self.path}: was made from {name}, which has changed since, or {path} is another file: {fresh}")
 
     def _mend_last_line(self):
@@ -419,8 +419,10 @@ def _dump(record):
         return json.dumps(record, allow_nan=False).encode() + b"\n"
 
 
-def _prefix_hash(path, limit=None):
+def hash_file(path, limit=None):
     """{"bytes", "sha256"} of the first `limit` bytes of a file (of all of it by default)."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: expected a file, but there is no such file")
     digest, left = hashlib.sha256(), Path(path).stat().st_size if limit is None else limit
     total = 0
     with open(path, "rb") as f:
@@ -471,6 +473,16 @@ def run(main):
         sys.exit(130)
 
 
+def dispatch(doc, commands, argv):
+    """Runs commands[argv[0]](argv[1:]): the main of a stage that has subcommands, each with a parser of its own."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] not in commands:
+        p = parser(doc)
+        p.add_argument("command", choices=list(commands), help="COMMAND --help lists the flags of one")
+        p.parse_args(argv[:1])
+    return commands[argv[0]](argv[1:])
+
+
 def progress(iterable=None, **options):
     """A progress bar on a terminal, nothing in a log file; the stage's last line says how it ended."""
     return tqdm(iterable, disable=not sys.stderr.isatty(), leave=False, **options)
@@ -478,6 +490,8 @@ def progress(iterable=None, **options):
 
 def guess_kind(path):
     """The kind of a file from its first record's fields."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: expected a JSONL file, but there is no such file")
     with open(path, "rb") as f:
         first = next((line for line in f if line.strip()), b"")
     try:
@@ -500,8 +514,6 @@ def main(argv=None):
     args = args.parse_args(argv)
     counts = {}
     for path in args.files:
-        if not Path(path).is_file():
-            raise BadInput(f"{path}: expected a JSONL file, but there is no such file")
         kind = args.kind or guess_kind(path)
         counts[path] = sum(1 for _ in read(path, kind))
         print(f"{path}: {counts[path]} {kind}, all valid")

@@ -27,7 +27,6 @@ property of the same library, one vote each, plus a taste for length, rounded to
 """
 import hashlib
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -459,13 +458,7 @@ def stop_if_failing(failures, total, args):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    commands = {"create": create, "grade": grade}
-    if not argv or argv[0] not in commands:
-        p = records.parser(__doc__)
-        p.add_argument("command", choices=commands, help="`rubric.py create --help` and `rubric.py grade --help` list the flags")
-        p.parse_args(argv[:1])
-    return commands[argv[0]](argv[1:])
+    return records.dispatch(__doc__, {"create": create, "grade": grade}, argv)
 
 
 if __name__ == "__main__":

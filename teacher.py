@@ -18,7 +18,6 @@ rollouts.  Another vocabulary is refused; another template is refused unless --a
 Simplifications: 1. one teacher a file; 2. no sequence packing.
 """
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -174,13 +173,7 @@ def score(argv):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    commands = {"answer": answer, "score": score}
-    if not argv or argv[0] not in commands:
-        p = records.parser(__doc__)
-        p.add_argument("command", choices=commands, help="`teacher.py answer --help` and `teacher.py score --help` list the flags")
-        p.parse_args(argv[:1])
-    return commands[argv[0]](argv[1:])
+    return records.dispatch(__doc__, {"answer": answer, "score": score}, argv)
 
 
 if __name__ == "__main__":

@@ -361,7 +361,7 @@ def main(argv=None):
     source = find_folder(args.model)
     flags = {k: v for k, v in vars(args).items() if k not in ("overwrite", "save_every", "micro_batch_tokens")}
     run = {"flags": flags, "method": asdict(method), "weights": hash_weights(source),
-           "inputs": {f: records._prefix_hash(f) for f in (args.rollouts, args.rewards, args.scores, args.reference) if f}}
+           "inputs": {f: records.hash_file(f) for f in (args.rollouts, args.rewards, args.scores, args.reference) if f}}
     if args.overwrite:
         for folder in (out, partial):
             shutil.rmtree(folder, ignore_errors=True)

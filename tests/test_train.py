@@ -3,6 +3,7 @@ run ends in the same bits.  The reference is plain transformers in float64, a se
 import copy
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -845,7 +846,8 @@ def test_bfloat16_resumes_with_its_masters(world, tmp_path, monkeypatch):
 
 
 def test_the_plan_walks_every_prompt_once_an_epoch():
-    assert train.plan(["a", "b", "c"], 2, 1, None, 0) == [["c", "a"], ["b"]], "the docstring's example"
+    call, result = re.search(r"(plan\(.*\)) -> (\[.*\])", train.plan.__doc__).groups()
+    assert eval("train." + call) == json.loads(result), "the docstring's example"
     names = {f"p{i}": None for i in range(10)}
     for batch in (1, 3, 10, 99):
         steps = train.plan(names, batch, 3, None, 5)
