@@ -43,7 +43,11 @@ class Policy:
         self.template_options = template_options or {}
         self.identity = identity_of(name, weights, tokenizer, self.template_options)
         self.stop_ids = stop_ids(model, tokenizer)
+        self.vocabulary = max(tokenizer.get_vocab().values()) + 1
         check_head(model)
+        if len(model.get_output_embeddings().weight) < self.vocabulary:
+            raise BadInput(f"model head: expected a row for each of the tokenizer's {self.vocabulary} tokens, came "
+                           f"{len(model.get_output_embeddings().weight)}")
 
     @property
     def device(self):
@@ -51,8 +55,9 @@ class Policy:
 
     @property
     def head(self):
-        """The language-model head, [V, D]."""
-        return self.model.get_output_embeddings().weight
+        """The language-model head, [V, D].  Rows beyond the vocabulary (embeddings are often padded to a round number) are
+        no tokens: they take no probability, in sampling, scoring and training alike."""
+        return self.model.get_output_embeddings().weight[:self.vocabulary]
 
 
 def load_policy(name, dtype="auto", device=None, template_options=None):
@@ -245,6 +250,9 @@ def generate(policy, jobs, *, max_tokens, temperature, top_p, seed, batch_tokens
     for prompt, _ in jobs:
         if prompt["id"] not in rendered:
             rendered[prompt["id"]] = render(policy.tokenizer, prompt, policy.template_options)
+    longest, limit = max(map(len, rendered.values()), default=0), getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and longest + max_tokens > limit:
+        raise BadInput(f"--max-tokens {max_tokens}: with a prompt of {longest} tokens that passes the model's {limit} positions: lower it")
     for batch in token_batches([len(rendered[p["id"]]) + max_tokens for p, _ in jobs], batch_tokens):
         todo = [jobs[i] for i in batch]
         draws = np.stack([uniforms(seed, p["id"], sample, max_tokens) for p, sample in todo])
@@ -323,7 +331,7 @@ def answer_prompts(args, kind, need_tokens):
         policy = load_policy(args.model, args.dtype, template_options=args.template_options)
         identity = policy.identity
     settings = {"policy": identity, "temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens,
-                "seed": args.seed, "template_options": args.template_options, "base_url": args.base_url}
+                "seed": args.seed, "dtype": args.dtype, "base_url": args.base_url}
     total, failures = len(prompts) * args.n, []
     with records.Writer(args.out, kind, settings, [args.prompts], args.overwrite) as writer:
         jobs = [(p, s) for p in prompts for s in range(args.n) if (str(p["id"]), s) not in writer]

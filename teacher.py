@@ -61,7 +61,7 @@ def score_batch(policy, rollouts, top_k):
     lengths = [len(r["response_ids"]) for r in rollouts]
     ids = None
     if top_k:  # finding the K likeliest needs the logits; a slice of tokens at a time keeps them small
-        head = policy.head[:len(policy.tokenizer)].float()  # an embedding may be padded beyond the vocabulary
+        head = policy.head.float()
         slices = hidden.split(max(1, (32 << 20) // len(head)))
         ids = torch.cat([(h.float() @ head.T).topk(min(top_k, len(head))).indices for h in slices])
     logps, _ = linear_logp(hidden, policy.head, own[:, None] if ids is None else torch.cat([own[:, None], ids], 1))

@@ -58,10 +58,16 @@ class Data:
                 raise BadInput(f"--method {args.method}: expected {flag} FILE, but it is missing")
             if table is not None and not needed:
                 raise BadInput(f"--method {args.method}: {flag} is given, but this method does not read it")
-        self.groups, self.retokenized, self.temperature = {}, 0, None
+        if method.on_policy and self.prompts is not None:
+            raise BadInput(f"--method {args.method}: --prompts is given, but rollouts bring their prompt's tokens along")
+        self.groups, self.retokenized, self.temperature = {}, set(), None
         for rollout in self.rollouts:
             key = records.key_of(rollout, "rollouts")
-            self._check(rollout, self.rollouts.where(key), args)
+            if self.method.on_policy or self.scores or self.reference:
+                self._check(rollout, self.rollouts.where(key), args)
+            for table in (self.scores, self.reference):  # found out now, not after half of the updates
+                if table is not None:
+                    records.partner(table, rollout, self.rollouts)
             self.groups.setdefault(key[0], []).append(key)
         self._advantages()
 
@@ -75,15 +81,17 @@ class Data:
             if came.get("weights") != ours["weights"] and not args.allow_stale:
                 raise BadInput(f"{where}: policy.weights: expected {ours['weights']}, the weights of {args.model}, came {came.get('weights')}: "
                                f"--method {args.method} is on-policy; run rollout.py with this model (or --allow-stale)")
-            for field in ("vocabulary", "template"):
-                if came.get(field) != ours[field]:
-                    raise BadInput(f"{where}: policy.{field}: expected {ours[field]}, that of {args.model}, came {came.get(field)}: "
-                                   "the rollouts were sampled with another tokenizer or chat template")
-        if self.temperature not in (None, rollout.get("temperature", 1.0)):
-            raise BadInput(f"{where}: temperature: expected {self.temperature} as in the lines before, came {rollout.get('temperature', 1.0)}")
-        self.temperature = rollout.get("temperature", 1.0) if self.method.on_policy else 1.0
-        if self.method.signal == "teacher" and self.temperature != 1:
-            raise BadInput(f"{where}: temperature: expected 1, came {self.temperature}: teacher scores are log-probs at temperature 1")
+            if self.temperature not in (None, rollout["temperature"]):
+                raise BadInput(f"{where}: temperature: expected {self.temperature} as in the lines before, came {rollout['temperature']}")
+            self.temperature = rollout["temperature"]
+            if self.scores and self.temperature != 1:
+                raise BadInput(f"{where}: temperature: expected 1, came {self.temperature}: teacher scores are log-probs at temperature 1")
+        for field in ("vocabulary", "template"):
+            if came.get(field) != ours[field]:
+                raise BadInput(f"{where}: policy.{field}: expected {ours[field]}, that of {args.model}, came {came.get(field)}: "
+                               "the rollouts were sampled with another tokenizer or chat template")
+        if max(rollout["prompt_ids"] + rollout["response_ids"]) >= self.policy.vocabulary:
+            raise BadInput(f"{where}: response_ids: expected ids below {self.policy.vocabulary}, the model's vocabulary, came one beyond it")
 
     def _advantages(self):
         """Group advantages of every rollout; groups with a failed judgement are dropped and counted."""
@@ -150,14 +158,14 @@ class Data:
             response = response + [tokenizer.eos_token_id] * (answer["finish_reason"] == "stop")
             out.append({"prompt_ids": render(tokenizer, prompt, self.policy.template_options), "response_ids": response,
                         "loss_mask": [1] * len(response)})
-        self.retokenized += len(out)
+        self.retokenized.update(keys)
         return out
 
 
 def plan(groups, batch_size, epochs, max_steps, seed):
     """The prompts of every optimiser step: seeded order, an epoch at a time, a short last batch when they do not divide.
 
-    plan(["a", "b", "c"], 2, 1, None, 0) -> [["c", "b"], ["a"]]"""
+    plan(["a", "b", "c"], 2, 1, None, 0) -> [["c", "a"], ["b"]]"""
     rng, steps = np.random.default_rng(seed), []
     names = sorted(groups)
     while (max_steps is None and epochs > 0) or (max_steps is not None and len(steps) < max_steps):
@@ -176,7 +184,7 @@ def forward(policy, items, temperature):
     own = torch.tensor([t for s in items for t, m in zip(s["response_ids"], s["mask"]) if m], dtype=torch.int64)[:, None]
     if "support_ids" in items[0]:
         own = torch.cat([own, torch.from_numpy(np.concatenate([s["support_ids"] for s in items]).astype(np.int64))], 1)
-    return linear_logp(hidden, policy.head, own.to(hidden.device), temperature=temperature)
+    return linear_logp(hidden, policy.head, own.to(hidden.device), temperature=temperature or 1.0)
 
 
 def known(items, device, vocabulary):
@@ -219,7 +227,7 @@ def optimise(policy, data, items, masters, optimiser, args):
     for micro in token_batches([len(s["prompt_ids"]) + len(s["response_ids"]) for s in items], args.micro_batch_tokens):
         micro = [items[i] for i in micro]
         logp, entropy = forward(policy, micro, data.temperature)
-        batch = known(micro, logp.device, len(policy.tokenizer))
+        batch = known(micro, logp.device, policy.vocabulary)
         value = losses.token_loss(method, logp, entropy, batch)
         loss = (value * batch["weight"]).sum()
         loss.backward()
@@ -228,9 +236,9 @@ def optimise(policy, data, items, masters, optimiser, args):
         if "behaviour_logp" in batch:
             gap = (batch.get("old_logp", logp.detach()[:, 0]) - batch["behaviour_logp"]).abs()
             worst["rollout/logprob_gap_max"] = max(worst.get("rollout/logprob_gap_max", 0.0), float(gap.max()))
-    for p, master in zip(policy.model.parameters(), masters):
-        if master is not p:
-            master.grad, p.grad = None if p.grad is None else p.grad.float(), None
+        for p, master in zip(policy.model.parameters(), masters):
+            if master is not p and p.grad is not None:  # micro-batches add up in float32
+                master.grad, p.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad), None
     norm = torch.nn.utils.clip_grad_norm_(masters, args.grad_clip if args.grad_clip > 0 else math.inf)
     if not torch.isfinite(norm):
         raise BadInput(f"train.py: gradient norm is {float(norm)}: lower --learning-rate, or look for bad log-probs in the inputs")
@@ -286,8 +294,9 @@ def learning_rate(step, args):
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 def save(folder, policy, masters, optimiser, state):
-    """A complete model folder with the trainer's state: moments and master weights as safetensors, the rest as JSON."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """A complete model folder.  Its subfolder trainer/ has the moments and master weights as safetensors and the rest as
+    JSON: a subfolder, because loaders take every *.safetensors beside config.json for weights of the model."""
+    (folder / "trainer").mkdir(parents=True, exist_ok=True)
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
     tensors, names = {}, [n for n, _ in policy.model.named_parameters()]
@@ -296,13 +305,13 @@ def save(folder, policy, masters, optimiser, state):
             tensors[f"{key}/{name}"] = value.clone().contiguous()
         if master is not p:
             tensors[f"master/{name}"] = master.detach()
-    save_file(tensors, folder / "trainer_state.safetensors")
-    records.write_atomically(folder / "trainer_state.json", json.dumps(state, indent=1, default=str) + "\n")
+    save_file(tensors, folder / "trainer" / "optimizer.safetensors")
+    records.write_atomically(folder / "trainer" / "state.json", json.dumps(state, indent=1, default=str) + "\n")
 
 
 def load_trainer_state(folder, policy, masters, optimiser):
     """Puts moments and master weights back; returns the JSON part."""
-    tensors = load_file(folder / "trainer_state.safetensors")
+    tensors = load_file(folder / "trainer" / "optimizer.safetensors")
     for (name, _), master in zip(policy.model.named_parameters(), masters):
         entry = {key: tensors[f"{key}/{name}"].to("cpu" if key == "step" else master.device)
                  for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors}
@@ -310,7 +319,7 @@ def load_trainer_state(folder, policy, masters, optimiser):
             optimiser.state[master] = entry
         if f"master/{name}" in tensors:
             master.data.copy_(tensors[f"master/{name}"])
-    return json.loads((folder / "trainer_state.json").read_text())
+    return json.loads((folder / "trainer" / "state.json").read_text())
 
 
 def checkpoint(partial, step, *content):
@@ -320,6 +329,14 @@ def checkpoint(partial, step, *content):
     for old in partial.glob("step-*"):
         if old.name != f"step-{step}":
             shutil.rmtree(old)
+
+
+def first_difference(before, now, name="run"):
+    """The first setting two runs do not share, as `name: before, now`, or None.  first_difference({"a": 1}, {"a": 2}) -> "a: 1, now 2"."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = (first_difference(before.get(key), now.get(key), key) for key in sorted(before.keys() | now.keys()))
+        return next((f for f in found if f), None)
+    return None if before == now else f"{name}: {before}, now {now}"
 
 
 # ---------------------------------------------------------------------------------------------- the stage
@@ -336,7 +353,7 @@ def main(argv=None):
     p.add_argument("--prompts", help="JSONL of prompts, for answers that bring neither tokens nor messages")
     p.add_argument("--out", required=True, help="folder for the new weights")
     p.add_argument("--batch-size", type=int, default=32, help="prompts an optimiser step, each with all its rollouts")
-    p.add_argument("--epochs", type=int, default=1, help="walks over the rollouts; more than 1 makes on-policy data stale")
+    p.add_argument("--epochs", type=int, help="walks over the rollouts (default: 1); more make on-policy data stale")
     p.add_argument("--steps", type=int, help="exactly this many optimiser steps instead of --epochs")
     p.add_argument("--learning-rate", type=float, default=1e-6, help="peak of AdamW's learning rate; tiny models want 1e-3")
     p.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's decoupled weight decay")
@@ -354,30 +371,38 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0, help="order of the prompts")
     p.add_argument("--overwrite", action="store_true", help="replace --out and any partial run")
     args = p.parse_args(argv)
-    if min(args.batch_size, args.micro_batch_tokens, args.save_every) < 1 or args.epochs < 1 or (args.steps is not None and args.steps < 1):
-        raise BadInput("--batch-size, --micro-batch-tokens, --save-every, --epochs and --steps must be at least 1")
+    for flag in ("batch_size", "micro_batch_tokens", "save_every", "epochs", "steps"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise BadInput(f"--{flag.replace('_', '-')}: expected at least 1, came {getattr(args, flag)}")
+    if args.steps and args.epochs:
+        raise BadInput("--steps and --epochs both say how long to train: give one of them")
+    if args.total_steps and args.schedule == "constant":
+        raise BadInput("--total-steps: the end of a decay; a constant schedule has none")
     method = losses.settings(args.method, args.set)
     out, partial = Path(args.out), Path(str(args.out) + ".partial")
     source = find_folder(args.model)
     flags = {k: v for k, v in vars(args).items() if k not in ("overwrite", "save_every", "micro_batch_tokens")}
     run = {"flags": flags, "method": asdict(method), "weights": hash_weights(source),
-           "inputs": {f: records.hash_file(f) for f in (args.rollouts, args.rewards, args.scores, args.reference) if f}}
-    if args.overwrite:
-        for folder in (out, partial):
-            shutil.rmtree(folder, ignore_errors=True)
-    for state_file in (out / "trainer_state.json", partial / "run.json"):
-        if state_file.exists() and json.loads(state_file.read_text()).get("run") != json.loads(json.dumps(run)):
-            raise BadInput(f"{state_file.parent}: holds another training run: give another --out, or --overwrite")
-    if (out / "trainer_state.json").exists():
-        summary = json.loads((out / "trainer_state.json").read_text())["summary"]
-        print(f"train.py: {out}: complete already, {summary['steps']} steps")
-        return summary
-    if out.exists():
-        raise BadInput(f"{out}: exists and is not a training run of this stage: give another --out, or --overwrite")
+           "inputs": {f: records.hash_file(f) for f in (args.rollouts, args.rewards, args.scores, args.reference, args.prompts) if f}}
+    if out.exists() and out.samefile(source):
+        raise BadInput(f"--out {out}: is the model to start from: give another --out")
+    if not args.overwrite:
+        for state_file in (out / "trainer" / "state.json", partial / "run.json"):
+            if state_file.exists() and (difference := first_difference(json.loads(state_file.read_text()).get("run"), json.loads(json.dumps(run)))):
+                raise BadInput(f"{state_file}: holds another training run ({difference}): give another --out, or --overwrite")
+        if (out / "trainer" / "state.json").exists():
+            summary = json.loads((out / "trainer" / "state.json").read_text())["summary"]
+            print(f"train.py: {out}: complete already, {summary['steps']} steps")
+            return summary
+        if out.exists():
+            raise BadInput(f"{out}: exists and is not a training run of this stage: give another --out, or --overwrite")
 
     policy = load_policy(args.model, dtype=args.dtype, template_options=args.template_options)
     data = Data(args, method, policy)
-    steps = plan(data.groups, args.batch_size, args.epochs, args.steps, args.seed)
+    if args.overwrite:  # only now, when the new run's inputs are known to be good
+        for folder in (out, partial):
+            shutil.rmtree(folder, ignore_errors=True)
+    steps = plan(data.groups, args.batch_size, args.epochs or 1, args.steps, args.seed)
     old = {}
     if method.coefficient in ("reward", "k1") and len(steps) > 1:
         old = starting_logps(policy, data, [key for keys in data.groups.values() for key in keys], args)
@@ -396,7 +421,7 @@ def main(argv=None):
         partial.mkdir(parents=True, exist_ok=True)
         records.write_atomically(partial / "run.json", json.dumps({"run": run}, indent=1) + "\n")
         metrics_path.unlink(missing_ok=True)
-        continued = source / "trainer_state.json"
+        continued = source / "trainer" / "state.json"
         if continued.exists() and not args.fresh_optimizer and json.loads(continued.read_text())["run"]["flags"]["method"] == args.method:
             state = load_trainer_state(source, policy, masters, optimiser)
             before = {"step": state["step"], "tokens": state["tokens"]}
@@ -423,7 +448,7 @@ def main(argv=None):
                 checkpoint(partial, index + 1, policy, masters, optimiser,
                            {"run": run, "done": index + 1, "before": before, "step": step + 1, "tokens": tokens})
     summary = {"out": str(out), "steps": len(steps), "step": before["step"] + len(steps), "trained_tokens": tokens - before["tokens"],
-               "loss": metrics["train/loss"], "groups_dropped": data.dropped, "retokenized": data.retokenized,
+               "loss": metrics["train/loss"], "groups_dropped": data.dropped, "retokenized": len(data.retokenized),
                "seconds": round(time.time() - started, 2)}
     final = partial / "final"
     shutil.rmtree(final, ignore_errors=True)
