@@ -139,7 +139,7 @@ def evaluate(argv):
             raise BadInput(f"{rollouts.path}: expected {most} answers to every prompt, came {counts[key]} to id {key[0]!r} "
                            f"({prompts.where(key)}): complete the file, or --partial to measure what there is")
     with records.Writer(args.out, "evals", {"tail": args.tail}, (args.prompts, args.rollouts), args.overwrite) as out:
-        for key in records.progress(rollouts.keys(), desc="grade", unit="answer", disable=None):
+        for key in records.progress(rollouts.keys(), desc="grade", unit="answer"):
             if key not in out:
                 out.write(grade(rollouts[key], prompts[key[:1]]["answer"], args.tail))
     summary = {"out": args.out} | summarise(records.read(args.out, "evals"), args.tail, args.threshold)

@@ -162,7 +162,9 @@ def build_tokenizer(merge_digits=False):
 def write_model(folder, tokenizer, size, seed):
     """An untrained tiny Llama as a folder that transformers, vLLM and lm-eval load as it is."""
     import torch
+    import transformers
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    transformers.utils.logging.disable_progress_bar()
     width, layers, heads = SIZES[size]
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
