@@ -1,7 +1,8 @@
 """Stage 5: how good is a model?  Accuracy, pass@k, length, truncation, repetition; then tables and plots of results.
 
-    python eval.py --model runs/toy/student --prompts runs/toy/test.jsonl --n 16 --out runs/eval.jsonl
+    python eval.py --model runs/toy/student --prompts runs/toy/heldout.jsonl --n 16 --out runs/eval.jsonl
     python eval.py --rollouts runs/rollouts.jsonl --prompts runs/toy/train.jsonl --out runs/eval.jsonl
+    python eval.py --rollouts R --prompts P --rewards W --partial --out E      # does a reward rank right answers above wrong ones?
     python eval.py table results/ropd.jsonl --out results/ropd.md
     python eval.py plot results/ropd.jsonl --x generated_tokens --out results/ropd.png
 
@@ -102,6 +103,35 @@ def summarise(evals, tail, threshold):
                       "truncated_fraction": truncated / answers, "repetition_rate": repetitive / answers}
 
 
+def auc(values, right):
+    """Probability that a right answer has the larger value than a wrong one, ties counting half; None without both kinds.
+
+    auc([0.9, 0.4, 0.4], [True, True, False]) -> (1 + 0.5) / 2 = 0.75.  0.5 is no information."""
+    _, level = np.unique(values, return_inverse=True)
+    right = np.asarray(right, bool)
+    hits, misses = (np.bincount(level[kind], minlength=level.max() + 1) for kind in (right, ~right))
+    if not hits.sum() or not misses.sum():
+        return None
+    return float((hits * (misses.cumsum() - misses / 2)).sum() / (hits.sum() * misses.sum()))
+
+
+def reward_quality(rewards, evals, rollouts):
+    """How well rewards tell right from wrong (ROPD section 4.3): AUC over all answers, and the mean AUC within a prompt's
+    group, which is all that a group advantage sees.  Failed judgements are left out."""
+    groups = {}
+    for e in evals:
+        key = records.key_of(e, "evals")
+        reward = records.partner(rewards, rollouts[key], rollouts)["reward"]
+        if reward is not None:
+            groups.setdefault(key[0], []).append((reward, e["correct"]))
+    pairs = [pair for group in groups.values() for pair in group]
+    if not pairs:
+        raise BadInput(f"{rewards.path}: every judgement failed, there is no reward to look at")
+    within = [a for a in (auc(*zip(*group)) for group in groups.values()) if a is not None]
+    return {"reward_auc": auc(*zip(*pairs)), "reward_auc_within": float(np.mean(within)) if within else None,
+            "reward_mean": float(np.mean([reward for reward, _ in pairs]))}
+
+
 def evaluate(argv):
     p = records.parser(__doc__)
     source = p.add_mutually_exclusive_group(required=True)
@@ -110,6 +140,7 @@ def evaluate(argv):
     p.add_argument("--prompts", required=True, help="JSONL of prompts with an `answer`")
     p.add_argument("--out", required=True, help="JSONL of graded answers; an interrupted one is continued")
     p.add_argument("--n", type=int, help="answers a prompt with --model (16 if not given): more of them, narrower pass@k")
+    p.add_argument("--rewards", help="with --rollouts: also report how well these rewards tell right from wrong answers")
     p.add_argument("--partial", action="store_true", help="accept prompts with fewer answers than others, or none: not comparable")
     p.add_argument("--tail", type=int, default=256, help="characters at the end that are searched for repetition (paper: 10000)")
     p.add_argument("--threshold", type=float, default=4.0, help="compression ratio that counts as repetitive (paper: 10)")
@@ -117,6 +148,8 @@ def evaluate(argv):
     args, sampling = p.parse_known_args(argv)
     if args.rollouts and (sampling or args.n is not None):
         p.error(f"without --model there is nothing to sample: {' '.join(sampling) or '--n'} has no effect")
+    if args.rewards and args.model:
+        p.error("--rewards: belong to rollouts that exist already; give --rollouts")
     if args.tail < 1:
         p.error(f"--tail: expected at least 1 character, came {args.tail}")
     prompts = records.Table(args.prompts, "prompts")
@@ -143,12 +176,19 @@ def evaluate(argv):
             if key not in out:
                 out.write(grade(rollouts[key], prompts[key[:1]]["answer"], args.tail))
     summary = {"out": args.out} | summarise(records.read(args.out, "evals"), args.tail, args.threshold)
+    if args.rewards:
+        quality = reward_quality(records.Table(args.rewards, "rewards"), records.read(args.out, "evals"), rollouts)
+        summary |= quality
     span = "" if summary["accuracy_low"] is None else f" (95 % {summary['accuracy_low']:.3f}-{summary['accuracy_high']:.3f})"
     pass_at = ", ".join(f"{name} {value:.3f}" for name, value in summary.items() if name.startswith("pass@"))
     length = "unknown" if summary["length_mean"] is None else f"{summary['length_mean']:.1f}, max {summary['length_max']}"
     print(f"eval.py: {args.out}: accuracy {summary['accuracy']:.3f}{span}, {summary['answers']} answers to {len(counts)} of "
           f"{len(prompts)} prompts, {pass_at}, mean length {length} tokens, truncated {summary['truncated_fraction']:.1%}, "
           f"repetitive {summary['repetition_rate']:.1%}")
+    if args.rewards:
+        shown = {name: "none" if value is None else f"{value:.3f}" for name, value in quality.items()}
+        print(f"eval.py: {args.rewards}: AUC for correctness {shown['reward_auc']}, within a prompt {shown['reward_auc_within']}, "
+              f"mean reward {shown['reward_mean']}")
     return summary
 
 

@@ -337,11 +337,8 @@ class Writer:
             before["settings"].keys(), before["inputs"].keys()
         except (ValueError, TypeError, KeyError, AttributeError):
             raise BadInput(f"{sidecar}: expected the settings {self.path.name} was begun with, but it is damaged: {fresh}") from None
-        now = json.loads(json.dumps(settings, default=str))
-        for name in sorted(before["settings"].keys() | now.keys()):
-            if before["settings"].get(name) != now.get(name):
-                raise BadInput(f"{self.path}: was begun with {name} = {_show(before['settings'].get(name))}, now it is "
-                               f"{_show(now.get(name))}: {fresh}")
+        if difference := first_difference(before["settings"], settings):
+            raise BadInput(f"{self.path}: was begun with {difference}: {fresh}")
         if len(before["inputs"]) != len(inputs):
             raise BadInput(f"{self.path}: was made from {', '.join(before['inputs']) or 'no file'}: {fresh}")
         for (name, old), path in zip(before["inputs"].items(), inputs):  # by place: a moved file is the same input
@@ -417,6 +414,21 @@ def _dump(record):
         return text.encode() + b"\n"
     except UnicodeEncodeError:  # half a surrogate pair, which UTF-8 cannot hold and JSON's escapes can
         return json.dumps(record, allow_nan=False).encode() + b"\n"
+
+
+def first_difference(before, now):
+    """The first setting that two JSON objects do not share, in words, or None.
+
+    first_difference({"lr": 1, "flags": {"n": 2}}, {"lr": 1, "flags": {"n": 4}}) -> "n = 2, now it is 4"."""
+    before, now = (json.loads(json.dumps(x, default=str)) or {} for x in (before, now))
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if name != "policy" and isinstance(old, dict) and isinstance(new, dict):
+            if found := first_difference(old, new):
+                return found
+        elif old != new:
+            return f"{name} = {_show(old)}, now it is {_show(new)}"
+    return None
 
 
 def hash_file(path, limit=None):

@@ -331,14 +331,6 @@ def checkpoint(partial, step, *content):
             shutil.rmtree(old)
 
 
-def first_difference(before, now, name="run"):
-    """The first setting two runs do not share, as `name: before, now`, or None.  first_difference({"a": 1}, {"a": 2}) -> "a: 1, now 2"."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        found = (first_difference(before.get(key), now.get(key), key) for key in sorted(before.keys() | now.keys()))
-        return next((f for f in found if f), None)
-    return None if before == now else f"{name}: {before}, now {now}"
-
-
 # ---------------------------------------------------------------------------------------------- the stage
 
 def main(argv=None):
@@ -388,7 +380,7 @@ def main(argv=None):
         raise BadInput(f"--out {out}: is the model to start from: give another --out")
     if not args.overwrite:
         for state_file in (out / "trainer" / "state.json", partial / "run.json"):
-            if state_file.exists() and (difference := first_difference(json.loads(state_file.read_text()).get("run"), json.loads(json.dumps(run)))):
+            if state_file.exists() and (difference := records.first_difference(json.loads(state_file.read_text()).get("run"), run)):
                 raise BadInput(f"{state_file}: holds another training run ({difference}): give another --out, or --overwrite")
         if (out / "trainer" / "state.json").exists():
             summary = json.loads((out / "trainer" / "state.json").read_text())["summary"]

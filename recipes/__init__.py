@@ -7,7 +7,6 @@ import importlib
 import json
 import platform
 import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -19,9 +18,14 @@ STAGES = ("toy.py", "rollout.py", "teacher.py", "rubric.py", "train.py", "eval.p
 class Run:
     """Issues stage commands, keeps their output in OUT/stages.log, and adds up what they cost."""
 
-    def __init__(self, out, verbose=False):
-        self.out, self.verbose = Path(out), verbose
+    def __init__(self, out, settings):
+        """settings: what every run in this folder must share, or arms would be compared under different conditions."""
+        self.out = Path(out)
         self.out.mkdir(parents=True, exist_ok=True)
+        kept = self.out / "recipe.json"
+        if kept.exists() and (difference := records.first_difference(json.loads(kept.read_text()), settings)):
+            raise records.BadInput(f"{self.out}: was begun with {difference}: give another --out")
+        records.write_atomically(kept, json.dumps(settings, indent=1) + "\n")
         self.commands = open(self.out / "commands.sh", "a", encoding="utf-8")
         self.log = open(self.out / "stages.log", "a", encoding="utf-8")
 
@@ -32,27 +36,10 @@ class Run:
             raise ValueError(f"recipe: expected a command of {', '.join(STAGES)}, came {name!r}")
         self.commands.write(f"python {line}\n")
         self.commands.flush()
-        if self.verbose:
-            print(f"$ python {line}", flush=True)
         started = time.time()
-        with contextlib.redirect_stdout(Tee(self.log, sys.stdout if self.verbose else None)):
+        with contextlib.redirect_stdout(self.log):
             summary = importlib.import_module(name.removesuffix(".py")).main(argv)
         return dict(summary) | {"seconds": time.time() - started}
-
-
-class Tee:
-    """A text stream that writes to a file, and to a second stream if there is one."""
-
-    def __init__(self, *streams):
-        self.streams = [s for s in streams if s]
-
-    def write(self, text):
-        for stream in self.streams:
-            stream.write(text)
-
-    def flush(self):
-        for stream in self.streams:
-            stream.flush()
 
 
 def append_result(path, row):

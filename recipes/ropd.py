@@ -38,6 +38,8 @@ import records
 from recipes import Run, append_result, versions
 
 ARMS = ("before", "sft", "scalar", "ropd", "ropd-m1", "ropd-flat", "shuffled", "answer", "teacher")
+SHARED = ("rounds", "prompts", "n", "updates", "learning_rate", "max_tokens", "verifier_noise", "base_steps", "teacher_steps",
+          "spoil_steps", "spoil_lr")  # what all arms and seeds in one folder have in common
 DEFAULT_ARMS = ("before", "ropd", "shuffled", "teacher")
 
 
@@ -126,7 +128,9 @@ def run_arm(run, args, world, folder, seed, arm):
         model = at / "model"
         final = number == args.rounds - 1
         if final or (number + 1) % args.eval_every == 0:
-            measure((number + 1) * args.updates, final, {"reward_mean": graded["reward_mean"], "zero_variance_groups": graded["zero_variance_groups"]})
+            signal = run.stage(f"eval.py {common} --rewards {at}/rewards.jsonl --partial --out {at}/signal.jsonl")
+            measure((number + 1) * args.updates, final, {k: signal[k] for k in ("reward_mean", "reward_auc", "reward_auc_within")}
+                    | {"zero_variance_groups": graded["zero_variance_groups"]})
             say(f"  {arm}: round {number + 1}/{args.rounds}, reward {graded['reward_mean']:.2f}, answers of {rolled['length_mean']:.0f} tokens, "
                 f"held-out accuracy {row['accuracy']:.1%}")
     return row
@@ -177,7 +181,7 @@ def main(argv=None):
         raise records.BadInput(f"--arms: expected some of {', '.join(ARMS)}, came {', '.join(sorted(unknown))}")
     args.results = args.results or ("results/ropd.jsonl" if args.claims and not args.smoke else f"{args.out}/results.jsonl")
 
-    started, run = time.time(), Run(args.out)
+    started, run = time.time(), Run(args.out, {k: v for k, v in vars(args).items() if k in SHARED})
     say(f"ROPD on running sums; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
     world = build_world(run, args)
     finished = finished_arms(args.results)
@@ -190,7 +194,8 @@ def main(argv=None):
             row = run_arm(run, args, world, folder, seed, arm)
             say(f"seed {seed} {arm}: held-out accuracy {row['accuracy']:.1%}, {row['length_mean']:.0f} tokens an answer ({time.time() - started:.0f} s so far)")
     say("")
-    table = run.stage(f"eval.py table {args.results} --out {args.out}/table.md --overwrite")
+    table = run.stage(f"eval.py table {args.results} --out {args.out}/table.md --overwrite "
+                      "--columns length_mean reward_mean reward_auc_within generated_tokens teacher_tokens seconds")
     run.stage(f"eval.py plot {args.results} --out {args.out}/accuracy.png --overwrite")
     say((Path(args.out) / "table.md").read_text())
     say(f"picture: {args.out}/accuracy.png   one prompt's records: {args.out}/seed0/ropd/round0/   total {time.time() - started:.0f} s")

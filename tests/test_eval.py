@@ -383,7 +383,7 @@ def test_plot_writes_a_png_with_a_line_an_arm(tmp_path):
     assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     picture = evaluation.figure(summary["lines"], "accuracy", "step", "x")
     axes = picture.axes[0]
-    assert [(line.get_label(), line.get_linestyle()) for line in axes.lines] == [("before", "--"), ("teacher", "--"), ("ropd", "-"), ("sft", "-")]
+    assert [(line.get_label().split()[0], line.get_linestyle()) for line in axes.lines] == [("before", "--"), ("teacher", ":"), ("ropd", "-"), ("sft", "-")]
     assert len(axes.collections) == 2, "a band for each curve"
     assert list(axes.lines[2].get_xdata()) == [0, 20, 40] and list(axes.lines[2].get_ydata()) == pytest.approx([0.2, 0.45, 0.7])
     assert list(axes.lines[0].get_ydata()) == pytest.approx([0.2, 0.2])
@@ -432,3 +432,34 @@ def test_bad_input_exits_with_2_and_one_line(tmp_path):
 def test_importing_eval_loads_neither_torch_nor_matplotlib():
     code = "import sys, eval; print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
+
+
+# ------------------------------------------------------------------ rewards against correctness
+
+def test_auc_is_the_share_of_pairs_ranked_right():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        values, right = rng.integers(0, 4, 12) / 3, rng.random(12) < 0.4
+        pairs = [(a > b) + 0.5 * (a == b) for a, r in zip(values, right) if r for b, q in zip(values, right) if not q]
+        assert evaluation.auc(values, right) == (pytest.approx(np.mean(pairs)) if pairs else None)
+    assert evaluation.auc([0.9, 0.4, 0.4], [True, True, False]) == 0.75
+
+
+def test_rewards_are_joined_by_rollout_and_failed_ones_left_out(tmp_path):
+    rows = [{"id": i, "sample": s, "policy": {"model": "m"}, "text": text, "finish_reason": "stop"}
+            for i in ("a", "b") for s, text in enumerate(("#1", "#2", "#1"))]
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(json.dumps({"id": i, "prompt": "?", "answer": "1"}) + "\n" for i in ("a", "b")))
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    values = {("a", 0): 0.9, ("a", 1): 0.8, ("a", 2): None, ("b", 0): 0.2, ("b", 1): 0.1, ("b", 2): 0.1}
+    rewards = [{"id": r["id"], "sample": r["sample"], "reward": values[r["id"], r["sample"]], "grader": "g", "rollout": records.fingerprint(r),
+                "status": "failed" if values[r["id"], r["sample"]] is None else "ok"} for r in rows]
+    (tmp_path / "w.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rewards))
+    arguments = ["--rollouts", str(tmp_path / "r.jsonl"), "--prompts", str(prompts), "--rewards", str(tmp_path / "w.jsonl")]
+    summary = evaluation.main([*arguments, "--out", str(tmp_path / "e.jsonl")])
+    assert summary["reward_auc_within"] == pytest.approx((1 + 0.75) / 2)  # a: 0.9 above 0.8; b: one above, one tied
+    assert summary["reward_auc"] == pytest.approx(np.mean([1, 1, 0, 1, 0, 0.5]))
+    rows[0]["text"] = "#7"
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(BadInput, match="other rollouts"):
+        evaluation.main([*arguments, "--out", str(tmp_path / "e2.jsonl")])
