@@ -329,10 +329,15 @@ def verify(server, question, criteria, answers, *, mode="batch", seed=0, tempera
     mode "batch" judges all answers in one call, shuffled and labelled Answer 1..N so that neither name nor place tells
     who wrote them (the paper's pool; put the teacher's answers in to anchor the scale); "single" takes one call each."""
     shown = [{"id": c["id"], "criterion": c["criterion"]} for c in criteria]
-    if mode == "single":
-        return [ask(server, _messages(SINGLE_VERIFIER, task=question, criteria=shown, answer=visible(answer)),
-                    lambda reply: parse_judgement(reply, len(criteria)),
-                    temperature=temperature, max_tokens=max_tokens, re_asks=re_asks, cache=cache) for answer in answers]
+    if mode == "single":  # one bad reply costs its own answer only: the JudgeFailure stands in the place of its verdicts
+        def one(answer):
+            try:
+                return ask(server, _messages(SINGLE_VERIFIER, task=question, criteria=shown, answer=visible(answer)),
+                           lambda reply: parse_judgement(reply, len(criteria)),
+                           temperature=temperature, max_tokens=max_tokens, re_asks=re_asks, cache=cache)
+            except JudgeFailure as failure:
+                return failure
+        return [one(answer) for answer in answers]
     if mode != "batch":
         raise BadInput(f'verifier mode: expected "batch" or "single", came {mode!r}')
     texts = [visible(answer) for answer in answers]

@@ -2,7 +2,7 @@
 
     grad L = - sum_{sequences} sum_t  m_t / N_t  *  sum_a c_t(a) grad log pi(a | s_t)
 
-s_t is the prefix before token t, m_t the loss mask, c_t(a) what the method wants to do with token a there, held
+(Sequence weights and token weights, which some methods put between the sums, are 1 for all rows so far.)  s_t is the prefix before token t, m_t the loss mask, c_t(a) what the method wants to do with token a there, held
 constant, and N_t the normaliser: the number of trained tokens of the optimiser step (`norm="token"`), or that
 sequence's length times the number of sequences (`norm="sequence"`).  N_t is fixed before the first backward pass, so
 cutting a step into micro-batches cannot change its gradient.
@@ -11,13 +11,17 @@ What c_t can be (`coefficient`):
 
     token     1 on the recorded token                              imitation: SFT
     reward    rho_t A on the sampled token, clipped as PPO does    GRPO, ROPD;  A = group advantage of the reward
-    k1        rho_t (log p_T - log mu) on the sampled token        OPD with one teacher number a token
+    k1        pi/mu (log p_T - log mu) on the sampled token        OPD with one teacher number a token
     full      pi(a) log(p_T(a) / pi(a)) for every token a          OPD with the teacher's distribution
 
-pi is the model being trained, mu the policy that sampled (its log-probs stand in the rollout), p_T the teacher and
-rho_t = pi / pi_old the importance ratio.  `k1` and `full` both descend the reverse KL(pi || p_T) at the student's own
-prefixes: `full` exactly, `k1` in expectation.  Two tempting variants are refused by `check`: k1 differentiated as a
-loss has gradient zero in expectation, and k3 as an advantage is reverse minus forward KL, which vanishes near p = q.
+pi is the model being trained and p_T the teacher.  Two policies have sampled or could have: mu, whose log-probs stand in the
+rollout, and pi_old, the weights this file's training started from, whose log-probs train.py computes itself.  They differ
+when a served sampler computes in other precision or when rollouts are stale.  rho_t = pi / pi_old is the importance ratio.
+
+`k1` and `full` descend the reverse KL(pi || p_T) at the student's own prefixes: `full` exactly; `k1` in expectation, and only
+for the first update of a file: its advantage is fixed when the rollout is scored, as in its source, while pi moves on.
+Two tempting variants are refused by `check`: k1 differentiated as a loss has gradient zero in expectation, and k3 as an
+advantage is reverse minus forward KL, which vanishes near p = q.
 
 Sources: ROPD arXiv 2605.07396 equations 6-8 and its released code; GRPO arXiv 2402.03300; dual clip arXiv 1912.09729;
 OPD: Thinking Machines, "On-Policy Distillation" (2025).
@@ -39,8 +43,8 @@ class Method:
     coefficient: str                 # c_t: "token", "reward", "k1" or "full"
     norm: str = "token"              # "token": mean over the step's tokens; "sequence": mean over sequences of their means
     advantage: str = "none"          # group advantage: "mean" subtracts the group's mean, "std" also divides by its std
-    clip_low: float = 0.0            # ratio is kept above 1 - clip_low where that is pessimistic; 0 turns clipping off
-    clip_high: float = 0.0           # ... and below 1 + clip_high
+    clip_low: float = 0.0            # no gain from a ratio below 1 - clip_low (bad tokens); 0 turns this side off
+    clip_high: float = 0.0           # no gain from a ratio above 1 + clip_high (good tokens); 0 turns this side off
     dual_clip: float = 0.0           # bound of -ratio * A for A < 0 as a multiple of |A| (> 1); 0 is off
     tis_cap: float = 0.0             # truncated importance sampling: weight min(pi_old / mu, cap) for sampler/trainer gaps; 0 is off
     reference_kl: float = 0.0        # coefficient of KL(pi || pi_ref), needs --reference (scores by the reference policy)
@@ -59,15 +63,20 @@ METHODS = {
     # ROPD as its released code runs it: no std, token mean, clip-higher, dual clip, truncated importance weights, no KL
     "ropd": Method(prefix="self", signal="reward", coefficient="reward", advantage="mean", clip_low=0.2, clip_high=0.28,
                    dual_clip=3.0, tis_cap=2.0),
-    # ROPD as its paper writes it (eq. 6-8); the paper names neither the clip range nor the KL coefficient
+    # ROPD's loss as its paper writes it (eq. 6-8), which names neither the clip range nor the KL coefficient.  Its schedule
+    # (cosine, 100 warm-up steps, weight decay 0.1, beta2 0.95) are flags of train.py
     "ropd-paper": Method(prefix="self", signal="reward", coefficient="reward", norm="sequence", advantage="std", clip_low=0.2,
                          clip_high=0.2, reference_kl=0.001),
-    # on-policy distillation from log-probs: one number a token, or the teacher's (top-k) distribution
+    # on-policy distillation from log-probs: one number a token (its source sums over tokens, we average), or the teacher's
+    # (top-k) distribution
     "opd": Method(prefix="self", signal="teacher", coefficient="k1"),
     "opd-full": Method(prefix="self", signal="teacher", coefficient="full"),
 }
 CHOICES = {"prefix": ("data", "self"), "signal": ("tokens", "reward", "teacher"), "coefficient": ("token", "reward", "k1", "full"),
            "norm": ("token", "sequence"), "advantage": ("none", "mean", "std")}
+REFUSED = {"k1-loss": "k1 differentiated as a loss has gradient 0 in expectation: use k1 (as an advantage) or full",
+           "k3-advantage": "k3 as an advantage is reverse minus forward KL and vanishes near pi = p_T: use k1 or full",
+           "k3-loss": "k3 differentiated as a loss on own samples is forward KL under another name: use full"}
 
 
 def settings(name, overrides=()):
@@ -93,8 +102,8 @@ def check(method):
     """Raises BadInput for a row that does not do what its columns say."""
     for column, choices in CHOICES.items():
         value = getattr(method, column)
-        if value == "k3" and column == "coefficient":
-            raise BadInput("coefficient k3: as an advantage it is reverse minus forward KL and vanishes near pi = p_T; use k1 or full")
+        if value in REFUSED:
+            raise BadInput(f"{column} {value}: {REFUSED[value]}")
         if value not in choices:
             raise BadInput(f"{column}: expected one of {', '.join(choices)}, came {value!r}")
     needs = {"token": "tokens", "reward": "reward", "k1": "teacher", "full": "teacher"}[method.coefficient]
@@ -105,11 +114,15 @@ def check(method):
                        "it has another gradient than its name says")
     if (method.advantage != "none") != (method.coefficient == "reward"):
         raise BadInput(f"advantage {method.advantage!r}: group advantages go with coefficient 'reward', and it needs one")
-    sampled = method.coefficient in ("reward", "k1")
-    for column in ("clip_low", "clip_high", "dual_clip", "tis_cap"):
+    uses = {"clip_low": ("reward", "k1"), "clip_high": ("reward", "k1"), "dual_clip": ("reward", "k1"), "tis_cap": ("reward",)}
+    for column in (*uses, "reference_kl", "entropy_bonus"):
         value = getattr(method, column)
-        if value < 0 or (value and not sampled):
-            raise BadInput(f"{column}: expected 0 unless the coefficient is 'reward' or 'k1', and never below 0, came {value}")
+        if not math.isfinite(value) or (value < 0 and column != "entropy_bonus"):
+            raise BadInput(f"{column}: expected a finite number, at least 0, came {value}")
+        if value and method.coefficient not in uses.get(column, CHOICES["coefficient"]):
+            raise BadInput(f"{column}: goes with coefficient {' or '.join(uses[column])}, came {value} with {method.coefficient}")
+    if method.clip_low >= 1:
+        raise BadInput(f"clip_low: expected below 1, a ratio is never below 0, came {method.clip_low}")
     if 0 < method.dual_clip <= 1:
         raise BadInput(f"dual_clip: expected 0 (off) or a bound above 1, came {method.dual_clip}")
     if method.reference_kl and not method.on_policy:
@@ -138,13 +151,15 @@ def group_advantages(rewards, kind, eps=1e-6):
 # ---------------------------------------------------------------------------------------------- per-token losses
 
 def clipped_surrogate(logp, old_logp, advantage, method):
-    """-objective of PPO's clipped policy gradient, [N] (ROPD eq. 8).  At logp == old_logp its gradient is -A grad logp.
+    """-objective of PPO's clipped policy gradient, [N] (ROPD eq. 8; the released code's range is asymmetric and it adds the
+    dual clip).  At logp == old_logp its gradient is -A grad logp.
 
-    logp = log pi (differentiable), old_logp = log pi before this file's first update, advantage: all [N]."""
+    logp = log pi (differentiable), old_logp = what the ratio is taken against, advantage: all [N]."""
     ratio = (logp - old_logp).exp()
     objective = ratio * advantage
-    if method.clip_low or method.clip_high:
-        objective = torch.minimum(objective, ratio.clamp(1 - method.clip_low, 1 + method.clip_high) * advantage)
+    low = 1 - method.clip_low if method.clip_low else 0.0
+    high = 1 + method.clip_high if method.clip_high else math.inf
+    objective = torch.minimum(objective, ratio.clamp(low, high) * advantage)
     if method.dual_clip:
         objective = torch.where(advantage < 0, torch.maximum(objective, method.dual_clip * advantage), objective)
     return -objective
@@ -185,14 +200,15 @@ def token_loss(method, logp, entropy, batch):
         loss = -own
     elif method.coefficient == "full":
         loss = reverse_kl(logp[:, 1:], batch["support_logp"], batch["whole"])
+    elif method.coefficient == "k1":  # the ratio to mu corrects for stale weights and for the sampler's precision at once
+        loss = clipped_surrogate(own, batch["behaviour_logp"], batch["teacher_logp"] - batch["behaviour_logp"], method)
     else:
-        advantage = batch["advantage"] if method.coefficient == "reward" else batch["teacher_logp"] - batch["behaviour_logp"]
-        loss = clipped_surrogate(own, old, advantage, method)
+        loss = clipped_surrogate(own, old, batch["advantage"], method)
         if method.tis_cap:
             loss = loss * (old - batch["behaviour_logp"]).exp().clamp(max=method.tis_cap)
     if method.reference_kl:
-        # k2 = (log pi - log pi_ref)^2 / 2 on own samples: its gradient is that of KL(pi || pi_ref)
-        loss = loss + method.reference_kl * 0.5 * (own - batch["reference_logp"]) ** 2
+        # k2 = (log pi - log pi_ref)^2 / 2, on own samples and weighed by the ratio: its gradient is that of KL(pi || pi_ref)
+        loss = loss + method.reference_kl * (own.detach() - old).exp() * 0.5 * (own - batch["reference_logp"]) ** 2
     if method.entropy_bonus:
         loss = loss - method.entropy_bonus * entropy
     return loss

@@ -310,7 +310,7 @@ class Writer:
                 self._file.truncate(0)
             if self.path.stat().st_size:
                 self._check_same_run(sidecar, settings, inputs)
-                self._mend_last_line()
+                cut_torn_line(self.path)
                 if self.path.stat().st_size:
                     self._load_done(retry)
             state = {"settings": settings, "inputs": {str(p): hash_file(p) for p in inputs}}
@@ -345,24 +345,6 @@ class Writer:
             if hash_file(path, old["bytes"]) != old:
                 raise BadInput(f"{self.path}: was made from {name}, which has changed since, or {path} is another file: {fresh}")
 
-    def _mend_last_line(self):
-        """A kill can leave half a line at the end: cut it off (its record is made again)."""
-        with open(self.path, "r+b") as f:
-            end = f.seek(0, os.SEEK_END)
-            f.seek(end - 1)
-            if f.read(1) == b"\n":
-                return
-            start = end  # walk back to the byte after the last newline
-            while start > 0:
-                step = min(65536, start)
-                f.seek(start - step)
-                at = f.read(step).rfind(b"\n")
-                if at >= 0:
-                    start = start - step + at + 1
-                    break
-                start -= step
-            f.truncate(start)
-
     def _load_done(self, retry):
         again = 0
         for record in read(self.path, self.kind):
@@ -390,15 +372,7 @@ class Writer:
         keys = [key_of(r, self.kind) for r in records] if KINDS[self.kind][0] else []
         if len({*keys} - self.done) < len(keys):
             raise ValueError(f"{self.path}: refusing to write a key twice: {keys}")
-        before = os.fstat(self._file.fileno()).st_size
-        written = 0
-        try:
-            while written < len(lines):
-                written += self._file.write(lines[written:])
-        except OSError as error:
-            os.ftruncate(self._file.fileno(), before)
-            raise BadInput(f"{self.path}: could not append ({error.strerror}); every record written before is whole: "
-                           "make room and run the same command again") from None
+        append_whole(self._file, lines)
         self.done.update(keys)
 
     def __enter__(self):
@@ -406,6 +380,39 @@ class Writer:
 
     def __exit__(self, *_):
         self._file.close()
+
+
+def append_whole(file, lines):
+    """Appends bytes to an unbuffered file in one piece; on a full disk the file is cut back to what it was."""
+    before, written = os.fstat(file.fileno()).st_size, 0
+    try:
+        while written < len(lines):
+            written += file.write(lines[written:])
+    except OSError as error:
+        os.ftruncate(file.fileno(), before)
+        raise BadInput(f"{file.name}: could not append ({error.strerror}); every record written before is whole: "
+                       "make room and run the same command again") from None
+
+
+def cut_torn_line(path):
+    """A kill can leave half a line at the end of a JSONL file: cut it off (its record is made again)."""
+    with open(path, "r+b") as f:
+        end = f.seek(0, os.SEEK_END)
+        if not end:
+            return
+        f.seek(end - 1)
+        if f.read(1) == b"\n":
+            return
+        start = end  # walk back to the byte after the last newline
+        while start > 0:
+            step = min(65536, start)
+            f.seek(start - step)
+            at = f.read(step).rfind(b"\n")
+            if at >= 0:
+                start = start - step + at + 1
+                break
+            start -= step
+        f.truncate(start)
 
 
 def _dump(record):

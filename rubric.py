@@ -14,16 +14,18 @@ whole group shares: 4-12 criteria, each a merit that can be answered yes or no, 
     points (5, 2, 1), verdicts (yes, no, yes)  ->  reward 6/8 = 0.75
 
 Rubricators: `contrast` needs no model.  It mines a library of predicates for those that the teacher's answers pass and
-the rollouts fail; half of the library are decoys (length, layout, opening), so a rubric can be led astray by style.  It
-never sees the `answer` field.  `llm` asks a served model (judge.py).
-Graders: `check` evaluates the predicates; `judge` asks a served model, teachers' answers hidden in the pool; `scalar` is
-the baseline without a rubric (one holistic 0-10 score); `answer` compares final answers (the ceiling: it reads `answer`).
+the rollouts fail; most of the library are decoys (length, layout, opening), so a rubric can be led astray by style.  It never
+sees the `answer` field, but one predicate, `total_right`, redoes the sum of the question: an examiner who can do the task.
+`--without total_right` takes that one away.  `llm` asks a served model (judge.py).
+Graders: `check` evaluates the predicates; `judge` asks a served model, with --answers the teacher's in the same anonymous
+pool; `scalar` is the baseline without a rubric (one holistic 0-10 score); `answer` compares final answers (it reads `answer`).
 
 A judgement that fails is null, never zero, never cached; train.py drops its group.  More than --max-failure-rate of them
 stop the stage.  Run it again to ask only for what failed.
 
-Simplifications: 1. rubrics are shared by a group, never per rollout; 2. without a server `scalar` is a stand-in: every general
-property of the same library, one vote each, plus a taste for length, rounded to 0-10, with the --verifier-noise of `check`.
+Simplifications: 1. rubrics are shared by a group, never per rollout; 2. `contrast` cannot tell format from merit, so the
+paper's cap of 1 point on cosmetic criteria is not applied; 3. without a server `scalar` is a stand-in: general properties of the
+same library, one vote each, plus a taste for length, rounded to 0-10, with the --verifier-noise of `check`.
 """
 import hashlib
 import re
@@ -150,7 +152,7 @@ MERITS = {  # what makes an answer good, in any style
     "shows_work": Check(QUALITY, "Work stands before the final result.", lambda q, t: bool(_work(t))),
     "one_result": Check(QUALITY, "Exactly one final result is given.", lambda q, t: len(re.findall("^#", t, re.M)) == 1),
 }
-DECOYS = {  # properties of a style; a teacher may have them by accident.  None compares with a reference's final answer
+DECOYS = {  # of layout, or of the problem at hand: a teacher may have them by accident.  None compares with a final answer
     "length_band": Check(QUALITY, "The answer is {} to {} characters long.", lambda q, t, low, high: low <= len(t) <= high,
                          lambda refs: [(int(0.9 * min(map(len, refs))), int(1.1 * max(map(len, refs))) + 1)]),
     "at_least": Check(QUALITY, "The answer has at least {} characters.", lambda q, t, low: len(t) >= low,
@@ -187,18 +189,18 @@ def passes(check, question, text):
 
 # ---------------------------------------------------------------------------------------------- create
 
-def contrast(question, references, attempts, flat=False, most=8):
+def contrast(question, references, attempts, flat=False, without=(), most=8):
     """A rubric by contrast, or None when fewer than 4 predicates hold for the teacher.
 
     A predicate qualifies when at least 3/4 of the teacher's answers pass it.  They are ranked by the gap between the
     teacher's and the students' pass rate; ties are broken by a hash, not by the library's order.  Points follow the gap
     as ROPD's prompt asks: 5 for the decisive bottleneck and 4 for a second strong discriminator (gap >= 1/2), 2 for
-    supporting merits (gap >= 1/5), 1 for what nearly everyone passes.  flat: 3 points for all (the exploitation arm).
+    supporting merits (gap >= 1/5), 1 for what nearly everyone passes.  flat: 3 points for all; without: names to leave out.
 
     references ["7+5=12\\n#12"] * 4, attempts ["#11", "#13"] on "7+5=?" put `total_right` (gap 1) among the first."""
     found = []
-    for name, check in CHECKS.items():
-        for arguments in check.propose(references):
+    for name in CHECKS.keys() - set(without):
+        for arguments in CHECKS[name].propose(references):
             teacher = np.mean([passes([name, *arguments], question, t) for t in references])
             student = np.mean([passes([name, *arguments], question, t) for t in attempts])
             if teacher >= 0.75:
@@ -218,12 +220,16 @@ def contrast(question, references, attempts, flat=False, most=8):
     return criteria
 
 
-def texts_by_prompt(path, kind, limit=None):
-    """{prompt id: [texts in sample order]}, at most `limit` a prompt."""
-    texts = {}
+def by_prompt(path, kind, limit=None):
+    """{prompt id: [(text, fingerprint) in sample order]}, at most `limit` a prompt."""
+    found = {}
     for r in records.read(path, kind):
-        texts.setdefault(str(r["id"]), []).append((r["sample"], r["text"]))
-    return {key: [t for _, t in sorted(pairs)][:limit] for key, pairs in texts.items()}
+        found.setdefault(str(r["id"]), []).append((r["sample"], r["text"], records.fingerprint(r)))
+    return {key: [(text, mark) for _, text, mark in sorted(triples)][:limit] for key, triples in found.items()}
+
+
+def texts(pairs):
+    return [text for text, _ in pairs]
 
 
 def create(argv):
@@ -234,43 +240,48 @@ def create(argv):
     p.add_argument("--out", required=True, help="JSONL to write; run again to complete an interrupted file")
     p.add_argument("--rubricator", default="contrast", choices=("contrast", "llm"), help="predicate mining, or a served model")
     p.add_argument("--m", type=int, default=4, help="teacher answers a prompt to draw the rubric from; 1 anchors it to one style")
-    p.add_argument("--flat-points", action="store_true", help="contrast: the same points for all criteria (invites exploitation)")
-    add_judge_flags(p, temperature=0.7, max_tokens=4096)
+    p.add_argument("--flat-points", action="store_true", help="contrast: the same points for all criteria, decisive or not")
+    p.add_argument("--without", default="", metavar="NAME,...", help="contrast: predicates to leave out of the library")
+    add_judge_flags(p, temperature=0.7, max_tokens=8192)
     args = p.parse_args(argv)
     prompts = {str(r["id"]): r for r in records.read(args.prompts, "prompts")}
-    answers, attempts = texts_by_prompt(args.answers, "answers", args.m), texts_by_prompt(args.rollouts, "rollouts")
+    answers, attempts = by_prompt(args.answers, "answers", args.m), by_prompt(args.rollouts, "rollouts")
     for key in attempts:
         if key not in prompts:
             raise BadInput(f"{args.prompts}: expected a prompt with id {key!r}, of which {args.rollouts} has rollouts, but there is none")
         if len(answers.get(key, ())) < args.m:
             raise BadInput(f"{args.answers}: expected {args.m} answers (--m) to prompt {key!r}, came {len(answers.get(key, ()))}")
-    if args.flat_points and args.rubricator != "contrast":
-        raise BadInput("--flat-points: goes with --rubricator contrast")
-    settings = {"rubricator": args.rubricator, "m": args.m, "flat_points": args.flat_points} | judge_settings(args)
-    failures, points, decisive = [], [], 0
+    without = [name for name in args.without.split(",") if name]
+    if unknown := set(without) - CHECKS.keys():
+        raise BadInput(f"--without: expected some of {', '.join(CHECKS)}, came {', '.join(sorted(unknown))}")
+    if (args.flat_points or without) and args.rubricator != "contrast":
+        raise BadInput("--flat-points and --without go with --rubricator contrast")
+    settings = {"rubricator": args.rubricator, "m": args.m, "flat_points": args.flat_points, "without": without} | judge_settings(args)
+    failures = []
     with records.Writer(args.out, "rubrics", settings, [args.prompts, args.answers, args.rollouts], args.overwrite) as writer:
         todo = [key for key in attempts if (key,) not in writer]
         if args.rubricator == "contrast":
-            results = ((key, contrast(question_of(prompts[key]), answers[key], attempts[key], args.flat_points)) for key in todo)
+            results = ((key, contrast(question_of(prompts[key]), texts(answers[key]), texts(attempts[key]), args.flat_points, without)) for key in todo)
             name = "contrast"
         else:
             server, cache, name = served_judge(args)
-            results = server.map(lambda key: attempt(judge.propose_rubric, server, question_of(prompts[key]), answers[key], attempts[key],
+            results = server.map(lambda key: attempt(judge.propose_rubric, server, question_of(prompts[key]), texts(answers[key]), texts(attempts[key]),
                                                      **judge_options(args, cache)), todo)
         for key, criteria in records.progress(results, total=len(todo), desc=Path(args.out).name):
             if criteria is None or isinstance(criteria, Exception):
                 failures.append(criteria or "fewer than 4 predicates hold for the teacher's answers")
-                stop_if_failing(failures, len(todo), args)
+                stop_if_failing(failures, len(attempts), args)
                 continue
-            writer.write({"id": prompts[key]["id"], "criteria": criteria, "rubricator": name, "answers": len(answers[key]),
-                          "distinct_answers": len(set(answers[key])), "rollouts": len(attempts[key])})
-    for r in records.read(args.out, "rubrics") if not failures or len(failures) < len(attempts) else ():
-        points.append(len(r["criteria"]))
-        decisive += max(c["points"] for c in r["criteria"]) >= 4
-    summary = {"out": args.out, "records": len(points), "failed": len(failures), "criteria_mean": float(np.mean(points)) if points else 0.0,
-               "decisive": decisive / max(1, len(points))}
-    print(f"rubric.py create: {args.out}: {summary['records']} rubrics by {name}, {summary['criteria_mean']:.1f} criteria each, "
-          f"{summary['decisive']:.0%} with a decisive one, {len(failures)} failed")
+            writer.write({"id": prompts[key]["id"], "criteria": criteria, "rubricator": name,
+                          "drawn_from": {"answers": [mark for _, mark in answers[key]], "rollouts": [mark for _, mark in attempts[key]]}})
+        made = len(writer.done)
+    rubrics = list(records.read(args.out, "rubrics")) if made else []
+    summary = {"out": args.out, "records": made, "failed": len(failures),
+               "criteria_mean": float(np.mean([len(r["criteria"]) for r in rubrics])) if made else 0.0,
+               "decisive": sum(max(c["points"] for c in r["criteria"]) >= 4 for r in rubrics) / max(1, made),
+               "distinct_answers": float(np.mean([len(set(r["drawn_from"]["answers"])) for r in rubrics])) if made else 0.0}
+    print(f"rubric.py create: {args.out}: {made} rubrics by {name}, {summary['criteria_mean']:.1f} criteria each, "
+          f"{summary['decisive']:.0%} with a decisive one, from {summary['distinct_answers']:.1f} distinct answers each, {len(failures)} failed")
     return summary
 
 
@@ -288,10 +299,11 @@ def noisy(verdict, rate, *names):
     return verdict
 
 
-def impression(question, text, noise, *names):
-    """The rubric-free judge of the embedded world, 0-10 over 10: one vote for every general property of the library, merit
-    or mere style (it has no contrast to tell them apart), plus up to two points for length, a known taste of such judges."""
-    general = [name for name, check in CHECKS.items() if check.propose is Check.propose]
+def impression(question, text, view, noise, *names):
+    """The rubric-free judge of the embedded world, 0-10 over 10: one vote for every general property, plus up to two points
+    for length, a known taste of such judges.  view "all": the whole library, merit or mere style, for it has no contrast to tell
+    them apart; "merits": a judge that knows what is merit."""
+    general = [name for name, check in (CHECKS if view == "all" else MERITS).items() if check.propose is Check.propose]
     votes = sum(noisy(passes([name], question, text), noise, *names, name) for name in general)
     return round(8 * votes / len(general) + 2 * min(1.0, len(text) / 40)) / 10
 
@@ -306,6 +318,8 @@ def grade(argv):
     p.add_argument("--answers", help="JSONL of teacher answers: the judge sees them in the same anonymous pool; logged, never in the reward")
     p.add_argument("--mode", default="batch", choices=("batch", "single"), help="judge: one call a prompt, or one a response (calmer, dearer)")
     p.add_argument("--verifier-noise", type=float, default=0.0, help="check, scalar without server: flip verdicts at this rate")
+    p.add_argument("--scalar-view", default="all", choices=("all", "merits"), help="scalar without server: properties it votes on")
+    p.add_argument("--frozen-rubrics", action="store_true", help="accept rubrics that were drawn from other rollouts than these")
     p.add_argument("--shuffle", action="store_true", help="null control: deal each group's rewards out among its rollouts at random")
     add_judge_flags(p, temperature=0.0, max_tokens=4096)
     args = p.parse_args(argv)
@@ -316,7 +330,7 @@ def grade(argv):
         raise BadInput("--verifier-noise: goes with --grader check or scalar, without a server")
     prompts = {str(r["id"]): r for r in records.read(args.prompts, "prompts")}
     rubrics = {str(r["id"]): r for r in records.read(args.rubrics, "rubrics")} if args.rubrics else {}
-    pool = texts_by_prompt(args.answers, "answers") if args.answers else {}
+    pool = by_prompt(args.answers, "answers") if args.answers else {}
     groups = {}
     rollouts = records.Table(args.rollouts, "rollouts")
     for key in rollouts.keys():
@@ -332,38 +346,44 @@ def grade(argv):
             raise BadInput(f"--base-url: goes with --grader judge or scalar, not {args.grader}")
         server, cache, name = served_judge(args)
 
+    for prompt_id, keys in groups.items():  # ROPD draws a new rubric for every prompt at every step
+        made_for = rubrics.get(prompt_id, {}).get("drawn_from", {}).get("rollouts")
+        if made_for is not None and not args.frozen_rubrics and set(made_for) != {records.fingerprint(rollouts[key]) for key in keys}:
+            raise BadInput(f"{args.rubrics}: id {prompt_id!r}: drawn_from: expected the rollouts of {args.rollouts}, but the rubric was drawn from "
+                           "others: run rubric.py create for these, or --frozen-rubrics if it is meant")
+
     def grade_group(prompt_id):
         """[(reward or None, verdicts or the reason of a failure)] for the group's rollouts, and the teacher's rewards."""
-        question, texts = question_of(prompts[prompt_id]), [rollouts[key]["text"] for key in groups[prompt_id]]
+        question, mine = question_of(prompts[prompt_id]), [rollouts[key]["text"] for key in groups[prompt_id]]
         if args.grader == "answer":
-            return [(float(is_correct(t, prompts[prompt_id]["answer"])), None) for t in texts], []
+            return [(float(is_correct(t, prompts[prompt_id]["answer"])), None) for t in mine], []
         if args.grader == "scalar":
             def one(key, text):
                 if server:
                     return attempt(judge.holistic, server, question, text, **judge_options(args, cache))
-                return impression(question, text, args.verifier_noise, args.seed, key)
-            values = [one(key, t) for key, t in zip(groups[prompt_id], texts)]
+                return impression(question, text, args.scalar_view, args.verifier_noise, args.seed, key)
+            values = [one(key, t) for key, t in zip(groups[prompt_id], mine)]
             return [(None, str(v)) if isinstance(v, Exception) else (v, None) for v in values], []
         if prompt_id not in rubrics:
-            return [(None, "no rubric for this prompt")] * len(texts), []
-        criteria, teachers = rubrics[prompt_id]["criteria"], pool.get(prompt_id, [])
+            return [(None, "no rubric for this prompt")] * len(mine), []
+        criteria, teachers = rubrics[prompt_id]["criteria"], texts(pool.get(prompt_id, []))
         points = [c["points"] for c in criteria]
         if args.grader == "check":
             if any("check" not in c for c in criteria):
                 raise BadInput(f"{args.rubrics}: id {prompt_id!r}: check: expected a predicate in every criterion, but the field is missing: "
                                "a rubric written by a model is graded with --grader judge")
             verdicts = [[noisy(passes(c["check"], question, t), args.verifier_noise, args.seed, key, c["id"]) for c in criteria]
-                        for key, t in zip(groups[prompt_id] + [("teacher", i) for i in range(len(teachers))], texts + teachers)]
+                        for key, t in zip(groups[prompt_id] + [(prompt_id, "teacher", i) for i in range(len(teachers))], mine + teachers)]
         else:
-            verdicts = attempt(judge.verify, server, question, criteria, texts + teachers, mode=args.mode, seed=args.seed, **judge_options(args, cache))
+            verdicts = attempt(judge.verify, server, question, criteria, mine + teachers, mode=args.mode, seed=args.seed, **judge_options(args, cache))
             if isinstance(verdicts, Exception):
-                return [(None, str(verdicts))] * len(texts), []
+                return [(None, str(verdicts))] * len(mine), []
         scores = [None if isinstance(v, Exception) else pass_rate(points, v) for v in verdicts]
-        return ([(s, v if s is not None else str(v)) for s, v in zip(scores[:len(texts)], verdicts)],
-                [s for s in scores[len(texts):] if s is not None])
+        return ([(s, v if s is not None else str(v)) for s, v in zip(scores[:len(mine)], verdicts)],
+                [s for s in scores[len(mine):] if s is not None])
 
     name += ", shuffled" if args.shuffle else ""
-    settings = {"grader": name, "mode": args.mode, "noise": args.verifier_noise, "seed": args.seed} | judge_settings(args)
+    settings = {"grader": name, "mode": args.mode, "noise": args.verifier_noise, "view": args.scalar_view, "seed": args.seed} | judge_settings(args)
     failures, teacher_scores, beaten = [], [], []
     inputs = [f for f in (args.prompts, args.rubrics, args.rollouts, args.answers) if f]
     with records.Writer(args.out, "rewards", settings, inputs, args.overwrite, retry=lambda r: r["status"] == "failed") as writer:
@@ -419,7 +439,6 @@ def add_judge_flags(p, temperature, max_tokens):
     p.add_argument("--max-tokens", type=int, default=max_tokens, help="longest reply of the served judge")
     p.add_argument("--re-asks", type=int, default=2, help="times a malformed reply is sent back with what was wrong")
     p.add_argument("--cache", help="JSONL of good replies, keyed by everything that was asked; saves a re-run's money")
-    p.add_argument("--max-failure-rate", type=float, default=0.1, help="share of failed judgements that stops the stage")
     p.add_argument("--seed", type=int, default=0, help="order of the anonymous pool, verifier noise")
     p.add_argument("--overwrite", action="store_true", help="begin the output anew")
     served.add_flags(p)

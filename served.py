@@ -49,6 +49,8 @@ def add_flags(parser):
                         help="requests in flight; more fills the server's batch, until it answers 429 or queues past --timeout")
     parser.add_argument("--max-retries", type=int, default=5,
                         help="tries after the first one for 429, 5xx and timeouts; more rides out a restart, fewer fails sooner")
+    parser.add_argument("--max-failure-rate", type=float, default=0.1,
+                        help="share of requests that may fail for good; more stop the stage, fewer are left for the next run")
     parser.add_argument("--timeout", type=float, default=120.0,
                         help="seconds without a reply before a try counts as lost; too short throws long answers away, too "
                              "long waits for a server that hangs")

@@ -18,13 +18,14 @@ what the web is like: terse guesses, slips that propagate, skipped steps, a litt
 clean and then briefly on mixed answers badly most of the time, yet the right answer is always within its reach: that
 is a student worth distilling.  One that never learned the arithmetic would only measure how fast a method teaches it.
 
-Splits: a problem belongs to train, dev or held-out by the hash of its text, so no file can share one with another.
+Every file has random numbers of its own, so asking for more of one changes no other.  Splits: a problem belongs to train, dev or held-out by the hash of its text, so no file can share one with another.
 The corpora are made of train problems only.
 
 Simplifications: 1. one task; 2. answers are 5-60 characters; 3. the "web" is a script; 4. totals stay in 0..40.
 """
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def problems(rng, split, terms=(2, 6)):
         numbers = [int(rng.integers(1, 10))]
         for _ in range(count - 1):
             size = int(rng.integers(1, 10))
-            numbers.append(-size if numbers and sum(numbers) >= size and rng.random() < 0.5 else size)
+            numbers.append(-size if sum(numbers) >= size and rng.random() < 0.5 else size)
         if max(running_totals(numbers)) <= 40 and split_of(expression_of(numbers)) == split:
             yield numbers
 
@@ -104,8 +105,8 @@ def mixed_answer(rng, terms):
     if kind < 0.70:  # one step goes wrong by 1-3, everything after it builds on the wrong total
         at, slip = int(rng.integers(1, len(terms))), int(rng.choice([-3, -2, -1, 1, 2, 3]))
         return write_work(terms, [t + (slip if i >= at else 0) for i, t in enumerate(totals)], style)
-    if kind < 0.90:  # the first step or two, then a jump to a guessed end
-        kept = int(rng.integers(1, len(terms))) if len(terms) > 2 else 1
+    if kind < 0.90:  # the first steps, then a jump to a guessed end
+        kept = int(rng.integers(2, len(terms))) if len(terms) > 2 else 1
         return write_work(terms[:kept], totals[:kept], style, final=max(0, totals[-1] + int(rng.integers(-4, 5))))
     return write_work(terms, totals, style)
 
@@ -185,18 +186,23 @@ def main(argv=None):
     p.add_argument("--clean", type=int, default=100000, help="right texts for pre-training")
     p.add_argument("--mixed", type=int, default=16000, help="careless texts that spoil the student's habits")
     p.add_argument("--seed", type=int, default=0, help="seed of problems, texts and initial weights")
+    p.add_argument("--overwrite", action="store_true", help="replace --out")
     args = p.parse_args(argv)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out, partial = Path(args.out), Path(f"{args.out}.partial")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.overwrite:
+        raise records.BadInput(f"--out {out}: exists already: give another one, or --overwrite to replace it")
+    shutil.rmtree(partial, ignore_errors=True)  # a run that was killed
+    partial.mkdir(parents=True)
 
-    rng = np.random.default_rng(args.seed)
-    write_prompts(out / "train.jsonl", rng, "train", args.train_prompts, "t")
-    write_prompts(out / "dev.jsonl", rng, "dev", args.eval_prompts, "d")
-    write_prompts(out / "heldout.jsonl", rng, "heldout", args.eval_prompts, "h")
-    write_corpus(out / "clean.jsonl", rng, clean_answer, args.clean)
-    write_corpus(out / "mixed.jsonl", rng, mixed_answer, args.mixed)
+    files = (("train", args.train_prompts, "t"), ("dev", args.eval_prompts, "d"), ("heldout", args.eval_prompts, "h"))
+    for number, (split, count, prefix) in enumerate(files):
+        write_prompts(partial / f"{split}.jsonl", np.random.default_rng([args.seed, number]), split, count, prefix)
+    write_corpus(partial / "clean.jsonl", np.random.default_rng([args.seed, 3]), clean_answer, args.clean)
+    write_corpus(partial / "mixed.jsonl", np.random.default_rng([args.seed, 4]), mixed_answer, args.mixed)
     for name, merge_digits in (("student", False), ("teacher", False), ("teacher_merged_digits", True)):
-        write_model(out / name, build_tokenizer(merge_digits), name.split("_")[0], args.seed)
+        write_model(partial / name, build_tokenizer(merge_digits), name.split("_")[0], args.seed)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)  # complete, or not there at all
     summary = {"out": str(out), "train": args.train_prompts, "heldout": args.eval_prompts, "clean": args.clean, "mixed": args.mixed}
     print(f"toy.py: {out}: {args.train_prompts} train, {args.eval_prompts} dev and heldout prompts, {args.clean} clean and "
           f"{args.mixed} mixed texts, 3 untrained models")

@@ -9,7 +9,7 @@ loss.py says what is descended: this file has no branch that is named after a me
 
 One call is one round: the rollouts are walked once (--epochs), in a seeded order, --batch-size prompts with all their
 rollouts an optimiser step.  The log-probs of the starting weights are computed before the first update when there is
-more than one.  Given M2 as --model, the next round continues M2's optimiser and step count.
+more than one.  Given M2 as --model, a next round of the same --method continues M2's optimiser and step count.
 
 On-policy is checked, not believed: a row of METHODS with prefix "self" accepts only rollouts whose recorded weight
 hash is that of --model, sampled with the same chat template and vocabulary, at top-p 1 (--allow-stale skips the first).
@@ -84,8 +84,8 @@ class Data:
             if self.temperature not in (None, rollout["temperature"]):
                 raise BadInput(f"{where}: temperature: expected {self.temperature} as in the lines before, came {rollout['temperature']}")
             self.temperature = rollout["temperature"]
-            if self.scores and self.temperature != 1:
-                raise BadInput(f"{where}: temperature: expected 1, came {self.temperature}: teacher scores are log-probs at temperature 1")
+            if (self.scores or self.reference) and self.temperature != 1:
+                raise BadInput(f"{where}: temperature: expected 1, came {self.temperature}: scores are log-probs at temperature 1")
         for field in ("vocabulary", "template"):
             if came.get(field) != ours[field]:
                 raise BadInput(f"{where}: policy.{field}: expected {ours[field]}, that of {args.model}, came {came.get(field)}: "
@@ -256,19 +256,21 @@ def token_metrics(method, logp, entropy, value, batch):
     out = {"train/loss": value, "policy/entropy": entropy}
     if method.coefficient == "token":
         return out
-    old = batch.get("old_logp", logp)
-    out["policy/kl_from_start"] = (old - logp).exp() - 1 - (old - logp) if "old_logp" in batch else torch.zeros_like(logp)
     if "behaviour_logp" in batch:
+        old = batch.get("old_logp", logp)
+        out["policy/kl_from_start"] = (logp - old).exp() - 1 - (logp - old)  # KL(pi_old || pi) from pi_old's samples, k3
         out["rollout/logprob_gap_mean"] = (old - batch["behaviour_logp"]).abs()
     if "teacher_logp" in batch:  # one-sample reverse KL of the policy that sampled; single tokens may be negative
-        out["kl/teacher"] = batch.get("behaviour_logp", old) - batch["teacher_logp"]
+        out["kl/teacher"] = batch.get("behaviour_logp", logp) - batch["teacher_logp"]
     if "support_logp" in batch:
         out["kl/teacher_support_mass"] = batch["support_logp"].exp().sum(-1)
     if "reference_logp" in batch:
         out["kl/reference"] = logp - batch["reference_logp"]
-    if method.clip_low or method.clip_high:
-        ratio = (logp - old).exp()
-        out["policy/clip_fraction"] = ((ratio < 1 - method.clip_low) | (ratio > 1 + method.clip_high)).float()
+    if method.clip_low or method.clip_high:  # where the clip takes the gradient away
+        ratio = (logp - (old if method.coefficient == "reward" else batch["behaviour_logp"])).exp()
+        good = (batch["advantage"] if method.coefficient == "reward" else batch["teacher_logp"] - batch["behaviour_logp"]) > 0
+        high, low = 1 + (method.clip_high or math.inf), 1 - (method.clip_low or 1)
+        out["policy/clip_fraction"] = torch.where(good, ratio > high, ratio < low).float()
     return out
 
 
@@ -396,7 +398,7 @@ def main(argv=None):
             shutil.rmtree(folder, ignore_errors=True)
     steps = plan(data.groups, args.batch_size, args.epochs or 1, args.steps, args.seed)
     old = {}
-    if method.coefficient in ("reward", "k1") and len(steps) > 1:
+    if method.on_policy and len(steps) > 1:
         old = starting_logps(policy, data, [key for keys in data.groups.values() for key in keys], args)
 
     masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in policy.model.parameters()]

@@ -7,6 +7,7 @@ import importlib
 import json
 import platform
 import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Run:
         name, *argv = shlex.split(line)
         if name not in STAGES:
             raise ValueError(f"recipe: expected a command of {', '.join(STAGES)}, came {name!r}")
-        self.commands.write(f"python {line}\n")
+        self.commands.write(f"{shlex.quote(sys.executable)} {line}\n")
         self.commands.flush()
         started = time.time()
         with contextlib.redirect_stdout(self.log):
@@ -49,7 +50,24 @@ def append_result(path, row):
         raise ValueError(f"result: {problem}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as f:
-        f.write(json.dumps(row).encode() + b"\n")
+        records.append_whole(f, json.dumps(row).encode() + b"\n")
+
+
+def finished(path, settings):
+    """(arm, seed) pairs that have their final line in a results file.  Half-done lines of a killed run are removed; lines made
+    under other settings are refused, for they would be compared with these."""
+    if not Path(path).exists() or not Path(path).stat().st_size:
+        return set()
+    records.cut_torn_line(path)
+    if not Path(path).stat().st_size:
+        return set()
+    rows = list(records.read(path, "results"))
+    for row in rows:
+        if difference := records.first_difference(row.get("settings"), settings):
+            raise records.BadInput(f"{path}: arm {row['arm']!r} was made with {difference}: give another --results")
+    done = {(r["arm"], r["seed"]) for r in rows if r.get("final")}
+    records.write_atomically(path, (json.dumps(r) + "\n" for r in rows if (r["arm"], r["seed"]) in done))
+    return done
 
 
 def versions():

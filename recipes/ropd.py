@@ -1,10 +1,10 @@
 """ROPD, the main job: a student gets better from rubrics drawn between its own answers and its teacher's.
 
     python -m recipes.ropd                       # before / ROPD / shuffled null / teacher: a table and a picture
-    python -m recipes.ropd --claims --seeds 5    # every arm, five seeds, into results/ropd.jsonl
+    python -m recipes.ropd --claims --seeds 5    # every arm, five seeds
     python -m recipes.ropd --smoke               # seconds: does it all still run
 
-One round is five commands (OUT/commands.sh has every one of them, ready to paste):
+One round is five commands (OUT/commands.sh keeps every command of the run):
 
     rollout.py        the student answers 32 problems, 8 times each
     rubric.py create  one rubric a problem from 4 teacher answers and those 8 rollouts
@@ -12,21 +12,27 @@ One round is five commands (OUT/commands.sh has every one of them, ready to past
     train.py          one policy-gradient step a quarter of the batch
     eval.py           every few rounds: accuracy on held-out problems, sampled at temperature 1
 
-Arms, all with the same problems, rollout counts, optimiser and number of updates:
+Arms, all with the same problems, optimiser and number of updates:
 
-    before      the student as it starts               sft        imitation of the same teacher texts
-    scalar      a holistic 0-10 judge, no rubric       ropd       rubrics from m = 4 teacher answers
-    ropd-m1     rubrics from one teacher answer        ropd-flat  every criterion the same points
-    shuffled    ROPD's rewards dealt out at random within each group: must teach nothing
-    answer      reward 1 for the right final answer (the ceiling a hidden checker would give)
-    teacher     the teacher
+    before          the student as it starts
+    sft             imitation of the same teacher texts (4 a problem where the others train on 8 rollouts)
+    scalar          a holistic 0-10 judge, no rubric, that votes on everything it knows about
+    scalar-merits   the same judge, told which properties are merits
+    ropd            rubrics from m = 4 teacher answers; the loss of the released code
+    ropd-paper      the same rubrics; the loss of the paper: std, symmetric clip, sequence mean, KL to the start
+    ropd-m1         rubrics from one teacher answer
+    ropd-flat       every criterion the same points
+    ropd-unchecked  rubrics without the one predicate that redoes the whole sum
+    shuffled        ROPD's rewards dealt out at random within each group: must teach nothing
+    answer          reward 1 for the right final answer: what a hidden checker would give
+    teacher         the teacher
 
 The world (toy.py): one pre-training run on clean work; its middle is the base, its end the teacher.  The student is the
 base after a little careless text, so it has less skill than the teacher and bad habits.  Pre-training is done once; a seed
 then fixes how the student is spoiled, the teacher's answers, the order of the problems and every sample.  Arms with the same seed start from the same student.
 The held-out problems serve for measuring only; the settings below were chosen on dev.
 """
-import json
+import shlex
 import shutil
 import sys
 import time
@@ -35,11 +41,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 import records
-from recipes import Run, append_result, versions
+from recipes import Run, append_result, finished, versions
 
-ARMS = ("before", "sft", "scalar", "ropd", "ropd-m1", "ropd-flat", "shuffled", "answer", "teacher")
+ARMS = ("before", "sft", "scalar", "scalar-merits", "ropd", "ropd-paper", "ropd-m1", "ropd-flat", "ropd-unchecked", "shuffled", "answer", "teacher")
 SHARED = ("rounds", "prompts", "n", "updates", "learning_rate", "max_tokens", "verifier_noise", "base_steps", "teacher_steps",
-          "spoil_steps", "spoil_lr")  # what all arms and seeds in one folder have in common
+          "spoil_steps", "spoil_lr", "eval_every", "eval_n", "eval_split")  # what all arms and seeds have in common
 DEFAULT_ARMS = ("before", "ropd", "shuffled", "teacher")
 
 
@@ -64,13 +70,13 @@ def prepare_seed(run, args, world, seed):
         run.stage(f"train.py --method sft --model {world}/base --rollouts {world}/toy/mixed.jsonl --out {folder}/student --batch-size 64 "
                   f"--steps {args.spoil_steps} --learning-rate {args.spoil_lr} --fresh-optimizer --adam-beta2 0.95 --seed {seed} --micro-batch-tokens 4096")
     run.stage(f"teacher.py answer --model {world}/teacher --prompts {world}/toy/train.jsonl --n 4 --max-tokens {args.max_tokens} "
-              f"--seed {1000 + seed} --out {folder}/answers.jsonl")
+              f"--seed {10**6 + seed} --out {folder}/answers.jsonl")
     return folder
 
 
 def evaluate(run, args, world, seed, model, out):
     return run.stage(f"eval.py --model {model} --prompts {world}/toy/{args.eval_split}.jsonl --n {args.eval_n} --max-tokens {args.max_tokens} "
-                     f"--seed {2000 + seed} --out {out} --overwrite")
+                     f"--seed {2 * 10**6 + seed} --out {out} --overwrite")
 
 
 def run_arm(run, args, world, folder, seed, arm):
@@ -87,7 +93,8 @@ def run_arm(run, args, world, folder, seed, arm):
         score = evaluate(run, args, world, seed, model, place / "eval.jsonl")
         row = {"arm": arm, "seed": seed, "step": step, "final": final, "accuracy": score["accuracy"], f"pass@{args.eval_n}": score[f"pass@{args.eval_n}"],
                "length_mean": score["length_mean"], "truncated": score["truncated_fraction"], **cost, "seconds": spent, **extra,
-               "command": "python -m recipes.ropd " + args.invocation, "versions": versions()}
+               "settings": {k: getattr(args, k) for k in SHARED}, "versions": versions(),
+               "command": f"python -m recipes.ropd {args.invocation}".strip()}
         append_result(args.results, row)
         return row
 
@@ -110,16 +117,22 @@ def run_arm(run, args, world, folder, seed, arm):
                            f"--max-tokens {args.max_tokens} --seed {seed * 1000 + number} --out {at}/rollouts.jsonl")
         common = f"--prompts {world}/toy/train.jsonl --rollouts {at}/rollouts.jsonl"
         noise = f"--seed {seed} --verifier-noise {args.verifier_noise}"
-        if arm in ("answer", "scalar"):
-            graded = run.stage(f"rubric.py grade --grader {arm} {common} {noise if arm == 'scalar' else ''} --out {at}/rewards.jsonl")
+        method, reference = "ropd", ""
+        if arm == "answer":
+            graded = run.stage(f"rubric.py grade --grader answer {common} --out {at}/rewards.jsonl")
+        elif arm.startswith("scalar"):
+            graded = run.stage(f"rubric.py grade --grader scalar --scalar-view {'merits' if arm == 'scalar-merits' else 'all'} {common} {noise} --out {at}/rewards.jsonl")
         else:
             m = 1 if arm == "ropd-m1" else 4
-            run.stage(f"rubric.py create {common} --answers {folder}/answers.jsonl --m {m} {'--flat-points' if arm == 'ropd-flat' else ''} "
-                      f"--out {at}/rubrics.jsonl")
+            option = {"ropd-flat": "--flat-points", "ropd-unchecked": "--without total_right"}.get(arm, "")
+            run.stage(f"rubric.py create {common} --answers {folder}/answers.jsonl --m {m} {option} --out {at}/rubrics.jsonl")
             graded = run.stage(f"rubric.py grade {common} --rubrics {at}/rubrics.jsonl {noise} {'--shuffle' if arm == 'shuffled' else ''} "
                                f"--out {at}/rewards.jsonl")
             cost["teacher_tokens"] += teacher_tokens(folder / "answers.jsonl", number, args, m)
-        trained = run.stage(f"train.py --method ropd --model {model} --rollouts {at}/rollouts.jsonl --rewards {at}/rewards.jsonl --out {at}/model "
+        if arm == "ropd-paper":
+            run.stage(f"teacher.py score --model {folder}/student --rollouts {at}/rollouts.jsonl --out {at}/reference.jsonl")
+            method, reference = "ropd-paper", f"--reference {at}/reference.jsonl"
+        trained = run.stage(f"train.py --method {method} --model {model} --rollouts {at}/rollouts.jsonl --rewards {at}/rewards.jsonl {reference} --out {at}/model "
                             f"--batch-size {args.prompts // args.updates} --learning-rate {args.learning_rate} --seed {seed}")
         cost["generated_tokens"] += rolled["generated_tokens"]
         cost["trained_tokens"] += trained["trained_tokens"]
@@ -132,7 +145,7 @@ def run_arm(run, args, world, folder, seed, arm):
             measure((number + 1) * args.updates, final, {k: signal[k] for k in ("reward_mean", "reward_auc", "reward_auc_within")}
                     | {"zero_variance_groups": graded["zero_variance_groups"]})
             say(f"  {arm}: round {number + 1}/{args.rounds}, reward {graded['reward_mean']:.2f}, answers of {rolled['length_mean']:.0f} tokens, "
-                f"held-out accuracy {row['accuracy']:.1%}")
+                f"{args.eval_split} accuracy {row['accuracy']:.1%}")
     return row
 
 
@@ -152,8 +165,8 @@ def say(text):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     p = records.parser(__doc__)
-    p.add_argument("--out", default="runs/ropd", help="folder for everything but the results")
-    p.add_argument("--results", help="result lines to append to (default: OUT/results.jsonl; with --claims results/ropd.jsonl)")
+    p.add_argument("--out", help="folder for everything (default: runs/ropd, with --smoke runs/ropd-smoke)")
+    p.add_argument("--results", help="result lines to append to (default: OUT/results.jsonl); arms and seeds in it are not run again")
     p.add_argument("--claims", action="store_true", help="run every arm")
     p.add_argument("--arms", help="comma-separated arms instead of the default ones")
     p.add_argument("--seeds", type=int, default=1, help="seeds 0..N-1")
@@ -162,13 +175,13 @@ def main(argv=None):
     p.add_argument("--prompts", type=int, default=32, help="problems a round")
     p.add_argument("--n", type=int, default=8, help="rollouts a problem")
     p.add_argument("--updates", type=int, default=4, help="optimiser steps a round")
-    p.add_argument("--learning-rate", type=float, default=5e-4)
+    p.add_argument("--learning-rate", type=float, default=5e-4, help="of every arm")
     p.add_argument("--max-tokens", type=int, default=64, help="longest answer")
     p.add_argument("--verifier-noise", type=float, default=0.05, help="share of wrong verdicts")
     p.add_argument("--base-steps", type=int, default=600, help="pre-training steps of the base model the students come from")
     p.add_argument("--teacher-steps", type=int, default=1300, help="pre-training steps of the teacher, which goes on from the base")
     p.add_argument("--spoil-steps", type=int, default=100, help="steps of 64 careless texts for the student")
-    p.add_argument("--spoil-lr", type=float, default=1e-3)
+    p.add_argument("--spoil-lr", type=float, default=1e-3, help="learning rate of those steps")
     p.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations")
     p.add_argument("--eval-n", type=int, default=4, help="samples a held-out problem")
     p.add_argument("--eval-split", default="heldout", choices=("heldout", "dev"), help="dev is for choosing settings")
@@ -179,20 +192,25 @@ def main(argv=None):
     arms = args.arms.split(",") if args.arms else ARMS if args.claims or args.smoke else DEFAULT_ARMS
     if unknown := set(arms) - set(ARMS):
         raise records.BadInput(f"--arms: expected some of {', '.join(ARMS)}, came {', '.join(sorted(unknown))}")
-    args.results = args.results or ("results/ropd.jsonl" if args.claims and not args.smoke else f"{args.out}/results.jsonl")
+    if args.prompts % args.updates:
+        raise records.BadInput(f"--updates {args.updates}: expected a divisor of --prompts {args.prompts}: every update takes the same number of problems")
+    args.out = args.out or ("runs/ropd-smoke" if args.smoke else "runs/ropd")
+    if len(shlex.split(args.out)) != 1:
+        raise records.BadInput(f"--out {args.out!r}: expected a path without spaces or quotes, for it stands in command lines")
+    args.results = args.results or f"{args.out}/results.jsonl"
 
-    started, run = time.time(), Run(args.out, {k: v for k, v in vars(args).items() if k in SHARED})
+    started, run = time.time(), Run(args.out, settings := {k: getattr(args, k) for k in SHARED})
     say(f"ROPD on running sums; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
     world = build_world(run, args)
-    finished = finished_arms(args.results)
+    done = finished(args.results, settings)
     for seed in range(args.seeds):
         folder = prepare_seed(run, args, world, seed)
         for arm in arms:
-            if (arm, seed) in finished:
+            if (arm, seed) in done:
                 say(f"seed {seed} {arm}: done before")
                 continue
             row = run_arm(run, args, world, folder, seed, arm)
-            say(f"seed {seed} {arm}: held-out accuracy {row['accuracy']:.1%}, {row['length_mean']:.0f} tokens an answer ({time.time() - started:.0f} s so far)")
+            say(f"seed {seed} {arm}: {args.eval_split} accuracy {row['accuracy']:.1%}, {row['length_mean']:.0f} tokens an answer ({time.time() - started:.0f} s so far)")
     say("")
     table = run.stage(f"eval.py table {args.results} --out {args.out}/table.md --overwrite "
                       "--columns length_mean reward_mean reward_auc_within generated_tokens teacher_tokens seconds")
@@ -200,20 +218,8 @@ def main(argv=None):
     say((Path(args.out) / "table.md").read_text())
     say(f"picture: {args.out}/accuracy.png   one prompt's records: {args.out}/seed0/ropd/round0/   total {time.time() - started:.0f} s")
     if not args.claims and not args.smoke:
-        say("the other arms: python -m recipes.ropd --claims --seeds 5")
+        say(f"the other arms: python -m recipes.ropd --claims --seeds 5 --out {args.out}")
     return table
-
-
-def finished_arms(path):
-    """(arm, seed) pairs that have their final line; the half-done lines of a killed run are removed."""
-    if not Path(path).exists() or not Path(path).stat().st_size:
-        return set()
-    rows = list(records.read(path, "results"))
-    finished = {(r["arm"], r["seed"]) for r in rows if r.get("final")}
-    kept = [r for r in rows if (r["arm"], r["seed"]) in finished]
-    if len(kept) < len(rows):
-        records.write_atomically(path, (json.dumps(r) + "\n" for r in kept))
-    return finished
 
 
 if __name__ == "__main__":

@@ -391,3 +391,11 @@ def test_every_prompt_asks_for_json_and_shows_an_example_that_parses(prompt):
     assert "JSON" in prompt  # response_format json_object is refused by some servers if no message says so
     example = next(line for line in prompt.splitlines() if line.startswith("{"))
     assert type(json.loads(example)) is dict
+
+
+def test_in_single_mode_a_bad_reply_costs_its_own_answer_only():
+    replies = iter(['{"judgement": [true, true, true]}', "no", '{"judgement": [false, false, false]}'])
+    server = Scripted(lambda body: next(replies))
+    server.chat_text = lambda messages, **_: next(replies)
+    first, second, third = judge.verify(server, "q", CRITERIA, ["a", "b", "c"], mode="single", re_asks=0)
+    assert first == [True] * 3 and isinstance(second, judge.JudgeFailure) and third == [False] * 3

@@ -40,13 +40,14 @@ def test_k1_is_the_reverse_kl_gradient_in_expectation():
     torch.testing.assert_close(got, reverse_kl_gradient(logits, teacher), atol=1e-12, rtol=0)
 
 
-def test_k1_off_policy_keeps_its_gradient_through_the_importance_ratio():
-    """Samples from an older policy: E_old[ratio * A grad log pi] = sum_a pi(a) A(a) grad log pi(a), with A fixed at rollout time."""
-    logits, teacher, old = distributions()
-    got = expected_gradient(METHODS["opd"], logits, old.exp(),
-                            lambda a: {"teacher_logp": teacher[a][None], "behaviour_logp": old[a][None], "old_logp": old[a][None]})
+def test_k1_on_stale_samples_is_corrected_by_the_ratio_to_the_policy_that_sampled():
+    """E_mu[pi/mu A grad log pi] = sum_a pi(a) A(a) grad log pi(a), with A = log p_T - log mu fixed when the rollout was scored;
+    the log-probs of the weights training started from play no part."""
+    logits, teacher, mu = distributions()
+    got = expected_gradient(METHODS["opd"], logits, mu.exp(),
+                            lambda a: {"teacher_logp": teacher[a][None], "behaviour_logp": mu[a][None], "old_logp": mu[a][None] - 0.3})
     logp = torch.log_softmax(logits, -1)
-    want = torch.autograd.grad(-(logp.exp() * (teacher - old)).sum(), logits)[0]
+    want = torch.autograd.grad(-(logp.exp() * (teacher - mu)).sum(), logits)[0]
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
 
 
@@ -84,6 +85,15 @@ def test_reference_kl_has_the_gradient_of_the_reverse_kl_to_the_reference():
     torch.testing.assert_close(got, 0.37 * reverse_kl_gradient(logits, reference), atol=1e-12, rtol=0)
 
 
+def test_reference_kl_keeps_its_gradient_after_the_first_update():
+    """Samples of pi_old, weighed by pi / pi_old, give the gradient of KL(pi || pi_ref) at the pi of now."""
+    logits, reference, old = distributions(1)
+    method = dataclasses.replace(METHODS["ropd-paper"], reference_kl=0.37)
+    got = expected_gradient(method, logits, old.exp(), lambda a: {"advantage": torch.zeros(1, dtype=torch.float64), "reference_logp": reference[a][None],
+                                                                   "old_logp": old[a][None]})
+    torch.testing.assert_close(got, 0.37 * reverse_kl_gradient(logits, reference), atol=1e-12, rtol=0)
+
+
 def test_entropy_bonus_raises_entropy():
     logits, _, _ = distributions()
     method = dataclasses.replace(METHODS["ropd"], entropy_bonus=0.5)
@@ -109,7 +119,9 @@ def test_tempting_variants_do_not_have_the_gradient_of_the_name_they_carry():
 
 
 @pytest.mark.parametrize("row, complaint", [
-    (Method("self", "teacher", "k3"), "k3"), (Method("data", "teacher", "k1"), "own samples"), (Method("data", "reward", "reward", advantage="mean"), "own samples"),
+    (Method("self", "teacher", "k3-advantage"), "vanishes"), (Method("self", "teacher", "k1-loss"), "gradient 0"), (Method("self", "teacher", "k3-loss"), "forward"),
+    (Method("self", "reward", "reward", advantage="mean", clip_low=1.5), "below 1"), (Method("self", "reward", "reward", advantage="mean", tis_cap=float("nan")), "finite"),
+    (Method("self", "reward", "reward", advantage="mean", reference_kl=-0.1), "at least 0"), (Method("self", "teacher", "k1", tis_cap=2.0), "tis_cap"), (Method("data", "teacher", "k1"), "own samples"), (Method("data", "reward", "reward", advantage="mean"), "own samples"),
     (Method("self", "tokens", "k1"), "signal"), (Method("self", "reward", "reward"), "advantage"), (Method("self", "teacher", "full", clip_low=0.2), "clip_low"),
     (Method("self", "reward", "reward", advantage="std", dual_clip=0.5), "dual_clip"), (Method("data", "tokens", "token", reference_kl=0.1), "reference_kl"),
     (Method("self", "teacher", "k1", norm="batch"), "norm"), (Method("self", "reward", "reward", advantage="mean", clip_high=-0.1), "clip_high")])
@@ -142,6 +154,15 @@ def test_clip_higher_and_dual_clip(ratio, advantage, objective, moves):
     logp = (old + torch.tensor(ratio, dtype=torch.float64).log()).requires_grad_()
     value = losses.clipped_surrogate(logp, old, torch.tensor([advantage], dtype=torch.float64), METHODS["ropd"])
     assert value.item() == pytest.approx(-objective)
+    assert (torch.autograd.grad(value.sum(), logp)[0].item() != 0) == moves
+
+
+@pytest.mark.parametrize("side, ratio, advantage, moves", [("clip_low", 0.5, -1.0, True), ("clip_high", 0.5, -1.0, False),
+                                                            ("clip_low", 1.5, 1.0, False), ("clip_high", 1.5, 1.0, True)])
+def test_each_side_of_the_clip_can_be_off_alone(side, ratio, advantage, moves):
+    method = dataclasses.replace(METHODS["ropd"], dual_clip=0.0, **{side: 0.0})
+    logp = torch.tensor([ratio], dtype=torch.float64).log().requires_grad_()
+    value = losses.clipped_surrogate(logp, torch.zeros(1, dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64), method)
     assert (torch.autograd.grad(value.sum(), logp)[0].item() != 0) == moves
 
 

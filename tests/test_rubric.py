@@ -96,7 +96,7 @@ def test_contrast_puts_the_points_on_what_the_teacher_has_and_the_student_lacks(
     summary = create(files)
     assert summary["records"] == 2 and summary["failed"] == 0
     for r in records.read(files["dir"] / "c.jsonl", "rubrics"):
-        assert 4 <= len(r["criteria"]) <= 12 and r["distinct_answers"] == 4
+        assert 4 <= len(r["criteria"]) <= 12 and len(set(r["drawn_from"]["answers"])) == 4 and len(r["drawn_from"]["rollouts"]) == 6
         names = [c["check"][0] for c in r["criteria"]]
         assert set(names[:2]) <= set(rubric.MERITS)  # four styles: no decoy holds for all of them and for few students
         assert r["criteria"][0]["points"] == 5 and all(a["points"] >= b["points"] for a, b in zip(r["criteria"], r["criteria"][1:]))
@@ -126,7 +126,7 @@ def test_flat_points_and_m(files):
     create(files, "--flat-points", out="flat.jsonl")
     assert {c["points"] for r in records.read(files["dir"] / "flat.jsonl", "rubrics") for c in r["criteria"]} == {3}
     create(files, "--m", "1", out="m1.jsonl")
-    assert all(r["answers"] == 1 for r in records.read(files["dir"] / "m1.jsonl", "rubrics"))
+    assert all(len(r["drawn_from"]["answers"]) == 1 for r in records.read(files["dir"] / "m1.jsonl", "rubrics"))
     with pytest.raises(BadInput, match="expected 5 answers"):
         create(files, "--m", "5", out="m5.jsonl")
 
@@ -177,6 +177,29 @@ def test_scalar_stand_in_needs_no_server_and_lies_in_the_unit_interval(files):
     grade(files, "--grader", "scalar", out="sc.jsonl")
     got = rewards(files, "sc.jsonl")
     assert all(0 <= r["reward"] <= 1 for r in got.values()) and got["a", 4]["reward"] > got["a", 0]["reward"]
+    grade(files, "--grader", "scalar", "--scalar-view", "merits", out="sm.jsonl")
+    assert all(0 <= r["reward"] <= 1 for r in rewards(files, "sm.jsonl").values())
+    question, plain = "7+5-3=?", "7,12,9\n#9"
+    assert rubric.impression(question, plain, "merits", 0) == round(8 + 2 * len(plain) / 40) / 10  # all eight merits
+    assert rubric.impression(question, plain, "all", 0) < rubric.impression(question, plain, "merits", 0)  # lacks = and :
+
+
+def test_predicates_can_be_left_out_and_unknown_names_are_refused(files):
+    create(files, "--without", "total_right,length_band")
+    names = {c["check"][0] for r in records.read(files["dir"] / "c.jsonl", "rubrics") for c in r["criteria"]}
+    assert names and not names & {"total_right", "length_band"}
+    with pytest.raises(BadInput, match="nonsense"):
+        create(files, "--without", "nonsense", out="c2.jsonl")
+
+
+def test_rubrics_of_other_rollouts_are_refused_unless_frozen_ones_are_meant(files):
+    create(files)
+    rows = [json.loads(line) for line in files["rollouts"].read_text().splitlines()]
+    rows[0]["text"] = "#99"
+    write(files["rollouts"], rows)
+    with pytest.raises(BadInput, match="drawn_from"):
+        grade(files, "--rubrics", str(files["dir"] / "c.jsonl"))
+    assert grade(files, "--rubrics", str(files["dir"] / "c.jsonl"), "--frozen-rubrics")["records"] == 12
 
 
 # ------------------------------------------------------------------ the served judge, end to end

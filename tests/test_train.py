@@ -95,9 +95,10 @@ def surrogate(row, own, old, mu, advantage):
     """PPO's clipped objective for one token, case by case, with dual clip and truncated importance weights."""
     ratio = torch.exp(own - old)
     value = ratio * advantage
-    if row.clip_low or row.clip_high:
-        bounded = torch.clamp(ratio, max=1 + row.clip_high) if advantage > 0 else torch.clamp(ratio, min=1 - row.clip_low)
-        value = bounded * advantage
+    if row.clip_high and advantage > 0:
+        value = torch.clamp(ratio, max=1 + row.clip_high) * advantage
+    if row.clip_low and advantage <= 0:
+        value = torch.clamp(ratio, min=1 - row.clip_low) * advantage
     if row.dual_clip and advantage < 0 and float(value.detach()) < row.dual_clip * advantage:
         value = torch.zeros_like(value) + row.dual_clip * advantage
     return value * (min(math.exp(old - mu), row.tis_cap) if row.tis_cap else 1.0)
@@ -133,15 +134,16 @@ def naive_gradient(model, row, rollouts, rewards=None, scores=None, reference=No
                 continue
             own, p = table[t, token], table[t].exp()
             before = float(own.detach()) if old is None else old[key][t]
+            against = r["logprobs"][t] if row.coefficient == "k1" else before
             if row.coefficient == "token":
                 value = own
             elif row.coefficient == "full":
                 value = -(p * (table[t] - torch.tensor(full[t]))).sum()
             else:
                 a = advantage if row.coefficient == "reward" else scores[key]["logprobs"][t] - r["logprobs"][t]
-                value = surrogate(row, own, before, r["logprobs"][t], a)
+                value = surrogate(row, own, against, r["logprobs"][t], a)
             if row.reference_kl:  # the gradient of k2 = d^2 / 2 is d grad log pi
-                value = value - row.reference_kl * float(own.detach() - reference[key]["logprobs"][t]) * own
+                value = value - row.reference_kl * math.exp(float(own.detach()) - before) * float(own.detach() - reference[key]["logprobs"][t]) * own
             if row.entropy_bonus:
                 value = value - row.entropy_bonus * (p * table[t]).sum()
             total = total - value / n
