@@ -159,8 +159,8 @@ def evaluate(argv):
                            "final answer, but there is none")
     if args.model:
         import rollout
-        args.rollouts = str(Path(args.out).with_suffix(".rollouts.jsonl"))
-        rollout.main(["--model", args.model, "--prompts", args.prompts, "--n", str(args.n or 16), "--out", args.rollouts,
+        args.rollouts = args.out.removesuffix(".jsonl") + ".rollouts.jsonl"
+        rollout.main(["--model", args.model, "--prompts", args.prompts, "--n", str(16 if args.n is None else args.n), "--out", args.rollouts,
                       *["--overwrite"] * args.overwrite, *sampling])
     rollouts = records.Table(args.rollouts, "answers")  # a rollout has every field of an answer
     counts = Counter(key[:1] for key in rollouts.keys())

@@ -3,7 +3,7 @@
     python records.py check runs/ropd/rollouts.jsonl          # validates a file, names the first bad line
 
 One JSON object a line, UTF-8.  Records of different files meet on their key: (`id`, `sample`), or `id` alone for
-prompts and rubrics.  `KINDS` below lists the fields; a key not listed there passes through every stage untouched.
+prompts and rubrics.  `KINDS` below lists the fields; keys not listed there are welcome and left alone.
 
 Four rules keep data safe, and all of them live here:
 1. A reader validates every line and stops with `file:line: field: expected ..., came ...` (exit code 2).
@@ -57,7 +57,7 @@ def _is_message(x):
 
 
 def _is_packed(x):
-    return type(x) is dict and {"dtype", "shape", "data"} <= x.keys()
+    return type(x) is dict and type(x.get("dtype")) is type(x.get("data")) is str and _is_list_of(_is_int)(x.get("shape"))
 
 
 def _is_criterion(x):
@@ -126,6 +126,9 @@ def validate(record, kind):
     if kind == "prompts" and ("messages" in record) == ("prompt" in record):
         return "messages: expected exactly one of `messages` and `prompt`"
     if "response_ids" in record:
+        for field in ("prompt_ids", "loss_mask"):
+            if field not in record:
+                return f"{field}: expected it beside `response_ids`, but the field is missing"
         for field in ("loss_mask", "logprobs"):
             if field in record and len(record[field]) != len(record["response_ids"]):
                 return f"{field}: expected {len(record['response_ids'])} values, one per response token, came {len(record[field])}"
@@ -279,10 +282,10 @@ def partner(table, rollout, rollouts):
     if table.kind == "scores" and len(record["logprobs"]) != len(rollout["response_ids"]):
         raise BadInput(f"{table.where(key)}: logprobs: expected {len(rollout['response_ids'])} values, one per response "
                        f"token, came {len(record['logprobs'])}")
-    for name, packed in record.get("topk", {}).items():
-        if packed["shape"][:1] != [len(rollout["response_ids"])]:
-            raise BadInput(f"{table.where(key)}: topk: expected {len(rollout['response_ids'])} rows of {name}, one per response "
-                           f"token, came {packed['shape']}")
+    shapes = [packed["shape"] for packed in record.get("topk", {}).values()]
+    if any(len(shape) != 2 or shape != shapes[0] or shape[0] != len(rollout["response_ids"]) for shape in shapes):
+        raise BadInput(f"{table.where(key)}: topk: expected {len(rollout['response_ids'])} rows, one per response token, of as many ids as "
+                       f"log-probs, came {' and '.join(map(str, shapes))}")
     return record
 
 
@@ -297,7 +300,10 @@ class Writer:
 
     def __init__(self, path, kind, settings, inputs=(), overwrite=False, retry=None):
         self.path, self.kind, self.done = Path(path), kind, set()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"{self.path}: cannot be written: {self.path.parent}: {error.strerror}") from None
         sidecar = self.path.with_name(self.path.name + ".run.json")
         for source in map(Path, inputs):
             if not source.is_file():
@@ -320,13 +326,18 @@ class Writer:
             raise
 
     def _open(self):
-        self._file = open(self.path, "ab", buffering=0)
+        try:
+            self._file = open(self.path, "ab", buffering=0)
+        except OSError as error:
+            raise BadInput(f"{self.path}: cannot be written: {error.strerror}") from None
         try:
             if fcntl:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
             raise BadInput(f"{self.path}: another process is writing this file: wait for it, or give another --out") from None
+        except OSError:
+            pass  # a file system without locks
 
     def _check_same_run(self, sidecar, settings, inputs):
         fresh = f"give another --out, or --overwrite to begin {self.path.name} anew"
@@ -430,7 +441,7 @@ def first_difference(before, now):
     before, now = (json.loads(json.dumps(x, default=str)) or {} for x in (before, now))
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        if name != "policy" and isinstance(old, dict) and isinstance(new, dict):
+        if isinstance(old, dict) and isinstance(new, dict):
             if found := first_difference(old, new):
                 return found
         elif old != new:
@@ -517,8 +528,8 @@ def guess_kind(path):
         fields = set(json.loads(first))
     except (ValueError, TypeError, RecursionError):
         return "prompts"
-    for kind, mark in (("rubrics", "criteria"), ("rewards", "reward"), ("evals", "correct"), ("results", "arm"),
-                       ("rollouts", "loss_mask"), ("answers", "text"), ("scores", "logprobs"), ("metrics", "step")):
+    for kind, mark in (("rollouts", "loss_mask"), ("rubrics", "criteria"), ("rewards", "reward"), ("evals", "correct"), ("results", "arm"),
+                       ("answers", "text"), ("scores", "logprobs"), ("metrics", "step")):
         if mark in fields:
             return kind
     return "prompts"

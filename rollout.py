@@ -1,7 +1,7 @@
 """Stage 1: the student answers the prompts.  On-policy data is what this file writes.
 
     python rollout.py --model runs/toy/student --prompts runs/toy/train.jsonl --n 8 --out rollouts.jsonl
-    python rollout.py --model Qwen/Qwen3-0.6B --base-url http://localhost:8000/v1 --prompts P --n 8 --out rollouts.jsonl
+    python rollout.py --model NAME --tokenizer FOLDER --base-url http://localhost:8000/v1 --prompts P --n 8 --out rollouts.jsonl
 
 Reads prompts (`id`, `messages` or `prompt`), writes one rollout a line: the sampled token ids, their log-probs under
 the distribution they were sampled from, a loss mask, the text, and the policy (model, hash of weights and template).
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 import records
 import served
@@ -44,10 +45,7 @@ class Policy:
         self.identity = identity_of(name, weights, tokenizer, self.template_options)
         self.stop_ids = stop_ids(model, tokenizer)
         self.vocabulary = max(tokenizer.get_vocab().values()) + 1
-        check_head(model)
-        if len(model.get_output_embeddings().weight) < self.vocabulary:
-            raise BadInput(f"model head: expected a row for each of the tokenizer's {self.vocabulary} tokens, came "
-                           f"{len(model.get_output_embeddings().weight)}")
+        check_head(model, self.vocabulary)
 
     @property
     def device(self):
@@ -70,10 +68,21 @@ def load_policy(name, dtype="auto", device=None, template_options=None):
     if not list(folder.glob("*.safetensors")):
         raise BadInput(f"--model {name}: expected safetensors weights in {folder}, found none (pickled weights are never loaded)")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                                                              use_safetensors=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    return Policy(model.to(device).eval(), tokenizer, name, hash_weights(folder), template_options)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                                                                  use_safetensors=True).to(device).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # truncated or foreign files, no such device
+        raise BadInput(f"--model {name}: could not be loaded: {error}") from None
+    return Policy(model, load_tokenizer(folder), name, hash_weights(folder), template_options)
+
+
+def load_tokenizer(name):
+    """The tokenizer of a folder or Hugging Face id."""
+    from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(find_folder(name))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"tokenizer of {name}: could not be loaded: {error}") from None
 
 
 def find_folder(name):
@@ -114,27 +123,42 @@ def stop_ids(model, tokenizer):
     return sorted(set(ids) | ({tokenizer.eos_token_id} - {None}))
 
 
-def check_head(model):
-    """linear_logp computes hidden @ head.T.  Heads that do more are refused by name, never silently approximated."""
+@torch.no_grad()
+def check_head(model, vocabulary):
+    """linear_logp computes hidden @ head.T.  A head that does more (bias, soft cap, scale ...) is refused, not approximated:
+    known ones by name, all others because their logits differ on a few tokens."""
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear:
         raise BadInput(f"model head: expected a plain torch.nn.Linear, came {type(head).__name__}")
+    if len(head.weight) < vocabulary:
+        raise BadInput(f"model head: expected a row for each of the tokenizer's {vocabulary} tokens, came {len(head.weight)}")
     if head.bias is not None:
         raise BadInput("model head: has a bias, which the fused log-prob kernel does not handle")
     text_config = model.config.get_text_config()
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(text_config, name, None) not in (None, 1, 1.0):
             raise BadInput(f"model head: {name} = {getattr(text_config, name)}, which the fused log-prob kernel does not handle")
+    ids = torch.arange(min(8, vocabulary), device=head.weight.device)[None]
+    logits, hidden = model(input_ids=ids).logits, model.get_decoder()(input_ids=ids).last_hidden_state
+    if not torch.allclose(logits.float(), (hidden @ head.weight.T).float(), rtol=0.05, atol=0.05, equal_nan=True):
+        raise BadInput("model head: its logits are not hidden @ head.T: it does something that the fused log-prob kernel does not handle")
 
 
 def render(tokenizer, prompt, template_options=None):
     """The token ids the model is shown for a prompts record: chat template plus generation prompt, or plain text."""
-    if "messages" in prompt:
-        if tokenizer.chat_template is None:
-            raise BadInput(f"prompt {prompt['id']!r}: has messages, but the model's tokenizer has no chat template; use `prompt`")
-        text = tokenizer.apply_chat_template(prompt["messages"], add_generation_prompt=True, tokenize=False, **(template_options or {}))
-        return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has placed them already
-    return tokenizer(prompt["prompt"])["input_ids"]
+    if "messages" in prompt and tokenizer.chat_template is None:
+        raise BadInput(f"prompt {prompt['id']!r}: has messages, but the model's tokenizer has no chat template; use `prompt`")
+    try:
+        if "messages" in prompt:
+            text = tokenizer.apply_chat_template(prompt["messages"], add_generation_prompt=True, tokenize=False, **(template_options or {}))
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has placed them already
+        else:
+            ids = tokenizer(prompt["prompt"])["input_ids"]
+    except Exception as error:  # templates raise what they like, tokenizers TypeError on half a surrogate pair
+        raise BadInput(f"prompt {prompt['id']!r}: could not be rendered ({type(error).__name__}: {error})") from None
+    if not ids:
+        raise BadInput(f"prompt {prompt['id']!r}: expected at least one token, but it is empty")
+    return ids
 
 
 # ---------------------------------------------------------------------------------------------- batches and forward
@@ -226,6 +250,8 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
         cache = step.past_key_values
         logits = step.last_hidden_state[:, -1].float() @ head.T
         tokens, logps = pick(logits, draws[rows, t], temperature, top_p)
+        if not torch.isfinite(logps).all():
+            raise BadInput("the model's logits are not finite: try --dtype float32, or another checkpoint")
         stopped = torch.isin(tokens, stops)
         for row, token, logp, stop in zip(rows, tokens.tolist(), logps.tolist(), stopped.tolist()):
             out[row][0].append(token)
@@ -246,22 +272,24 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
 
 def generate(policy, jobs, *, max_tokens, temperature, top_p, seed, batch_tokens):
     """Yields lists of rollout records, a batch at a time.  jobs: list of (prompts record, sample number)."""
-    rendered = {}  # the n samples of a prompt stand together: render once
-    for prompt, _ in jobs:
-        if prompt["id"] not in rendered:
-            rendered[prompt["id"]] = render(policy.tokenizer, prompt, policy.template_options)
-    longest, limit = max(map(len, rendered.values()), default=0), getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and longest + max_tokens > limit:
-        raise BadInput(f"--max-tokens {max_tokens}: with a prompt of {longest} tokens that passes the model's {limit} positions: lower it")
-    for batch in token_batches([len(rendered[p["id"]]) + max_tokens for p, _ in jobs], batch_tokens):
-        todo = [jobs[i] for i in batch]
-        draws = np.stack([uniforms(seed, p["id"], sample, max_tokens) for p, sample in todo])
-        answers = sample_batch(policy, [rendered[p["id"]] for p, _ in todo], draws, max_tokens=max_tokens,
-                               temperature=temperature, top_p=top_p)
-        yield [rollout_record(prompt, sample, policy.identity, dict(
-                    prompt_ids=rendered[prompt["id"]], response_ids=ids, logprobs=records.floats(logps), finish_reason=reason,
-                    text=policy.tokenizer.decode(ids, skip_special_tokens=True)), temperature, top_p)
-               for (prompt, sample), (ids, logps, reason) in zip(todo, answers)]
+    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    for start in range(0, len(jobs), 4096):  # a block at a time, so that a million prompts are not rendered at once
+        block, rendered = jobs[start:start + 4096], {}
+        for prompt, _ in block:
+            if prompt["id"] not in rendered:
+                rendered[prompt["id"]] = render(policy.tokenizer, prompt, policy.template_options)
+                if len(rendered[prompt["id"]]) + max_tokens > limit:
+                    raise BadInput(f"prompt {prompt['id']!r}: its {len(rendered[prompt['id']])} tokens and --max-tokens {max_tokens} pass the model's "
+                                   f"{limit} positions")
+        for batch in token_batches([len(rendered[p["id"]]) + max_tokens for p, _ in block], batch_tokens):
+            todo = [block[i] for i in batch]
+            draws = np.stack([uniforms(seed, p["id"], sample, max_tokens) for p, sample in todo])
+            answers = sample_batch(policy, [rendered[p["id"]] for p, _ in todo], draws, max_tokens=max_tokens,
+                                   temperature=temperature, top_p=top_p)
+            yield [rollout_record(prompt, sample, policy.identity, dict(
+                        prompt_ids=rendered[prompt["id"]], response_ids=ids, logprobs=records.floats(logps), finish_reason=reason,
+                        text=policy.tokenizer.decode(ids, skip_special_tokens=True)), temperature, top_p)
+                   for (prompt, sample), (ids, logps, reason) in zip(todo, answers)]
 
 
 def rollout_record(prompt, sample, identity, answer, temperature, top_p):
@@ -289,6 +317,7 @@ def add_sampling_flags(p, n):
     p.add_argument("--seed", type=int, default=0, help="with the prompt id and sample number, fixes every answer")
     p.add_argument("--batch-tokens", type=int, default=16384, help="rows x (prompt + max-tokens) held at once: memory against speed")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: as the folder stores it")
+    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     p.add_argument("--template-options", type=json.loads, default={}, metavar="JSON",
                    help='handed to the chat template, e.g. \'{"enable_thinking": false}\'')
     p.add_argument("--tokenizer", help="served models: folder whose template and vocabulary the server uses (default: --model if a folder)")
@@ -310,28 +339,46 @@ def select_prompts(args):
     return prompts
 
 
-def served_identity(args):
+def served_tokenizer(args):
+    """The tokenizer a served model is said to use (--tokenizer, or --model if that is a model folder), or None.
+
+    Its folder's hashes go into the records.  That the server really runs these weights is the caller's word: train.py's
+    rollout/logprob_gap_mean shows when it is not so."""
+    folder = args.tokenizer or (args.model if (Path(args.model) / "config.json").is_file() else None)
+    return folder, load_tokenizer(folder) if folder else None
+
+
+def served_identity(args, folder, tokenizer):
     """The `policy` object of a served model: hashes are known only when its folder is at hand, else null."""
-    folder = args.tokenizer or (args.model if Path(args.model).is_dir() else None)
-    if folder is None:
+    if tokenizer is None:
         return {"model": args.model, "weights": None, "template": None, "vocabulary": None}
-    from transformers import AutoTokenizer
-    weights = hash_weights(folder) if list(Path(folder).glob("*.safetensors")) else None
-    return identity_of(args.model, weights, AutoTokenizer.from_pretrained(folder), args.template_options)
+    folder = find_folder(folder)
+    return identity_of(args.model, hash_weights(folder) if list(folder.glob("*.safetensors")) else None, tokenizer, args.template_options)
+
+
+def who(identity):
+    """What must not change while a file is completed: the weights where they are known, whatever path they were loaded from."""
+    return {k: v for k, v in identity.items() if k != "model" or identity["weights"] is None}
 
 
 def answer_prompts(args, kind, need_tokens):
     """What rollout.py and `teacher.py answer` share: sample what is missing from --out.  Returns the summary dict."""
     if args.n < 1 or args.max_tokens < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
         raise BadInput("--n and --max-tokens must be at least 1, --temperature at least 0, --top-p in (0, 1]")
+    if not isinstance(args.template_options, dict):
+        raise BadInput(f"--template-options: expected a JSON object, came {args.template_options!r}")
     prompts = select_prompts(args)
     if args.base_url:
-        policy, identity = None, served_identity(args)
+        policy, (folder, tokenizer) = None, served_tokenizer(args)
+        identity = served_identity(args, folder, tokenizer)
+        if need_tokens and tokenizer is None:
+            raise BadInput(f"--model {args.model}: give its folder with --tokenizer: token ids without a vocabulary and template cannot be trained on "
+                           "(texts alone: teacher.py answer)")
     else:
-        policy = load_policy(args.model, args.dtype, template_options=args.template_options)
+        policy = load_policy(args.model, args.dtype, args.device, args.template_options)
         identity = policy.identity
-    settings = {"policy": identity, "temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens,
-                "seed": args.seed, "dtype": args.dtype, "base_url": args.base_url}
+    settings = {"policy": who(identity), "temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens,
+                "seed": args.seed, "dtype": args.dtype, "served": bool(args.base_url)}
     total, failures = len(prompts) * args.n, []
     with records.Writer(args.out, kind, settings, [args.prompts], args.overwrite) as writer:
         jobs = [(p, s) for p in prompts for s in range(args.n) if (str(p["id"]), s) not in writer]
@@ -340,31 +387,39 @@ def answer_prompts(args, kind, need_tokens):
                 batches = generate(policy, jobs, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p,
                                    seed=args.seed, batch_tokens=args.batch_tokens)
             else:
-                batches = generate_served(args, jobs, identity, need_tokens, failures)
+                batches = generate_served(args, jobs, identity, tokenizer if need_tokens else None)
             for batch in batches:
+                if isinstance(batch, served.ServedFailure):
+                    failures.append(batch)
+                    served.stop_if_failing(failures, len(writer.done), total, args)
+                    continue
                 writer.write(*batch)
                 bar.update(len(batch))
         written = len(writer.done)
     if failures:
-        raise BadInput(f"{args.out}: {len(failures)} of {total} answers failed at the server (first: {failures[0]}); "
-                       f"{written} are written, run the same command again for the rest")
-    return {"out": args.out, "records": written}
+        print(f"{args.out}: {len(failures)} of {total} answers failed at the server (first: {failures[0]}); run the same command again for them")
+    return {"out": args.out, "records": written, "failed": len(failures)}
 
 
-def generate_served(args, jobs, identity, need_tokens, failures):
-    """Like `generate`, from a server.  Answers that fail after all retries are listed in `failures` and not written."""
+def generate_served(args, jobs, identity, tokenizer):
+    """Like `generate`, from a server: yields lists of one record, or the ServedFailure of one that failed after all retries.
+
+    tokenizer: for training; the server's prompt ids must then be those that its template gives here."""
     server = served.Server.from_flags(args)
 
     def ask(job):
         prompt, sample = job
         seed = int.from_bytes(hashlib.sha256(f"{args.seed}|{prompt['id']}|{sample}".encode()).digest()[:4], "little") >> 1
         return server.sample(prompt.get("messages") or prompt["prompt"], max_tokens=args.max_tokens, temperature=args.temperature,
-                             top_p=args.top_p, seed=seed, need_tokens=need_tokens, template_options=args.template_options)
+                             top_p=args.top_p, seed=seed, need_tokens=tokenizer is not None, template_options=args.template_options)
     for (prompt, sample), answer in server.map(ask, jobs):
         if isinstance(answer, served.ServedFailure):
-            failures.append(answer)
-        else:
-            yield [rollout_record(prompt, sample, identity, answer, args.temperature, args.top_p)]
+            yield answer
+            continue
+        if tokenizer is not None and answer["prompt_ids"] != (expected := render(tokenizer, prompt, args.template_options)):
+            raise BadInput(f"prompt {prompt['id']!r}: the server was given {len(answer['prompt_ids'])} tokens, but the template of {args.tokenizer or args.model} "
+                           f"renders {len(expected)} others: it serves another tokenizer or chat template, or needs other --template-options")
+        yield [rollout_record(prompt, sample, identity, answer, args.temperature, args.top_p)]
 
 
 def main(argv=None):

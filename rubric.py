@@ -270,7 +270,7 @@ def create(argv):
         for key, criteria in records.progress(results, total=len(todo), desc=Path(args.out).name):
             if criteria is None or isinstance(criteria, Exception):
                 failures.append(criteria or "fewer than 4 predicates hold for the teacher's answers")
-                stop_if_failing(failures, len(attempts), args)
+                served.stop_if_failing(failures, len(writer.done), len(attempts), args, ADVICE)
                 continue
             writer.write({"id": prompts[key]["id"], "criteria": criteria, "rubricator": name,
                           "drawn_from": {"answers": [mark for _, mark in answers[key]], "rollouts": [mark for _, mark in attempts[key]]}})
@@ -410,7 +410,7 @@ def grade(argv):
             teacher_scores += teachers
             if teachers:
                 beaten.append(min(teachers) < max([r for r, _ in rewards if r is not None], default=0.0))
-            stop_if_failing(failures, len(rollouts), args)
+            served.stop_if_failing(failures, len(writer.done) - len(failures), len(rollouts), args, ADVICE)
 
     by_group, failed = {}, 0
     for r in records.read(args.out, "rewards"):
@@ -432,6 +432,9 @@ def grade(argv):
 
 
 # ---------------------------------------------------------------------------------------------- the served judge
+
+ADVICE = "try a stronger judge, a longer --max-tokens or more --re-asks, then run again"
+
 
 def add_judge_flags(p, temperature, max_tokens):
     p.add_argument("--model", help="served model that plays rubricator or verifier; keep it fixed, and never the student itself")
@@ -467,13 +470,6 @@ def attempt(function, *args, **options):
         return function(*args, **options)
     except (judge.JudgeFailure, served.ServedFailure) as failure:
         return failure
-
-
-def stop_if_failing(failures, total, args):
-    if len(failures) > args.max_failure_rate * total:
-        raise BadInput(f"{args.out}: {len(failures)} of {total} judgements failed, more than --max-failure-rate {args.max_failure_rate} "
-                       f"(last: {failures[-1]}): try a stronger judge, a longer --max-tokens or more --re-asks, then run again; "
-                       "what succeeded is kept")
 
 
 def main(argv=None):

@@ -1,7 +1,7 @@
 """Every call to an OpenAI-compatible server: a served student samples, a served teacher scores, a judge replies.
 
     vllm serve Qwen/Qwen3-0.6B --generation-config vllm --logprobs-mode processed_logprobs
-    python rollout.py --model Qwen/Qwen3-0.6B --base-url http://localhost:8000/v1 --prompts P --out rollouts.jsonl
+    python rollout.py --model Qwen/Qwen3-0.6B --tokenizer FOLDER --base-url http://localhost:8000/v1 --prompts P --out R
 
 Two kinds of trouble, kept apart everywhere:
 - `ServedFailure`: this one request has no answer (timeouts, 429 or 5xx after all retries, a broken body, a prompt that
@@ -54,6 +54,13 @@ def add_flags(parser):
     parser.add_argument("--timeout", type=float, default=120.0,
                         help="seconds without a reply before a try counts as lost; too short throws long answers away, too "
                              "long waits for a server that hangs")
+
+
+def stop_if_failing(failures, done, total, args, advice="look at the server's log, then run again"):
+    """Stops a stage in which too many requests fail: more than --max-failure-rate of all, or every one of the first few."""
+    if len(failures) > args.max_failure_rate * total or (not done and len(failures) >= 2 * args.concurrency):
+        raise BadInput(f"{args.out}: {len(failures)} of {total} requests failed, {done} succeeded and are kept; more than --max-failure-rate "
+                       f"{args.max_failure_rate} allows (last: {failures[-1]}): {advice}")
 
 
 class Server:
@@ -282,6 +289,8 @@ def _choice(reply):
         raise ServedFailure("the reply has no choices with text and finish_reason") from None
     if finish not in ("stop", "length") or not (text is None or type(text) is str):
         raise ServedFailure(f"finish_reason: expected stop or length, came {str(finish)[:40]}")
+    if text is None and not choice.get("token_ids"):  # a model that spent its whole budget on reasoning says nothing
+        raise ServedFailure(f"no text (finish_reason {finish}): spent on reasoning? raise --max-tokens")
     if any("\ud800" <= character <= "\udfff" for character in text or ""):
         raise ServedFailure("the text holds half of a surrogate pair, which no file can carry")
     return choice, {"text": text or "", "finish_reason": finish}

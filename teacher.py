@@ -27,7 +27,8 @@ import records
 import served
 from kernel import linear_logp
 from records import BadInput
-from rollout import (add_sampling_flags, answer_prompts, hidden_at, load_policy, response_positions, served_identity, token_batches)
+from rollout import (add_sampling_flags, answer_prompts, hidden_at, load_policy, response_positions, served_identity, served_tokenizer,
+                     token_batches, who)
 
 # ---------------------------------------------------------------------------------------------- answer
 
@@ -37,13 +38,15 @@ def answer(argv):
     add_sampling_flags(p, n=4)
     args = p.parse_args(argv)
     summary = answer_prompts(args, "answers", need_tokens=False)
-    texts, tokens = {}, 0
+    seen, distinct, prompts, tokens = set(), 0, set(), 0
     for r in records.read(args.out, "answers"):
-        texts.setdefault(r["id"], []).append(r["text"])
+        text = (str(r["id"]), hash(r["text"]))
+        distinct += text not in seen
+        seen.add(text)
+        prompts.add(text[0])
         tokens += len(r.get("response_ids", ()))
-    summary |= {"duplicates": sum(len(t) - len(set(t)) for t in texts.values()) / sum(map(len, texts.values())),
-                "generated_tokens": tokens}
-    print(f"teacher.py answer: {args.out}: {summary['records']} answers to {len(texts)} prompts, {summary['duplicates']:.1%} repeat "
+    summary |= {"duplicates": 1 - distinct / summary["records"], "generated_tokens": tokens}
+    print(f"teacher.py answer: {args.out}: {summary['records']} answers to {len(prompts)} prompts, {summary['duplicates']:.1%} repeat "
           "another answer to the same prompt")
     return summary
 
@@ -81,7 +84,7 @@ def score_record(rollout, identity, logprobs, top_ids, top_logprobs):
     return record
 
 
-def check_identity(rollout, where, identity, allow_template_mismatch):
+def check_rollout(rollout, where, identity, vocabulary, allow_template_mismatch):
     """The scorer must read the rollout's ids as the tokens they are."""
     came = rollout["policy"]
     if came.get("vocabulary") != identity["vocabulary"]:
@@ -90,14 +93,26 @@ def check_identity(rollout, where, identity, allow_template_mismatch):
     if came.get("template") != identity["template"] and not allow_template_mismatch:
         raise BadInput(f"{where}: policy.template: expected {identity['template']}, the teacher's chat template, came {came.get('template')}: "
                        "a teacher off its own template scores badly; pass --allow-template-mismatch if this is meant")
+    if max(rollout["prompt_ids"] + rollout["response_ids"]) >= vocabulary:
+        raise BadInput(f"{where}: response_ids: expected ids below {vocabulary}, the vocabulary, came one beyond it")
 
 
-def noise_floor(policy, rollouts, top_k):
-    """Largest difference in nats between scoring one rollout alone and inside a padded batch."""
-    target = max(rollouts, key=lambda r: len(r["response_ids"]) < max(len(q["response_ids"]) for q in rollouts))  # not the longest
-    alone = score_batch(policy, [target], top_k)[0][0]
-    together = score_batch(policy, rollouts, top_k)[rollouts.index(target)][0]
+def noise_floor(policy, rollouts):
+    """Largest difference in nats between scoring the shortest rollout alone and inside a padded batch."""
+    alone = score_batch(policy, [rollouts[0]], 0)[0][0]
+    together = score_batch(policy, rollouts, 0)[0][0]
     return float(np.abs(alone - together).max(initial=0.0))
+
+
+def served_noise_floor(server, rollouts):
+    """Largest difference in nats between two requests for the same scores: a server's replicas and batches differ."""
+    for rollout in rollouts:
+        try:
+            first, second = (server.score(rollout["prompt_ids"] + rollout["response_ids"], len(rollout["prompt_ids"]))[0] for _ in range(2))
+            return float(np.abs(np.subtract(first, second)).max(initial=0.0))
+        except served.ServedFailure as failure:
+            last = failure
+    raise BadInput(f"the self-test failed on {len(rollouts)} rollouts (last: {last})")
 
 
 def score(argv):
@@ -108,6 +123,7 @@ def score(argv):
     p.add_argument("--top-k", type=int, default=0, help="also keep the K likeliest tokens; the vocabulary's size keeps all")
     p.add_argument("--batch-tokens", type=int, default=16384, help="rows x longest row in one forward pass: memory against speed")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: as the folder stores it")
+    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     p.add_argument("--tokenizer", help="served teachers: folder of the tokenizer they use (default: --model if a folder)")
     p.add_argument("--template-options", type=json.loads, default={}, metavar="JSON", help="as for rollout.py")
     p.add_argument("--allow-template-mismatch", action="store_true", help="score prompts rendered with another chat template")
@@ -118,55 +134,51 @@ def score(argv):
         raise BadInput(f"--top-k: expected 0 or more, came {args.top_k}")
 
     rollouts = records.Table(args.rollouts, "rollouts")
-    policy = None if args.base_url else load_policy(args.model, args.dtype, template_options=args.template_options)
-    identity = served_identity(args) if args.base_url else policy.identity
-    if identity["vocabulary"] is None:
-        raise BadInput(f"--model {args.model}: the served teacher's tokenizer is not known: give its folder with --tokenizer")
+    if args.base_url:
+        policy, (folder, tokenizer) = None, served_tokenizer(args)
+        if tokenizer is None:
+            raise BadInput(f"--model {args.model}: the served teacher's tokenizer is not known: give its folder with --tokenizer")
+        identity, vocabulary = served_identity(args, folder, tokenizer), max(tokenizer.get_vocab().values()) + 1
+    else:
+        policy = load_policy(args.model, args.dtype, args.device, args.template_options)
+        identity, vocabulary = policy.identity, policy.vocabulary
     lengths = []
     for rollout in rollouts:
         key = records.key_of(rollout, "rollouts")
-        check_identity(rollout, rollouts.where(key), identity, args.allow_template_mismatch)
+        check_rollout(rollout, rollouts.where(key), identity, vocabulary, args.allow_template_mismatch)
         lengths.append((key, len(rollout["prompt_ids"]) + len(rollout["response_ids"])))
 
-    def forward(batch):  # one list of rollouts -> one list of scores
-        if policy:
-            return score_batch(policy, batch, args.top_k)
-        return [server.score(r["prompt_ids"] + r["response_ids"], len(r["prompt_ids"]), args.top_k) for r in batch]
-    if args.base_url:
-        server = served.Server.from_flags(args)
-        probe = rollouts[lengths[0][0]]
-        first, second = forward([probe])[0][0], forward([probe])[0][0]
-        floor = float(np.abs(np.asarray(first) - np.asarray(second)).max(initial=0.0))
-    else:
-        floor = noise_floor(policy, [rollouts[key] for key, _ in lengths[:8]], args.top_k)
+    few = sorted(lengths[:8], key=lambda pair: pair[1])
+    few = [rollouts[key] for place, (key, _) in enumerate(few) if place == 0 or (place + 1) * few[place][1] <= args.batch_tokens]
+    server = served.Server.from_flags(args) if args.base_url else None
+    floor = served_noise_floor(server, few) if server else noise_floor(policy, few)
 
-    failures, tokens = [], 0
-    settings = {"policy": identity, "top_k": args.top_k, "dtype": args.dtype, "base_url": args.base_url}
+    failures, tokens, gap_sum, gap_max = [], 0, 0.0, 0.0
+    settings = {"policy": who(identity), "top_k": args.top_k, "dtype": args.dtype, "served": bool(args.base_url)}
     with records.Writer(args.out, "scores", settings, [args.rollouts], args.overwrite) as writer:
         todo = [(key, n) for key, n in lengths if key not in writer]
         batches = [[todo[i][0] for i in b] for b in token_batches([n for _, n in todo], args.batch_tokens if policy else 1)]
         with records.progress(total=len(lengths), initial=len(lengths) - len(todo), desc=Path(args.out).name) as bar:
             def work(keys):
                 batch = [rollouts[key] for key in keys]
-                return batch, forward(batch)
-            done = ((keys, work(keys)) for keys in batches) if policy else server.map(work, batches)
-            for keys, result in done:
+                if policy:
+                    return batch, score_batch(policy, batch, args.top_k)
+                return batch, [server.score(r["prompt_ids"] + r["response_ids"], len(r["prompt_ids"]), args.top_k) for r in batch]
+            for keys, result in ((keys, work(keys)) for keys in batches) if policy else server.map(work, batches):
                 if isinstance(result, served.ServedFailure):
                     failures.append(result)
+                    served.stop_if_failing(failures, len(writer.done), len(lengths), args)
                     continue
                 writer.write(*(score_record(r, identity, *values) for r, values in zip(*result)))
                 bar.update(len(keys))
     if failures:
-        raise BadInput(f"{args.out}: {len(failures)} of {len(lengths)} rollouts could not be scored (first: {failures[0]}); "
-                       "the others are written, run the same command again for the rest")
+        print(f"{args.out}: {len(failures)} of {len(lengths)} rollouts could not be scored (first: {failures[0]}); run the same command again for them")
 
-    gap = []  # log mu - log p_T on the sampled tokens: its mean estimates the reverse KL the student starts from
-    for record in records.read(args.out, "scores"):
-        rollout = rollouts[records.key_of(record, "scores")]
-        gap += (np.asarray(rollout["logprobs"]) - np.asarray(record["logprobs"])).tolist()
-        tokens += len(record["logprobs"])
-    summary = {"out": args.out, "records": len(lengths), "teacher_tokens": tokens, "noise_floor": floor,
-               "kl_mean": float(np.mean(gap)) if gap else 0.0, "gap_max": float(np.max(np.abs(gap), initial=0.0))}
+    for record in records.read(args.out, "scores"):  # log mu - log p_T on the sampled tokens: its mean estimates the reverse KL
+        gap = np.subtract(rollouts[records.key_of(record, "scores")]["logprobs"], record["logprobs"])
+        tokens, gap_sum, gap_max = tokens + len(gap), gap_sum + gap.sum(), max(gap_max, np.abs(gap).max(initial=0.0))
+    summary = {"out": args.out, "records": len(lengths) - len(failures), "failed": len(failures), "teacher_tokens": tokens, "noise_floor": floor,
+               "kl_mean": float(gap_sum / max(1, tokens)), "gap_max": float(gap_max)}
     print(f"teacher.py score: {args.out}: {summary['records']} rollouts, {tokens} tokens, student - teacher log-prob "
           f"{summary['kl_mean']:+.4f} nats a token (largest gap {summary['gap_max']:.1e}), noise floor {floor:.1e}")
     return summary

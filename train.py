@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import loss as losses
@@ -46,8 +47,7 @@ class Data:
 
     def __init__(self, args, method, policy):
         self.method, self.policy = method, policy
-        kind = "rollouts" if method.on_policy or method.signal == "teacher" else records.guess_kind(args.rollouts)
-        self.rollouts = records.Table(args.rollouts, "answers" if kind == "prompts" else kind)
+        self.rollouts = records.Table(args.rollouts, "rollouts" if method.on_policy or method.signal == "teacher" else "answers")
         self.scores = records.Table(args.scores, "scores") if args.scores else None
         self.rewards = records.Table(args.rewards, "rewards") if args.rewards else None
         self.reference = records.Table(args.reference, "scores") if args.reference else None
@@ -60,14 +60,19 @@ class Data:
                 raise BadInput(f"--method {args.method}: {flag} is given, but this method does not read it")
         if method.on_policy and self.prompts is not None:
             raise BadInput(f"--method {args.method}: --prompts is given, but rollouts bring their prompt's tokens along")
-        self.groups, self.retokenized, self.temperature = {}, set(), None
+        self.groups, self.retokenized, self.temperature, self.support = {}, set(), None, None
         for rollout in self.rollouts:
             key = records.key_of(rollout, "rollouts")
             if self.method.on_policy or self.scores or self.reference:
                 self._check(rollout, self.rollouts.where(key), args)
             for table in (self.scores, self.reference):  # found out now, not after half of the updates
                 if table is not None:
-                    records.partner(table, rollout, self.rollouts)
+                    score = records.partner(table, rollout, self.rollouts)
+                    if method.coefficient == "full" and "topk" in score:
+                        self.support = self.support or score["topk"]["ids"]["shape"][1]
+                        if score["topk"]["ids"]["shape"][1] != self.support:
+                            raise BadInput(f"{table.where(key)}: topk: expected {self.support} tokens as in the lines before, came "
+                                           f"{score['topk']['ids']['shape'][1]}: score the whole file with one --top-k")
             self.groups.setdefault(key[0], []).append(key)
         self._advantages()
 
@@ -135,8 +140,10 @@ class Data:
                 if "topk" not in score:
                     raise BadInput(f"{self.scores.where(key)}: topk: expected the teacher's distribution, but the field is missing: "
                                    "run teacher.py score with --top-k")
-                item["support_ids"] = records.unpack(score["topk"]["ids"])[trained]
-                item["support_logp"] = records.unpack(score["topk"]["logprobs"])[trained]
+                ids, logps = (records.unpack(score["topk"][name]) for name in ("ids", "logprobs"))
+                if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.policy.vocabulary:
+                    raise BadInput(f"{self.scores.where(key)}: topk: expected ids in [0, {self.policy.vocabulary}), came {ids.min()} to {ids.max()}")
+                item["support_ids"], item["support_logp"] = ids[trained], logps[trained]
         if self.reference is not None:
             item["reference_logp"] = np.asarray(records.partner(self.reference, rollout, self.rollouts)["logprobs"], np.float32)[trained]
         if key in self.advantages:
@@ -155,6 +162,8 @@ class Data:
             else:
                 raise BadInput(f"{self.rollouts.where(key)}: expected tokens of this model's vocabulary and template, or `messages`, or its "
                                "prompt through --prompts, but it has none of them")
+            if tokenizer.eos_token_id is None:
+                raise BadInput(f"{self.policy.identity['model']}: its tokenizer has no end token, so an answer that ended cannot say so")
             response = response + [tokenizer.eos_token_id] * (answer["finish_reason"] == "stop")
             out.append({"prompt_ids": render(tokenizer, prompt, self.policy.template_options), "response_ids": response,
                         "loss_mask": [1] * len(response)})
@@ -299,15 +308,18 @@ def save(folder, policy, masters, optimiser, state):
     """A complete model folder.  Its subfolder trainer/ has the moments and master weights as safetensors and the rest as
     JSON: a subfolder, because loaders take every *.safetensors beside config.json for weights of the model."""
     (folder / "trainer").mkdir(parents=True, exist_ok=True)
-    policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
     tensors, names = {}, [n for n, _ in policy.model.named_parameters()]
     for name, master, p in zip(names, masters, policy.model.parameters()):
         for key, value in optimiser.state.get(master, {}).items():
             tensors[f"{key}/{name}"] = value.clone().contiguous()
         if master is not p:
             tensors[f"master/{name}"] = master.detach()
-    save_file(tensors, folder / "trainer" / "optimizer.safetensors")
+    try:
+        policy.model.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
+        save_file(tensors, folder / "trainer" / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{folder}: could not be written ({error}): make room and run the same command again, it goes on from its last checkpoint") from None
     records.write_atomically(folder / "trainer" / "state.json", json.dumps(state, indent=1, default=str) + "\n")
 
 
@@ -358,6 +370,7 @@ def main(argv=None):
     p.add_argument("--total-steps", type=int, help="end of the decay, counted over all rounds (default: this call's last step)")
     p.add_argument("--micro-batch-tokens", type=int, default=8192, help="rows x longest row in one forward pass: memory, not result")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16 keeps float32 master weights in the state")
+    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     p.add_argument("--template-options", type=json.loads, default={}, metavar="JSON", help="as for rollout.py")
     p.add_argument("--save-every", type=int, default=100, help="steps between checkpoints a killed run continues from")
     p.add_argument("--fresh-optimizer", action="store_true", help="do not continue the optimiser state of --model")
@@ -391,7 +404,7 @@ def main(argv=None):
         if out.exists():
             raise BadInput(f"{out}: exists and is not a training run of this stage: give another --out, or --overwrite")
 
-    policy = load_policy(args.model, dtype=args.dtype, template_options=args.template_options)
+    policy = load_policy(args.model, args.dtype, args.device, args.template_options)
     data = Data(args, method, policy)
     if args.overwrite:  # only now, when the new run's inputs are known to be good
         for folder in (out, partial):
@@ -406,7 +419,7 @@ def main(argv=None):
     done, before, metrics_path = 0, {"step": 0, "tokens": 0}, partial / "metrics.jsonl"
     if (partial / "LATEST").exists():
         folder = partial / (partial / "LATEST").read_text()
-        policy.model.load_state_dict(load_policy(folder, dtype=args.dtype).model.state_dict())
+        policy.model.load_state_dict(load_policy(folder, args.dtype, args.device).model.state_dict())
         state = load_trainer_state(folder, policy, masters, optimiser)
         done, before = state["done"], state["before"]
         kept = metrics_path.read_text().splitlines(keepends=True)[:done]
@@ -422,7 +435,7 @@ def main(argv=None):
     args.total_steps = args.total_steps or before["step"] + len(steps)
 
     tokens, started = before["tokens"] if not done else state["tokens"], time.time()
-    with open(metrics_path, "a", encoding="utf-8") as log:
+    with open(metrics_path, "ab", buffering=0) as log:
         for index in records.progress(range(done, len(steps)), initial=done, total=len(steps), desc=f"train {args.method}"):
             items = data.sequences([key for prompt in steps[index] for key in data.groups[prompt]])
             for item in items:
@@ -436,8 +449,7 @@ def main(argv=None):
             metrics |= {"train/learning_rate": learning_rate(step, args), "train/tokens_total": tokens}
             if method.signal == "reward":
                 metrics |= {"judge/failure_rate": data.failure_rate, "judge/groups_dropped": data.dropped, "reward/zero_variance_groups": data.flat / len(data.groups)}
-            log.write(json.dumps({"step": step + 1} | metrics) + "\n")
-            log.flush()
+            records.append_whole(log, json.dumps({"step": step + 1} | metrics).encode() + b"\n")
             if (index + 1) % args.save_every == 0 and index + 1 < len(steps):
                 checkpoint(partial, index + 1, policy, masters, optimiser,
                            {"run": run, "done": index + 1, "before": before, "step": step + 1, "tokens": tokens})

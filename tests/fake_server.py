@@ -6,11 +6,11 @@
 
 chat(body) makes the text of a chat or plain completion (a string, or {"text", "finish_reason"}).  Tokens are characters:
 id = code point mod 1000, and END closes an answer that stops.  distribution(prefix) -> the log-probs of VOCABULARY tokens
-after those ids; it scores prompts given as ids.
+after those ids; it scores prompts given as ids.  tokenizer: a transformers tokenizer to speak in instead of characters.
 
 What a script entry does to one request: "normal"; "429", "500", "400", "401", "404", "quota", "long" (context length);
 "leak" (a 400 that quotes the key far into its message); "hang" (no answer before the server closes); "cut" (a shorter body
-than its JSON); "torn" (a shorter body than its Content-Length); "not_json"; "array"; "no_choices"; "filtered";
+than its JSON); "torn" (a shorter body than its Content-Length); "not_json"; "array"; "no_choices"; "filtered"; "null_text";
 "few_logprobs"; "no_logprobs"; "no_token_ids"; "no_prompt_logprobs"; "short_prompt_logprobs"; "wrong_prompt_logprobs".
 "no_response_format" and "no_max_tokens" refuse that one field.  `always` does the same to every request.
 """
@@ -31,9 +31,9 @@ def distribution(prefix):
 
 
 class FakeServer:
-    def __init__(self, chat=lambda body: "ok", script=(), always=None, distribution=distribution, retry_after="0.01"):
+    def __init__(self, chat=lambda body: "ok", script=(), always=None, distribution=distribution, retry_after="0.01", tokenizer=None):
         self.chat, self.script, self.always, self.distribution = chat, list(script), always, distribution
-        self.retry_after = retry_after
+        self.retry_after, self.tokenizer = retry_after, tokenizer
         self.requests, self.in_flight, self.most_in_flight = [], 0, 0
         self._lock, self._closing = threading.Lock(), threading.Event()
 
@@ -141,13 +141,18 @@ class FakeServer:
         ids = [ord(c) % 1000 for c in text] + ([END] if finish == "stop" else [])
         prompt = body["messages"][-1]["content"] if chat else body["prompt"]
         prompt_ids = [ord(c) % 1000 for c in prompt] if isinstance(prompt, str) else prompt
+        if self.tokenizer:  # a real vocabulary and template
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id] * (finish == "stop")
+            if chat:
+                prompt = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
+            prompt_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         logprobs = [-0.5 - 0.01 * i for i in range(len(ids))]
         if behaviour == "few_logprobs":
             logprobs = logprobs[:-1]
         choice = {"index": 0, "finish_reason": finish, "logprobs": None}
         reply = {"id": "x", "created": 0, "model": body["model"], "choices": [choice]}
         if chat:
-            choice["message"] = {"role": "assistant", "content": text}
+            choice["message"] = {"role": "assistant", "content": None if behaviour == "null_text" else text}
         else:
             choice["text"] = text
         if body.get("logprobs") and behaviour != "no_logprobs":

@@ -136,13 +136,14 @@ def test_the_served_pipeline_survives_429_500_timeouts_and_broken_bodies(tmp_pat
 
     def served(fake):
         return ["--model", student, "--base-url", fake.base_url, "--max-retries", "2", "--timeout", "1", "--concurrency", "3"]
-    with FakeServer(chat=reply, script=["429", "normal", "500", "torn", "hang"]) as fake:
+    tokenizer = rollout.load_tokenizer(student)
+    with FakeServer(chat=reply, script=["429", "normal", "500", "torn", "hang"], tokenizer=tokenizer) as fake:
         made = rollout.main(["--prompts", prompts, "--n", "2", "--max-tokens", "8", "--out", paths["rollouts"], *served(fake)])
         assert made["records"] == 6
         assert all(b["temperature"] == 1.0 and b["top_p"] == 1.0 and "seed" in b for b in fake.bodies())
     with FakeServer(chat=reply) as fake:
         assert teacher.main(["answer", "--prompts", prompts, "--n", "2", "--max-tokens", "8", "--out", paths["answers"], *served(fake)])["duplicates"] == 0.5
-    with FakeServer(script=["500"], distribution=lambda prefix: [-6.9 - (len(prefix) + t) % 7 / 10 for t in range(1000)]) as fake:
+    with FakeServer(script=["500"], distribution=lambda prefix: [-3.2 - (len(prefix) + t) % 7 / 10 for t in range(24)]) as fake:
         scored = teacher.main(["score", "--rollouts", paths["rollouts"], "--top-k", "3", "--out", paths["scores"], *served(fake)])
         assert scored["records"] == 6 and scored["noise_floor"] == 0
     with FakeServer(chat=reply, script=["429", "not_json"]) as fake:
@@ -160,9 +161,59 @@ def test_the_served_pipeline_survives_429_500_timeouts_and_broken_bodies(tmp_pat
     assert os.environ.get("OPENAI_API_KEY", "EMPTY") not in "".join(Path(p).read_text() for p in paths.values()).replace("EMPTY", "")
 
 
+@pytest.fixture
+def small(tmp_path):
+    """(flags of a served student on one prompt, its tokenizer, the output file)."""
+    toy.main(["--out", str(tmp_path / "toy"), "--train-prompts", "4", "--eval-prompts", "1", "--clean", "1", "--mixed", "1"])
+    student, out = str(tmp_path / "toy" / "student"), tmp_path / "r.jsonl"
+    flags = ["--prompts", str(tmp_path / "toy/train.jsonl"), "--max-tokens", "8", "--out", str(out), "--max-retries", "0", "--timeout", "5", "--concurrency", "2"]
+    return [*flags, "--model", student], rollout.load_tokenizer(student), out
+
+
+def test_a_served_student_of_unknown_vocabulary_is_refused_before_anything_is_asked(small):
+    flags, tokenizer, out = small
+    with FakeServer(chat=reply, tokenizer=tokenizer) as fake:
+        with pytest.raises(records.BadInput, match="--tokenizer"):
+            rollout.main([*flags[:-1], "served-name", "--base-url", fake.base_url])
+        assert not fake.requests
+
+
+def test_a_server_with_another_template_is_refused(small):
+    flags, tokenizer, out = small
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|user|>", "").replace("'<|' + m['role'] + '|>' + ", "")
+    with FakeServer(chat=reply, tokenizer=tokenizer) as fake, pytest.raises(records.BadInput, match="another tokenizer or chat template"):
+        rollout.main([*flags, "--base-url", fake.base_url])
+
+
+def test_a_server_may_move_between_two_runs(small):
+    flags, tokenizer, out = small
+    for n in ("1", "3"):
+        with FakeServer(chat=reply, tokenizer=tokenizer) as fake:  # another port each time
+            assert rollout.main([*flags, "--n", n, "--base-url", fake.base_url])["records"] == 4 * int(n)
+
+
+def test_failures_beyond_the_allowed_rate_stop_early_and_a_few_are_left_for_the_next_run(small):
+    flags, tokenizer, out = small
+    with FakeServer(chat=reply, always="500", tokenizer=tokenizer) as fake:
+        with pytest.raises(records.BadInput, match="--max-failure-rate"):
+            rollout.main([*flags, "--n", "50", "--max-failure-rate", "1", "--base-url", fake.base_url])  # all of the first few fail
+        assert len(fake.requests) < 40
+    with FakeServer(chat=reply, script=["normal", "500"], tokenizer=tokenizer) as fake:
+        summary = rollout.main([*flags, "--n", "5", "--base-url", fake.base_url])
+        assert (summary["records"], summary["failed"]) == (19, 1)
+        assert rollout.main([*flags, "--n", "5", "--base-url", fake.base_url])["records"] == 20
+
+
+def test_an_answer_of_nothing_is_a_failure_and_no_empty_answer(small):
+    flags, tokenizer, out = small
+    with FakeServer(chat=reply, script=["normal", "null_text"]) as fake:
+        summary = teacher.main(["answer", *flags, "--n", "5", "--base-url", fake.base_url])
+    assert summary["failed"] == 1 and all(r["text"] for r in records.read(out, "answers"))
+
+
 def test_a_served_student_that_shows_no_tokens_is_refused_for_training(tmp_path):
     toy.main(["--out", str(tmp_path / "toy"), "--train-prompts", "1", "--eval-prompts", "1", "--clean", "1", "--mixed", "1"])
     for behaviour in ("no_token_ids", "few_logprobs", "no_logprobs"):
-        with FakeServer(chat=reply, always=behaviour) as fake, pytest.raises(records.BadInput):
-            rollout.main(["--model", "served-name", "--base-url", fake.base_url, "--prompts", str(tmp_path / "toy/train.jsonl"), "--n", "1",
+        with FakeServer(chat=reply, always=behaviour) as fake, pytest.raises(records.BadInput, match="token ids|log-probs"):
+            rollout.main(["--model", str(tmp_path / "toy/student"), "--base-url", fake.base_url, "--prompts", str(tmp_path / "toy/train.jsonl"), "--n", "1",
                           "--out", str(tmp_path / f"{behaviour}.jsonl"), "--max-retries", "0", "--timeout", "2"])

@@ -288,7 +288,7 @@ def test_a_file_of_other_settings_is_not_continued(world, tmp_path, capsys):
     rollout.main(argv(**flags))
     before = out.read_bytes()
     for name, change in {"temperature": dict(temperature=0.7), "top_p": dict(top_p=0.9), "max_tokens": dict(max_tokens=9), "seed": dict(seed=3),
-                         "policy": dict(model=world.teacher), "dtype": dict(dtype="bfloat16")}.items():
+                         "weights": dict(model=world.teacher), "dtype": dict(dtype="bfloat16")}.items():
         assert f"{out.name}: was begun with {name} = " in refusal(rollout.main, argv(**(flags | change)), capsys)
     assert out.read_bytes() == before
     rollout.main(argv(**(flags | dict(n=3, slice=":2"))))  # more prompts and samples are a continuation
@@ -361,11 +361,43 @@ def test_heads_that_are_no_plain_matrix_are_refused(world):
     model = AutoModelForCausalLM.from_pretrained(world.base)
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(rollout.BadInput, match="final_logit_softcapping"):
-        rollout.check_head(model)
+        rollout.check_head(model, 24)
     model.config.final_logit_softcapping = None
     model.lm_head = torch.nn.Linear(64, 24, bias=True)
     with pytest.raises(rollout.BadInput, match="bias"):
-        rollout.check_head(model)
+        rollout.check_head(model, 24)
+
+
+def test_a_head_that_does_something_unheard_of_is_noticed(world, monkeypatch):
+    """No list of config names is complete: the logits of a few tokens tell."""
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(world.base)
+    plain = model.forward
+
+    def capped(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        out.logits = 3 * torch.tanh(out.logits / 3)
+        return out
+    rollout.check_head(model, 24)
+    monkeypatch.setattr(model, "forward", capped)
+    with pytest.raises(rollout.BadInput, match="not hidden @ head.T"):
+        rollout.check_head(model, 24)
+
+
+@pytest.mark.parametrize("prompt, complaint", [({"prompt": ""}, "at least one token"), ({"messages": [{"role": "user", "content": "\ud83d"}]}, "rendered")])
+def test_a_prompt_that_cannot_be_rendered_is_named(world, tmp_path, capsys, prompt, complaint):
+    prompts = dump(tmp_path / "p.jsonl", [{"id": "odd", **prompt}])
+    message = refusal(rollout.main, argv(model=world.base, prompts=prompts, out=tmp_path / "r.jsonl", max_tokens=4), capsys)
+    assert "prompt 'odd'" in message and complaint in message
+
+
+def test_logits_that_are_no_numbers_stop_the_stage(world, tmp_path, capsys):
+    def poison(model):
+        with torch.no_grad():
+            model.model.norm.weight.fill_(float("nan"))
+    folder = variant(world.base, tmp_path / "m", None, poison)
+    message = refusal(rollout.main, argv(model=folder, prompts=world.prompts, out=tmp_path / "r.jsonl", max_tokens=4), capsys)
+    assert "finite" in message or "head @" in message or "head.T" in message
 
 
 def test_pickled_weights_are_never_loaded(world, tmp_path):

@@ -229,7 +229,7 @@ def test_killed_and_run_again_is_as_if_never_killed(world, tmp_path, k):
 
 def test_a_file_of_another_teacher_is_not_continued(world, tmp_path, capsys):
     score(world, tmp_path / "s.jsonl")
-    for name, change in {"policy": dict(model=world.base), "top_k": dict(top_k=2), "dtype": dict(dtype="bfloat16")}.items():
+    for name, change in {"weights": dict(model=world.base), "top_k": dict(top_k=2), "dtype": dict(dtype="bfloat16")}.items():
         flags = argv("score", **dict(dict(model=world.teacher, rollouts=world.rollouts, out=tmp_path / "s.jsonl"), **change))
         assert f"s.jsonl: was begun with {name} = " in refusal(teacher.main, flags, capsys)
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import types
 
@@ -869,3 +870,25 @@ def test_learning_rate_schedules_at_their_corners():
     assert at(9) == pytest.approx(1.0) and at(14) == pytest.approx(0, abs=1e-12) and at(99) == pytest.approx(0, abs=1e-12)
     assert at(9, schedule="linear") == pytest.approx(1.0) and at(11, schedule="linear") == pytest.approx(0.6)
     assert at(99, schedule="constant") == 2.0 and at(0, warmup_steps=0) == 2.0
+
+
+def test_top_k_of_another_vocabulary_or_of_two_sizes_is_refused(world, tmp_path, capsys):
+    rows = load(world.scores)
+    ids = records.unpack(rows[3]["topk"]["ids"])
+    ids[0, 0] = 60000
+    bad = [dict(r, topk=dict(r["topk"], ids=records.pack(ids))) if i == 3 else r for i, r in enumerate(rows)]
+    message = refused(world, tmp_path, capsys, method="opd-full", scores=dump(tmp_path / "a.jsonl", bad))
+    assert "topk: expected ids in" in message and ":4:" in message
+    fewer = {name: records.pack(records.unpack(rows[3]["topk"][name])[:, :3]) for name in ("ids", "logprobs")}
+    bad = [dict(r, topk=fewer) if i == 3 else r for i, r in enumerate(rows)]
+    assert "one --top-k" in refused(world, tmp_path, capsys, method="opd-full", scores=dump(tmp_path / "b.jsonl", bad))
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(world, tmp_path):
+    """The file size limit of a process stands for a full disk: no file may grow beyond 60 kB, and the weights are larger."""
+    words = argv(model=world.base, out=tmp_path / "m", **needs(world, "opd"), **FAST)
+    code = ("import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000));"
+            "import records, train; records.run(train.main)")
+    full = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+    assert full.returncode == 2 and "make room" in full.stderr and "Traceback" not in full.stderr and not (tmp_path / "m").exists()
+    run(world, tmp_path / "m")
