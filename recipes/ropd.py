@@ -175,7 +175,7 @@ def main(argv=None):
     p.add_argument("--prompts", type=int, default=32, help="problems a round")
     p.add_argument("--n", type=int, default=8, help="rollouts a problem")
     p.add_argument("--updates", type=int, default=4, help="optimiser steps a round")
-    p.add_argument("--learning-rate", type=float, default=5e-4, help="of every arm")
+    p.add_argument("--learning-rate", type=float, default=3e-4, help="of every arm")
     p.add_argument("--max-tokens", type=int, default=64, help="longest answer")
     p.add_argument("--verifier-noise", type=float, default=0.05, help="share of wrong verdicts")
     p.add_argument("--base-steps", type=int, default=600, help="pre-training steps of the base model the students come from")
