@@ -388,7 +388,7 @@ def main(argv=None):
     method = losses.settings(args.method, args.set)
     out, partial = Path(args.out), Path(str(args.out) + ".partial")
     source = find_folder(args.model)
-    flags = {k: v for k, v in vars(args).items() if k not in ("overwrite", "save_every", "micro_batch_tokens")}
+    flags = {k: v for k, v in vars(args).items() if k not in ("overwrite", "save_every", "micro_batch_tokens", "device")}
     run = {"flags": flags, "method": asdict(method), "weights": hash_weights(source),
            "inputs": {f: records.hash_file(f) for f in (args.rollouts, args.rewards, args.scores, args.reference, args.prompts) if f}}
     if out.exists() and out.samefile(source):
