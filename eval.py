@@ -340,7 +340,8 @@ def figure(lines, metric, x, title):
     picture = Figure(figsize=(9, 4.8), dpi=150, layout="constrained")
     axes = picture.add_subplot()
     levels = [arm for arm, points in lines.items() if points and points[0][0] is None]
-    colours = {arm: COLOURS[i % 8] for i, arm in enumerate(arm for arm in lines if arm not in levels)}
+    curved = [arm for arm in lines if arm not in levels]  # the ninth arm has the first one's colour, but squares and dashes
+    styles = {arm: dict(color=COLOURS[i % 8], marker="os"[i // 8 % 2], linestyle=("-", "--")[i // 8 % 2]) for i, arm in enumerate(curved)}
     for arm, points in lines.items():
         if not points:
             continue
@@ -349,8 +350,8 @@ def figure(lines, metric, x, title):
         if arm in levels:  # grey, told apart by their dashes
             axes.axhline(mean[0], color="0.35", linestyle=("--", ":", "-.")[levels.index(arm) % 3], linewidth=1.5, label=label)
         else:
-            axes.plot(at, mean, color=colours[arm], marker="o", markersize=4, linewidth=1.8, label=label)
-            axes.fill_between(at, least, greatest, color=colours[arm], alpha=0.13, linewidth=0)
+            axes.plot(at, mean, **styles[arm], markersize=4, linewidth=1.8, label=label)
+            axes.fill_between(at, least, greatest, color=styles[arm]["color"], alpha=0.13, linewidth=0)
     if metric == "accuracy":
         axes.set_ylim(bottom=0)
     axes.set(xlabel=AXIS.get(x, x), ylabel=AXIS.get(metric, metric))
