@@ -2,10 +2,11 @@
 
     grad L = - sum_{sequences} sum_t  m_t / N_t  *  sum_a c_t(a) grad log pi(a | s_t)
 
-(Sequence weights and token weights, which some methods put between the sums, are 1 for all rows so far.)  s_t is the prefix before token t, m_t the loss mask, c_t(a) what the method wants to do with token a there, held
-constant, and N_t the normaliser: the number of trained tokens of the optimiser step (`norm="token"`), or that
-sequence's length times the number of sequences (`norm="sequence"`).  N_t is fixed before the first backward pass, so
-cutting a step into micro-batches cannot change its gradient.
+s_t is the prefix before token t, m_t the loss mask, c_t(a) what the method wants to do with token a there, held constant, and
+N_t the normaliser: the number of trained tokens of the optimiser step (`norm="token"`), or that sequence's length times the
+number of sequences (`norm="sequence"`).  N_t is fixed before the first backward pass, so cutting a step into micro-batches
+cannot change its gradient.  (Some methods put sequence weights and token weights between the sums; for all rows so far they
+are 1.)
 
 What c_t can be (`coefficient`):
 

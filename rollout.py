@@ -44,7 +44,7 @@ class Policy:
         self.template_options = template_options or {}
         self.identity = identity_of(name, weights, tokenizer, self.template_options)
         self.stop_ids = stop_ids(model, tokenizer)
-        self.vocabulary = max(tokenizer.get_vocab().values()) + 1
+        self.vocabulary = vocabulary_size(tokenizer)
         check_head(model, self.vocabulary)
 
     @property
@@ -58,10 +58,11 @@ class Policy:
         return self.model.get_output_embeddings().weight[:self.vocabulary]
 
 
-def load_policy(name, dtype="auto", device=None, template_options=None):
+def load_policy(name, dtype="auto", device=None, template_options=None, weights=None):
     """Loads a folder, or a Hugging Face id through the hub's cache, as a Policy in evaluation mode.
 
-    dtype: "auto" (as stored), "float32", "bfloat16" or "float16"; device: "cpu", "cuda", ... (default: GPU if any)."""
+    dtype: "auto" (as stored), "float32", "bfloat16" or "float16"; device: "cpu", "cuda", ... (default: GPU if any);
+    weights: the hash of its weight files, where the caller has computed it already."""
     import transformers
     transformers.utils.logging.disable_progress_bar()
     folder = find_folder(name)
@@ -73,7 +74,7 @@ def load_policy(name, dtype="auto", device=None, template_options=None):
                                                                   use_safetensors=True).to(device).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # truncated or foreign files, no such device
         raise BadInput(f"--model {name}: could not be loaded: {error}") from None
-    return Policy(model, load_tokenizer(folder), name, hash_weights(folder), template_options)
+    return Policy(model, load_tokenizer(folder), name, weights or hash_weights(folder), template_options)
 
 
 def load_tokenizer(name):
@@ -114,6 +115,22 @@ def identity_of(name, weights, tokenizer, template_options):
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
     return {"model": str(name), "weights": weights, "template": short([tokenizer.chat_template, template_options]),
             "vocabulary": short(tokenizer.get_vocab())}
+
+
+def vocabulary_size(tokenizer):
+    """One more than the largest token id; not len(tokenizer), for ids may have holes."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_tokens(rollout, where, identity, vocabulary, fields=("vocabulary", "template")):
+    """Raises BadInput unless a model with this identity reads the rollout's ids as the tokens they are."""
+    came = rollout["policy"]
+    for field in fields:
+        if came.get(field) != identity[field]:
+            raise BadInput(f"{where}: policy.{field}: expected {identity[field]}, that of {identity['model']}, came {came.get(field)}: the rollouts were "
+                           "sampled with another tokenizer or chat template, and their ids mean something else to this model")
+    if max(rollout["prompt_ids"] + rollout["response_ids"]) >= vocabulary:
+        raise BadInput(f"{where}: response_ids: expected ids below {vocabulary}, the vocabulary of {identity['model']}, came one beyond it")
 
 
 def stop_ids(model, tokenizer):
@@ -316,13 +333,18 @@ def add_sampling_flags(p, n):
     p.add_argument("--top-p", type=float, default=1.0, help="nucleus mass; below 1 is for evaluation only")
     p.add_argument("--seed", type=int, default=0, help="with the prompt id and sample number, fixes every answer")
     p.add_argument("--batch-tokens", type=int, default=16384, help="rows x (prompt + max-tokens) held at once: memory against speed")
+    add_model_flags(p)
+    p.add_argument("--overwrite", action="store_true", help="begin the output anew")
+    served.add_flags(p)
+
+
+def add_model_flags(p):
+    """How a model is loaded, or which folder speaks for a served one; shared with teacher.py score."""
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: as the folder stores it")
     p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     p.add_argument("--template-options", type=json.loads, default={}, metavar="JSON",
                    help='handed to the chat template, e.g. \'{"enable_thinking": false}\'')
     p.add_argument("--tokenizer", help="served models: folder whose template and vocabulary the server uses (default: --model if a folder)")
-    p.add_argument("--overwrite", action="store_true", help="begin the output anew")
-    served.add_flags(p)
 
 
 def select_prompts(args):
@@ -339,21 +361,17 @@ def select_prompts(args):
     return prompts
 
 
-def served_tokenizer(args):
-    """The tokenizer a served model is said to use (--tokenizer, or --model if that is a model folder), or None.
+def served_policy(args):
+    """(tokenizer, `policy` object) of a served model; (None, hashes that are null) when no folder is at hand.
 
-    Its folder's hashes go into the records.  That the server really runs these weights is the caller's word: train.py's
-    rollout/logprob_gap_mean shows when it is not so."""
-    folder = args.tokenizer or (args.model if (Path(args.model) / "config.json").is_file() else None)
-    return folder, load_tokenizer(folder) if folder else None
-
-
-def served_identity(args, folder, tokenizer):
-    """The `policy` object of a served model: hashes are known only when its folder is at hand, else null."""
-    if tokenizer is None:
-        return {"model": args.model, "weights": None, "template": None, "vocabulary": None}
-    folder = find_folder(folder)
-    return identity_of(args.model, hash_weights(folder) if list(folder.glob("*.safetensors")) else None, tokenizer, args.template_options)
+    The folder is --tokenizer, or --model if that is a model folder.  That the server really runs these weights is the
+    caller's word: train.py's rollout/logprob_gap_mean shows when it is not so."""
+    name = args.tokenizer or (args.model if (Path(args.model) / "config.json").is_file() else None)
+    if name is None:
+        return None, {"model": args.model, "weights": None, "template": None, "vocabulary": None}
+    folder, tokenizer = find_folder(name), load_tokenizer(name)
+    weights = hash_weights(folder) if list(folder.glob("*.safetensors")) else None
+    return tokenizer, identity_of(args.model, weights, tokenizer, args.template_options)
 
 
 def who(identity):
@@ -369,8 +387,7 @@ def answer_prompts(args, kind, need_tokens):
         raise BadInput(f"--template-options: expected a JSON object, came {args.template_options!r}")
     prompts = select_prompts(args)
     if args.base_url:
-        policy, (folder, tokenizer) = None, served_tokenizer(args)
-        identity = served_identity(args, folder, tokenizer)
+        policy, (tokenizer, identity) = None, served_policy(args)
         if need_tokens and tokenizer is None:
             raise BadInput(f"--model {args.model}: give its folder with --tokenizer: token ids without a vocabulary and template cannot be trained on "
                            "(texts alone: teacher.py answer)")

@@ -17,7 +17,6 @@ rollouts.  Another vocabulary is refused; another template is refused unless --a
 
 Simplifications: 1. one teacher a file; 2. no sequence packing.
 """
-import json
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +26,8 @@ import records
 import served
 from kernel import linear_logp
 from records import BadInput
-from rollout import (add_sampling_flags, answer_prompts, hidden_at, load_policy, response_positions, served_identity, served_tokenizer,
-                     token_batches, who)
+from rollout import (add_model_flags, add_sampling_flags, answer_prompts, check_tokens, hidden_at, load_policy, response_positions, served_policy,
+                     token_batches, vocabulary_size, who)
 
 # ---------------------------------------------------------------------------------------------- answer
 
@@ -84,19 +83,6 @@ def score_record(rollout, identity, logprobs, top_ids, top_logprobs):
     return record
 
 
-def check_rollout(rollout, where, identity, vocabulary, allow_template_mismatch):
-    """The scorer must read the rollout's ids as the tokens they are."""
-    came = rollout["policy"]
-    if came.get("vocabulary") != identity["vocabulary"]:
-        raise BadInput(f"{where}: policy.vocabulary: expected {identity['vocabulary']}, the teacher's token -> id map, came "
-                       f"{came.get('vocabulary')}: ids of one vocabulary mean nothing in another")
-    if came.get("template") != identity["template"] and not allow_template_mismatch:
-        raise BadInput(f"{where}: policy.template: expected {identity['template']}, the teacher's chat template, came {came.get('template')}: "
-                       "a teacher off its own template scores badly; pass --allow-template-mismatch if this is meant")
-    if max(rollout["prompt_ids"] + rollout["response_ids"]) >= vocabulary:
-        raise BadInput(f"{where}: response_ids: expected ids below {vocabulary}, the vocabulary, came one beyond it")
-
-
 def noise_floor(policy, rollouts):
     """Largest difference in nats between scoring the shortest rollout alone and inside a padded batch."""
     alone = score_batch(policy, [rollouts[0]], 0)[0][0]
@@ -122,10 +108,7 @@ def score(argv):
     p.add_argument("--out", required=True, help="JSONL to write; run again to complete an interrupted file")
     p.add_argument("--top-k", type=int, default=0, help="also keep the K likeliest tokens; the vocabulary's size keeps all")
     p.add_argument("--batch-tokens", type=int, default=16384, help="rows x longest row in one forward pass: memory against speed")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: as the folder stores it")
-    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
-    p.add_argument("--tokenizer", help="served teachers: folder of the tokenizer they use (default: --model if a folder)")
-    p.add_argument("--template-options", type=json.loads, default={}, metavar="JSON", help="as for rollout.py")
+    add_model_flags(p)
     p.add_argument("--allow-template-mismatch", action="store_true", help="score prompts rendered with another chat template")
     p.add_argument("--overwrite", action="store_true", help="begin the output anew")
     served.add_flags(p)
@@ -135,17 +118,21 @@ def score(argv):
 
     rollouts = records.Table(args.rollouts, "rollouts")
     if args.base_url:
-        policy, (folder, tokenizer) = None, served_tokenizer(args)
+        policy, (tokenizer, identity) = None, served_policy(args)
         if tokenizer is None:
             raise BadInput(f"--model {args.model}: the served teacher's tokenizer is not known: give its folder with --tokenizer")
-        identity, vocabulary = served_identity(args, folder, tokenizer), max(tokenizer.get_vocab().values()) + 1
+        vocabulary = vocabulary_size(tokenizer)
     else:
         policy = load_policy(args.model, args.dtype, args.device, args.template_options)
         identity, vocabulary = policy.identity, policy.vocabulary
     lengths = []
     for rollout in rollouts:
         key = records.key_of(rollout, "rollouts")
-        check_rollout(rollout, rollouts.where(key), identity, vocabulary, args.allow_template_mismatch)
+        check_tokens(rollout, rollouts.where(key), identity, vocabulary, ("vocabulary",))
+        if rollout["policy"].get("template") != identity["template"] and not args.allow_template_mismatch:
+            raise BadInput(f"{rollouts.where(key)}: policy.template: expected {identity['template']}, the teacher's chat template, came "
+                           f"{rollout['policy'].get('template')}: a teacher off its own template scores badly; pass --allow-template-mismatch "
+                           "if this is meant")
         lengths.append((key, len(rollout["prompt_ids"]) + len(rollout["response_ids"])))
 
     few = sorted(lengths[:8], key=lambda pair: pair[1])

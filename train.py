@@ -35,7 +35,7 @@ import loss as losses
 import records
 from kernel import linear_logp
 from records import BadInput
-from rollout import find_folder, hash_weights, hidden_at, load_policy, render, response_positions, token_batches
+from rollout import check_tokens, find_folder, hash_weights, hidden_at, load_policy, render, response_positions, token_batches
 
 # ---------------------------------------------------------------------------------------------- reading
 
@@ -91,12 +91,7 @@ class Data:
             self.temperature = rollout["temperature"]
             if (self.scores or self.reference) and self.temperature != 1:
                 raise BadInput(f"{where}: temperature: expected 1, came {self.temperature}: scores are log-probs at temperature 1")
-        for field in ("vocabulary", "template"):
-            if came.get(field) != ours[field]:
-                raise BadInput(f"{where}: policy.{field}: expected {ours[field]}, that of {args.model}, came {came.get(field)}: "
-                               "the rollouts were sampled with another tokenizer or chat template")
-        if max(rollout["prompt_ids"] + rollout["response_ids"]) >= self.policy.vocabulary:
-            raise BadInput(f"{where}: response_ids: expected ids below {self.policy.vocabulary}, the model's vocabulary, came one beyond it")
+        check_tokens(rollout, where, ours, self.policy.vocabulary)
 
     def _advantages(self):
         """Group advantages of every rollout; groups with a failed judgement are dropped and counted."""
@@ -404,7 +399,7 @@ def main(argv=None):
         if out.exists():
             raise BadInput(f"{out}: exists and is not a training run of this stage: give another --out, or --overwrite")
 
-    policy = load_policy(args.model, args.dtype, args.device, args.template_options)
+    policy = load_policy(args.model, args.dtype, args.device, args.template_options, run["weights"])
     data = Data(args, method, policy)
     if args.overwrite:  # only now, when the new run's inputs are known to be good
         for folder in (out, partial):
@@ -419,7 +414,7 @@ def main(argv=None):
     done, before, metrics_path = 0, {"step": 0, "tokens": 0}, partial / "metrics.jsonl"
     if (partial / "LATEST").exists():
         folder = partial / (partial / "LATEST").read_text()
-        policy.model.load_state_dict(load_policy(folder, args.dtype, args.device).model.state_dict())
+        policy.model.load_state_dict(load_policy(folder, args.dtype, args.device, weights="unfinished").model.state_dict())
         state = load_trainer_state(folder, policy, masters, optimiser)
         done, before = state["done"], state["before"]
         kept = metrics_path.read_text().splitlines(keepends=True)[:done]

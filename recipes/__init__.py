@@ -8,7 +8,6 @@ import json
 import platform
 import shlex
 import sys
-import time
 from pathlib import Path
 
 import records
@@ -17,7 +16,7 @@ STAGES = ("toy.py", "rollout.py", "teacher.py", "rubric.py", "train.py", "eval.p
 
 
 class Run:
-    """Issues stage commands, keeps their output in OUT/stages.log, and adds up what they cost."""
+    """Issues stage commands and keeps them, with what they print, in OUT/commands.sh and OUT/stages.log."""
 
     def __init__(self, out, settings):
         """settings: what every run in this folder must share, or arms would be compared under different conditions."""
@@ -31,16 +30,14 @@ class Run:
         self.log = open(self.out / "stages.log", "a", encoding="utf-8")
 
     def stage(self, line):
-        """Runs `stage.py --flags` and returns the stage's summary dict plus its wall time in `seconds`."""
+        """Runs `stage.py --flags` and returns the stage's summary dict."""
         name, *argv = shlex.split(line)
         if name not in STAGES:
             raise ValueError(f"recipe: expected a command of {', '.join(STAGES)}, came {name!r}")
         self.commands.write(f"{shlex.quote(sys.executable)} {line}\n")
         self.commands.flush()
-        started = time.time()
         with contextlib.redirect_stdout(self.log):
-            summary = importlib.import_module(name.removesuffix(".py")).main(argv)
-        return dict(summary) | {"seconds": time.time() - started}
+            return importlib.import_module(name.removesuffix(".py")).main(argv)
 
 
 def append_result(path, row):

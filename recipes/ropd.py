@@ -128,7 +128,7 @@ def run_arm(run, args, world, folder, seed, arm):
             run.stage(f"rubric.py create {common} --answers {folder}/answers.jsonl --m {m} {option} --out {at}/rubrics.jsonl")
             graded = run.stage(f"rubric.py grade {common} --rubrics {at}/rubrics.jsonl {noise} {'--shuffle' if arm == 'shuffled' else ''} "
                                f"--out {at}/rewards.jsonl")
-            cost["teacher_tokens"] += teacher_tokens(folder / "answers.jsonl", number, args, m)
+            cost["teacher_tokens"] += teacher_tokens(folder / "answers.jsonl", at / "rubrics.jsonl", m)
         if arm == "ropd-paper":
             run.stage(f"teacher.py score --model {folder}/student --rollouts {at}/rollouts.jsonl --out {at}/reference.jsonl")
             method, reference = "ropd-paper", f"--reference {at}/reference.jsonl"
@@ -149,12 +149,10 @@ def run_arm(run, args, world, folder, seed, arm):
     return row
 
 
-def teacher_tokens(path, number, args, m, cache={}):
-    """Teacher tokens behind one round's rubrics: the first m answers to each of its problems."""
-    if path not in cache:
-        cache[path] = [(r["id"], r["sample"], len(r["response_ids"])) for r in records.read(path, "answers")]
-    ids = {f"t{i:05d}" for i in range(number * args.prompts, (number + 1) * args.prompts)}
-    return sum(n for i, sample, n in cache[path] if i in ids and sample < m)
+def teacher_tokens(answers, rubrics, m):
+    """Teacher tokens behind one round's rubrics: the first m answers to each of their problems."""
+    ids = {r["id"] for r in records.read(rubrics, "rubrics")}
+    return sum(len(r["response_ids"]) for r in records.read(answers, "answers") if r["id"] in ids and r["sample"] < m)
 
 
 def say(text):
