@@ -42,6 +42,7 @@ class Method:
     prefix: str                      # whose prefixes: "data" (any text) or "self" (sampled by this very policy)
     signal: str                      # what must be on disk: "tokens", "reward" (--rewards) or "teacher" (--scores)
     coefficient: str                 # c_t: "token", "reward", "k1" or "full"
+    ratio: str = "token"             # importance ratio: each token's, or "sequence": the geometric mean over the sequence (GSPO)
     norm: str = "token"              # "token": mean over the step's tokens; "sequence": mean over sequences of their means
     advantage: str = "none"          # group advantage: "mean" subtracts the group's mean, "std" also divides by its std
     clip_low: float = 0.0            # no gain from a ratio below 1 - clip_low (bad tokens); 0 turns this side off
@@ -54,6 +55,11 @@ class Method:
     @property
     def on_policy(self):
         return self.prefix == "self"
+
+    @property
+    def separable(self):
+        """Whether a token's loss needs no other token's log-prob, so that kernel.linear_token_loss may walk slices of tokens."""
+        return self.ratio == "token"
 
 
 METHODS = {
@@ -68,13 +74,15 @@ METHODS = {
     # (cosine, 100 warm-up steps, weight decay 0.1, beta2 0.95) are flags of train.py
     "ropd-paper": Method(prefix="self", signal="reward", coefficient="reward", norm="sequence", advantage="std", clip_low=0.2,
                          clip_high=0.2, reference_kl=0.001),
+    # GSPO: GRPO with one ratio a sequence, and the narrow clip range that goes with it
+    "gspo": Method(prefix="self", signal="reward", coefficient="reward", ratio="sequence", norm="sequence", advantage="std", clip_low=3e-4, clip_high=4e-4),
     # on-policy distillation from log-probs: one number a token (its source sums over tokens, we average), or the teacher's
     # (top-k) distribution
     "opd": Method(prefix="self", signal="teacher", coefficient="k1"),
     "opd-full": Method(prefix="self", signal="teacher", coefficient="full"),
 }
 CHOICES = {"prefix": ("data", "self"), "signal": ("tokens", "reward", "teacher"), "coefficient": ("token", "reward", "k1", "full"),
-           "norm": ("token", "sequence"), "advantage": ("none", "mean", "std")}
+           "ratio": ("token", "sequence"), "norm": ("token", "sequence"), "advantage": ("none", "mean", "std")}
 REFUSED = {"k1-loss": "k1 differentiated as a loss has gradient 0 in expectation: use k1 (as an advantage) or full",
            "k3-advantage": "k3 as an advantage is reverse minus forward KL and vanishes near pi = p_T: use k1 or full",
            "k3-loss": "k3 differentiated as a loss on own samples is forward KL under another name: use full"}
@@ -122,6 +130,8 @@ def check(method):
             raise BadInput(f"{column}: expected a finite number, at least 0, came {value}")
         if value and method.coefficient not in uses.get(column, CHOICES["coefficient"]):
             raise BadInput(f"{column}: goes with coefficient {' or '.join(uses[column])}, came {value} with {method.coefficient}")
+    if method.ratio != "token" and method.coefficient not in ("reward", "k1"):
+        raise BadInput(f"ratio {method.ratio}: goes with coefficient reward or k1, which have an importance ratio, came {method.coefficient}")
     if method.clip_low >= 1:
         raise BadInput(f"clip_low: expected below 1, a ratio is never below 0, came {method.clip_low}")
     if 0 < method.dual_clip <= 1:
@@ -151,12 +161,23 @@ def group_advantages(rewards, kind, eps=1e-6):
 
 # ---------------------------------------------------------------------------------------------- per-token losses
 
-def clipped_surrogate(logp, old_logp, advantage, method):
-    """-objective of PPO's clipped policy gradient, [N] (ROPD eq. 8; the released code's range is asymmetric and it adds the
-    dual clip).  At logp == old_logp its gradient is -A grad logp.
+def log_ratio(method, logp, old_logp, batch):
+    """log of the importance ratio of every token, [N]; with ratio "sequence" the mean over the tokens of its sequence
+    (GSPO arXiv 2507.18071 eq. 7).  batch["sequence"] [N]: which sequence of the micro-batch a token belongs to."""
+    each = logp - old_logp
+    if method.ratio == "token":
+        return each
+    sequence = batch["sequence"]
+    sums = each.new_zeros(int(sequence.max()) + 1).index_add(0, sequence, each)
+    return (sums / sequence.bincount())[sequence]
 
-    logp = log pi (differentiable), old_logp = what the ratio is taken against, advantage: all [N]."""
-    ratio = (logp - old_logp).exp()
+
+def clipped_surrogate(log_ratio, advantage, method):
+    """-objective of PPO's clipped policy gradient, [N] (ROPD eq. 8; the released code's range is asymmetric and it adds the
+    dual clip).  Where the ratio is 1 its gradient is -A grad log pi.
+
+    log_ratio (differentiable), advantage: both [N]."""
+    ratio = log_ratio.exp()
     objective = ratio * advantage
     low = 1 - method.clip_low if method.clip_low else 0.0
     high = 1 + method.clip_high if method.clip_high else math.inf
@@ -184,27 +205,28 @@ def reverse_kl(logp, teacher_logp, whole):
     return torch.where(p > 0, p * (logp - teacher_logp), 0.0).sum(-1)
 
 
-def token_loss(method, logp, entropy, batch):
+def token_loss(method, logp, entropy, batch, exact_reverse_kl=None):
     """The loss of each trained token, [N], for any row of METHODS; sum(loss * batch["weight"]) is the step's loss.
 
     logp [N, 1 + K]: column 0 the recorded token, the others the teacher's support (K = 0 unless coefficient "full").
-    entropy [N].  batch: what is known about the tokens, each [N] unless noted, all constant:
+    entropy [N].  exact_reverse_kl [N]: KL(pi || p_T) over the whole vocabulary, from a teacher in memory, in place of a support.  batch: what is known about the tokens, each [N] unless noted, all constant:
       old_logp        log pi before this file's first update (absent when this is the first update: then it is logp)
       behaviour_logp  log mu, from the rollout
       advantage       the sequence's group advantage (coefficient "reward")
       teacher_logp    log p_T of the recorded token
       support_logp    [N, K] log p_T of the support; `whole` says whether that is the whole vocabulary
-      reference_logp  log pi_ref of the recorded token"""
+      reference_logp  log pi_ref of the recorded token
+      sequence        int64, which sequence a token belongs to (ratio "sequence")"""
     own = logp[:, 0]
     old = batch.get("old_logp", own.detach())
     if method.coefficient == "token":
         loss = -own
     elif method.coefficient == "full":
-        loss = reverse_kl(logp[:, 1:], batch["support_logp"], batch["whole"])
+        loss = exact_reverse_kl if exact_reverse_kl is not None else reverse_kl(logp[:, 1:], batch["support_logp"], batch["whole"])
     elif method.coefficient == "k1":  # the ratio to mu corrects for stale weights and for the sampler's precision at once
-        loss = clipped_surrogate(own, batch["behaviour_logp"], batch["teacher_logp"] - batch["behaviour_logp"], method)
+        loss = clipped_surrogate(log_ratio(method, own, batch["behaviour_logp"], batch), batch["teacher_logp"] - batch["behaviour_logp"], method)
     else:
-        loss = clipped_surrogate(own, old, batch["advantage"], method)
+        loss = clipped_surrogate(log_ratio(method, own, old, batch), batch["advantage"], method)
         if method.tis_cap:
             loss = loss * (old - batch["behaviour_logp"]).exp().clamp(max=method.tis_cap)
     if method.reference_kl:

@@ -20,6 +20,7 @@ for large models serve them with vLLM and use --base-url.
 """
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from safetensors import SafetensorError
 
 import records
 import served
+from kernel import all_logits
 from records import BadInput
 
 # ---------------------------------------------------------------------------------------------- a policy in memory
@@ -45,7 +47,7 @@ class Policy:
         self.identity = identity_of(name, weights, tokenizer, self.template_options)
         self.stop_ids = stop_ids(model, tokenizer)
         self.vocabulary = vocabulary_size(tokenizer)
-        check_head(model, self.vocabulary)
+        self.head_options = {"vocabulary": self.vocabulary} | head_options(model, self.vocabulary)
 
     @property
     def device(self):
@@ -53,9 +55,10 @@ class Policy:
 
     @property
     def head(self):
-        """The language-model head, [V, D].  Rows beyond the vocabulary (embeddings are often padded to a round number) are
-        no tokens: they take no probability, in sampling, scoring and training alike."""
-        return self.model.get_output_embeddings().weight[:self.vocabulary]
+        """The language-model head, [V, D]; kernel.py's functions take it with `head_options`.  Its rows beyond the vocabulary
+        (embeddings are often padded to a round number) are no tokens: they take no probability, in sampling, scoring and
+        training alike."""
+        return self.model.get_output_embeddings().weight
 
 
 def load_policy(name, dtype="auto", device=None, template_options=None, weights=None):
@@ -141,24 +144,29 @@ def stop_ids(model, tokenizer):
 
 
 @torch.no_grad()
-def check_head(model, vocabulary):
-    """linear_logp computes hidden @ head.T.  A head that does more (bias, soft cap, scale ...) is refused, not approximated:
-    known ones by name, all others because their logits differ on a few tokens."""
-    head = model.get_output_embeddings()
+def head_options(model, vocabulary):
+    """{"scale", "softcap"} with which kernel.py's logits are this model's own.
+
+    Architectures use one name for a factor and for a divisor, so the candidates that the config names are tried on a few tokens.
+    A head that does anything else (a bias, a LoRA adapter, a second matrix) is refused, not approximated."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
     if type(head) is not torch.nn.Linear:
         raise BadInput(f"model head: expected a plain torch.nn.Linear, came {type(head).__name__}")
     if len(head.weight) < vocabulary:
         raise BadInput(f"model head: expected a row for each of the tokenizer's {vocabulary} tokens, came {len(head.weight)}")
     if head.bias is not None:
         raise BadInput("model head: has a bias, which the fused log-prob kernel does not handle")
-    text_config = model.config.get_text_config()
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
-        if getattr(text_config, name, None) not in (None, 1, 1.0):
-            raise BadInput(f"model head: {name} = {getattr(text_config, name)}, which the fused log-prob kernel does not handle")
     ids = torch.arange(min(8, vocabulary), device=head.weight.device)[None]
-    logits, hidden = model(input_ids=ids).logits, model.get_decoder()(input_ids=ids).last_hidden_state
-    if not torch.allclose(logits.float(), (hidden @ head.weight.T).float(), rtol=0.05, atol=0.05, equal_nan=True):
-        raise BadInput("model head: its logits are not hidden @ head.T: it does something that the fused log-prob kernel does not handle")
+    own, hidden = model(input_ids=ids).logits[0].float(), model.get_decoder()(input_ids=ids).last_hidden_state[0]
+    factors = [getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "lm_head_multiplier")]
+    scales = [1.0] + [f for factor in factors if isinstance(factor, (int, float)) and factor for f in (factor, 1 / factor)]
+    candidates = [{"scale": scale, "softcap": cap} for cap in (getattr(config, "final_logit_softcapping", None) or None, None) for scale in scales]
+    errors = [(all_logits(hidden, head.weight, **candidate).float() - own).abs().max().item() for candidate in candidates]
+    best = min(range(len(errors)), key=lambda i: (not math.isfinite(errors[i]), errors[i]))
+    if not errors[best] <= 0.02 * (own.abs().max().item() + 1) and torch.isfinite(own).all():
+        raise BadInput(f"model head: its logits are not hidden @ head.T, scaled or soft-capped as its config says (off by {errors[best]:.3g}): it does "
+                       "something that the fused log-prob kernel does not handle")
+    return candidates[best]
 
 
 def render(tokenizer, prompt, template_options=None):
@@ -250,7 +258,6 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
 
     draws [B, max_tokens] of uniforms.  Prompts are padded on the left; a row leaves the batch when it stops."""
     model, device = policy.model, policy.device
-    head = policy.head.float()  # logits in float32 also for a bfloat16 model, as the trainer computes them
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -265,8 +272,8 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
     for t in range(max_tokens):
         step = model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
         cache = step.past_key_values
-        logits = step.last_hidden_state[:, -1].float() @ head.T
-        tokens, logps = pick(logits, draws[rows, t], temperature, top_p)
+        last = all_logits(step.last_hidden_state[:, -1], policy.head, **policy.head_options)  # float32, as the trainer computes them
+        tokens, logps = pick(last, draws[rows, t], temperature, top_p)
         if not torch.isfinite(logps).all():
             raise BadInput("the model's logits are not finite: try --dtype float32, or another checkpoint")
         stopped = torch.isin(tokens, stops)

@@ -24,7 +24,7 @@ import torch
 
 import records
 import served
-from kernel import linear_logp
+from kernel import all_logits, linear_logp
 from records import BadInput
 from rollout import (add_model_flags, add_sampling_flags, answer_prompts, check_tokens, hidden_at, load_policy, response_positions, served_policy,
                      token_batches, vocabulary_size, who)
@@ -63,10 +63,9 @@ def score_batch(policy, rollouts, top_k):
     lengths = [len(r["response_ids"]) for r in rollouts]
     ids = None
     if top_k:  # finding the K likeliest needs the logits; a slice of tokens at a time keeps them small
-        head = policy.head.float()
-        slices = hidden.split(max(1, (32 << 20) // len(head)))
-        ids = torch.cat([(h.float() @ head.T).topk(min(top_k, len(head))).indices for h in slices])
-    logps, _ = linear_logp(hidden, policy.head, own[:, None] if ids is None else torch.cat([own[:, None], ids], 1))
+        slices = hidden.split(max(1, (32 << 20) // policy.vocabulary))
+        ids = torch.cat([all_logits(h, policy.head, **policy.head_options).topk(min(top_k, policy.vocabulary)).indices for h in slices])
+    logps, _ = linear_logp(hidden, policy.head, own[:, None] if ids is None else torch.cat([own[:, None], ids], 1), **policy.head_options)
     parts = [[x.cpu().numpy() for x in part.split(lengths)] for part in ([logps] if ids is None else [logps, ids])]
     if ids is None:
         return [(a[:, 0], None, None) for a in parts[0]]

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 import loss as losses
 import records
-from kernel import linear_logp
+from kernel import KERNELS, linear_token_loss, token_numbers
 from records import BadInput
 from rollout import check_tokens, find_folder, hash_weights, hidden_at, load_policy, render, response_positions, token_batches
 
@@ -45,25 +45,28 @@ class Data:
 
     `groups` = {prompt id: [keys of its rollouts]}; `sequences(keys)` are dicts of plain lists, one a rollout."""
 
-    def __init__(self, args, method, policy):
-        self.method, self.policy = method, policy
+    def __init__(self, args, method, policy, teacher=None):
+        self.method, self.policy, self.teacher = method, policy, teacher
         self.rollouts = records.Table(args.rollouts, "rollouts" if method.on_policy or method.signal == "teacher" else "answers")
         self.scores = records.Table(args.scores, "scores") if args.scores else None
         self.rewards = records.Table(args.rewards, "rewards") if args.rewards else None
         self.reference = records.Table(args.reference, "scores") if args.reference else None
         self.prompts = records.Table(args.prompts, "prompts") if args.prompts else None
-        for needed, table, flag in ((method.signal == "reward", self.rewards, "--rewards"), (method.signal == "teacher", self.scores, "--scores"),
-                                    (method.reference_kl > 0, self.reference, "--reference")):
-            if needed and table is None:
-                raise BadInput(f"--method {args.method}: expected {flag} FILE, but it is missing")
-            if table is not None and not needed:
-                raise BadInput(f"--method {args.method}: {flag} is given, but this method does not read it")
+        for needed, flags in ((method.signal == "reward", {"rewards": "FILE"}), (method.signal == "teacher", {"scores": "FILE", "teacher": "FOLDER"}),
+                              (method.reference_kl > 0, {"reference": "FILE"})):
+            given = [f"--{flag}" for flag in flags if getattr(args, flag)]
+            if needed and not given:
+                raise BadInput(f"--method {args.method}: expected {' or '.join(f'--{k} {v}' for k, v in flags.items())}, but it is missing")
+            if given and not needed:
+                raise BadInput(f"--method {args.method}: {given[0]} is given, but this method does not read it")
+            if len(given) > 1:
+                raise BadInput(f"{' and '.join(given)} both say what the teacher thinks: give one of them")
         if method.on_policy and self.prompts is not None:
             raise BadInput(f"--method {args.method}: --prompts is given, but rollouts bring their prompt's tokens along")
         self.groups, self.retokenized, self.temperature, self.support = {}, set(), None, None
         for rollout in self.rollouts:
             key = records.key_of(rollout, "rollouts")
-            if self.method.on_policy or self.scores or self.reference:
+            if self.method.on_policy or self.scores or self.reference or teacher:
                 self._check(rollout, self.rollouts.where(key), args)
             for table in (self.scores, self.reference):  # found out now, not after half of the updates
                 if table is not None:
@@ -89,7 +92,7 @@ class Data:
             if self.temperature not in (None, rollout["temperature"]):
                 raise BadInput(f"{where}: temperature: expected {self.temperature} as in the lines before, came {rollout['temperature']}")
             self.temperature = rollout["temperature"]
-            if (self.scores or self.reference) and self.temperature != 1:
+            if (self.scores or self.reference or self.teacher) and self.temperature != 1:
                 raise BadInput(f"{where}: temperature: expected 1, came {self.temperature}: scores are log-probs at temperature 1")
         check_tokens(rollout, where, ours, self.policy.vocabulary)
 
@@ -181,22 +184,27 @@ def plan(groups, batch_size, epochs, max_steps, seed):
 
 # ---------------------------------------------------------------------------------------------- computing
 
-def forward(policy, items, temperature):
-    """log-probs [N, 1 + K] and entropy [N] of the trained tokens of a micro-batch, in order."""
-    hidden = hidden_at(policy.model, [s["prompt_ids"] + s["response_ids"] for s in items],
-                       [response_positions(s["prompt_ids"], s["mask"]) for s in items])
-    own = torch.tensor([t for s in items for t, m in zip(s["response_ids"], s["mask"]) if m], dtype=torch.int64)[:, None]
+def states(policy, items):
+    """Hidden states [N, D] that predict the trained tokens of a micro-batch, in order."""
+    return hidden_at(policy.model, [s["prompt_ids"] + s["response_ids"] for s in items],
+                     [response_positions(s["prompt_ids"], s["mask"]) for s in items])
+
+
+def chosen_ids(items):
+    """The ids whose log-probs are wanted, [N, 1 + K]: the recorded token, then the teacher's support (K = 0 without one)."""
+    ids = torch.tensor([t for s in items for t, m in zip(s["response_ids"], s["mask"]) if m], dtype=torch.int64)[:, None]
     if "support_ids" in items[0]:
-        own = torch.cat([own, torch.from_numpy(np.concatenate([s["support_ids"] for s in items]).astype(np.int64))], 1)
-    return linear_logp(hidden, policy.head, own.to(hidden.device), temperature=temperature or 1.0)
+        ids = torch.cat([ids, torch.from_numpy(np.concatenate([s["support_ids"] for s in items]).astype(np.int64))], 1)
+    return ids
 
 
 def known(items, device, vocabulary):
-    """The constant per-token tensors of a micro-batch for loss.token_loss, in the order of `forward`."""
+    """The constant per-token tensors of a micro-batch for loss.token_loss, in the order of `states`."""
     batch = {}
     for name in ("old_logp", "behaviour_logp", "teacher_logp", "support_logp", "reference_logp", "weight"):
         if name in items[0]:
             batch[name] = torch.from_numpy(np.concatenate([s[name] for s in items]).astype(np.float32)).to(device)
+    batch["sequence"] = torch.repeat_interleave(torch.tensor([s["length"] for s in items])).to(device)
     if "advantage" in items[0]:
         batch["advantage"] = torch.tensor([s["advantage"] for s in items for _ in range(s["length"])], dtype=torch.float32, device=device)
     if "support_logp" in batch:
@@ -213,7 +221,10 @@ def starting_logps(policy, data, keys, args):
         for item in items:
             item.pop("support_ids", None)
         for batch in token_batches([len(s["prompt_ids"]) + len(s["response_ids"]) for s in items], args.micro_batch_tokens):
-            logp = forward(policy, [items[i] for i in batch], data.temperature)[0][:, 0].cpu().numpy()
+            micro = [items[i] for i in batch]
+            hidden = states(policy, micro)
+            logp = token_numbers(hidden, policy.head, chosen_ids(micro).to(hidden.device), temperature=data.temperature or 1.0, kernel=args.kernel,
+                                 **policy.head_options).logp[:, 0].cpu().numpy()
             cuts = np.cumsum([items[i]["length"] for i in batch])[:-1]
             out.update((items[i]["key"], part) for i, part in zip(batch, np.split(logp, cuts)))
     return out
@@ -230,16 +241,7 @@ def optimise(policy, data, items, masters, optimiser, args):
     sums, worst = {}, {}
     for micro in token_batches([len(s["prompt_ids"]) + len(s["response_ids"]) for s in items], args.micro_batch_tokens):
         micro = [items[i] for i in micro]
-        logp, entropy = forward(policy, micro, data.temperature)
-        batch = known(micro, logp.device, policy.vocabulary)
-        value = losses.token_loss(method, logp, entropy, batch)
-        loss = (value * batch["weight"]).sum()
-        loss.backward()
-        for name, x in token_metrics(method, logp.detach()[:, 0], entropy.detach(), value.detach(), batch).items():
-            sums[name] = sums.get(name, 0.0) + float((x * batch["weight"]).sum())
-        if "behaviour_logp" in batch:
-            gap = (batch.get("old_logp", logp.detach()[:, 0]) - batch["behaviour_logp"]).abs()
-            worst["rollout/logprob_gap_max"] = max(worst.get("rollout/logprob_gap_max", 0.0), float(gap.max()))
+        micro_batch(policy, data, micro, args, sums, worst).backward()
         for p, master in zip(policy.model.parameters(), masters):
             if master is not p and p.grad is not None:  # micro-batches add up in float32
                 master.grad, p.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad), None
@@ -253,6 +255,34 @@ def optimise(policy, data, items, masters, optimiser, args):
             if master is not p:
                 p.copy_(master)
     return sums | worst | {"train/grad_norm": float(norm)} | sequence_metrics(items)
+
+
+def micro_batch(policy, data, items, args, sums, worst):
+    """The loss of a micro-batch, a scalar; its part of the step's metrics is added to `sums` and `worst`."""
+    method, hidden, ids = data.method, states(policy, items), chosen_ids(items)
+    batch, teacher = known(items, hidden.device, policy.vocabulary), None
+    if data.teacher is not None:  # read here and now, over the whole vocabulary, instead of from a file
+        with torch.no_grad():
+            t_hidden = states(data.teacher, items)
+        teacher = t_hidden, data.teacher.head, {k: data.teacher.head_options[k] for k in ("scale", "softcap")}
+
+    def loss(cut, numbers):
+        some = {k: v if k == "whole" else v[cut] for k, v in batch.items()}
+        if teacher is not None:
+            some["teacher_logp"] = numbers.teacher_logp[:, 0].detach()
+        value = losses.token_loss(method, numbers.logp, numbers.entropy, some, numbers.reverse_kl)
+        logp, entropy = numbers.logp.detach()[:, 0], numbers.entropy.detach()
+        for name, x in token_metrics(method, logp, entropy, value.detach(), some).items():
+            sums[name] = sums.get(name, 0.0) + float((x * some["weight"]).sum())
+        if "behaviour_logp" in some:
+            gap = (some.get("old_logp", logp) - some["behaviour_logp"]).abs()
+            worst["rollout/logprob_gap_max"] = max(worst.get("rollout/logprob_gap_max", 0.0), float(gap.max()))
+        return (value * some["weight"]).sum()
+    options = dict(temperature=data.temperature or 1.0, teacher=teacher, kernel=args.kernel, **policy.head_options)
+    ids = ids.to(hidden.device)
+    if method.separable:
+        return linear_token_loss(hidden, policy.head, ids, loss, **options)
+    return loss(slice(None), token_numbers(hidden, policy.head, ids, **options))
 
 
 def token_metrics(method, logp, entropy, value, batch):
@@ -271,7 +301,7 @@ def token_metrics(method, logp, entropy, value, batch):
     if "reference_logp" in batch:
         out["kl/reference"] = logp - batch["reference_logp"]
     if method.clip_low or method.clip_high:  # where the clip takes the gradient away
-        ratio = (logp - (old if method.coefficient == "reward" else batch["behaviour_logp"])).exp()
+        ratio = losses.log_ratio(method, logp, old if method.coefficient == "reward" else batch["behaviour_logp"], batch).exp()
         good = (batch["advantage"] if method.coefficient == "reward" else batch["teacher_logp"] - batch["behaviour_logp"]) > 0
         high, low = 1 + (method.clip_high or math.inf), 1 - (method.clip_low or 1)
         out["policy/clip_fraction"] = torch.where(good, ratio > high, ratio < low).float()
@@ -342,6 +372,17 @@ def checkpoint(partial, step, *content):
 
 # ---------------------------------------------------------------------------------------------- the stage
 
+def load_teacher(args, policy, weights):
+    """The --teacher as a Policy that shares the student's token ids, and its template unless a mismatch is meant."""
+    teacher = load_policy(args.teacher, args.teacher_dtype, args.device, args.template_options, weights)
+    for field in ("vocabulary",) if args.allow_template_mismatch else ("vocabulary", "template"):
+        if teacher.identity[field] != policy.identity[field]:
+            raise BadInput(f"--teacher {args.teacher}: expected the {field} of {args.model}, {policy.identity[field]}, came {teacher.identity[field]}: " +
+                           ("their token ids mean different things" if field == "vocabulary" else
+                            "a teacher off its own template scores badly; pass --allow-template-mismatch if this is meant"))
+    return teacher
+
+
 def main(argv=None):
     p = records.parser(__doc__)
     p.add_argument("--method", required=True, metavar="NAME", help="row of loss.METHODS: " + ", ".join(losses.METHODS))
@@ -350,6 +391,9 @@ def main(argv=None):
     p.add_argument("--rollouts", required=True, help="JSONL of rollouts, or of answers for sft")
     p.add_argument("--rewards", help="JSONL of rewards for these rollouts (rubric.py grade)")
     p.add_argument("--scores", help="JSONL of teacher scores for these rollouts (teacher.py score)")
+    p.add_argument("--teacher", help="folder or Hugging Face id of a teacher to read in place of --scores: opd-full then sees its whole distribution")
+    p.add_argument("--teacher-dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: as its folder stores it")
+    p.add_argument("--allow-template-mismatch", action="store_true", help="a --teacher with another chat template, off its own ground")
     p.add_argument("--reference", help="JSONL of reference-policy scores for the KL leash (teacher.py score --model START)")
     p.add_argument("--prompts", help="JSONL of prompts, for answers that bring neither tokens nor messages")
     p.add_argument("--out", required=True, help="folder for the new weights")
@@ -364,6 +408,7 @@ def main(argv=None):
     p.add_argument("--warmup-steps", type=int, default=0, help="steps of linear warm-up, counted over all rounds")
     p.add_argument("--total-steps", type=int, help="end of the decay, counted over all rounds (default: this call's last step)")
     p.add_argument("--micro-batch-tokens", type=int, default=8192, help="rows x longest row in one forward pass: memory, not result")
+    p.add_argument("--kernel", default="auto", choices=KERNELS, help="log-prob kernel: naive holds all logits at once, for comparison")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16 keeps float32 master weights in the state")
     p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     p.add_argument("--template-options", type=json.loads, default={}, metavar="JSON", help="as for rollout.py")
@@ -383,8 +428,9 @@ def main(argv=None):
     method = losses.settings(args.method, args.set)
     out, partial = Path(args.out), Path(str(args.out) + ".partial")
     source = find_folder(args.model)
-    flags = {k: v for k, v in vars(args).items() if k not in ("overwrite", "save_every", "micro_batch_tokens", "device")}
+    flags = {k: v for k, v in vars(args).items() if k not in ("overwrite", "save_every", "micro_batch_tokens", "device", "kernel")}
     run = {"flags": flags, "method": asdict(method), "weights": hash_weights(source),
+           "teacher": hash_weights(find_folder(args.teacher)) if args.teacher else None,
            "inputs": {f: records.hash_file(f) for f in (args.rollouts, args.rewards, args.scores, args.reference, args.prompts) if f}}
     if out.exists() and out.samefile(source):
         raise BadInput(f"--out {out}: is the model to start from: give another --out")
@@ -400,7 +446,7 @@ def main(argv=None):
             raise BadInput(f"{out}: exists and is not a training run of this stage: give another --out, or --overwrite")
 
     policy = load_policy(args.model, args.dtype, args.device, args.template_options, run["weights"])
-    data = Data(args, method, policy)
+    data = Data(args, method, policy, load_teacher(args, policy, run["teacher"]) if args.teacher else None)
     if args.overwrite:  # only now, when the new run's inputs are known to be good
         for folder in (out, partial):
             shutil.rmtree(folder, ignore_errors=True)

@@ -10,7 +10,7 @@ from conftest import argv, by_key, dump, kill_while_writing, load, naive_own, re
 import rollout
 import teacher
 import train
-from kernel import linear_logp
+from kernel import linear_logp, token_numbers
 
 V = 16
 END = "<|end|>"
@@ -49,7 +49,12 @@ class Successor(torch.nn.Module):
 
 def successor_policy(stops=()):
     model = Successor()
-    return types.SimpleNamespace(model=model, head=model.head.weight, device=torch.device("cpu"), stop_ids=list(stops), tokenizer=range(V))
+    return types.SimpleNamespace(model=model, head=model.head.weight, head_options={}, vocabulary=V, device=torch.device("cpu"), stop_ids=list(stops), tokenizer=range(V))
+
+
+def trainer_logps(policy, items, temperature=1.0):
+    """log-probs [N, 1] of the trained tokens as train.py computes them."""
+    return token_numbers(train.states(policy, items), policy.head, train.chosen_ids(items), temperature=temperature, **policy.head_options).logp
 
 
 def chain(prompt, count):
@@ -79,7 +84,7 @@ def test_only_the_right_shift_gives_log_prob_zero(shift):
 
 def test_trainer_and_teacher_read_the_right_position():
     policy = successor_policy()
-    logp, _ = train.forward(policy, CHAINS, 1.0)
+    logp = trainer_logps(policy, CHAINS)
     assert logp.shape == (sum(COUNTS), 1) and logp.abs().max() < 1e-6
     for top_k in (0, 3):
         for c, (own, ids, _) in zip(CHAINS, teacher.score_batch(policy, CHAINS, top_k)):
@@ -89,7 +94,7 @@ def test_trainer_and_teacher_read_the_right_position():
 
 def test_a_masked_token_is_skipped_not_shifted():
     masked = [dict(c, mask=[t % 2 for t in range(len(c["response_ids"]))]) for c in CHAINS]
-    logp, _ = train.forward(successor_policy(), masked, 1.0)
+    logp = trainer_logps(successor_policy(), masked)
     assert logp.shape[0] == sum(sum(c["mask"]) for c in masked) and logp.abs().max() < 1e-6
 
 
@@ -204,7 +209,7 @@ def test_recorded_log_probs_are_those_of_the_model(world, base64bit, tmp_path, t
     assert len({len(r["prompt_ids"]) for r in rows}) > 2 and len({len(r["response_ids"]) for r in rows}) > 5
     policy = rollout.load_policy(str(world.base))
     with torch.no_grad():
-        trainer = train.forward(policy, [dict(r, mask=r["loss_mask"]) for r in rows], temperature)[0][:, 0].tolist()
+        trainer = trainer_logps(policy, [dict(r, mask=r["loss_mask"]) for r in rows], temperature)[:, 0].tolist()
     for r in rows:
         want = naive_own(base64bit, r, temperature)
         np.testing.assert_allclose(r["logprobs"], want, atol=2e-5, rtol=0)
@@ -356,16 +361,49 @@ def test_plain_prompts_are_tokenized_as_they_stand(world, tmp_path):
     assert rows[7, 0]["prompt_ids"] == rows["m", 0]["prompt_ids"]
 
 
+def special_head(family):
+    """A tiny untrained model of a family whose logits are not just hidden @ head.T."""
+    import transformers
+    sizes = dict(vocab_size=24, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    config = {"gemma2": lambda: transformers.Gemma2Config(**sizes, final_logit_softcapping=2.0),
+              "granite": lambda: transformers.GraniteConfig(**sizes, logits_scaling=7.0),
+              "cohere": lambda: transformers.CohereConfig(**sizes, logit_scale=0.25)}[family]()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(40)  # far enough from 0 for a cap or scale to matter
+    return model
+
+
+@pytest.mark.parametrize("family, expected", [("gemma2", {"scale": 1.0, "softcap": 2.0}), ("granite", {"scale": 1 / 7, "softcap": None}),
+                                              ("cohere", {"scale": 0.25, "softcap": None})])
+def test_scaled_and_capped_heads_are_read_from_the_config_and_proven_on_the_models_own_logits(family, expected):
+    model = special_head(family)
+    options = rollout.head_options(model, 24)
+    assert options == expected
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        hidden = model.get_decoder()(input_ids=ids).last_hidden_state[0]
+        want = torch.log_softmax(model(input_ids=ids).logits[0], -1)
+        everything = torch.arange(24).expand(24, 24)
+        got, _ = linear_logp(hidden, model.get_output_embeddings().weight, everything, **options)
+        plain, _ = linear_logp(hidden, model.get_output_embeddings().weight, everything)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    assert (plain - want).abs().max() > 0.1
+
+
 def test_heads_that_are_no_plain_matrix_are_refused(world):
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(world.base)
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(rollout.BadInput, match="final_logit_softcapping"):
-        rollout.check_head(model, 24)
-    model.config.final_logit_softcapping = None
     model.lm_head = torch.nn.Linear(64, 24, bias=True)
     with pytest.raises(rollout.BadInput, match="bias"):
-        rollout.check_head(model, 24)
+        rollout.head_options(model, 24)
+
+    class Wrapped(torch.nn.Linear):  # as a LoRA adapter wraps the head
+        pass
+    model.lm_head = Wrapped(64, 24, bias=False)
+    with pytest.raises(rollout.BadInput, match="Wrapped"):
+        rollout.head_options(model, 24)
 
 
 def test_a_head_that_does_something_unheard_of_is_noticed(world, monkeypatch):
@@ -378,10 +416,10 @@ def test_a_head_that_does_something_unheard_of_is_noticed(world, monkeypatch):
         out = plain(*args, **kwargs)
         out.logits = 3 * torch.tanh(out.logits / 3)
         return out
-    rollout.check_head(model, 24)
+    assert rollout.head_options(model, 24) == {"scale": 1.0, "softcap": None}
     monkeypatch.setattr(model, "forward", capped)
     with pytest.raises(rollout.BadInput, match="not hidden @ head.T"):
-        rollout.check_head(model, 24)
+        rollout.head_options(model, 24)
 
 
 @pytest.mark.parametrize("prompt, complaint", [({"prompt": ""}, "at least one token"), ({"messages": [{"role": "user", "content": "\ud83d"}]}, "rendered")])

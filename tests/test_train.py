@@ -19,6 +19,7 @@ from conftest import (ROOT, argv, by_key, dump, load, make_rewards, naive_logps,
 from safetensors.torch import load_file
 from test_teacher import edge_rollouts, padded, permuted
 
+import kernel
 import loss as losses
 import records
 import rollout
@@ -76,12 +77,12 @@ class Recorder:
             m.grad = None
 
 
-def gradient(world, flags, micro=8192, model=None, overrides=(), old=None, dtype="auto"):
+def gradient(world, flags, micro=8192, model=None, overrides=(), old=None, dtype="auto", kernel="auto", teacher=None):
     """train.py's gradient for one step on all rollouts: (one flat float64 vector, the step's metrics)."""
-    args = types.SimpleNamespace(**dict(dict(rewards=None, scores=None, reference=None, prompts=None, allow_stale=model is not None, grad_clip=0.0,
-                                             micro_batch_tokens=micro, model=str(model or world.base)), **flags))
+    args = types.SimpleNamespace(**dict(dict(rewards=None, scores=None, reference=None, prompts=None, teacher=teacher, allow_stale=model is not None,
+                                             grad_clip=0.0, kernel=kernel, micro_batch_tokens=micro, model=str(model or world.base)), **flags))
     policy = rollout.load_policy(args.model, dtype)
-    data = train.Data(args, losses.settings(args.method, overrides), policy)
+    data = train.Data(args, losses.settings(args.method, overrides), policy, teacher and rollout.load_policy(str(teacher)))
     items = data.sequences([key for keys in data.groups.values() for key in keys])
     for item in items:
         if old:
@@ -142,7 +143,12 @@ def naive_gradient(model, row, rollouts, rewards=None, scores=None, reference=No
                 value = -(p * (table[t] - torch.tensor(full[t]))).sum()
             else:
                 a = advantage if row.coefficient == "reward" else scores[key]["logprobs"][t] - r["logprobs"][t]
-                value = surrogate(row, own, against, r["logprobs"][t], a)
+                if row.ratio == "sequence":  # the geometric mean over the answer's trained tokens stands for every one of them
+                    known = [float(table[i, x].detach()) for i, x in enumerate(r["response_ids"])] if old is None else old[key]
+                    logs = [table[i, x] - known[i] for i, x in enumerate(r["response_ids"]) if r["loss_mask"][i]]
+                    value = surrogate(row, sum(logs) / len(logs), 0.0, 0.0, a)
+                else:
+                    value = surrogate(row, own, against, r["logprobs"][t], a)
             if row.reference_kl:  # the gradient of k2 = d^2 / 2 is d grad log pi
                 value = value - row.reference_kl * math.exp(float(own.detach()) - before) * float(own.detach() - reference[key]["logprobs"][t]) * own
             if row.entropy_bonus:
@@ -221,6 +227,87 @@ def test_rollouts_at_another_temperature_train_that_distribution(world, base64bi
         r["temperature"] = 1.0  # a lie about the temperature shows in the gap
     _, numbers = gradient(world, dict(method="grpo", rollouts=dump(tmp_path / "lie.jsonl", rows), rewards=tmp_path / "w.jsonl"))
     assert numbers["rollout/logprob_gap_mean"] > 0.05
+
+
+# ---------------------------------------------------------------------------------------------- kernels, a teacher in memory
+
+
+@pytest.mark.parametrize("method, overrides", ROWS)
+def test_slices_recomputing_and_naive_logits_give_one_gradient(masked, monkeypatch, method, overrides):
+    """The three-product form in slices of 5 tokens, the recomputing form, and plain autograd on all logits; metrics too."""
+    flags, separable = needs(masked, method, overrides), losses.settings(method, overrides).separable
+    plain, plain_numbers = gradient(masked, flags, overrides=overrides, kernel="naive")
+    forms = {}
+    for form in ("slices", "recomputed"):
+        calls = []
+        with monkeypatch.context() as patch:
+            patch.setattr(losses.Method, "separable", separable and form == "slices")
+            patch.setattr(train, "linear_token_loss", lambda *a, **k: calls.append("slices") or kernel.linear_token_loss(*a, rows=5, **k))
+            patch.setattr(train, "token_numbers", lambda *a, **k: calls.append("recomputed") or kernel.token_numbers(*a, **k))
+            forms[form], numbers = gradient(masked, flags, overrides=overrides)
+        assert set(calls) == {form if separable else "recomputed"}
+        same_gradient(forms[form], plain, 1e-5)
+        assert numbers == pytest.approx(plain_numbers, rel=1e-4, abs=1e-5)
+    same_gradient(forms["slices"], forms["recomputed"], 2e-6)
+
+
+@pytest.fixture(scope="module")
+def wide_teacher(world, tmp_path_factory):
+    """A teacher of another width and with 8 more rows in its head, all far likelier than any token."""
+    import transformers
+    torch.manual_seed(5)
+    config = transformers.LlamaConfig(vocab_size=V + 8, hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                                      num_key_value_heads=2, tie_word_embeddings=False, eos_token_id=END)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)
+        model.lm_head.weight[V:].mul_(20)
+    return variant(world.base, tmp_path_factory.mktemp("wide") / "m", model=lambda _: model)
+
+
+@pytest.mark.parametrize("method", ["opd", "opd-full"])
+@pytest.mark.parametrize("which", ["same width", "another width"])
+def test_a_teacher_in_memory_gives_the_gradient_of_its_scores_on_disk(masked, wide_teacher, tmp_path, method, which):
+    folder, scores = masked.teacher, masked.scores
+    if which == "another width":
+        folder, scores = wide_teacher, tmp_path / "scores.jsonl"
+        teacher.main(argv("score", model=folder, rollouts=masked.rollouts, out=scores, top_k=V))
+    disk, disk_numbers = gradient(masked, dict(method=method, rollouts=masked.rollouts, scores=scores))
+    memory, numbers = gradient(masked, dict(method=method, rollouts=masked.rollouts), teacher=folder)
+    same_gradient(memory, disk, 1e-5)
+    for name in ("train/loss", "kl/teacher", "policy/entropy"):
+        assert numbers[name] == pytest.approx(disk_numbers[name], rel=1e-4)
+
+
+def test_a_teacher_that_is_the_student_moves_nothing(world, tmp_path):
+    got, numbers = gradient(world, dict(method="opd-full", rollouts=world.rollouts), teacher=world.base)
+    assert numbers["train/loss"] == 0 and float(got.abs().max()) == 0  # to the bit
+
+
+def test_a_teacher_in_memory_trains_and_is_remembered(world, tmp_path, capsys):
+    flags = dict(method="opd-full", scores=None, teacher=world.teacher, steps=2)
+    summary = run(world, tmp_path / "m", **flags)
+    assert summary["steps"] == 2 and moved(world.base, tmp_path / "m") > 0
+    assert all("kl/teacher" in m for m in metrics(tmp_path / "m"))
+    assert run(world, tmp_path / "m", **flags) == summary  # the same line again: complete already
+    other = dict(model=world.base, rollouts=world.rollouts, out=tmp_path / "m", **FAST) | flags | dict(teacher=world.base)
+    message = refusal(train.main, argv(**other), capsys)
+    assert "another training run" in message
+
+
+def test_teachers_that_read_other_tokens_are_refused(world, tmp_path, capsys):
+    flags = dict(method="opd-full", rollouts=world.rollouts, model=world.base, out=tmp_path / "m", **FAST)
+    foreign = variant(world.teacher, tmp_path / "permuted", permuted)
+    message = refusal(train.main, argv(**flags, teacher=foreign), capsys)
+    assert "--teacher" in message and "token ids mean different things" in message
+    other = variant(world.teacher, tmp_path / "template", lambda t: setattr(t, "chat_template", t.chat_template + " "))
+    message = refusal(train.main, argv(**flags, teacher=other), capsys)
+    assert "--allow-template-mismatch" in message
+    assert train.main(argv(**flags, teacher=other, allow_template_mismatch=True))["steps"] > 0
+    message = refusal(train.main, argv(**dict(flags, out=tmp_path / "n"), teacher=world.teacher, scores=world.scores), capsys)
+    assert "give one of them" in message
+    message = refusal(train.main, argv(**dict(flags, out=tmp_path / "n", method="ropd"), rewards=world.rewards, teacher=world.teacher), capsys)
+    assert "does not read it" in message
 
 
 # ---------------------------------------------------------------------------------------------- batching, masks
@@ -347,7 +434,8 @@ TEXTS = [("1+2=?", "#3"), ("4+5-2=?", "4+5=9\n9-2=7\n#7"), ("9-3=?", "9-3=6\n#6"
 def test_only_answers_that_ended_get_an_end_token(world, tmp_path, finish, extra):
     path = answers_file(tmp_path / "a.jsonl", TEXTS, finish)
     policy = rollout.load_policy(str(world.base))
-    args = types.SimpleNamespace(method="sft", model=str(world.base), rollouts=path, rewards=None, scores=None, reference=None, prompts=None, allow_stale=False)
+    args = types.SimpleNamespace(method="sft", model=str(world.base), rollouts=path, rewards=None, scores=None, reference=None, prompts=None, teacher=None,
+                                 allow_stale=False)
     data = train.Data(args, METHODS["sft"], policy)
     for item, (question, text) in zip(data.sequences([(f"a{i}", 0) for i in range(3)]), TEXTS):
         assert policy.tokenizer.decode(item["prompt_ids"]) == f"<|user|>{question}<|assistant|>"
@@ -540,7 +628,7 @@ def test_files_a_method_needs_are_demanded_and_others_refused(world, tmp_path, c
     have = needs(world, method)
     for flag, path in dict(rewards=world.rewards, scores=world.scores, reference=world.scores).items():
         if flag in have:
-            assert f"expected --{flag} FILE, but it is missing" in refused(world, tmp_path, capsys, **dict(have, **{flag: None}))
+            assert f"expected --{flag} FILE{' or --teacher FOLDER' * (flag == 'scores')}, but it is missing" in refused(world, tmp_path, capsys, **dict(have, **{flag: None}))
         else:
             assert f"--{flag} is given, but this method does not read it" in refused(world, tmp_path, capsys, **dict(have, **{flag: path}))
     if METHODS[method].on_policy:
