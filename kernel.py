@@ -74,6 +74,11 @@ class Head(NamedTuple):
         return dz.mul_(self.inner * self.outer) if self.inner * self.outer != 1 else dz
 
 
+def _sums_leave_in_float32(x):
+    """Whether a matrix product of x's kind can hand out its float32 sums: of 16-bit numbers, on CUDA (torch.mm's out_dtype)."""
+    return x.is_cuda and x.dtype in HALF
+
+
 class Logits:
     """The logits of some tokens, a chunk of the vocabulary at a time: computed on every call, or once and `store`d.
 
@@ -82,8 +87,7 @@ class Logits:
     def __init__(self, hidden, head, store=None):
         self.hidden, self.head, self.store, self.stored = hidden, head, store, 0
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        self.direct = hidden.is_cuda and hidden.dtype in HALF
-        self.lifted = hidden if self.direct else hidden.to(self.dtype)
+        self.lifted = hidden if _sums_leave_in_float32(hidden) else hidden.to(self.dtype)
 
     def chunk(self, start, stop, scratch):
         """z [N, stop - start], in the store or else in `scratch`."""
@@ -91,8 +95,8 @@ class Logits:
         if stop <= self.stored:
             return z
         rows = self.head.weight[start:stop]
-        if self.direct:
-            torch.mm(self.hidden, rows.T, out_dtype=self.dtype, out=z)
+        if _sums_leave_in_float32(rows):
+            torch.mm(self.lifted, rows.T, out_dtype=self.dtype, out=z)
         else:  # a CPU product of bfloat16 matrices rounds its result: lift one chunk of the head, never all of it
             torch.mm(self.lifted, rows.to(self.dtype).T, out=z)
         self.stored = stop if self.store is not None else 0
@@ -191,7 +195,7 @@ def _add_product(out, dz, operand):
     """out += dz @ operand, summed in float32; dz is rounded to the operand's dtype where such products are fast."""
     if operand.dtype not in HALF:
         out.addmm_(dz, operand)
-    elif operand.is_cuda:
+    elif _sums_leave_in_float32(operand):
         out += torch.mm(dz.to(operand.dtype), operand, out_dtype=out.dtype)
     elif operand.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         out += torch.mm(dz.to(operand.dtype), operand)
@@ -355,10 +359,14 @@ def linear_token_loss(hidden, weight, ids, loss_fn, *, rows=None, **options):
     head, cut_teacher, chunk, kernel = _prepare(hidden, weight, ids, rows, **options)
     if kernel != "torch" or not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
         return loss_fn(slice(0, len(ids)), token_numbers(hidden, weight, ids, **options))
-    if rows is None:
-        slices = max(1, math.ceil(len(ids) / max(256, STORED // head.vocabulary)))
-        rows = max(1, math.ceil(len(ids) / slices))  # all of one size
-    return _TokenLoss.apply(hidden, weight, ids, head, cut_teacher, chunk, rows, loss_fn)
+    return _TokenLoss.apply(hidden, weight, ids, head, cut_teacher, chunk, rows or slice_rows(len(ids), head.vocabulary), loss_fn)
+
+
+def slice_rows(tokens, vocabulary):
+    """Tokens a slice of linear_token_loss: 64 MB of logits, at least 256 (each slice walks over the gradient of the head once),
+    and all of about one size."""
+    slices = math.ceil(tokens / max(256, STORED // vocabulary))
+    return math.ceil(tokens / max(1, slices)) or 1
 
 
 def naive(hidden, head, ids, teacher=None):

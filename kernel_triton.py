@@ -83,7 +83,7 @@ def dlogits(H, W, IDS, M, LOG_S, ENTROPY, G, E, DZ, N, D, K, start, stop, inner,
     g_sum = tl.zeros((TN,), FLOAT)
     for k in range(K):
         g_sum += tl.load(G + rows.to(tl.int64) * K + k, mask=rows < N, other=0.0)
-    log_p = z - m[:, None] - log_s[:, None]
+    log_p = tl.where((columns < stop)[None, :], z - m[:, None] - log_s[:, None], 0.0)
     dz = -tl.exp(log_p) * (g_sum[:, None] + e[:, None] * (log_p + entropy[:, None]))
     for k in range(K):
         at = rows.to(tl.int64) * K + k

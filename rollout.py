@@ -270,8 +270,8 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
     rows, cache = np.arange(len(prompts)), None  # rows: which answer each row of the shrinking batch belongs to
     stops = torch.tensor(policy.stop_ids, device=device)
     for t in range(max_tokens):
-        step = model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
-        cache = step.past_key_values
+        step = model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=position, cache=cache, use_cache=True)
+        cache = step.cache
         last = all_logits(step.last_hidden_state[:, -1], policy.head, **policy.head_options)  # float32, as the trainer computes them
         tokens, logps = pick(last, draws[rows, t], temperature, top_p)
         if not torch.isfinite(logps).all():

@@ -40,11 +40,11 @@ class Successor(torch.nn.Module):
     def get_decoder(self):
         return self
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None, use_cache=False):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         hidden = 60.0 * torch.nn.functional.one_hot((input_ids + 1 + position_ids) % V, V).float()
-        return types.SimpleNamespace(last_hidden_state=hidden, past_key_values=self.Cache())
+        return types.SimpleNamespace(last_hidden_state=hidden, cache=self.Cache())
 
 
 def successor_policy(stops=()):
