@@ -1,0 +1,324 @@
+"""kernel.py beside everything else that computes log-probs or a KL from hidden states and a head: time, memory, accuracy.
+
+    python bench/kernel.py --out results/kernel.jsonl                     # every shape, float32 and bfloat16: about half an hour on 2 cores
+    python bench/kernel.py --shapes 2048x576x49152 --dtypes float32
+    python bench/kernel.py plot results/kernel.jsonl --out results/kernel.png
+
+Every contender does a forward and a backward pass, gradients of hidden states and head included, with an upstream gradient of
+its own for every token.  One line of JSON each, with
+
+    seconds           median of --repeats runs; the contenders take turns in one process, so a slow minute slows all of them
+    ratio             median over the turns of this contender's time / naive's in the same turn
+    largest           elements of the largest tensor that any operation made, as a TorchDispatchMode sees it
+    rss_growth_mb     peak resident memory of a fresh process that runs it once, beyond that of one that makes the operands and a
+                      gradient of the head (Linux)
+    error_logp        largest difference to float64 on the same operands, nats;  error_dhidden, error_dweight: norm of the
+                      difference / norm
+
+`gemm` is the bound: the three matrix products and nothing else, into arrays made before.  TRL and Liger are measured where
+they can be imported (`pip install trl`; Liger needs a GPU); neither is needed otherwise."""
+import argparse
+import importlib.metadata
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from kernel import linear_reverse_kl, linear_logp, linear_token_loss  # noqa: E402
+
+SHAPES = "2048x576x49152 512x1024x151936 4096x1024x32000"
+
+
+def operands(shape, dtype, teacher=False, device="cpu"):
+    """hidden [N, D], weight [V, D], ids [N], upstream [N]; logits with a spread of 2.4 (entropy near 8 nats of 10.8).  A teacher's
+    hidden states are the student's with 5 % noise, its head is the student's."""
+    n, d, v = shape
+    r = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, d, generator=r).to(device, dtype).requires_grad_()
+    weight = (torch.randn(v, d, generator=r) * 2.4 / d ** 0.5).to(device, dtype).requires_grad_()
+    ids, upstream = torch.randint(0, v, (n,), generator=r).to(device), torch.randn(n, generator=r).to(device)
+    if not teacher:
+        return hidden, weight, ids, upstream
+    near = (hidden.detach().float() + 0.05 * torch.randn(n, d, generator=r).to(device)).to(dtype)
+    return hidden, weight, near, weight.detach(), upstream
+
+
+# ---------------------------------------------------------------------------------------------- contenders: log-probs
+
+def ours_slices(hidden, weight, ids, upstream):
+    seen = []
+    linear_token_loss(hidden, weight, ids[:, None], lambda cut, n: (seen.append(n.logp.detach()[:, 0]), (n.logp[:, 0] * upstream[cut]).sum())[1]).backward()
+    return torch.cat(seen)
+
+
+def ours_recompute(hidden, weight, ids, upstream):
+    logp, _ = linear_logp(hidden, weight, ids)
+    (logp * upstream).sum().backward()
+    return logp
+
+
+def naive(hidden, weight, ids, upstream):
+    logp = torch.log_softmax((hidden @ weight.T).float(), -1).gather(1, ids[:, None])[:, 0]
+    (logp * upstream).sum().backward()
+    return logp
+
+
+def torch_linear_cross_entropy(hidden, weight, ids, upstream):
+    logp = -F.linear_cross_entropy(hidden, weight, ids, reduction="none")
+    (logp * upstream).sum().backward()
+    return logp
+
+
+def torch_linear_cross_entropy_chunked(hidden, weight, ids, upstream):
+    logp = -F.linear_cross_entropy(hidden, weight, ids, reduction="none", options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256))
+    (logp * upstream).sum().backward()
+    return logp
+
+
+def trl_selective_log_softmax(hidden, weight, ids, upstream):
+    from trl.trainer.utils import selective_log_softmax
+    logp = selective_log_softmax(hidden @ weight.T, ids)
+    (logp * upstream).sum().backward()
+    return logp
+
+
+def trl_chunked(hidden, weight, ids, upstream):
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer import utils
+    logp = ChunkedLogProbFunction.apply(hidden, weight, None, ids, 1.0, utils._CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",))[0]
+    (logp * upstream).sum().backward()
+    return logp
+
+
+def liger(hidden, weight, ids, upstream):
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    logp = -liger_fused_linear_cross_entropy(hidden, weight, ids, reduction="none")
+    (logp * upstream).sum().backward()
+    return logp
+
+
+# ---------------------------------------------------------------------------------------------- contenders: KL to a teacher
+
+def ours_kl_slices(hidden, weight, t_hidden, t_weight, upstream):
+    seen, ids = [], torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device)
+    linear_token_loss(hidden, weight, ids, lambda cut, n: (seen.append(n.reverse_kl.detach()), (n.reverse_kl * upstream[cut]).sum())[1],
+                      teacher=(t_hidden, t_weight, {})).backward()
+    return torch.cat(seen)
+
+
+def ours_kl_recompute(hidden, weight, t_hidden, t_weight, upstream):
+    kl = linear_reverse_kl(hidden, weight, t_hidden, t_weight)
+    (kl * upstream).sum().backward()
+    return kl
+
+
+def naive_kl(hidden, weight, t_hidden, t_weight, upstream):
+    p, q = (torch.log_softmax((h @ w.T).float(), -1) for h, w in ((hidden, weight), (t_hidden, t_weight)))
+    kl = (p.exp() * (p - q)).sum(-1)
+    (kl * upstream).sum().backward()
+    return kl
+
+
+def trl_chunked_divergence(hidden, weight, t_hidden, t_weight, upstream):
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    kl, _ = ChunkedDivergenceFunction.apply(hidden, weight, None, t_hidden, t_weight, None, 1.0, 1.0)
+    (kl * upstream).sum().backward()
+    return kl
+
+
+LOGP = dict(naive=naive, ours_slices=ours_slices, ours_recompute=ours_recompute, torch_linear_cross_entropy=torch_linear_cross_entropy,
+            torch_linear_cross_entropy_chunked=torch_linear_cross_entropy_chunked, trl_selective_log_softmax=trl_selective_log_softmax,
+            trl_chunked=trl_chunked, liger=liger)
+KL = dict(naive=naive_kl, ours_slices=ours_kl_slices, ours_recompute=ours_kl_recompute, trl_chunked=trl_chunked_divergence)
+
+
+def version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def available(name, device):
+    if name.startswith("trl"):
+        return version("trl") is not None
+    return name != "liger" or (device != "cpu" and version("liger-kernel") is not None)
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+def once(f, args):
+    """(seconds, result) of one forward and backward pass."""
+    for x in args[:2]:
+        x.grad = None
+    synchronise = torch.cuda.synchronize if args[0].is_cuda else lambda: None
+    synchronise()
+    start = time.perf_counter()
+    out = f(*args)
+    synchronise()
+    return time.perf_counter() - start, out.detach()
+
+
+def gemm(hidden, weight):
+    """A function that runs the three products of shape N x D x V into arrays made before, and returns its seconds."""
+    hidden, weight = hidden.detach(), weight.detach()
+    z, d_hidden, d_weight = hidden @ weight.T, torch.empty_like(hidden), torch.empty_like(weight)
+
+    def run():
+        start = time.perf_counter()
+        torch.mm(hidden, weight.T, out=z)
+        torch.mm(z, weight, out=d_hidden)
+        torch.mm(z.T, hidden, out=d_weight)
+        return time.perf_counter() - start
+    return run
+
+
+def largest(f, args):
+    from torch.utils._python_dispatch import TorchDispatchMode
+    seen = [0]
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            seen[0] = max(seen[0], *(x.numel() for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, torch.Tensor)), 0)
+            return out
+    with Largest():
+        once(f, args)
+    return seen[0]
+
+
+def exact(kind, args, rows=256):
+    """(value [N], dhidden, dweight) in float64 from the very same operands, a few tokens at a time."""
+    if kind == "logp":
+        hidden, weight, ids, upstream = args
+    else:
+        hidden, weight, t_hidden, t_weight, upstream = args
+        t_weight = t_weight.double()
+    w = weight.detach().double()
+    values, d_hidden, d_weight = [], [], torch.zeros_like(w)
+    for start in range(0, len(hidden), rows):
+        cut = slice(start, start + rows)
+        h, u = hidden.detach()[cut].double(), upstream[cut].double()[:, None]
+        logp = torch.log_softmax(h @ w.T, -1)
+        if kind == "logp":
+            values.append(logp.gather(1, ids[cut, None])[:, 0])
+            dz = logp.exp_().mul_(-u).scatter_add_(1, ids[cut, None], u)
+        else:
+            delta = logp - torch.log_softmax(t_hidden[cut].double() @ t_weight.T, -1)
+            p = logp.exp_()
+            kl = (p * delta).sum(-1, keepdim=True)
+            values.append(kl[:, 0])
+            dz = p.mul_(delta.sub_(kl)).mul_(u)
+        d_hidden.append(dz @ w)
+        d_weight.addmm_(dz.T, h)
+    return torch.cat(values), torch.cat(d_hidden), d_weight
+
+
+def peak_rss(*command):
+    """Peak resident megabytes of this file run as `child`."""
+    done = subprocess.run([sys.executable, __file__, "child", *command], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def child(kind, name, shape, dtype):
+    args = operands(tuple(map(int, shape.split("x"))), getattr(torch, dtype), kind == "kl")
+    if name == "nothing":
+        args[1].grad = torch.ones_like(args[1])  # the gradient of the head, which every contender has to make
+    else:
+        once((LOGP if kind == "logp" else KL)[name], args)
+    status = Path("/proc/self/status").read_text()  # getrusage would count what the parent held when this process was forked
+    print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
+
+
+def measure(kind, shape, dtype, args):
+    contenders = {name: f for name, f in (LOGP if kind == "logp" else KL).items() if available(name, args.device)}
+    data = operands(shape, getattr(torch, dtype), kind == "kl", args.device)
+    bound, times, bounds = gemm(*data[:2]), {name: [] for name in contenders}, []
+    for turn in range(args.repeats + 1):  # the first turn warms up and is not counted
+        bounds.append(bound())
+        for name, f in contenders.items():
+            times[name].append(once(f, data)[0])
+    bounds, times = bounds[1:], {name: t[1:] for name, t in times.items()}
+    want = exact(kind, data)
+    text = "x".join(map(str, shape))
+    base = peak_rss(kind, "nothing", text, dtype)
+    common = {"kind": kind, "shape": text, "dtype": dtype, "device": args.device, "threads": torch.get_num_threads(), "repeats": args.repeats}
+    yield common | {"contender": "gemm", "seconds": statistics.median(bounds), "ratio": statistics.median(b / n for b, n in zip(bounds, times["naive"]))}
+    for name, f in contenders.items():
+        value = once(f, data)[1]
+        row = {"contender": name, "seconds": statistics.median(times[name]), "ratio": statistics.median(a / b for a, b in zip(times[name], times["naive"])),
+               "over_gemm": statistics.median(a / b for a, b in zip(times[name], bounds)), "value_dtype": str(value.dtype).removeprefix("torch."),
+               "error_logp" if kind == "logp" else "error_kl": float((value.double() - want[0]).abs().max())}
+        for field, x, y in (("error_dhidden", data[0], want[1]), ("error_dweight", data[1], want[2])):
+            row[field] = float((x.grad.double() - y).norm() / y.norm())
+        row["largest"] = largest(f, data)
+        row["rss_growth_mb"] = round(peak_rss(kind, name, text, dtype) - base, 1) if args.device == "cpu" else None
+        yield common | row
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--shapes", nargs="+", default=SHAPES.split(), metavar="NxDxV", help="tokens x hidden x vocabulary")
+    p.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    p.add_argument("--kinds", nargs="+", default=["logp", "kl"], choices=["logp", "kl"], help="log-probs of one token, or the KL to a teacher")
+    p.add_argument("--repeats", type=int, default=5, help="counted turns")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--out", help="also append the lines here")
+    args = p.parse_args()
+    versions = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "triton", "trl", "liger-kernel")}
+    for shape in args.shapes:
+        for dtype in args.dtypes:
+            for kind in args.kinds:
+                for row in measure(kind, tuple(map(int, shape.split("x"))), dtype, args):
+                    line = json.dumps(row | {"versions": versions})
+                    print(line, flush=True)
+                    if args.out:
+                        with open(args.out, "a") as f:
+                            f.write(line + "\n")
+
+
+def plot(argv):
+    """Time against naive's, memory, and accuracy, a row of panels a shape."""
+    p = argparse.ArgumentParser()
+    p.add_argument("results")
+    p.add_argument("--out", required=True)
+    args = p.parse_args(argv)
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = [r for r in map(json.loads, Path(args.results).read_text().splitlines()) if r["kind"] == "logp"]
+    shapes = list(dict.fromkeys(r["shape"] for r in rows))
+    names = list(dict.fromkeys(r["contender"] for r in rows))
+    figure, axes = plt.subplots(len(shapes), 3, figsize=(15, 3.2 * len(shapes)), squeeze=False)
+    for line, shape in zip(axes, shapes):
+        for offset, dtype in ((-0.2, "float32"), (0.2, "bfloat16")):
+            some = {r["contender"]: r for r in rows if r["shape"] == shape and r["dtype"] == dtype}
+            for axis, field in zip(line, ("ratio", "rss_growth_mb", "error_logp")):
+                points = [(names.index(n) + offset, r[field]) for n, r in some.items() if r.get(field) is not None]
+                axis.barh(*zip(*points), height=0.38, label=dtype)
+        for axis, title in zip(line, ("time / naive of the same dtype", "peak memory beyond operands and dhead, MB", "largest error of a log-prob, nats")):
+            axis.set_title(f"{shape}: {title}", fontsize=9)
+            axis.set_yticks(range(len(names)), names if axis is line[0] else [""] * len(names), fontsize=8)
+            axis.invert_yaxis()
+        line[0].axvline(1, color="black", linewidth=0.7)
+        line[2].set_xscale("log")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(args.out, dpi=110)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["child"]:
+        child(*sys.argv[2:])
+    elif sys.argv[1:2] == ["plot"]:
+        plot(sys.argv[2:])
+    else:
+        main()
