@@ -24,6 +24,7 @@ import math
 import shutil
 import time
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -425,6 +426,10 @@ def main(argv=None):
         raise BadInput("--steps and --epochs both say how long to train: give one of them")
     if args.total_steps and args.schedule == "constant":
         raise BadInput("--total-steps: the end of a decay; a constant schedule has none")
+    if args.kernel == "triton" and args.teacher:
+        raise BadInput("--kernel triton: has no KL to a teacher in memory: use auto or torch with --teacher")
+    if args.kernel == "triton" and not find_spec("triton"):
+        raise BadInput("--kernel triton: `pip install triton` first")
     method = losses.settings(args.method, args.set)
     out, partial = Path(args.out), Path(str(args.out) + ".partial")
     source = find_folder(args.model)

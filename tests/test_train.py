@@ -295,6 +295,13 @@ def test_a_teacher_in_memory_trains_and_is_remembered(world, tmp_path, capsys):
     assert "another training run" in message
 
 
+def test_a_kernel_that_cannot_do_it_is_refused(world, tmp_path, capsys, monkeypatch):
+    flags = dict(method="opd-full", rollouts=world.rollouts, model=world.base, out=tmp_path / "m", kernel="triton", **FAST)
+    assert "--teacher" in refusal(train.main, argv(**flags, teacher=world.teacher), capsys)
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    assert "pip install triton" in refusal(train.main, argv(**flags, scores=world.scores), capsys)
+
+
 def test_teachers_that_read_other_tokens_are_refused(world, tmp_path, capsys):
     flags = dict(method="opd-full", rollouts=world.rollouts, model=world.base, out=tmp_path / "m", **FAST)
     foreign = variant(world.teacher, tmp_path / "permuted", permuted)
