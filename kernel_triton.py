@@ -147,6 +147,7 @@ def backward(student, teacher, ids, numbers, normalisers, grads, chunk, d_hidden
 
 
 @functools.cache
+@torch.enable_grad()  # it may be asked while a teacher scores
 def trusted(device):
     """Whether this GPU computes with these kernels what it computes with torch: looked at once a process, on a small ragged problem."""
     random = torch.Generator("cpu").manual_seed(0)

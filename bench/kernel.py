@@ -2,6 +2,7 @@
 
     python bench/kernel.py --out results/kernel.jsonl                     # every shape, float32 and bfloat16: about half an hour on 2 cores
     python bench/kernel.py --shapes 2048x576x49152 --dtypes float32
+    python bench/kernel.py table results/kernel.jsonl
     python bench/kernel.py plot results/kernel.jsonl --out results/kernel.png
 
 Every contender does a forward and a backward pass, gradients of hidden states and head included, with an upstream gradient of
@@ -285,6 +286,17 @@ def main():
                             f.write(line + "\n")
 
 
+def table(path):
+    """The lines as Markdown."""
+    print("| shape, dtype | what | contender | time / naive | time / three GEMMs | largest tensor, M | RSS growth, MB | error of value | of dhidden | of dhead |\n" + "| --- " * 10 + "|")
+    for r in map(json.loads, Path(path).read_text().splitlines()):
+        cells = [f"{r['shape']}, {r['dtype']}", r["kind"], r["contender"]]
+        for field, form in (("ratio", ".2f"), ("over_gemm", ".2f"), ("largest", ""), ("rss_growth_mb", ".0f"), ("error_logp", ".1e"), ("error_dhidden", ".1e"), ("error_dweight", ".1e")):
+            value = r.get(field, r.get("error_kl") if field == "error_logp" else None)
+            cells.append("-" if value is None else f"{value / 1e6:.1f}" if field == "largest" else format(value, form))
+        print("| " + " | ".join(cells) + " |")
+
+
 def plot(argv):
     """Time against naive's, memory, and accuracy, a row of panels a shape."""
     p = argparse.ArgumentParser()
@@ -318,6 +330,8 @@ def plot(argv):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["child"]:
         child(*sys.argv[2:])
+    elif sys.argv[1:2] == ["table"]:
+        table(sys.argv[2])
     elif sys.argv[1:2] == ["plot"]:
         plot(sys.argv[2:])
     else:
