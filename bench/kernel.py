@@ -319,7 +319,7 @@ def plot(argv):
         for axis, title in zip(line, ("time / naive of the same dtype", "peak memory beyond operands and dhead, MB", "largest error of a log-prob, nats")):
             axis.set_title(f"{shape}: {title}", fontsize=9)
             axis.set_yticks(range(len(names)), names if axis is line[0] else [""] * len(names), fontsize=8)
-            axis.invert_yaxis()
+            axis.set_ylim(len(names) - 0.5, -0.5)
         line[0].axvline(1, color="black", linewidth=0.7)
         line[2].set_xscale("log")
     axes[0][0].legend(fontsize=8)
