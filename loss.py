@@ -40,7 +40,7 @@ from records import BadInput
 class Method:
     """One row.  `--set name=value` on train.py's command line changes a column for one run."""
     prefix: str                      # whose prefixes: "data" (any text) or "self" (sampled by this very policy)
-    signal: str                      # what must be on disk: "tokens", "reward" (--rewards) or "teacher" (--scores)
+    signal: str                      # what must be on disk: "tokens", "reward" (--rewards) or "teacher" (--scores, --teacher)
     coefficient: str                 # c_t: "token", "reward", "k1" or "full"
     ratio: str = "token"             # importance ratio: each token's, or "sequence": the geometric mean over the sequence (GSPO)
     norm: str = "token"              # "token": mean over the step's tokens; "sequence": mean over sequences of their means
@@ -172,12 +172,12 @@ def log_ratio(method, logp, old_logp, batch):
     return (sums / sequence.bincount())[sequence]
 
 
-def clipped_surrogate(log_ratio, advantage, method):
+def clipped_surrogate(log_ratios, advantage, method):
     """-objective of PPO's clipped policy gradient, [N] (ROPD eq. 8; the released code's range is asymmetric and it adds the
     dual clip).  Where the ratio is 1 its gradient is -A grad log pi.
 
-    log_ratio (differentiable), advantage: both [N]."""
-    ratio = log_ratio.exp()
+    log_ratios (from log_ratio, differentiable), advantage: both [N]."""
+    ratio = log_ratios.exp()
     objective = ratio * advantage
     low = 1 - method.clip_low if method.clip_low else 0.0
     high = 1 + method.clip_high if method.clip_high else math.inf
@@ -209,7 +209,8 @@ def token_loss(method, logp, entropy, batch, exact_reverse_kl=None):
     """The loss of each trained token, [N], for any row of METHODS; sum(loss * batch["weight"]) is the step's loss.
 
     logp [N, 1 + K]: column 0 the recorded token, the others the teacher's support (K = 0 unless coefficient "full").
-    entropy [N].  exact_reverse_kl [N]: KL(pi || p_T) over the whole vocabulary, from a teacher in memory, in place of a support.  batch: what is known about the tokens, each [N] unless noted, all constant:
+    entropy [N].  exact_reverse_kl [N]: KL(pi || p_T) over the whole vocabulary, from a teacher in memory, in place of a support.
+    batch: what is known about the tokens, each [N] unless noted, all constant:
       old_logp        log pi before this file's first update (absent when this is the first update: then it is logp)
       behaviour_logp  log mu, from the rollout
       advantage       the sequence's group advantage (coefficient "reward")
