@@ -1,31 +1,48 @@
 """The token-level loss.  Every method is one row of METHODS, and every row is the same formula:
 
-    grad L = - sum_{sequences} sum_t  m_t / N_t  *  sum_a c_t(a) grad log pi(a | s_t)
+    grad L = - sum_{sequences} omega  sum_t  m_t / N_t  *  sum_a c_t(a) grad log pi(a | s_t)
 
-s_t is the prefix before token t, m_t the loss mask, c_t(a) what the method wants to do with token a there, held constant, and
-N_t the normaliser: the number of trained tokens of the optimiser step (`norm="token"`), or that sequence's length times the
-number of sequences (`norm="sequence"`).  N_t is fixed before the first backward pass, so cutting a step into micro-batches
-cannot change its gradient.  (Some methods put sequence weights and token weights between the sums; for all rows so far they
-are 1.)
+s_t is the prefix before token t, m_t the loss mask, c_t(a) what the method wants to do with token a there, held constant,
+omega the weight of the sequence (1 in most rows), and N_t the normaliser (`norm`): the number of trained tokens of the
+optimiser step ("token"), that sequence's length times the number of sequences ("sequence"), the number of sequences
+("batch"), or 1 ("sum").  N_t and omega are fixed before the first backward pass, so cutting a step into micro-batches
+cannot change its gradient.
 
 What c_t can be (`coefficient`):
 
-    token     1 on the recorded token                              imitation: SFT
-    reward    rho_t A on the sampled token, clipped as PPO does    GRPO, ROPD;  A = group advantage of the reward
-    k1        pi/mu (log p_T - log mu) on the sampled token        OPD with one teacher number a token
-    full      pi(a) log(p_T(a) / pi(a)) for every token a          OPD with the teacher's distribution
+    token       1 on the recorded token                               imitation: SFT
+    reward      rho_t A on the sampled token, clipped as PPO does     GRPO, ROPD;  A = group advantage of the reward
+    k1          pi/mu (log p_T - log mu) on the sampled token         OPD with one teacher number a token
+    reward+k1   rho_t (A + teacher_weight (log p_T - log mu))         both at once
+    k2, k3      pi/mu times the derivative of an estimator            the same gradients as reverse, forward KL, see below
+    full        pi(a) g(p_T(a) / pi(a)) for every token a             the teacher's distribution: KD, GKD, OPD
+                g(u) = log u            reverse KL(pi || p_T)         `divergence` rkl
+                       u                forward KL(p_T || pi)         fkl
+                       (1-b) log(b u + 1-b)   JSD_b                   jsd: b KL(p_T || M) + (1-b) KL(pi || M), M = b p_T + (1-b) pi
+                       b log u + (1-b) u      a mixture of both       mix              b is the column `interpolation`: 0 forward, 1 reverse
 
 pi is the model being trained and p_T the teacher.  Two policies have sampled or could have: mu, whose log-probs stand in the
 rollout, and pi_old, the weights this file's training started from, whose log-probs train.py computes itself.  They differ
 when a served sampler computes in other precision or when rollouts are stale.  rho_t = pi / pi_old is the importance ratio.
 
-`k1` and `full` descend the reverse KL(pi || p_T) at the student's own prefixes: `full` exactly; `k1` in expectation, and only
-for the first update of a file: its advantage is fixed when the rollout is scored, as in its source, while pi moves on.
-Two tempting variants are refused by `check`: k1 differentiated as a loss has gradient zero in expectation, and k3 as an
-advantage is reverse minus forward KL, which vanishes near p = q.
+Estimators from one sample y ~ pi, with r = p_T(y) / pi(y): k1 = -log r, k2 = (log r)^2 / 2, k3 = r - 1 - log r.  Which gradient one
+gets depends on the estimator *and* on its use, and most pairs are traps:
 
-Sources: ROPD arXiv 2605.07396 equations 6-8 and its released code; GRPO arXiv 2402.03300; dual clip arXiv 1912.09729;
-OPD: Thinking Machines, "On-Policy Distillation" (2025).
+          as an advantage (held constant)         as a loss (differentiated)
+    k1    reverse KL                              0 in expectation: refused
+    k2    another, nameless gradient: refused     reverse KL
+    k3    reverse minus forward KL, which         forward KL, whatever it is called: allowed with divergence fkl only
+          vanishes near pi = p_T: refused
+
+`k1` is exact in expectation for the first update of a file: its advantage is fixed when the rollout is scored, as in its
+source, while pi moves on.
+
+Where the prefixes come from (`prefix`) decides what an expectation is over: "data" any text, "teacher" a teacher's samples,
+"old" samples of an earlier or other state of this policy, "self" samples of these very weights, "mixed" both (GKD).  train.py
+derives it from the hashes recorded in the files and refuses a row that claims another.
+
+Sources: papers of the rows are named there; the one formula, the g(u) forms and the table of estimators follow from the chain
+rule and are checked by enumeration in tests/test_loss.py.  Taxonomy: arXiv 2604.07941, which gives no gradient.
 """
 import dataclasses
 import math
@@ -39,53 +56,106 @@ from records import BadInput
 @dataclass(frozen=True)
 class Method:
     """One row.  `--set name=value` on train.py's command line changes a column for one run."""
-    prefix: str                      # whose prefixes: "data" (any text) or "self" (sampled by this very policy)
-    signal: str                      # what must be on disk: "tokens", "reward" (--rewards) or "teacher" (--scores, --teacher)
-    coefficient: str                 # c_t: "token", "reward", "k1" or "full"
+    prefix: str                      # whose prefixes: "data", "teacher", "old", "self" or "mixed" (see above)
+    signal: str                      # what must be on disk: "tokens", "reward" (--rewards), "teacher" (--scores, --teacher), "reward+teacher"
+    coefficient: str                 # c_t: "token", "reward", "k1", "reward+k1", "k2", "k3" or "full"
+    divergence: str = "none"         # what the teacher's signal descends: "rkl", "fkl", "jsd" or "mix"
+    interpolation: float = 0.5       # b of jsd and mix: towards 0 forward, towards 1 reverse KL
+    omega: str = "one"               # weight of a sequence: "one", "informative", "accepted", "softmax" or "preference" (sequence_weights)
+    omega_scale: float = 1.0         # its constant: the reward that is accepted, the softmax's temperature, DPO's beta
     ratio: str = "token"             # importance ratio: each token's, or "sequence": the geometric mean over the sequence (GSPO)
-    norm: str = "token"              # "token": mean over the step's tokens; "sequence": mean over sequences of their means
+    norm: str = "token"              # "token": mean over the step's tokens; "sequence": of the sequences' means; "batch": of their sums; "sum"
     advantage: str = "none"          # group advantage: "mean" subtracts the group's mean, "std" also divides by its std
+    teacher_weight: float = 1.0      # of the teacher's term in reward+k1
+    gamma: float = 0.0               # discount of the later tokens' log p_T - log mu in a token's advantage; 0: each token for itself
+    future: str = "sum"              # the later tokens' discounted "sum", or "mean": divided by their number (MiniLLM)
+    baseline: str = "none"           # "kl": subtracts E[k1-advantage] = -KL(pi || p_T) at s_t; same mean, less variance
+    advantage_clip: float = 0.0      # bounds the teacher's advantage to +-this; 0 is off
     clip_low: float = 0.0            # no gain from a ratio below 1 - clip_low (bad tokens); 0 turns this side off
     clip_high: float = 0.0           # no gain from a ratio above 1 + clip_high (good tokens); 0 turns this side off
     dual_clip: float = 0.0           # bound of -ratio * A for A < 0 as a multiple of |A| (> 1); 0 is off
     tis_cap: float = 0.0             # truncated importance sampling: weight min(pi_old / mu, cap) for sampler/trainer gaps; 0 is off
     reference_kl: float = 0.0        # coefficient of KL(pi || pi_ref), needs --reference (scores by the reference policy)
     entropy_bonus: float = 0.0       # coefficient of the policy's entropy, added to the objective
+    student_fraction: float = 1.0    # share of optimiser steps on rollouts, the others on --data (GKD's lambda)
+    about: str = ""                  # what it is, for `train.py --explain`
 
     @property
     def on_policy(self):
-        return self.prefix == "self"
+        """Whether the rollouts must be samples of the very weights that are trained."""
+        return self.prefix in ("self", "mixed")
+
+    @property
+    def rewards(self):
+        return "reward" in self.signal
+
+    @property
+    def teacher(self):
+        return "teacher" in self.signal
+
+    @property
+    def support(self):
+        """Whether the teacher's distribution is read, not only its log-prob of the sampled token."""
+        return self.coefficient == "full" or self.baseline == "kl"
+
+    @property
+    def reference(self):
+        return self.reference_kl > 0 or self.omega == "preference"
 
     @property
     def separable(self):
         """Whether a token's loss needs no other token's log-prob, so that kernel.linear_token_loss may walk slices of tokens."""
-        return self.ratio == "token"
+        return self.ratio == "token" and self.gamma == 0
 
+    def columns(self):
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "about"}
+
+
+PPO = dict(prefix="self", signal="reward", coefficient="reward", clip_low=0.2, clip_high=0.2)
+TEACHER_FULL = dict(signal="teacher", coefficient="full")
 
 METHODS = {
-    # imitation: maximise the likelihood of given answers (a corpus, or a teacher's texts)
-    "sft": Method(prefix="data", signal="tokens", coefficient="token"),
-    # GRPO as its paper has it (no KL term here unless --set reference_kl=...)
-    "grpo": Method(prefix="self", signal="reward", coefficient="reward", norm="sequence", advantage="std", clip_low=0.2, clip_high=0.2),
-    # ROPD as its released code runs it: no std, token mean, clip-higher, dual clip, truncated importance weights, no KL
-    "ropd": Method(prefix="self", signal="reward", coefficient="reward", advantage="mean", clip_low=0.2, clip_high=0.28,
-                   dual_clip=3.0, tis_cap=2.0),
+    # ---- off-policy: somebody else's prefixes
+    "sft": Method("data", "tokens", "token", about="maximise the likelihood of given answers: a corpus, or demonstrations"),
+    "seqkd": Method("teacher", "tokens", "token", about="the same on a teacher's sampled answers: forward KL by Monte Carlo (arXiv 1606.07947)"),
+    "kd": Method("data", divergence="fkl", **TEACHER_FULL, about="supervised KD: the teacher's distribution at every token of given texts (GKD with lambda 0)"),
+    "fkl": Method("teacher", divergence="fkl", **TEACHER_FULL, about="forward-KL warm-up on the teacher's own cached answers (arXiv 2605.12483 stage 2a)"),
+    "teacher-rkl": Method("teacher", divergence="rkl", **TEACHER_FULL, about="reverse KL at the teacher's prefixes: the fourth corner of prefix x direction"),
+    "rft": Method("old", "reward", "token", omega="accepted", about="rejection sampling: imitate those own earlier answers that a verifier accepts (RAFT, STaR)"),
+    "rwsft": Method("old", "reward", "token", omega="softmax", about="imitate own earlier answers, weighted by the softmax of their rewards"),
+    # the best and the worst answer to a prompt are a pair; online DPO is --set prefix=self
+    "dpo": Method("data", "reward", "token", omega="preference", omega_scale=0.1, norm="batch", about="direct preference optimisation on the best and the worst answer to a prompt (arXiv 2305.18290)"),
+    # ---- on-policy, from a reward
+    "reinforce": Method("self", "reward", "reward", advantage="mean", about="plain policy gradient with the group's mean as the baseline"),
+    "ppo-clip": Method(advantage="std", **PPO, about="PPO's clipped surrogate, mean over tokens, group advantage in the critic's place (arXiv 1707.06347)"),
+    "grpo": Method(norm="sequence", advantage="std", **PPO, about="GRPO: group advantage by mean and std, mean over sequences (arXiv 2402.03300); no KL unless --set reference_kl=..."),
+    "dapo": Method(**PPO | dict(clip_high=0.28), advantage="std", omega="informative", about="GRPO with a mean over all tokens, clip-higher, and no groups that have one reward (arXiv 2503.14476)"),
+    "gspo": Method(**PPO | dict(clip_low=3e-4, clip_high=4e-4), ratio="sequence", norm="sequence", advantage="std", about="GRPO with one ratio a sequence and the narrow clip range that goes with it (arXiv 2507.18071)"),
+    # ROPD as its released code runs it: no std, token mean, clip-higher, dual clip (arXiv 1912.09729), truncated importance weights, no KL
+    "ropd": Method(**PPO | dict(clip_high=0.28), advantage="mean", dual_clip=3.0, tis_cap=2.0, about="rubric rewards, the loss of ROPD's released code (arXiv 2605.07396)"),
     # ROPD's loss as its paper writes it (eq. 6-8), which names neither the clip range nor the KL coefficient.  Its schedule
     # (cosine, 100 warm-up steps, weight decay 0.1, beta2 0.95) are flags of train.py
-    "ropd-paper": Method(prefix="self", signal="reward", coefficient="reward", norm="sequence", advantage="std", clip_low=0.2,
-                         clip_high=0.2, reference_kl=0.001),
-    # GSPO: GRPO with one ratio a sequence, and the narrow clip range that goes with it
-    "gspo": Method(prefix="self", signal="reward", coefficient="reward", ratio="sequence", norm="sequence", advantage="std", clip_low=3e-4, clip_high=4e-4),
-    # on-policy distillation from log-probs: one number a token (its source sums over tokens, we average), or the teacher's
-    # (top-k) distribution
-    "opd": Method(prefix="self", signal="teacher", coefficient="k1"),
-    "opd-full": Method(prefix="self", signal="teacher", coefficient="full"),
+    "ropd-paper": Method(norm="sequence", advantage="std", reference_kl=0.001, **PPO, about="rubric rewards, the loss of ROPD's equations 6-8"),
+    # ---- on-policy, from a teacher
+    "opd": Method("self", "teacher", "k1", "rkl", about="on-policy distillation from one teacher number a token (Thinking Machines 2025; it sums over tokens, we average)"),
+    "opd-full": Method("self", divergence="rkl", **TEACHER_FULL, about="on-policy distillation, exact reverse KL at every own prefix (GKD with lambda 1, beta 1)"),
+    "dagger": Method("self", divergence="fkl", **TEACHER_FULL, about="forward KL at the student's own prefixes (GKD with lambda 1, beta 0)"),
+    "gkd": Method("mixed", divergence="jsd", student_fraction=0.5, **TEACHER_FULL, about="generalised KD: Jensen-Shannon divergence on own and given texts (arXiv 2306.13649)"),
+    "minillm": Method("self", divergence="rkl", gamma=1.0, future="mean", clip_low=0.2, clip_high=0.2, **TEACHER_FULL,
+                      about="exact single-step reverse KL plus what a token does to the later ones, length-normalised (arXiv 2306.08543)"),
+    # ---- both
+    "opd-verifier": Method(**PPO | dict(signal="reward+teacher", coefficient="reward+k1"), divergence="rkl", advantage="std", about="a verifier's group advantage plus the teacher's advantage of every token"),
+    "rwopd": Method("self", "reward+teacher", "full", "rkl", omega="softmax", about="exact on-policy distillation, answers weighted by the softmax of their rewards"),
 }
-CHOICES = {"prefix": ("data", "self"), "signal": ("tokens", "reward", "teacher"), "coefficient": ("token", "reward", "k1", "full"),
-           "ratio": ("token", "sequence"), "norm": ("token", "sequence"), "advantage": ("none", "mean", "std")}
-REFUSED = {"k1-loss": "k1 differentiated as a loss has gradient 0 in expectation: use k1 (as an advantage) or full",
-           "k3-advantage": "k3 as an advantage is reverse minus forward KL and vanishes near pi = p_T: use k1 or full",
-           "k3-loss": "k3 differentiated as a loss on own samples is forward KL under another name: use full"}
+CHOICES = {"prefix": ("data", "teacher", "old", "self", "mixed"), "signal": ("tokens", "reward", "teacher", "reward+teacher"),
+           "coefficient": ("token", "reward", "k1", "reward+k1", "k2", "k3", "full"), "divergence": ("none", "rkl", "fkl", "jsd", "mix"),
+           "omega": ("one", "informative", "accepted", "softmax", "preference"), "ratio": ("token", "sequence"),
+           "norm": ("token", "sequence", "batch", "sum"), "advantage": ("none", "mean", "std"), "future": ("sum", "mean"), "baseline": ("none", "kl")}
+DESCENDS = {"k1": ("rkl",), "reward+k1": ("rkl",), "k2": ("rkl",), "k3": ("fkl",), "full": ("rkl", "fkl", "jsd", "mix")}
+REFUSED = {"k1-loss": "k1 differentiated as a loss has gradient 0 in expectation: use k1 (as an advantage), k2 (as a loss) or full",
+           "k2-advantage": "k2 as an advantage is the gradient of no divergence here: use k1 (as an advantage) or k2 (as a loss)",
+           "k3-advantage": "k3 as an advantage is reverse minus forward KL and vanishes near pi = p_T: use k1 or full"}
+SURROGATE = ("reward", "k1", "reward+k1")  # coefficients with an importance ratio that can be clipped
 
 
 def settings(name, overrides=()):
@@ -93,7 +163,7 @@ def settings(name, overrides=()):
     if name not in METHODS:
         raise BadInput(f"--method {name}: expected one of {', '.join(METHODS)}")
     changes = {}
-    types = {f.name: f.type for f in dataclasses.fields(Method)}
+    types = {f.name: f.type for f in dataclasses.fields(Method) if f.name != "about"}
     for text in overrides:
         column, equals, value = text.partition("=")
         if not equals or column not in types:
@@ -109,38 +179,69 @@ def settings(name, overrides=()):
 
 def check(method):
     """Raises BadInput for a row that does not do what its columns say."""
+    c = method.coefficient
     for column, choices in CHOICES.items():
         value = getattr(method, column)
         if value in REFUSED:
             raise BadInput(f"{column} {value}: {REFUSED[value]}")
         if value not in choices:
             raise BadInput(f"{column}: expected one of {', '.join(choices)}, came {value!r}")
-    needs = {"token": "tokens", "reward": "reward", "k1": "teacher", "full": "teacher"}[method.coefficient]
+    allowed = DESCENDS.get(c, ("none",))
+    if method.divergence not in allowed:
+        hint = ": k3 differentiated on own samples is the forward KL under another name" if c == "k3" else ""
+        raise BadInput(f"divergence {method.divergence}: coefficient {c} descends {' or '.join(allowed)}{hint}")
+    needs = {"reward": c in ("reward", "reward+k1") or method.omega != "one", "teacher": c in DESCENDS}
+    needs = "+".join(name for name, needed in needs.items() if needed) or "tokens"
     if method.signal != needs:
-        raise BadInput(f"coefficient {method.coefficient}: expected signal {needs!r}, came {method.signal!r}")
-    if method.coefficient in ("reward", "k1") and not method.on_policy:
-        raise BadInput(f"coefficient {method.coefficient}: an expectation over the policy's own samples; on other prefixes ('data') "
+        raise BadInput(f"signal: expected {needs!r} for coefficient {c} with omega {method.omega}, came {method.signal!r}")
+    if c not in ("token", "full") and method.prefix != "self":
+        raise BadInput(f"coefficient {c}: an expectation over the policy's own samples; on other prefixes ({method.prefix!r}) "
                        "it has another gradient than its name says")
-    if (method.advantage != "none") != (method.coefficient == "reward"):
-        raise BadInput(f"advantage {method.advantage!r}: group advantages go with coefficient 'reward', and it needs one")
-    uses = {"clip_low": ("reward", "k1"), "clip_high": ("reward", "k1"), "dual_clip": ("reward", "k1"), "tis_cap": ("reward",)}
-    for column in (*uses, "reference_kl", "entropy_bonus"):
+    if c == "token" and method.on_policy and method.omega == "one":
+        raise BadInput("coefficient token on own samples: its expected gradient is 0, a policy is not changed by imitating itself; "
+                       "give it an omega, or use coefficient reward")
+    if method.omega in ("accepted", "softmax", "preference") and c not in ("token", "full"):
+        raise BadInput(f"omega {method.omega}: goes with coefficient token or full, came {c}: a reward already weighs its tokens")
+    if method.omega == "preference" and c != "token":
+        raise BadInput(f"omega preference: goes with coefficient token, came {c}")
+    if (method.advantage != "none") != (c in ("reward", "reward+k1")):
+        raise BadInput(f"advantage {method.advantage!r}: group advantages go with coefficient 'reward' or 'reward+k1', which need one")
+    uses = {"clip_low": SURROGATE, "clip_high": SURROGATE, "dual_clip": SURROGATE, "tis_cap": ("reward", "reward+k1"),
+            "gamma": ("k1", "reward+k1", "full"), "advantage_clip": ("k1", "reward+k1")}
+    for column in (*uses, "reference_kl", "entropy_bonus", "omega_scale", "teacher_weight", "interpolation", "student_fraction"):
         value = getattr(method, column)
         if not math.isfinite(value) or (value < 0 and column != "entropy_bonus"):
             raise BadInput(f"{column}: expected a finite number, at least 0, came {value}")
-        if value and method.coefficient not in uses.get(column, CHOICES["coefficient"]):
-            raise BadInput(f"{column}: goes with coefficient {' or '.join(uses[column])}, came {value} with {method.coefficient}")
-    if method.ratio != "token" and method.coefficient not in ("reward", "k1"):
-        raise BadInput(f"ratio {method.ratio}: goes with coefficient reward or k1, which have an importance ratio, came {method.coefficient}")
+        clips_the_future = column in ("clip_low", "clip_high", "dual_clip", "advantage_clip") and c == "full" and method.gamma > 0
+        if value and c not in uses.get(column, CHOICES["coefficient"]) and not clips_the_future:
+            raise BadInput(f"{column}: goes with coefficient {' or '.join(uses[column])}, came {value} with {c}")
+    if method.ratio != "token" and c not in SURROGATE:
+        raise BadInput(f"ratio {method.ratio}: goes with coefficient reward, k1 or reward+k1, which have an importance ratio, came {c}")
+    if method.gamma > 1 or (method.gamma and not method.on_policy):
+        raise BadInput(f"gamma: expected 0 to 1, with the policy's own samples, came {method.gamma} with prefix {method.prefix!r}")
+    if method.future != "sum" and not method.gamma:
+        raise BadInput("future: says how later tokens count: set gamma above 0")
+    if method.baseline != "none" and c not in ("k1", "reward+k1"):
+        raise BadInput(f"baseline {method.baseline}: goes with coefficient k1 or reward+k1, whose variance it lowers, came {c}")
+    if method.divergence in ("jsd", "mix") and not 0 < method.interpolation < 1:
+        raise BadInput(f"interpolation: expected between 0 and 1, came {method.interpolation}: at the ends use divergence fkl (0) or rkl (1); JSD itself vanishes there")
+    if method.omega in ("softmax", "preference") and not method.omega_scale:
+        raise BadInput(f"omega_scale: expected above 0 for omega {method.omega}, came 0")
+    if method.teacher_weight != 1 and c != "reward+k1":
+        raise BadInput(f"teacher_weight: weighs the teacher's term against the reward's: goes with coefficient reward+k1, came {c}")
+    if (method.student_fraction < 1) != (method.prefix == "mixed") or method.student_fraction > 1:
+        raise BadInput(f"student_fraction: expected below 1 with prefix mixed and 1 otherwise, came {method.student_fraction} with prefix {method.prefix!r}")
+    if method.prefix == "mixed" and (method.signal != "teacher" or c != "full"):
+        raise BadInput(f"prefix mixed: the steps on --data need a teacher's distribution: goes with coefficient full and omega one, came {c} with omega {method.omega}")
     if method.clip_low >= 1:
         raise BadInput(f"clip_low: expected below 1, a ratio is never below 0, came {method.clip_low}")
     if 0 < method.dual_clip <= 1:
         raise BadInput(f"dual_clip: expected 0 (off) or a bound above 1, came {method.dual_clip}")
-    if method.reference_kl and not method.on_policy:
+    if method.reference_kl and method.prefix != "self":
         raise BadInput("reference_kl: its one-sample estimate needs the policy's own samples")
 
 
-# ---------------------------------------------------------------------------------------------- advantages
+# ---------------------------------------------------------------------------------------------- a group: advantages and weights
 
 def group_advantages(rewards, kind, eps=1e-6):
     """Advantages of one prompt's n rollouts (ROPD eq. 6), or None when a judgement in the group failed.
@@ -153,10 +254,56 @@ def group_advantages(rewards, kind, eps=1e-6):
         return None
     mean = sum(rewards) / len(rewards)
     centred = [r - mean for r in rewards]
-    if kind == "mean":
+    if kind in ("none", "mean"):
         return centred
     deviation = math.sqrt(sum(c * c for c in centred) / len(centred))
     return [c / (deviation + eps) for c in centred]
+
+
+def sequence_weights(method, rewards):
+    """omega of one prompt's n answers from their rewards; an answer of weight 0 leaves the step and its normaliser.
+
+    one            1                                            sequence_weights([1, .5, 0]) -> [1, 1, 1]
+    informative    0 if the whole group has one reward, else 1  (DAPO)
+    accepted       1 if the reward reaches omega_scale, else 0  (RFT)               -> [1, 0, 0]
+    softmax        n times the softmax of reward / omega_scale  (mean 1)            -> [1.520, 0.922, 0.559]
+    preference     +1 the best, -1 the worst, 0 the others and ties; preference_weights scales them (DPO)   -> [1, 0, -1]"""
+    if method.omega == "accepted":
+        return [float(r >= method.omega_scale) for r in rewards]
+    if method.omega == "softmax":
+        return (len(rewards) * torch.softmax(torch.tensor(rewards, dtype=torch.float64) / method.omega_scale, 0)).tolist()
+    if method.omega == "informative":
+        return [float(max(rewards) > min(rewards))] * len(rewards)
+    if method.omega == "preference":
+        out = [0.0] * len(rewards)
+        if max(rewards) > min(rewards):
+            out[rewards.index(max(rewards))], out[rewards.index(min(rewards))] = 1.0, -1.0
+        return out
+    return [1.0] * len(rewards)
+
+
+def preference_weights(beta, signs, log_ratios):
+    """omega of DPO for one pair: signs (+1, -1), log_ratios = log pi(y) - log pi_ref(y) of the two whole answers, as they are now.
+
+    The gradient of -log sigmoid(h), h = beta (log_ratio_chosen - log_ratio_rejected), is -beta sigmoid(-h) times the difference
+    of the two grad log pi(y): a weighted imitation of one and avoidance of the other (arXiv 2305.18290 section 4).  The factor 2: the mean over
+    pairs is twice the mean over their answers.   preference_weights(0.1, [1, -1], [0.0, 0.0]) -> [0.1, -0.1]"""
+    h = beta * sum(s * r for s, r in zip(signs, log_ratios))
+    return [2 * beta * s / (1 + math.exp(min(h, 700.0))) for s in signs]
+
+
+def token_weights(lengths, norm, omegas=None):
+    """omega m_t / N_t for every trained token of one optimiser step: a list of [length] lists.  Without omegas they sum to 1 for
+    "token" and "sequence"; a sequence with omega 0 or no token does not count in N.
+
+    token_weights([1, 3], "token")    -> [[1/4], [1/4, 1/4, 1/4]]
+    token_weights([1, 3], "sequence") -> [[1/2], [1/6, 1/6, 1/6]]
+    token_weights([1, 3], "batch")    -> [[1/2], [1/2, 1/2, 1/2]]
+    token_weights([1, 3], "sum")      -> [[1], [1, 1, 1]]"""
+    omegas = [1.0] * len(lengths) if omegas is None else omegas
+    kept = [n for n, omega in zip(lengths, omegas) if n and omega]
+    divisor = {"token": lambda n: sum(kept), "sequence": lambda n: len(kept) * n, "batch": lambda n: len(kept), "sum": lambda n: 1}[norm]
+    return [[omega / divisor(n)] * n if n and omega else [0.0] * n for n, omega in zip(lengths, omegas)]
 
 
 # ---------------------------------------------------------------------------------------------- per-token losses
@@ -187,29 +334,74 @@ def clipped_surrogate(log_ratios, advantage, method):
     return -objective
 
 
+def later_tokens(each, sequence, method):
+    """sum_{k>=1} gamma^k each_{t+k} within a sequence, [N]; with future "mean" divided by the number of later tokens.
+
+    each [1, 2, 3] of one sequence, gamma 1: [5, 3, 0]; gamma 0.5: [1.75, 1.5, 0]; gamma 1 and "mean": [2.5, 3, 0]."""
+    out = torch.zeros_like(each)
+    for part in (torch.where(sequence == s)[0] for s in sequence.unique()):  # positions in order
+        after, n = each.new_zeros(()), len(part)
+        sums = []
+        for t in part.flip(0):
+            sums.append(after)
+            after = method.gamma * (each[t] + after)
+        counts = torch.arange(n, device=each.device).clamp(min=1) if method.future == "mean" else 1
+        out[part] = (torch.stack(sums) / counts).flip(0)
+    return out
+
+
+def teacher_advantage(method, batch, kl=None):
+    """The advantage that the teacher gives a sampled token, [N], before advantage_clip: log p_T - log mu of the token itself (not
+    with coefficient full, which has that part exactly), plus the later tokens' (gamma), minus its expectation -kl (baseline)."""
+    each = batch["teacher_logp"] - batch["behaviour_logp"]
+    advantage = torch.zeros_like(each) if method.coefficient == "full" else each
+    if method.gamma:
+        advantage = advantage + later_tokens(each, batch["sequence"], method)
+    return advantage + kl.detach() if method.baseline == "kl" else advantage
+
+
+def sampled_advantage(method, batch, kl=None):
+    """The advantage of a sampled token, [N], that goes into the clipped surrogate."""
+    if method.coefficient == "reward":
+        return batch["advantage"]
+    advantage = teacher_advantage(method, batch, kl)
+    if method.advantage_clip:
+        advantage = advantage.clamp(-method.advantage_clip, method.advantage_clip)
+    return batch["advantage"] + method.teacher_weight * advantage if method.coefficient == "reward+k1" else advantage
+
+
 def log_tail(logps):
     """log of the mass outside a support: logps [N, K] -> [N], the log of 1 - sum of exp."""
     return torch.log(-torch.expm1(logps.logsumexp(-1).clamp(max=-1e-7)))
 
 
-def reverse_kl(logp, teacher_logp, whole):
-    """KL(pi || p_T) a token from log-probs on a common support, both [N, K], differentiable in logp: [N], >= 0.
+def divergence(kind, logp, teacher_logp, whole=True, interpolation=0.5):
+    """rkl, fkl, jsd or mix of pi and p_T a token from log-probs on a common support, both [N, K], differentiable in logp: [N], >= 0.
 
-    whole: the support is the whole vocabulary.  Otherwise everything outside becomes one more outcome (a tail bucket):
-    a true KL of the lumped distributions, a lower bound of the full one.  Without it the sum can be negative and pushes
-    mass out of the support.   reverse_kl(log [[.5, .5]], log [[.25, .75]], True) -> [0.1438]"""
+    whole: the support is the whole vocabulary.  Otherwise everything outside becomes one more outcome (a tail bucket): a true
+    divergence of the lumped distributions, a lower bound of the full one.  Without it the sum can be negative and pushes mass
+    out of the support.  For pi = (1/2, 1/2), p_T = (1/4, 3/4): rkl 0.1438, fkl 0.1308, jsd(1/2) 0.0338."""
     if not whole:
         logp = torch.cat([logp, log_tail(logp)[:, None]], 1)
         teacher_logp = torch.cat([teacher_logp, log_tail(teacher_logp)[:, None]], 1)
-    p = logp.exp()
-    return torch.where(p > 0, p * (logp - teacher_logp), 0.0).sum(-1)
+
+    def kl(p, q):
+        return torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1)
+    if kind == "rkl":
+        return kl(logp, teacher_logp)
+    if kind == "fkl":
+        return kl(teacher_logp, logp)
+    if kind == "mix":
+        return interpolation * kl(logp, teacher_logp) + (1 - interpolation) * kl(teacher_logp, logp)
+    mixture = torch.logaddexp(teacher_logp + math.log(interpolation), logp + math.log(1 - interpolation))
+    return interpolation * kl(teacher_logp, mixture) + (1 - interpolation) * kl(logp, mixture)
 
 
-def token_loss(method, logp, entropy, batch, exact_reverse_kl=None):
+def token_loss(method, logp, entropy, batch, exact=None):
     """The loss of each trained token, [N], for any row of METHODS; sum(loss * batch["weight"]) is the step's loss.
 
-    logp [N, 1 + K]: column 0 the recorded token, the others the teacher's support (K = 0 unless coefficient "full").
-    entropy [N].  exact_reverse_kl [N]: KL(pi || p_T) over the whole vocabulary, from a teacher in memory, in place of a support.
+    logp [N, 1 + K]: column 0 the recorded token, the others the teacher's support (K = 0 without one).
+    entropy [N].  exact: KL(pi || p_T) and KL(p_T || pi), each [N], over the whole vocabulary, from a teacher in memory, in place of a support.
     batch: what is known about the tokens, each [N] unless noted, all constant:
       old_logp        log pi before this file's first update (absent when this is the first update: then it is logp)
       behaviour_logp  log mu, from the rollout
@@ -217,17 +409,31 @@ def token_loss(method, logp, entropy, batch, exact_reverse_kl=None):
       teacher_logp    log p_T of the recorded token
       support_logp    [N, K] log p_T of the support; `whole` says whether that is the whole vocabulary
       reference_logp  log pi_ref of the recorded token
-      sequence        int64, which sequence a token belongs to (ratio "sequence")"""
-    own = logp[:, 0]
+      sequence        int64, which sequence a token belongs to (ratio "sequence", gamma)"""
+    own, kl = logp[:, 0], None
     old = batch.get("old_logp", own.detach())
+    if method.support:
+        kind = method.divergence
+        if exact is not None and kind != "jsd":
+            b = {"rkl": 1.0, "fkl": 0.0, "mix": method.interpolation}[kind]
+            kl = exact[0] if b == 1 else exact[1] if b == 0 else b * exact[0] + (1 - b) * exact[1]
+        else:
+            kl = divergence(kind, logp[:, 1:], batch["support_logp"], batch["whole"], method.interpolation)
+    if method.coefficient in SURROGATE or method.gamma:
+        advantage = sampled_advantage(method, batch, kl)
     if method.coefficient == "token":
         loss = -own
     elif method.coefficient == "full":
-        loss = exact_reverse_kl if exact_reverse_kl is not None else reverse_kl(logp[:, 1:], batch["support_logp"], batch["whole"])
+        loss = kl
+        if method.gamma:
+            loss = loss + clipped_surrogate(log_ratio(method, own, batch["behaviour_logp"], batch), advantage, method)
     elif method.coefficient == "k1":  # the ratio to mu corrects for stale weights and for the sampler's precision at once
-        loss = clipped_surrogate(log_ratio(method, own, batch["behaviour_logp"], batch), batch["teacher_logp"] - batch["behaviour_logp"], method)
+        loss = clipped_surrogate(log_ratio(method, own, batch["behaviour_logp"], batch), advantage, method)
+    elif method.coefficient in ("k2", "k3"):
+        r = batch["teacher_logp"] - own
+        loss = (own.detach() - batch["behaviour_logp"]).exp() * (0.5 * r ** 2 if method.coefficient == "k2" else torch.expm1(r) - r)
     else:
-        loss = clipped_surrogate(log_ratio(method, own, old, batch), batch["advantage"], method)
+        loss = clipped_surrogate(log_ratio(method, own, old, batch), advantage, method)
         if method.tis_cap:
             loss = loss * (old - batch["behaviour_logp"]).exp().clamp(max=method.tis_cap)
     if method.reference_kl:
@@ -238,12 +444,63 @@ def token_loss(method, logp, entropy, batch, exact_reverse_kl=None):
     return loss
 
 
-def token_weights(lengths, norm):
-    """m_t / N_t for every trained token of one optimiser step: a list of [length] lists, summing to 1.
+# ---------------------------------------------------------------------------------------------- explain
 
-    token_weights([1, 3], "token")    -> [[1/4], [1/4, 1/4, 1/4]]
-    token_weights([1, 3], "sequence") -> [[1/2], [1/6, 1/6, 1/6]]"""
-    kept = [n for n in lengths if n]
-    if norm == "token":
-        return [[1 / sum(kept)] * n if n else [] for n in lengths]
-    return [[1 / (len(kept) * n)] * n if n else [] for n in lengths]
+def files(method):
+    """{flag of train.py: what it holds} that a row reads beside --model and --rollouts."""
+    needs = {}
+    if method.rewards:
+        needs["--rewards"] = "rubric.py grade: one reward an answer"
+    if method.teacher:
+        needs["--scores or --teacher"] = "teacher.py score: the teacher's log-prob of every token" + (", with --top-k its likeliest tokens" if method.support else "")
+    if method.prefix == "mixed":
+        needs["--data (with --data-scores or --teacher)"] = "given answers to the same prompts, for the steps that are not on rollouts"
+    if method.reference:
+        needs["--reference"] = "teacher.py score by the reference policy"
+    return needs
+
+
+def formula(method):
+    """c_t(a) of the row in words of mathematics."""
+    c, b = method.coefficient, method.interpolation
+    ratio = "pi/pi_old" if method.ratio == "token" else "(pi/pi_old of the sequence)^(1/length)"
+    parts = {"rkl": "log u(a)", "fkl": "u(a)", "jsd": f"{1 - b:g} log({b:g} u(a) + {1 - b:g})", "mix": f"({b:g} log u(a) + {1 - b:g} u(a))"}
+    k1 = "log p_T(y) - log mu(y)" + (" + KL(pi || p_T)" if method.baseline == "kl" else "")
+    later = f" + {'mean' if method.future == 'mean' else 'sum'} over later tokens of gamma^k (log p_T - log mu), gamma = {method.gamma:g}" if method.gamma else ""
+    text = {"token": "1 [a = y]", "reward": f"{ratio} A [a = y]", "k1": f"pi/mu ({k1}{later}) [a = y]",
+            "reward+k1": f"{ratio} (A + {method.teacher_weight:g} ({k1}{later})) [a = y]",
+            "k2": "pi/mu (log p_T(y) - log pi(y)) [a = y]", "k3": "pi/mu (p_T(y)/pi(y) - 1) [a = y]",
+            "full": f"pi(a) {parts.get(method.divergence)}" + (f"{later.replace(' + ', ' + [a = y] pi/mu ', 1)}" if later else "") + ",  u = p_T / pi"}[c]
+    extra = [f"clipped to [{1 - method.clip_low:g}, {1 + method.clip_high:g}]" if method.clip_low or method.clip_high else "",
+             f"dual clip {method.dual_clip:g}" if method.dual_clip else "", f"times min(pi_old/mu, {method.tis_cap:g})" if method.tis_cap else "",
+             f"teacher's advantage within +-{method.advantage_clip:g}" if method.advantage_clip else "",
+             f"minus {method.reference_kl:g} grad KL(pi || pi_ref)" if method.reference_kl else "",
+             f"plus {method.entropy_bonus:g} grad H(pi)" if method.entropy_bonus else ""]
+    return ";  ".join([text] + [e for e in extra if e])
+
+
+def explain(name, overrides=()):
+    """The row in words: what it is, its formula, what it reads, and the pull on every token of one worked example."""
+    method = settings(name, overrides)
+    default = Method("", "", "")
+    shown = {k: v for k, v in method.columns().items() if k in ("prefix", "signal", "coefficient") or v != getattr(default, k)}
+    omega = {"one": "1", "informative": "1, but 0 for a group with one reward", "accepted": f"1 if the reward reaches {method.omega_scale:g}, else 0",
+             "softmax": f"n softmax(reward / {method.omega_scale:g})", "preference": f"+- 2 beta sigmoid(-h), beta = {method.omega_scale:g}, best and worst answer"}[method.omega]
+    norm = {"token": "trained tokens of the step", "sequence": "length x sequences", "batch": "sequences", "sum": "1"}[method.norm]
+    names, pi, p_t = ("yes", "no", "maybe"), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)
+    logits = pi.log().requires_grad_()
+    logp, y = torch.log_softmax(logits, -1), 1
+    own = logp[y].detach()[None]
+    batch = {"behaviour_logp": own, "teacher_logp": p_t[y].log()[None], "advantage": torch.ones(1, dtype=torch.float64), "whole": True,
+             "support_logp": p_t.log()[None], "reference_logp": own, "sequence": torch.zeros(1, dtype=torch.int64)}
+    loss = token_loss(method, torch.cat([logp[y:y + 1], logp])[None], -(logp.exp() * logp).sum()[None], batch)[0]
+    pull = -torch.autograd.grad(loss, logits)[0]
+    given = "; its answer has advantage 1" if method.advantage != "none" else "; omega = 1" if method.omega != "one" else ""
+    lines = [f"{name}: {method.about}", "", "row       " + ", ".join(f"{k}={v}" for k, v in shown.items()),
+             f"c_t(a)    {formula(method)}", f"omega     {omega}", f"N_t       {norm}",
+             "reads     " + "; ".join(["--rollouts (" + {"self": "samples of --model itself: checked by weight hash", "mixed": "samples of --model itself: checked by weight hash",
+                                                         "teacher": "answers of another model", "old": "own or earlier samples", "data": "any answers"}[method.prefix] + ")",
+                                       *(f"{flag} ({what})" for flag, what in files(method).items())]),
+             "", f"one token: the student says yes 0.5, no 0.3, maybe 0.2; the teacher 0.2, 0.7, 0.1; the recorded token is \"no\"{given}",
+             f"loss {loss.item():+.4f}; pull on the logits, sum_a c(a) grad log pi(a): " + ", ".join(f"{n} {x:+.4f}" for n, x in zip(names, pull.tolist()))]
+    return "\n".join(lines)

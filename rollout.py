@@ -170,12 +170,17 @@ def head_options(model, vocabulary):
 
 
 def render(tokenizer, prompt, template_options=None):
-    """The token ids the model is shown for a prompts record: chat template plus generation prompt, or plain text."""
+    """The token ids the model is shown for a prompts record: chat template plus generation prompt, or plain text.
+
+    Messages that end with one of the assistant's are a beginning: the model goes on where it stops (and the rollout holds what
+    it adds)."""
     if "messages" in prompt and tokenizer.chat_template is None:
         raise BadInput(f"prompt {prompt['id']!r}: has messages, but the model's tokenizer has no chat template; use `prompt`")
     try:
         if "messages" in prompt:
-            text = tokenizer.apply_chat_template(prompt["messages"], add_generation_prompt=True, tokenize=False, **(template_options or {}))
+            begun = prompt["messages"][-1:] and prompt["messages"][-1]["role"] == "assistant"  # an answer to be continued
+            text = tokenizer.apply_chat_template(prompt["messages"], add_generation_prompt=not begun, continue_final_message=bool(begun), tokenize=False,
+                                                 **(template_options or {}))
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has placed them already
         else:
             ids = tokenizer(prompt["prompt"])["input_ids"]

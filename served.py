@@ -158,6 +158,8 @@ class Server:
         else:
             if template_options:
                 extra["chat_template_kwargs"] = template_options
+            if prompt[-1]["role"] == "assistant":  # go on with this answer, do not begin another one (vLLM's fields)
+                extra |= {"add_generation_prompt": False, "continue_final_message": True}
             reply = self._chat(request | {"messages": prompt}, max_tokens, extra)
         choice, answer = _choice(reply)
         if not need_tokens:

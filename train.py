@@ -2,10 +2,11 @@
 
     python train.py --method sft  --model runs/toy/student --rollouts runs/toy/clean.jsonl --batch-size 128 --out M1
     python train.py --method ropd --model M1 --rollouts rollouts.jsonl --rewards rewards.jsonl --out M2
+    python train.py --explain gkd                        # a method's row, formula, files, and one worked token
 
 Reads rollouts (or answers, for sft), the rewards and scores that belong to them, and a model folder; writes a model
 folder that transformers, vLLM and lm-eval load as it is, with metrics.jsonl and the optimiser's state beside it.
-loss.py says what is descended: this file has no branch that is named after a method.
+loss.py says what is descended, data.py what a step is made of: this file has no branch that is named after a method.
 
 One call is one round: the rollouts are walked once (--epochs), in a seeded order, --batch-size prompts with all their
 rollouts an optimiser step.  The log-probs of the starting weights are computed before the first update when there is
@@ -22,8 +23,8 @@ Simplifications: 1. one device; 2. models run in evaluation mode (no dropout), s
 import json
 import math
 import shutil
+import sys
 import time
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,156 +35,12 @@ from safetensors.torch import load_file, save_file
 
 import loss as losses
 import records
-from kernel import KERNELS, linear_token_loss, token_numbers
+from data import Data, plan
+from kernel import KERNELS, all_logits, linear_token_loss, token_numbers
 from records import BadInput
-from rollout import check_tokens, find_folder, hash_weights, hidden_at, load_policy, render, response_positions, token_batches
+from rollout import find_folder, hash_weights, hidden_at, load_policy, response_positions, token_batches
 
-# ---------------------------------------------------------------------------------------------- reading
-
-
-class Data:
-    """The rollouts with what belongs to them, read when a step needs them.
-
-    `groups` = {prompt id: [keys of its rollouts]}; `sequences(keys)` are dicts of plain lists, one a rollout."""
-
-    def __init__(self, args, method, policy, teacher=None):
-        self.method, self.policy, self.teacher = method, policy, teacher
-        self.rollouts = records.Table(args.rollouts, "rollouts" if method.on_policy or method.signal == "teacher" else "answers")
-        self.scores = records.Table(args.scores, "scores") if args.scores else None
-        self.rewards = records.Table(args.rewards, "rewards") if args.rewards else None
-        self.reference = records.Table(args.reference, "scores") if args.reference else None
-        self.prompts = records.Table(args.prompts, "prompts") if args.prompts else None
-        for needed, flags in ((method.signal == "reward", {"rewards": "FILE"}), (method.signal == "teacher", {"scores": "FILE", "teacher": "FOLDER"}),
-                              (method.reference_kl > 0, {"reference": "FILE"})):
-            given = [f"--{flag}" for flag in flags if getattr(args, flag)]
-            if needed and not given:
-                raise BadInput(f"--method {args.method}: expected {' or '.join(f'--{k} {v}' for k, v in flags.items())}, but it is missing")
-            if given and not needed:
-                raise BadInput(f"--method {args.method}: {given[0]} is given, but this method does not read it")
-            if len(given) > 1:
-                raise BadInput(f"{' and '.join(given)} both say what the teacher thinks: give one of them")
-        if method.on_policy and self.prompts is not None:
-            raise BadInput(f"--method {args.method}: --prompts is given, but rollouts bring their prompt's tokens along")
-        self.groups, self.retokenized, self.temperature, self.support = {}, set(), None, None
-        for rollout in self.rollouts:
-            key = records.key_of(rollout, "rollouts")
-            if self.method.on_policy or self.scores or self.reference or teacher:
-                self._check(rollout, self.rollouts.where(key), args)
-            for table in (self.scores, self.reference):  # found out now, not after half of the updates
-                if table is not None:
-                    score = records.partner(table, rollout, self.rollouts)
-                    if method.coefficient == "full" and "topk" in score:
-                        self.support = self.support or score["topk"]["ids"]["shape"][1]
-                        if score["topk"]["ids"]["shape"][1] != self.support:
-                            raise BadInput(f"{table.where(key)}: topk: expected {self.support} tokens as in the lines before, came "
-                                           f"{score['topk']['ids']['shape'][1]}: score the whole file with one --top-k")
-            self.groups.setdefault(key[0], []).append(key)
-        self._advantages()
-
-    def _check(self, rollout, where, args):
-        """A rollout of another policy, template, vocabulary or sampler is refused."""
-        came, ours = rollout["policy"], self.policy.identity
-        if self.method.on_policy:
-            if rollout["top_p"] != 1 or rollout["temperature"] <= 0:
-                raise BadInput(f"{where}: top_p: expected 1 and a temperature above 0, came top_p {rollout['top_p']}, temperature "
-                               f"{rollout['temperature']}: its log-probs are not those of the sampler; sample again for training")
-            if came.get("weights") != ours["weights"] and not args.allow_stale:
-                raise BadInput(f"{where}: policy.weights: expected {ours['weights']}, the weights of {args.model}, came {came.get('weights')}: "
-                               f"--method {args.method} is on-policy; run rollout.py with this model (or --allow-stale)")
-            if self.temperature not in (None, rollout["temperature"]):
-                raise BadInput(f"{where}: temperature: expected {self.temperature} as in the lines before, came {rollout['temperature']}")
-            self.temperature = rollout["temperature"]
-            if (self.scores or self.reference or self.teacher) and self.temperature != 1:
-                raise BadInput(f"{where}: temperature: expected 1, came {self.temperature}: scores are log-probs at temperature 1")
-        check_tokens(rollout, where, ours, self.policy.vocabulary)
-
-    def _advantages(self):
-        """Group advantages of every rollout; groups with a failed judgement are dropped and counted."""
-        self.advantages, self.dropped, self.flat, failed = {}, 0, 0, 0
-        if self.rewards is None:
-            return
-        for prompt, keys in list(self.groups.items()):
-            rewards = [records.partner(self.rewards, self.rollouts[key], self.rollouts)["reward"] for key in keys]
-            failed += rewards.count(None)
-            advantages = losses.group_advantages(rewards, self.method.advantage)
-            if advantages is None:
-                self.dropped += 1
-                del self.groups[prompt]
-                continue
-            self.flat += max(rewards) == min(rewards)
-            self.advantages.update(zip(keys, zip(advantages, rewards)))
-        self.failure_rate = failed / len(self.rollouts)
-        if not self.groups:
-            raise BadInput(f"{self.rewards.path}: every group has a failed judgement, nothing is left to train on")
-
-    def sequences(self, keys):
-        """One dict of plain lists a rollout: prompt_ids, response_ids, mask and the per-token numbers of the trained tokens."""
-        rollouts = [self.rollouts[key] for key in keys]
-        ours = self.policy.identity
-        foreign = [i for i, r in enumerate(rollouts) if "response_ids" not in r or any(r["policy"].get(f) != ours[f] for f in ("vocabulary", "template"))]
-        for i, tokens in zip(foreign, self._tokenize([rollouts[i] for i in foreign], [keys[i] for i in foreign])):
-            rollouts[i] = rollouts[i] | tokens
-        return [self._sequence(key, rollout) for key, rollout in zip(keys, rollouts)]
-
-    def _sequence(self, key, rollout):
-        mask = rollout["loss_mask"]
-        item = {"key": key, "prompt_ids": rollout["prompt_ids"], "response_ids": rollout["response_ids"], "mask": mask,
-                "length": sum(mask), "truncated": rollout["finish_reason"] == "length"}
-        trained = np.flatnonzero(mask)
-        if self.method.on_policy:
-            item["behaviour_logp"] = np.asarray(rollout["logprobs"], np.float32)[trained]
-        if self.scores is not None:
-            score = records.partner(self.scores, rollout, self.rollouts)
-            item["teacher_logp"] = np.asarray(score["logprobs"], np.float32)[trained]
-            if self.method.coefficient == "full":
-                if "topk" not in score:
-                    raise BadInput(f"{self.scores.where(key)}: topk: expected the teacher's distribution, but the field is missing: "
-                                   "run teacher.py score with --top-k")
-                ids, logps = (records.unpack(score["topk"][name]) for name in ("ids", "logprobs"))
-                if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.policy.vocabulary:
-                    raise BadInput(f"{self.scores.where(key)}: topk: expected ids in [0, {self.policy.vocabulary}), came {ids.min()} to {ids.max()}")
-                item["support_ids"], item["support_logp"] = ids[trained], logps[trained]
-        if self.reference is not None:
-            item["reference_logp"] = np.asarray(records.partner(self.reference, rollout, self.rollouts)["logprobs"], np.float32)[trained]
-        if key in self.advantages:
-            item["advantage"], item["reward"] = self.advantages[key]
-        return item
-
-    def _tokenize(self, answers, keys):
-        """Text-only answers in the student's tokens; the end token is added iff the answer ended by itself."""
-        tokenizer, out = self.policy.tokenizer, []
-        responses = tokenizer([a["text"] for a in answers], add_special_tokens=False)["input_ids"] if answers else []
-        for answer, key, response in zip(answers, keys, responses):
-            if "messages" in answer:
-                prompt = answer
-            elif self.prompts is not None and (key[0],) in self.prompts:
-                prompt = self.prompts[(key[0],)]
-            else:
-                raise BadInput(f"{self.rollouts.where(key)}: expected tokens of this model's vocabulary and template, or `messages`, or its "
-                               "prompt through --prompts, but it has none of them")
-            if tokenizer.eos_token_id is None:
-                raise BadInput(f"{self.policy.identity['model']}: its tokenizer has no end token, so an answer that ended cannot say so")
-            response = response + [tokenizer.eos_token_id] * (answer["finish_reason"] == "stop")
-            out.append({"prompt_ids": render(tokenizer, prompt, self.policy.template_options), "response_ids": response,
-                        "loss_mask": [1] * len(response)})
-        self.retokenized.update(keys)
-        return out
-
-
-def plan(groups, batch_size, epochs, max_steps, seed):
-    """The prompts of every optimiser step: seeded order, an epoch at a time, a short last batch when they do not divide.
-
-    plan(["a", "b", "c"], 2, 1, None, 0) -> [["c", "a"], ["b"]]"""
-    rng, steps = np.random.default_rng(seed), []
-    names = sorted(groups)
-    while (max_steps is None and epochs > 0) or (max_steps is not None and len(steps) < max_steps):
-        order = [names[i] for i in rng.permutation(len(names))]
-        steps += [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-        epochs -= 1
-    return steps if max_steps is None else steps[:max_steps]
-
-
-# ---------------------------------------------------------------------------------------------- computing
+# ---------------------------------------------------------------------------------------------- one step
 
 def states(policy, items):
     """Hidden states [N, D] that predict the trained tokens of a micro-batch, in order."""
@@ -202,7 +59,7 @@ def chosen_ids(items):
 def known(items, device, vocabulary):
     """The constant per-token tensors of a micro-batch for loss.token_loss, in the order of `states`."""
     batch = {}
-    for name in ("old_logp", "behaviour_logp", "teacher_logp", "support_logp", "reference_logp", "weight"):
+    for name in ("old_logp", "behaviour_logp", "teacher_logp", "support_logp", "reference_logp", "weight", "share"):
         if name in items[0]:
             batch[name] = torch.from_numpy(np.concatenate([s[name] for s in items]).astype(np.float32)).to(device)
     batch["sequence"] = torch.repeat_interleave(torch.tensor([s["length"] for s in items])).to(device)
@@ -214,28 +71,49 @@ def known(items, device, vocabulary):
 
 
 @torch.no_grad()
+def current_logps(policy, data, items, args):
+    """log-probs [length] of the trained tokens of every item under the weights as they are now."""
+    out = [None] * len(items)
+    for batch in token_batches([len(s["prompt_ids"]) + len(s["response_ids"]) for s in items], args.micro_batch_tokens):
+        micro = [{k: v for k, v in items[i].items() if k != "support_ids"} for i in batch]
+        hidden = states(policy, micro)
+        logp = token_numbers(hidden, policy.head, chosen_ids(micro).to(hidden.device), temperature=data.temperature or 1.0, kernel=args.kernel,
+                             **policy.head_options).logp[:, 0].cpu().numpy()
+        for i, part in zip(batch, np.split(logp, np.cumsum([items[i]["length"] for i in batch])[:-1])):
+            out[i] = part
+    return out
+
+
 def starting_logps(policy, data, keys, args):
-    """{key: log-probs [length] of the trained tokens under the weights as they are now}."""
+    """{key: log-probs of its trained tokens} before the first update, a thousand rollouts in memory at a time."""
     out = {}
     for start in range(0, len(keys), 1024):
-        items = data.sequences(keys[start:start + 1024])
-        for item in items:
-            item.pop("support_ids", None)
-        for batch in token_batches([len(s["prompt_ids"]) + len(s["response_ids"]) for s in items], args.micro_batch_tokens):
-            micro = [items[i] for i in batch]
-            hidden = states(policy, micro)
-            logp = token_numbers(hidden, policy.head, chosen_ids(micro).to(hidden.device), temperature=data.temperature or 1.0, kernel=args.kernel,
-                                 **policy.head_options).logp[:, 0].cpu().numpy()
-            cuts = np.cumsum([items[i]["length"] for i in batch])[:-1]
-            out.update((items[i]["key"], part) for i, part in zip(batch, np.split(logp, cuts)))
+        out.update(zip(keys[start:start + 1024], current_logps(policy, data, data.sequences(keys[start:start + 1024]), args)))
     return out
+
+
+def weigh_pairs(policy, data, items, args):
+    """Scales the signs that a pair's answers carry as their omega, from the log-probs of this moment.  Returns metrics."""
+    pairs, margins = {}, []
+    for item, logp in zip(items, current_logps(policy, data, items, args)):
+        pairs.setdefault(item["key"][0], []).append((item, float((logp - item["reference_logp"]).sum())))
+    for pair in pairs.values():
+        signs, ratios = [item["omega"] for item, _ in pair], [ratio for _, ratio in pair]
+        margins.append(data.method.omega_scale * sum(s * r for s, r in zip(signs, ratios)))
+        for (item, _), omega in zip(pair, losses.preference_weights(data.method.omega_scale, signs, ratios)):
+            item["omega"] = omega
+    return {"preference/margin": float(np.mean(margins)), "preference/accuracy": float(np.mean(np.asarray(margins) > 0)),
+            "preference/loss": float(np.logaddexp(0, -np.asarray(margins)).mean())}
 
 
 def optimise(policy, data, items, masters, optimiser, args):
     """One optimiser step on `items`: micro-batches, one gradient, one update.  Returns the step's metrics."""
-    method = data.method
-    for item, weight in zip(items, losses.token_weights([s["length"] for s in items], method.norm)):
-        item["weight"] = np.asarray(weight)
+    method, lengths = data.method, [s["length"] for s in items]
+    extra = weigh_pairs(policy, data, items, args) if method.omega == "preference" else {}
+    weights = losses.token_weights(lengths, method.norm, [s["omega"] for s in items])
+    shares = losses.token_weights(lengths, "sequence" if method.norm == "sequence" else "token")  # of a mean that is logged
+    for item, weight, share in zip(items, weights, shares):
+        item["weight"], item["share"] = np.asarray(weight), np.asarray(share)
     items = [s for s in items if s["length"]]
     if not items:
         raise BadInput("train.py: a whole optimiser step has no token to train on (every loss mask is 0)")
@@ -255,41 +133,56 @@ def optimise(policy, data, items, masters, optimiser, args):
         for p, master in zip(policy.model.parameters(), masters):
             if master is not p:
                 p.copy_(master)
-    return sums | worst | {"train/grad_norm": float(norm)} | sequence_metrics(items)
+    return sums | worst | {"train/grad_norm": float(norm)} | sequence_metrics(items) | extra
+
+
+def read_teacher(data, items, k):
+    """What a teacher in memory says of a micro-batch: (the kernel's `teacher` argument, its K likeliest ids and their log-probs or None)."""
+    teacher, options = data.teacher, {name: data.teacher.head_options[name] for name in ("scale", "softcap")}
+    with torch.no_grad():
+        hidden = states(teacher, items)
+        if not k:  # the kernel walks its whole vocabulary
+            return (hidden, teacher.head, options), None
+        k, shared = min(k, data.policy.vocabulary), data.policy.vocabulary
+        parts = [all_logits(h, teacher.head, **options | {"vocabulary": shared}).log_softmax(-1).topk(k) for h in hidden.split(max(1, (32 << 20) // shared))]
+        return (hidden, teacher.head, options), (torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]))
 
 
 def micro_batch(policy, data, items, args, sums, worst):
     """The loss of a micro-batch, a scalar; its part of the step's metrics is added to `sums` and `worst`."""
-    method, hidden, ids = data.method, states(policy, items), chosen_ids(items)
-    batch, teacher = known(items, hidden.device, policy.vocabulary), None
-    if data.teacher is not None:  # read here and now, over the whole vocabulary, instead of from a file
-        with torch.no_grad():
-            t_hidden = states(data.teacher, items)
-        teacher = t_hidden, data.teacher.head, {k: data.teacher.head_options[k] for k in ("scale", "softcap")}
+    method, hidden, ids = data.method, states(policy, items), chosen_ids(items).to(policy.head.device)
+    batch, teacher, exact = known(items, hidden.device, policy.vocabulary), None, False
+    if data.teacher is not None:  # read here and now instead of from a file
+        teacher, top = read_teacher(data, items, args.teacher_top_k)
+        exact = top is None
+        if top is not None:
+            ids, batch["support_logp"], batch["whole"] = torch.cat([ids, top[0]], 1), top[1], top[1].shape[1] >= policy.vocabulary
 
     def loss(cut, numbers):
         some = {k: v if k == "whole" else v[cut] for k, v in batch.items()}
         if teacher is not None:
             some["teacher_logp"] = numbers.teacher_logp[:, 0].detach()
-        value = losses.token_loss(method, numbers.logp, numbers.entropy, some, numbers.reverse_kl)
+        kls = (numbers.reverse_kl, numbers.forward_kl) if exact else None
+        value = losses.token_loss(method, numbers.logp, numbers.entropy, some, kls)
         logp, entropy = numbers.logp.detach()[:, 0], numbers.entropy.detach()
-        for name, x in token_metrics(method, logp, entropy, value.detach(), some).items():
-            sums[name] = sums.get(name, 0.0) + float((x * some["weight"]).sum())
+        for name, x in token_metrics(method, logp, entropy, some, numbers).items():
+            sums[name] = sums.get(name, 0.0) + float((x * some["share"]).sum())
+        sums["train/loss"] = sums.get("train/loss", 0.0) + float((value.detach() * some["weight"]).sum())
         if "behaviour_logp" in some:
-            gap = (some.get("old_logp", logp) - some["behaviour_logp"]).abs()
-            worst["rollout/logprob_gap_max"] = max(worst.get("rollout/logprob_gap_max", 0.0), float(gap.max()))
+            old = some.get("old_logp", logp)
+            for name, x in (("rollout/logprob_gap_max", old - some["behaviour_logp"]), ("policy/ratio_gap_max", torch.expm1(logp - old))):
+                worst[name] = max(worst.get(name, 0.0), float(x.abs().max()))
         return (value * some["weight"]).sum()
     options = dict(temperature=data.temperature or 1.0, teacher=teacher, kernel=args.kernel, **policy.head_options)
-    ids = ids.to(hidden.device)
     if method.separable:
         return linear_token_loss(hidden, policy.head, ids, loss, **options)
     return loss(slice(None), token_numbers(hidden, policy.head, ids, **options))
 
 
-def token_metrics(method, logp, entropy, value, batch):
-    """Per-token tensors [N] whose weighted mean is logged."""
-    out = {"train/loss": value, "policy/entropy": entropy}
-    if method.coefficient == "token":
+def token_metrics(method, logp, entropy, batch, numbers):
+    """Per-token tensors [N] whose mean is logged."""
+    out = {"policy/entropy": entropy}
+    if method.signal == "tokens":
         return out
     if "behaviour_logp" in batch:
         old = batch.get("old_logp", logp)
@@ -297,13 +190,17 @@ def token_metrics(method, logp, entropy, value, batch):
         out["rollout/logprob_gap_mean"] = (old - batch["behaviour_logp"]).abs()
     if "teacher_logp" in batch:  # one-sample reverse KL of the policy that sampled; single tokens may be negative
         out["kl/teacher"] = batch.get("behaviour_logp", logp) - batch["teacher_logp"]
+    if numbers.reverse_kl is not None:
+        out["kl/reverse"], out["kl/forward"] = numbers.reverse_kl.detach(), numbers.forward_kl.detach()
     if "support_logp" in batch:
         out["kl/teacher_support_mass"] = batch["support_logp"].exp().sum(-1)
     if "reference_logp" in batch:
         out["kl/reference"] = logp - batch["reference_logp"]
-    if method.clip_low or method.clip_high:  # where the clip takes the gradient away
-        ratio = losses.log_ratio(method, logp, old if method.coefficient == "reward" else batch["behaviour_logp"], batch).exp()
-        good = (batch["advantage"] if method.coefficient == "reward" else batch["teacher_logp"] - batch["behaviour_logp"]) > 0
+    if method.advantage_clip and method.baseline == "none":
+        out["policy/advantage_clip_fraction"] = (losses.teacher_advantage(method, batch).abs() > method.advantage_clip).float()
+    if (method.clip_low or method.clip_high) and method.baseline == "none" and "behaviour_logp" in batch:  # where the clip takes the gradient away
+        ratio = losses.log_ratio(method, logp, old if method.advantage != "none" else batch["behaviour_logp"], batch).exp()
+        good = losses.sampled_advantage(method, batch) > 0
         high, low = 1 + (method.clip_high or math.inf), 1 - (method.clip_low or 1)
         out["policy/clip_fraction"] = torch.where(good, ratio > high, ratio < low).float()
     return out
@@ -312,7 +209,7 @@ def token_metrics(method, logp, entropy, value, batch):
 def sequence_metrics(items):
     out = {"rollout/length_mean": float(np.mean([s["length"] for s in items])), "rollout/length_max": max(s["length"] for s in items),
            "rollout/truncated": float(np.mean([s["truncated"] for s in items])), "train/tokens": sum(s["length"] for s in items),
-           "train/sequences": len(items)}
+           "train/sequences": len(items), "rollout/on_policy_fraction": float(np.mean([s["own"] for s in items]))}
     if "reward" in items[0]:
         out["reward/mean"] = float(np.mean([s["reward"] for s in items]))
         out["reward/advantage_abs_mean"] = float(np.mean([abs(s["advantage"]) for s in items]))
@@ -373,6 +270,26 @@ def checkpoint(partial, step, *content):
 
 # ---------------------------------------------------------------------------------------------- the stage
 
+def check_inputs(args, method):
+    """The files a row reads are there, and none that it does not read."""
+    row = f"--method {args.method}"
+    for needed, flags in ((method.rewards, {"rewards": "FILE"}), (method.teacher, {"scores": "FILE", "teacher": "FOLDER"}), (method.reference, {"reference": "FILE"}),
+                          (method.prefix == "mixed", {"data": "FILE"}), (method.prefix == "mixed" and not args.teacher, {"data_scores": "FILE"})):
+        given = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag)]
+        if needed and not given:
+            raise BadInput(f"{row}: expected {' or '.join(f'--{k} {v}' for k, v in flags.items()).replace('_', '-')}, but it is missing")
+        if given and not needed:
+            raise BadInput(f"{row}: {given[0]} is given, but this method does not read it")
+        if len(given) > 1:
+            raise BadInput(f"{' and '.join(given)} both say what the teacher thinks: give one of them")
+    if method.prefix == "self" and args.prompts:
+        raise BadInput(f"{row}: --prompts is given, but rollouts bring their prompt's tokens along")
+    if args.teacher_top_k is not None and not (args.teacher and method.support):
+        raise BadInput("--teacher-top-k: how much of a --teacher's distribution is read: needs --teacher and a method that reads a distribution")
+    if args.teacher and method.divergence == "jsd" and not args.teacher_top_k:
+        raise BadInput("--teacher: a Jensen-Shannon divergence does not come out of the kernel's one pass: give --teacher-top-k (the vocabulary's size: exact)")
+
+
 def load_teacher(args, policy, weights):
     """The --teacher as a Policy that shares the student's token ids, and its template unless a mismatch is meant."""
     teacher = load_policy(args.teacher, args.teacher_dtype, args.device, args.template_options, weights)
@@ -384,8 +301,20 @@ def load_teacher(args, policy, weights):
     return teacher
 
 
+def explain(argv):
+    """train.py --explain NAME [--set COLUMN=VALUE]."""
+    p = records.parser("A row of loss.METHODS in words.\n\n    python train.py --explain gkd --set interpolation=0.1")
+    p.add_argument("--explain", required=True, metavar="NAME", help="row of loss.METHODS: " + ", ".join(losses.METHODS))
+    p.add_argument("--set", action="append", default=[], metavar="COLUMN=VALUE", help="change a column of it")
+    args = p.parse_args(argv)
+    text = losses.explain(args.explain, args.set)
+    print(text)
+    return {"explain": text}
+
+
 def main(argv=None):
     p = records.parser(__doc__)
+    p.add_argument("--explain", metavar="NAME", help="print that row of loss.METHODS: formula, files, one worked token; trains nothing")
     p.add_argument("--method", required=True, metavar="NAME", help="row of loss.METHODS: " + ", ".join(losses.METHODS))
     p.add_argument("--set", action="append", default=[], metavar="COLUMN=VALUE", help="change a column of that row for this run")
     p.add_argument("--model", required=True, help="folder or Hugging Face id of the policy to train")
@@ -394,8 +323,11 @@ def main(argv=None):
     p.add_argument("--scores", help="JSONL of teacher scores for these rollouts (teacher.py score)")
     p.add_argument("--teacher", help="folder or Hugging Face id of a teacher to read in place of --scores: opd-full then sees its whole distribution")
     p.add_argument("--teacher-dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: as its folder stores it")
+    p.add_argument("--teacher-top-k", type=int, metavar="K", help="read only the K likeliest tokens of --teacher (default: exact; the vocabulary's size is exact, too)")
     p.add_argument("--allow-template-mismatch", action="store_true", help="a --teacher with another chat template, off its own ground")
     p.add_argument("--reference", help="JSONL of reference-policy scores for the KL leash (teacher.py score --model START)")
+    p.add_argument("--data", help="JSONL of given answers to the same prompts, for a method that mixes them with rollouts (gkd)")
+    p.add_argument("--data-scores", help="JSONL of teacher scores for --data")
     p.add_argument("--prompts", help="JSONL of prompts, for answers that bring neither tokens nor messages")
     p.add_argument("--out", required=True, help="folder for the new weights")
     p.add_argument("--batch-size", type=int, default=32, help="prompts an optimiser step, each with all its rollouts")
@@ -418,8 +350,13 @@ def main(argv=None):
     p.add_argument("--allow-stale", action="store_true", help="accept rollouts of other weights for an on-policy method")
     p.add_argument("--seed", type=int, default=0, help="order of the prompts")
     p.add_argument("--overwrite", action="store_true", help="replace --out and any partial run")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--explain"]:
+        return explain(argv)
     args = p.parse_args(argv)
-    for flag in ("batch_size", "micro_batch_tokens", "save_every", "epochs", "steps"):
+    if args.explain:
+        p.error("--explain: comes first, and alone but for --set")
+    for flag in ("batch_size", "micro_batch_tokens", "save_every", "epochs", "steps", "teacher_top_k"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise BadInput(f"--{flag.replace('_', '-')}: expected at least 1, came {getattr(args, flag)}")
     if args.steps and args.epochs:
@@ -431,12 +368,13 @@ def main(argv=None):
     if args.kernel == "triton" and not find_spec("triton"):
         raise BadInput("--kernel triton: `pip install triton` first")
     method = losses.settings(args.method, args.set)
+    check_inputs(args, method)
     out, partial = Path(args.out), Path(str(args.out) + ".partial")
     source = find_folder(args.model)
     flags = {k: v for k, v in vars(args).items() if k not in ("overwrite", "save_every", "micro_batch_tokens", "device", "kernel")}
-    run = {"flags": flags, "method": asdict(method), "weights": hash_weights(source),
+    run = {"flags": flags, "method": method.columns(), "weights": hash_weights(source),
            "teacher": hash_weights(find_folder(args.teacher)) if args.teacher else None,
-           "inputs": {f: records.hash_file(f) for f in (args.rollouts, args.rewards, args.scores, args.reference, args.prompts) if f}}
+           "inputs": {f: records.hash_file(f) for f in (args.rollouts, args.rewards, args.scores, args.reference, args.data, args.data_scores, args.prompts) if f}}
     if out.exists() and out.samefile(source):
         raise BadInput(f"--out {out}: is the model to start from: give another --out")
     if not args.overwrite:
@@ -451,11 +389,16 @@ def main(argv=None):
             raise BadInput(f"{out}: exists and is not a training run of this stage: give another --out, or --overwrite")
 
     policy = load_policy(args.model, args.dtype, args.device, args.template_options, run["weights"])
-    data = Data(args, method, policy, load_teacher(args, policy, run["teacher"]) if args.teacher else None)
+    teacher = load_teacher(args, policy, run["teacher"]) if args.teacher else None
+    data = Data(args, method, policy, teacher)
+    given = Data(args, method, policy, teacher, given=True) if args.data else None
+    if given and (missing := [prompt for prompt in data.groups if prompt not in given.groups]):
+        raise BadInput(f"{args.data}: expected an answer to every prompt of {args.rollouts}, came none to id {missing[0]!r}")
     if args.overwrite:  # only now, when the new run's inputs are known to be good
         for folder in (out, partial):
             shutil.rmtree(folder, ignore_errors=True)
     steps = plan(data.groups, args.batch_size, args.epochs or 1, args.steps, args.seed)
+    sources = [data if coin < method.student_fraction else given for coin in np.random.default_rng([args.seed, 1]).random(len(steps))]
     old = {}
     if method.on_policy and len(steps) > 1:
         old = starting_logps(policy, data, [key for keys in data.groups.values() for key in keys], args)
@@ -483,24 +426,25 @@ def main(argv=None):
     tokens, started = before["tokens"] if not done else state["tokens"], time.time()
     with open(metrics_path, "ab", buffering=0) as log:
         for index in records.progress(range(done, len(steps)), initial=done, total=len(steps), desc=f"train {args.method}"):
-            items = data.sequences([key for prompt in steps[index] for key in data.groups[prompt]])
+            source = sources[index]
+            items = source.sequences([key for prompt in steps[index] for key in source.groups[prompt]])
             for item in items:
-                if item["key"] in old:
+                if source is data and item["key"] in old:
                     item["old_logp"] = old[item["key"]]
             step = before["step"] + index
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, args)
-            metrics = optimise(policy, data, items, masters, optimiser, args)
+            metrics = optimise(policy, source, items, masters, optimiser, args)
             tokens += metrics["train/tokens"]
             metrics |= {"train/learning_rate": learning_rate(step, args), "train/tokens_total": tokens}
-            if method.signal == "reward":
-                metrics |= {"judge/failure_rate": data.failure_rate, "judge/groups_dropped": data.dropped, "reward/zero_variance_groups": data.flat / len(data.groups)}
+            if method.rewards:
+                metrics |= data.signals
             records.append_whole(log, json.dumps({"step": step + 1} | metrics).encode() + b"\n")
             if (index + 1) % args.save_every == 0 and index + 1 < len(steps):
                 checkpoint(partial, index + 1, policy, masters, optimiser,
                            {"run": run, "done": index + 1, "before": before, "step": step + 1, "tokens": tokens})
     summary = {"out": str(out), "steps": len(steps), "step": before["step"] + len(steps), "trained_tokens": tokens - before["tokens"],
-               "loss": metrics["train/loss"], "groups_dropped": data.dropped, "retokenized": len(data.retokenized),
+               "loss": metrics["train/loss"], "groups_dropped": data.dropped, "groups_without_weight": data.silent, "retokenized": len(data.retokenized),
                "seconds": round(time.time() - started, 2)}
     final = partial / "final"
     shutil.rmtree(final, ignore_errors=True)

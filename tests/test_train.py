@@ -31,16 +31,26 @@ V, END = 24, 4
 FAST = dict(learning_rate=1e-3, batch_size=3)
 
 
+def row_of(method, overrides=()):
+    """The row, and a lower bar where the rewards of the world, drawn from [0, 1], would never reach it."""
+    return losses.settings(method, overrides or (("omega_scale=0.5",) if METHODS[method].omega == "accepted" else ()))
+
+
 def needs(world, method, overrides=()):
     """The files a row of METHODS reads, as flags."""
-    row = losses.settings(method, overrides)
+    row = row_of(method, overrides)
     flags = dict(method=method, rollouts=world.rollouts)
-    if row.signal == "reward":
+    if row.rewards:
         flags["rewards"] = world.rewards
-    if row.signal == "teacher":
+    if row.teacher:
         flags["scores"] = world.scores
-    if row.reference_kl:
+    if row.reference:
         flags["reference"] = world.scores  # any policy can be the reference; the teacher is a far one
+    if row.prefix == "mixed":
+        flags |= dict(data=world.rollouts, data_scores=world.scores)
+    if row.prefix == "teacher":  # the same texts, said to be the teacher's
+        author = load(world.scores)[0]["policy"]["weights"]
+        flags["rollouts"] = dump(world.rollouts.with_suffix(".by-teacher.jsonl"), [dict(r, policy=r["policy"] | {"weights": author}) for r in load(world.rollouts)])
     return flags
 
 
@@ -79,10 +89,11 @@ class Recorder:
 
 def gradient(world, flags, micro=8192, model=None, overrides=(), old=None, dtype="auto", kernel="auto", teacher=None):
     """train.py's gradient for one step on all rollouts: (one flat float64 vector, the step's metrics)."""
-    args = types.SimpleNamespace(**dict(dict(rewards=None, scores=None, reference=None, prompts=None, teacher=teacher, allow_stale=model is not None,
+    args = types.SimpleNamespace(**dict(dict(rewards=None, scores=None, reference=None, prompts=None, teacher=teacher, data=None, data_scores=None,
+                                             teacher_top_k=None, allow_stale=model is not None,
                                              grad_clip=0.0, kernel=kernel, micro_batch_tokens=micro, model=str(model or world.base)), **flags))
     policy = rollout.load_policy(args.model, dtype)
-    data = train.Data(args, losses.settings(args.method, overrides), policy, teacher and rollout.load_policy(str(teacher)))
+    data = train.Data(args, row_of(args.method, overrides), policy, teacher and rollout.load_policy(str(teacher)))
     items = data.sequences([key for keys in data.groups.values() for key in keys])
     for item in items:
         if old:
@@ -106,49 +117,87 @@ def surrogate(row, own, old, mu, advantage):
     return value * (min(math.exp(old - mu), row.tis_cap) if row.tis_cap else 1.0)
 
 
+def naive_omegas(row, rewards, log_ratios):
+    """omega of a group's answers: rewards and log pi - log pi_ref of the whole answers."""
+    best, worst = rewards.index(max(rewards)), rewards.index(min(rewards))
+    if row.omega == "accepted":
+        return [1.0 if r >= row.omega_scale else 0.0 for r in rewards]
+    if row.omega == "softmax":
+        e = [math.exp(r / row.omega_scale) for r in rewards]
+        return [len(e) * x / sum(e) for x in e]
+    if row.omega == "preference":  # -log sigmoid(h), averaged over pairs, is a sum over pairs * 2 / answers
+        h = row.omega_scale * (log_ratios[best] - log_ratios[worst])
+        pull = 2 * row.omega_scale / (1 + math.exp(h))
+        return [pull if i == best else -pull if i == worst else 0.0 for i in range(len(rewards))]
+    return [0.0 if row.omega == "informative" and best == worst else 1.0] * len(rewards)
+
+
+def naive_divergence(row, log_p, log_q):
+    p, q, b = log_p.exp(), log_q.exp(), row.interpolation
+    m = b * q + (1 - b) * p
+    forward, reverse = (q * (log_q - log_p)).sum(), (p * (log_p - log_q)).sum()
+    return {"rkl": reverse, "fkl": forward, "mix": b * reverse + (1 - b) * forward, "jsd": b * (q * (log_q - m.log())).sum() + (1 - b) * (p * (log_p - m.log())).sum()}[row.divergence]
+
+
 def naive_gradient(model, row, rollouts, rewards=None, scores=None, reference=None, old=None, temperature=1.0):
     """The same step from the formula in loss.py's docstring: full logits, float64, one unpadded sequence at a time."""
     model = copy.deepcopy(model)
-    rollouts = [r for r in rollouts]
-    lengths = {(r["id"], r["sample"]): sum(r["loss_mask"]) for r in rollouts}
-    trained = [n for n in lengths.values() if n]
-    groups = {}
-    for r in rollouts:
-        groups.setdefault(r["id"], []).append(r["sample"])
+    rollouts = by_key([r for r in rollouts])
+    tables = {key: naive_logps(model, r["prompt_ids"], r["response_ids"], temperature) for key, r in rollouts.items()}
+    trained = {key: [t for t, m in enumerate(r["loss_mask"]) if m] for key, r in rollouts.items()}
+    omegas, groups = {key: 1.0 for key in rollouts}, {}
+    for key in rollouts:
+        groups.setdefault(key[0], []).append(key)
+    for keys in groups.values() if row.rewards else ():
+        ratios = [sum(float(tables[k][t, rollouts[k]["response_ids"][t]].detach()) - reference[k]["logprobs"][t] for t in trained[k]) for k in keys] if row.reference else None
+        omegas.update(zip(keys, naive_omegas(row, [rewards[k]["reward"] for k in keys], ratios)))
+    kept = [len(trained[key]) for key in rollouts if trained[key] and omegas[key]]
     total = 0.0
-    for r in rollouts:
-        key = (r["id"], r["sample"])
-        if not lengths[key]:
+    for key, r in rollouts.items():
+        if not trained[key] or not omegas[key]:
             continue
-        table = naive_logps(model, r["prompt_ids"], r["response_ids"], temperature)
-        n = sum(trained) if row.norm == "token" else len(trained) * lengths[key]
-        if row.coefficient == "reward":
-            group = [rewards[r["id"], s]["reward"] for s in groups[r["id"]]]
+        table = tables[key]
+        n = {"token": sum(kept), "sequence": len(kept) * len(trained[key]), "batch": len(kept), "sum": 1}[row.norm] / omegas[key]
+        advantage = 0.0
+        if row.advantage != "none":
+            group = [rewards[k]["reward"] for k in groups[key[0]]]
             advantage = rewards[key]["reward"] - np.mean(group)
             if row.advantage == "std":
                 advantage /= np.std(group) + 1e-6
-        if row.coefficient == "full":
+        if row.support:
             ids, logps = (records.unpack(scores[key]["topk"][f]) for f in ("ids", "logprobs"))
             full = np.empty((len(ids), V))
             np.put_along_axis(full, ids.astype(int), logps, 1)
-        for t, token in enumerate(r["response_ids"]):
-            if not r["loss_mask"][t]:
-                continue
-            own, p = table[t, token], table[t].exp()
-            before = float(own.detach()) if old is None else old[key][t]
-            against = r["logprobs"][t] if row.coefficient == "k1" else before
+        k1 = [scores[key]["logprobs"][t] - r["logprobs"][t] for t in trained[key]] if row.teacher and row.on_policy else None
+        for place, t in enumerate(trained[key]):
+            token, own, p = r["response_ids"][t], table[t, r["response_ids"][t]], table[t].exp()
+            before = float(own.detach()) if old is None else old[key][place]
+            against = before if row.advantage != "none" else r["logprobs"][t] if row.on_policy else None
+            teacher_part = 0.0
+            if k1:
+                later = k1[place + 1:]
+                future = sum(row.gamma ** (i + 1) * x for i, x in enumerate(later)) / (max(1, len(later)) if row.future == "mean" else 1)
+                teacher_part = (0.0 if row.coefficient == "full" else k1[place]) + future
+                if row.baseline == "kl":
+                    teacher_part += float((p * (table[t] - torch.tensor(full[t]))).sum().detach())
+                if row.advantage_clip:
+                    teacher_part = max(-row.advantage_clip, min(row.advantage_clip, teacher_part))
+            a = advantage + (row.teacher_weight if row.coefficient == "reward+k1" else 1.0) * teacher_part
             if row.coefficient == "token":
                 value = own
             elif row.coefficient == "full":
-                value = -(p * (table[t] - torch.tensor(full[t]))).sum()
+                value = -naive_divergence(row, table[t], torch.tensor(full[t]))
+                if row.gamma:
+                    value = value + surrogate(row, own, against, r["logprobs"][t], a)
+            elif row.coefficient in ("k2", "k3"):
+                d = scores[key]["logprobs"][t] - own
+                value = -math.exp(float(own.detach()) - r["logprobs"][t]) * (d * d / 2 if row.coefficient == "k2" else d.exp() - 1 - d)
+            elif row.ratio == "sequence":  # the geometric mean over the answer's trained tokens stands for every one of them
+                known = [float(table[i, r["response_ids"][i]].detach()) for i in trained[key]] if old is None else old[key]
+                logs = [table[i, r["response_ids"][i]] - x for i, x in zip(trained[key], known)]
+                value = surrogate(row, sum(logs) / len(logs), 0.0, 0.0, a)
             else:
-                a = advantage if row.coefficient == "reward" else scores[key]["logprobs"][t] - r["logprobs"][t]
-                if row.ratio == "sequence":  # the geometric mean over the answer's trained tokens stands for every one of them
-                    known = [float(table[i, x].detach()) for i, x in enumerate(r["response_ids"])] if old is None else old[key]
-                    logs = [table[i, x] - known[i] for i, x in enumerate(r["response_ids"]) if r["loss_mask"][i]]
-                    value = surrogate(row, sum(logs) / len(logs), 0.0, 0.0, a)
-                else:
-                    value = surrogate(row, own, against, r["logprobs"][t], a)
+                value = surrogate(row, own, against, r["logprobs"][t], a)
             if row.reference_kl:  # the gradient of k2 = d^2 / 2 is d grad log pi
                 value = value - row.reference_kl * math.exp(float(own.detach()) - before) * float(own.detach() - reference[key]["logprobs"][t]) * own
             if row.entropy_bonus:
@@ -191,26 +240,29 @@ def tables(world):
 
 
 ROWS = [(m, ()) for m in METHODS] + [("opd", ("entropy_bonus=0.1",)), ("opd", ("norm=sequence", "clip_low=0.2", "clip_high=0.2")),
-                                     ("ropd", ("reference_kl=0.5", "norm=sequence"))]
+                                     ("ropd", ("reference_kl=0.5", "norm=sequence")), ("opd", ("coefficient=k2", "norm=batch")),
+                                     ("opd", ("coefficient=k3", "divergence=fkl")), ("opd", ("baseline=kl", "advantage_clip=0.3")),
+                                     ("opd", ("gamma=0.9", "norm=sum")), ("gkd", ("divergence=mix", "interpolation=0.2")),
+                                     ("gkd", ("interpolation=0.9",)), ("opd-verifier", ("teacher_weight=0.3", "baseline=kl")), ("dpo", ("prefix=self", "omega_scale=0.7"))]
 
 
 @pytest.mark.parametrize("method, overrides", ROWS)
 def test_the_first_step_has_the_gradient_of_the_formula(masked, base64bit, method, overrides):
     """Every row of METHODS: relative error of the whole gradient below 2e-5 (float32 against float64)."""
     got, _ = gradient(masked, needs(masked, method, overrides), overrides=overrides)
-    same_gradient(got, naive_gradient(base64bit, losses.settings(method, overrides), load(masked.rollouts), **tables(masked)), 2e-5)
+    same_gradient(got, naive_gradient(base64bit, row_of(method, overrides), load(masked.rollouts), **tables(masked)), 2e-5)
 
 
-@pytest.mark.parametrize("method", [m for m, row in METHODS.items() if row.coefficient in ("reward", "k1")])
+@pytest.mark.parametrize("method", [m for m, row in METHODS.items() if row.coefficient in losses.SURROGATE or row.gamma])
 def test_later_steps_weigh_by_the_importance_ratio(masked, drifted, method):
     """After an update: ratios, clips and truncated importance weights against log-probs recorded before it."""
     rng, old = np.random.default_rng(1), {}
     for r in load(masked.rollouts):
         old[r["id"], r["sample"]] = [min(x, 0.0) for x in np.array(r["logprobs"]) + rng.normal(0, 0.5, len(r["logprobs"]))]
     rows = load(masked.rollouts)
-    cut = {key: [v for v, m in zip(old[key], r["loss_mask"]) if m] for key, r in by_key(rows).items()}
-    got, numbers = gradient(masked, needs(masked, method), model=drifted, old=cut)
-    want = naive_gradient(naive_model(drifted), METHODS[method], rows, old=old, **tables(masked))
+    old = {key: [v for v, m in zip(old[key], r["loss_mask"]) if m] for key, r in by_key(rows).items()}
+    got, numbers = gradient(masked, needs(masked, method), model=drifted, old=old)
+    want = naive_gradient(naive_model(drifted), row_of(method), rows, old=old, **tables(masked))
     same_gradient(got, want, 1e-4)
     if METHODS[method].clip_low:
         assert numbers["policy/clip_fraction"] > 0.05, "the fixture should clip"
@@ -235,7 +287,7 @@ def test_rollouts_at_another_temperature_train_that_distribution(world, base64bi
 @pytest.mark.parametrize("method, overrides", ROWS)
 def test_slices_recomputing_and_naive_logits_give_one_gradient(masked, monkeypatch, method, overrides):
     """The three-product form in slices of 5 tokens, the recomputing form, and plain autograd on all logits; metrics too."""
-    flags, separable = needs(masked, method, overrides), losses.settings(method, overrides).separable
+    flags, separable = needs(masked, method, overrides), row_of(method, overrides).separable
     plain, plain_numbers = gradient(masked, flags, overrides=overrides, kernel="naive")
     forms = {}
     for form in ("slices", "recomputed"):
@@ -243,7 +295,7 @@ def test_slices_recomputing_and_naive_logits_give_one_gradient(masked, monkeypat
         with monkeypatch.context() as patch:
             patch.setattr(losses.Method, "separable", separable and form == "slices")
             patch.setattr(train, "linear_token_loss", lambda *a, **k: calls.append("slices") or kernel.linear_token_loss(*a, rows=5, **k))
-            patch.setattr(train, "token_numbers", lambda *a, **k: calls.append("recomputed") or kernel.token_numbers(*a, **k))
+            patch.setattr(train, "token_numbers", lambda *a, **k: calls.extend(["recomputed"] * torch.is_grad_enabled()) or kernel.token_numbers(*a, **k))
             forms[form], numbers = gradient(masked, flags, overrides=overrides)
         assert set(calls) == {form if separable else "recomputed"}
         same_gradient(forms[form], plain, 1e-5)
@@ -263,6 +315,19 @@ def wide_teacher(world, tmp_path_factory):
         model.lm_head.weight.mul_(30)
         model.lm_head.weight[V:].mul_(20)
     return variant(world.base, tmp_path_factory.mktemp("wide") / "m", model=lambda _: model)
+
+
+@pytest.mark.parametrize("method, overrides", [("gkd", ()), ("opd-full", ()), ("dagger", ()), ("minillm", ()), ("opd", ("baseline=kl",))])
+@pytest.mark.parametrize("k", [V, 5])
+def test_the_likeliest_tokens_of_a_teacher_in_memory_are_those_of_its_scores(masked, tmp_path, method, overrides, k):
+    scores = tmp_path / "scores.jsonl"
+    teacher.main(argv("score", model=masked.teacher, rollouts=masked.rollouts, out=scores, top_k=k))
+    other = types.SimpleNamespace(**dict(vars(masked), scores=scores))
+    disk, disk_numbers = gradient(other, needs(other, method, overrides), overrides=overrides)
+    flags = dict(needs(other, method, overrides), scores=None, data_scores=None, teacher_top_k=k)
+    memory, numbers = gradient(masked, flags, teacher=masked.teacher, overrides=overrides)
+    same_gradient(memory, disk, 1e-5)
+    assert numbers["train/loss"] == pytest.approx(disk_numbers["train/loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["opd", "opd-full"])
@@ -334,7 +399,7 @@ def test_micro_batches_do_not_change_the_gradient(masked, method):
 def test_a_fully_masked_answer_contributes_nothing(masked, tmp_path, method):
     """Its tokens may be anything, and without a group baseline that counts its reward it may as well not be there."""
     whole, numbers = gradient(masked, needs(masked, method))
-    assert numbers["train/sequences"] == 30
+    assert numbers["train/sequences"] == 30 or METHODS[method].omega in ("accepted", "preference")
     rows, scores = load(masked.rollouts), by_key(load(masked.scores))
     for r in rows:
         if not sum(r["loss_mask"]):
@@ -344,9 +409,9 @@ def test_a_fully_masked_answer_contributes_nothing(masked, tmp_path, method):
     other = types.SimpleNamespace(**dict(vars(masked), rollouts=dump(tmp_path / "r.jsonl", rows), scores=dump(tmp_path / "s.jsonl", scores.values()),
                                          rewards=make_rewards(tmp_path / "r.jsonl", tmp_path / "w.jsonl")))
     same_gradient(gradient(other, needs(other, method))[0], whole, 1e-5)
-    if METHODS[method].signal != "reward":
-        without = dump(tmp_path / "without.jsonl", [r for r in rows if sum(r["loss_mask"])])
-        same_gradient(gradient(masked, dict(needs(masked, method), rollouts=without))[0], whole, 1e-5)
+    if not METHODS[method].rewards:
+        without = types.SimpleNamespace(**dict(vars(masked), rollouts=dump(tmp_path / "without.jsonl", [r for r in rows if sum(r["loss_mask"])])))
+        same_gradient(gradient(without, needs(without, method))[0], whole, 1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -381,10 +446,10 @@ def test_one_token_and_empty_answers_train(world, base64bit, tmp_path):
     teacher.main(argv("score", model=world.teacher, rollouts=path, out=tmp_path / "s.jsonl", top_k=V))
     make_rewards(path, tmp_path / "w.jsonl")
     world = types.SimpleNamespace(**dict(vars(world), rollouts=path, scores=tmp_path / "s.jsonl", rewards=tmp_path / "w.jsonl"))
-    for method in METHODS:
+    for method in (m for m, row in METHODS.items() if row.omega in ("one", "softmax")):  # the others leave groups of one answer out
         got, numbers = gradient(world, needs(world, method))
         assert numbers["train/sequences"] == 2 and numbers["train/tokens"] == 1 + len(load(path)[2]["response_ids"])
-        if METHODS[method].signal != "reward" or METHODS[method].advantage != "std":
+        if METHODS[method].coefficient != "reward" or METHODS[method].advantage != "std":
             same_gradient(got, naive_gradient(base64bit, METHODS[method], load(path), **tables(world)), 2e-5)
     run(world, tmp_path / "m", epochs=2)  # and the whole stage, with log-probs of the starting weights
     assert len(metrics(tmp_path / "m")) == 2
@@ -442,7 +507,7 @@ def test_only_answers_that_ended_get_an_end_token(world, tmp_path, finish, extra
     path = answers_file(tmp_path / "a.jsonl", TEXTS, finish)
     policy = rollout.load_policy(str(world.base))
     args = types.SimpleNamespace(method="sft", model=str(world.base), rollouts=path, rewards=None, scores=None, reference=None, prompts=None, teacher=None,
-                                 allow_stale=False)
+                                 data=None, data_scores=None, allow_stale=False)
     data = train.Data(args, METHODS["sft"], policy)
     for item, (question, text) in zip(data.sequences([(f"a{i}", 0) for i in range(3)]), TEXTS):
         assert policy.tokenizer.decode(item["prompt_ids"]) == f"<|user|>{question}<|assistant|>"
@@ -520,10 +585,10 @@ def test_answers_of_another_vocabulary_are_read_as_text(world, tmp_path):
 # ---------------------------------------------------------------------------------------------- failed judgements
 
 
-@pytest.mark.parametrize("method", [m for m, row in METHODS.items() if row.signal == "reward"])
+@pytest.mark.parametrize("method", [m for m, row in METHODS.items() if row.rewards])
 def test_a_group_with_a_failed_judgement_is_as_if_it_were_not_there(world, tmp_path, method):
     bad = ("t00002", 1)
-    rewards = make_rewards(world.rollouts, tmp_path / "w.jsonl", lambda r: None if (r["id"], r["sample"]) == bad else 0.25 * r["sample"])
+    rewards = make_rewards(world.rollouts, tmp_path / "w.jsonl", lambda r: None if (r["id"], r["sample"]) == bad else r["sample"] / 3)
     flags = dict(needs(world, method), rewards=rewards, epochs=2)
     summary = run(world, tmp_path / "a", **flags)
     assert summary["groups_dropped"] == 1
@@ -592,6 +657,72 @@ def test_a_padded_embedding_is_the_same_vocabulary(world, tmp_path):
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=2e-5), (method, name)
 
 
+@pytest.mark.parametrize("method", [m for m, row in METHODS.items() if row.prefix == "teacher"])
+def test_a_row_on_a_teachers_answers_refuses_the_policys_own(world, tmp_path, capsys, method):
+    """Off-policy is derived, too: the survey's taxonomy puts the same teacher under another row when it scores the student's rollouts."""
+    message = refused(world, tmp_path, capsys, method=method, rollouts=world.rollouts)
+    assert f"{world.rollouts}:1: policy.weights: expected another model's" in message and "off-policy" in message
+    assert run(world, tmp_path / "m", method=method)["steps"] == 3
+    assert all(m["rollout/on_policy_fraction"] == 0 for m in metrics(tmp_path / "m"))
+
+
+def test_a_teachers_answers_are_scored_by_that_teacher(world, tmp_path, capsys):
+    path = dump(tmp_path / "r.jsonl", [dict(r, policy=r["policy"] | {"weights": "0" * 12}) for r in load(world.rollouts)])
+    assert "expected 000000000000, the weights that wrote the answer" in refused(world, tmp_path, capsys, method="fkl", rollouts=path)
+    flags = dict(method="fkl", rollouts=path, scores=None, teacher=world.teacher)
+    assert "policy.weights" in refused(world, tmp_path, capsys, **flags)
+    assert run(world, tmp_path / "m", method="kd", rollouts=path)["steps"] == 3  # kd is for anybody's texts
+
+
+def test_gkd_takes_its_share_of_steps_from_the_given_texts(world, tmp_path, capsys):
+    """One step a prompt: those on rollouts are the policy's own, the others come from --data, as a seeded coin says."""
+    given = dump(tmp_path / "given.jsonl", [dict(r, policy=r["policy"] | {"weights": "0" * 12}) for r in load(world.rollouts) if r["sample"] < 2])
+    scores = dump(tmp_path / "s.jsonl", [s for s in load(world.scores) if s["sample"] < 2])
+    flags = dict(method="gkd", data=given, data_scores=scores, batch_size=1, epochs=4)
+    run(world, tmp_path / "m", **flags)
+    rows = metrics(tmp_path / "m")
+    own = [m["rollout/on_policy_fraction"] for m in rows]
+    assert len(own) == 32 and set(own) == {0.0, 1.0} and 8 <= sum(own) <= 24
+    assert all(m["train/sequences"] == (4 if x else 2) for m, x in zip(rows, own))
+    run(world, tmp_path / "n", **flags, set="student_fraction=0.1")
+    assert sum(m["rollout/on_policy_fraction"] for m in metrics(tmp_path / "n")) < sum(own)
+    part = dump(tmp_path / "part.jsonl", [r for r in load(given) if r["id"] != "t00003"])
+    assert "expected an answer to every prompt" in refused(world, tmp_path, capsys, **dict(flags, data=part))
+
+
+def test_a_divergence_the_kernel_does_not_give_needs_a_support(world, tmp_path, capsys):
+    flags = dict(method="gkd", scores=None, data_scores=None, teacher=world.teacher)
+    assert "--teacher-top-k" in refused(world, tmp_path, capsys, **flags)
+    assert "--teacher-top-k" in refused(world, tmp_path, capsys, method="opd-full", teacher_top_k=4)
+    assert run(world, tmp_path / "m", **flags, teacher_top_k=V)["steps"] == 3
+
+
+def test_answers_of_weight_0_leave_the_data_and_are_counted(world, tmp_path, capsys):
+    """dapo: groups with one reward; rft: rejected answers; dpo: all but the best and the worst."""
+    flat = make_rewards(world.rollouts, tmp_path / "flat.jsonl", lambda r: 1.0 if r["id"] < "t00004" else float(r["sample"] == 1))
+    for method, prompts, sequences in (("dapo", 4, 16), ("rft", 8, 20), ("dpo", 4, 8)):
+        flags = dict(needs(world, method), rewards=flat)
+        summary = run(world, tmp_path / method, **flags, batch_size=8)
+        (row,) = metrics(tmp_path / method)
+        assert row["train/sequences"] == sequences and summary["groups_without_weight"] == 8 - prompts == row["reward/groups_without_weight"]
+        assert row["reward/zero_variance_groups"] == 0.5
+    none = make_rewards(world.rollouts, tmp_path / "none.jsonl", lambda r: 0.25)
+    for method in ("dapo", "rft", "dpo"):
+        assert "nothing is left to train on" in refused(world, tmp_path, capsys, **dict(needs(world, method), rewards=none))
+
+
+def test_dpo_widens_its_margin(world, tmp_path):
+    run(world, tmp_path / "m", method="dpo", epochs=6, learning_rate=3e-3)
+    first, last = metrics(tmp_path / "m")[0], metrics(tmp_path / "m")[-1]
+    assert last["preference/margin"] > first["preference/margin"] + 0.1 and last["preference/loss"] < first["preference/loss"]
+
+
+def test_explain_prints_a_row_and_trains_nothing(capsys):
+    summary = train.main(["--explain", "gkd", "--set", "interpolation=0.9"])
+    assert capsys.readouterr().out.strip() == summary["explain"] and "interpolation=0.9" in summary["explain"]
+    assert "expected one of" in refusal(train.main, ["--explain", "nothing"], capsys)
+
+
 @pytest.mark.parametrize("field, value", [("top_p", 0.9), ("temperature", 0.0)])
 @pytest.mark.parametrize("method", ON_POLICY)
 def test_rollouts_whose_log_probs_are_not_the_samplers_are_refused(world, tmp_path, capsys, method, field, value):
@@ -633,12 +764,13 @@ def test_scores_without_a_distribution_are_refused_where_one_is_needed(world, tm
 @pytest.mark.parametrize("method", METHODS)
 def test_files_a_method_needs_are_demanded_and_others_refused(world, tmp_path, capsys, method):
     have = needs(world, method)
-    for flag, path in dict(rewards=world.rewards, scores=world.scores, reference=world.scores).items():
+    for flag, path in dict(rewards=world.rewards, scores=world.scores, reference=world.scores, data=world.rollouts, data_scores=world.scores).items():
+        name = flag.replace("_", "-")
         if flag in have:
-            assert f"expected --{flag} FILE{' or --teacher FOLDER' * (flag == 'scores')}, but it is missing" in refused(world, tmp_path, capsys, **dict(have, **{flag: None}))
+            assert f"expected --{name} FILE{' or --teacher FOLDER' * (flag == 'scores')}, but it is missing" in refused(world, tmp_path, capsys, **dict(have, **{flag: None}))
         else:
-            assert f"--{flag} is given, but this method does not read it" in refused(world, tmp_path, capsys, **dict(have, **{flag: path}))
-    if METHODS[method].on_policy:
+            assert f"--{name} is given, but this method does not read it" in refused(world, tmp_path, capsys, **dict(have, **{flag: path}))
+    if METHODS[method].prefix == "self":
         assert "--prompts" in refused(world, tmp_path, capsys, **dict(have, prompts=world.prompts))
 
 

@@ -1,0 +1,171 @@
+"""What a training step is made of: rollouts joined with the rewards, scores and texts that belong to them.
+
+train.py's reading half.  `Data` walks the files once, refuses what does not belong together, and works out what only a whole
+file can tell: groups, advantages, weights of sequences, and whose rollouts they are.  `Data.sequences` then hands a step's
+rollouts out as plain lists.
+
+Provenance is read off the recorded weight hashes, not believed: a row of METHODS with prefix "self" (or "mixed") accepts only
+rollouts of the very weights it trains, "teacher" refuses the policy's own.
+"""
+import numpy as np
+
+import loss as losses
+import records
+from records import BadInput
+from rollout import check_tokens, render
+
+
+class Data:
+    """The rollouts with what belongs to them, read when a step needs them.
+
+    `groups` = {prompt id: [keys of its rollouts]}; `sequences(keys)` are dicts of plain lists, one a rollout."""
+
+    def __init__(self, args, method, policy, teacher=None, given=False):
+        """given: these are the texts of --data, which a row with prefix "mixed" takes for some steps, and not its rollouts."""
+        self.method, self.policy, self.teacher = method, policy, teacher
+        self.prefix = "data" if given else "self" if method.prefix == "mixed" else method.prefix
+        self.scores, self.rewards, self.reference, self.prompts = (
+            records.Table(path, kind) if path else None
+            for path, kind in ((args.data_scores if given else args.scores, "scores"), (args.rewards, "rewards"), (args.reference, "scores"), (args.prompts, "prompts")))
+        needs_tokens = self.prefix == "self" or self.scores or self.reference
+        self.rollouts = records.Table(args.data if given else args.rollouts, "rollouts" if needs_tokens else "answers")
+        self.groups, self.retokenized, self.temperature, self.top_k = {}, set(), None, None
+        for rollout in self.rollouts:
+            key = records.key_of(rollout, "rollouts")
+            self._check(rollout, self.rollouts.where(key), args)
+            for table in (self.scores, self.reference):  # found out now, not after half of the updates
+                if table is not None:
+                    self._check_score(records.partner(table, rollout, self.rollouts), rollout, table, key)
+            self.groups.setdefault(key[0], []).append(key)
+        self._weigh()
+
+    def _check(self, rollout, where, args):
+        """A rollout of another policy, template, vocabulary or sampler is refused."""
+        came, ours, row = rollout["policy"], self.policy.identity, f"--method {args.method}"
+        if self.prefix == "self":
+            if rollout["top_p"] != 1 or rollout["temperature"] <= 0:
+                raise BadInput(f"{where}: top_p: expected 1 and a temperature above 0, came top_p {rollout['top_p']}, temperature "
+                               f"{rollout['temperature']}: its log-probs are not those of the sampler; sample again for training")
+            if came.get("weights") != ours["weights"] and not args.allow_stale:
+                raise BadInput(f"{where}: policy.weights: expected {ours['weights']}, the weights of {args.model}, came {came.get('weights')}: "
+                               f"{row} is on-policy; run rollout.py with this model (or --allow-stale)")
+            if self.temperature not in (None, rollout["temperature"]):
+                raise BadInput(f"{where}: temperature: expected {self.temperature} as in the lines before, came {rollout['temperature']}")
+            self.temperature = rollout["temperature"]
+            if (self.scores or self.reference or self.teacher) and self.temperature != 1:
+                raise BadInput(f"{where}: temperature: expected 1, came {self.temperature}: scores are log-probs at temperature 1")
+        if self.prefix == "teacher":
+            if came.get("weights") == ours["weights"]:
+                raise BadInput(f"{where}: policy.weights: expected another model's, came {ours['weights']}, those of {args.model}: {row} is off-policy, on a "
+                               "teacher's answers; for the policy's own there are opd-full, dagger and rft")
+            if self.teacher and came.get("weights", self.teacher.identity["weights"]) != self.teacher.identity["weights"]:
+                raise BadInput(f"{where}: policy.weights: expected {self.teacher.identity['weights']}, the weights of {args.teacher}, came {came['weights']}: {row} wants "
+                               "the teacher's own answers; for those of others there is kd")
+        if self.prefix == "self" or self.scores or self.reference:
+            check_tokens(rollout, where, ours, self.policy.vocabulary)
+
+    def _check_score(self, score, rollout, table, key):
+        if table is self.reference:
+            return
+        scorer, sampler = score["policy"].get("weights"), rollout["policy"].get("weights")
+        if self.prefix == "teacher" and None not in (scorer, sampler) and scorer != sampler:
+            raise BadInput(f"{table.where(key)}: policy.weights: expected {sampler}, the weights that wrote the answer, came {scorer}: prefix teacher means the "
+                           "teacher's own answers; for those of others there is kd")
+        if self.method.support:
+            if "topk" not in score:
+                raise BadInput(f"{table.where(key)}: topk: expected the teacher's distribution, but the field is missing: run teacher.py score with --top-k")
+            self.top_k = self.top_k or score["topk"]["ids"]["shape"][1]
+            if score["topk"]["ids"]["shape"][1] != self.top_k:
+                raise BadInput(f"{table.where(key)}: topk: expected {self.top_k} tokens as in the lines before, came "
+                               f"{score['topk']['ids']['shape'][1]}: score the whole file with one --top-k")
+
+    def _weigh(self):
+        """Group advantages and weights of all rollouts.  Groups with a failed judgement are dropped and counted, rollouts of weight
+        0 leave the data, and with them groups of which none is left."""
+        self.advantages, self.omegas, self.dropped, self.flat, self.silent, failed, count = {}, {}, 0, 0, 0, 0, len(self.groups)
+        if self.rewards is None:
+            return
+        for prompt, keys in list(self.groups.items()):
+            rewards = [records.partner(self.rewards, self.rollouts[key], self.rollouts)["reward"] for key in keys]
+            failed += rewards.count(None)
+            advantages = losses.group_advantages(rewards, self.method.advantage)
+            if advantages is None:
+                self.dropped += 1
+                del self.groups[prompt]
+                continue
+            self.flat += max(rewards) == min(rewards)
+            self.advantages.update(zip(keys, zip(advantages, rewards)))
+            self.omegas.update(zip(keys, losses.sequence_weights(self.method, rewards)))
+            self.groups[prompt] = [key for key in keys if self.omegas[key]]
+            if not self.groups[prompt]:
+                self.silent += 1
+                del self.groups[prompt]
+        self.signals = {"judge/failure_rate": failed / len(self.rollouts), "judge/groups_dropped": self.dropped,
+                        "reward/zero_variance_groups": self.flat / max(1, count - self.dropped), "reward/groups_without_weight": self.silent}
+        if not self.groups:
+            why = "a failed judgement" if not self.silent else f"a failed judgement or weights of 0 (omega {self.method.omega})"
+            raise BadInput(f"{self.rewards.path}: every group has {why}, nothing is left to train on")
+
+    def sequences(self, keys):
+        """One dict of plain lists a rollout: prompt_ids, response_ids, mask and the per-token numbers of the trained tokens."""
+        rollouts = [self.rollouts[key] for key in keys]
+        ours = self.policy.identity
+        foreign = [i for i, r in enumerate(rollouts) if "response_ids" not in r or any(r["policy"].get(f) != ours[f] for f in ("vocabulary", "template"))]
+        for i, tokens in zip(foreign, self._tokenize([rollouts[i] for i in foreign], [keys[i] for i in foreign])):
+            rollouts[i] = rollouts[i] | tokens
+        return [self._sequence(key, rollout) for key, rollout in zip(keys, rollouts)]
+
+    def _sequence(self, key, rollout):
+        mask = rollout["loss_mask"]
+        item = {"key": key, "prompt_ids": rollout["prompt_ids"], "response_ids": rollout["response_ids"], "mask": mask,
+                "length": sum(mask), "truncated": rollout["finish_reason"] == "length", "omega": self.omegas.get(key, 1.0),
+                "own": rollout["policy"].get("weights") == self.policy.identity["weights"]}
+        trained = np.flatnonzero(mask)
+        if self.prefix == "self":
+            item["behaviour_logp"] = np.asarray(rollout["logprobs"], np.float32)[trained]
+        if self.scores is not None:
+            score = records.partner(self.scores, rollout, self.rollouts)
+            item["teacher_logp"] = np.asarray(score["logprobs"], np.float32)[trained]
+            if self.method.support:
+                ids, logps = (records.unpack(score["topk"][name]) for name in ("ids", "logprobs"))
+                if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.policy.vocabulary:
+                    raise BadInput(f"{self.scores.where(key)}: topk: expected ids in [0, {self.policy.vocabulary}), came {ids.min()} to {ids.max()}")
+                item["support_ids"], item["support_logp"] = ids[trained], logps[trained]
+        if self.reference is not None:
+            item["reference_logp"] = np.asarray(records.partner(self.reference, rollout, self.rollouts)["logprobs"], np.float32)[trained]
+        if key in self.advantages:
+            item["advantage"], item["reward"] = self.advantages[key]
+        return item
+
+    def _tokenize(self, answers, keys):
+        """Text-only answers in the student's tokens; the end token is added iff the answer ended by itself."""
+        tokenizer, out = self.policy.tokenizer, []
+        responses = tokenizer([a["text"] for a in answers], add_special_tokens=False)["input_ids"] if answers else []
+        for answer, key, response in zip(answers, keys, responses):
+            if "messages" in answer:
+                prompt = answer
+            elif self.prompts is not None and (key[0],) in self.prompts:
+                prompt = self.prompts[(key[0],)]
+            else:
+                raise BadInput(f"{self.rollouts.where(key)}: expected tokens of this model's vocabulary and template, or `messages`, or its "
+                               "prompt through --prompts, but it has none of them")
+            if tokenizer.eos_token_id is None:
+                raise BadInput(f"{self.policy.identity['model']}: its tokenizer has no end token, so an answer that ended cannot say so")
+            response = response + [tokenizer.eos_token_id] * (answer["finish_reason"] == "stop")
+            out.append({"prompt_ids": render(tokenizer, prompt, self.policy.template_options), "response_ids": response,
+                        "loss_mask": [1] * len(response)})
+        self.retokenized.update(keys)
+        return out
+
+
+def plan(groups, batch_size, epochs, max_steps, seed):
+    """The prompts of every optimiser step: seeded order, an epoch at a time, a short last batch when they do not divide.
+
+    plan(["a", "b", "c"], 2, 1, None, 0) -> [["c", "a"], ["b"]]"""
+    rng, steps = np.random.default_rng(seed), []
+    names = sorted(groups)
+    while (max_steps is None and epochs > 0) or (max_steps is not None and len(steps) < max_steps):
+        order = [names[i] for i in rng.permutation(len(names))]
+        steps += [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        epochs -= 1
+    return steps if max_steps is None else steps[:max_steps]
