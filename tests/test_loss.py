@@ -71,7 +71,7 @@ def row(coefficient, kind, **columns):
 LEGAL = {(c, kind) for c, kinds in {"k1": ["rkl"], "reward+k1": ["rkl"], "k2": ["rkl"], "k3": ["fkl"], "full": ["rkl", "fkl", "jsd", "mix"]}.items() for kind in kinds}
 
 
-@pytest.mark.parametrize("coefficient, kind", list(itertools.product(("k1", "reward+k1", "k2", "k3", "full", "k1-loss", "k2-advantage", "k3-advantage"), ("rkl", "fkl", "jsd", "mix", "none")))))
+@pytest.mark.parametrize("coefficient, kind", list(itertools.product(("k1", "reward+k1", "k2", "k3", "full", "k1-loss", "k2-advantage", "k3-advantage"), ("rkl", "fkl", "jsd", "mix", "none"))))
 def test_every_pair_of_estimator_and_divergence_is_exact_or_refused(coefficient, kind):
     """Its expected gradient over the policy's own samples is that of the divergence, or check() refuses the pair with a reason."""
     method = row(coefficient, kind, interpolation=0.3)
