@@ -144,7 +144,8 @@ class FakeServer:
         if self.tokenizer:  # a real vocabulary and template
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id] * (finish == "stop")
             if chat:
-                prompt = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
+                prompt = self.tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=body.get("add_generation_prompt", True),
+                                                            continue_final_message=body.get("continue_final_message", False))
             prompt_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         logprobs = [-0.5 - 0.01 * i for i in range(len(ids))]
         if behaviour == "few_logprobs":

@@ -474,3 +474,21 @@ def test_batches_respect_the_budget_and_lose_nothing():
         assert sorted(i for b in batches for i in b) == list(range(50))
         for b in batches:
             assert len(b) == 1 or len(b) * max(lengths[i] for i in b) <= budget
+
+
+# ---------------------------------------------------------------------------------------------- an answer that has begun
+
+
+def test_a_last_message_of_the_assistants_is_continued_locally_and_by_a_server(world, tmp_path):
+    """"1+2=?" with the beginning "1+": the model reads on after the plus, with neither an end token nor a new turn, and writes what is missing."""
+    from fake_server import FakeServer
+    begun = dump(tmp_path / "p.jsonl", [{"id": "p", "messages": [{"role": "user", "content": "1+2=?"}, {"role": "assistant", "content": "1+"}], "answer": "3"}])
+    rollout.main(argv(model=world.base, prompts=begun, n=2, max_tokens=4, out=tmp_path / "r.jsonl"))
+    tokenizer = rollout.load_tokenizer(str(world.base))
+    for r in load(tmp_path / "r.jsonl"):
+        assert tokenizer.decode(r["prompt_ids"]) == "<|user|>1+2=?<|assistant|>1+"
+        assert tokenizer.decode([t for t in r["response_ids"] if t != tokenizer.eos_token_id]) == r["text"]
+    with FakeServer(chat=lambda body: "2=3", tokenizer=tokenizer) as fake:  # it refuses to be misread: rollout.py compares the prompt's ids
+        rollout.main(argv(model=world.base, base_url=fake.base_url, prompts=begun, n=1, max_tokens=4, out=tmp_path / "s.jsonl"))
+        assert fake.bodies()[-1]["continue_final_message"] and not fake.bodies()[-1]["add_generation_prompt"]
+    assert load(tmp_path / "s.jsonl")[0]["prompt_ids"] == load(tmp_path / "r.jsonl")[0]["prompt_ids"]
