@@ -3,6 +3,7 @@ import dataclasses
 import itertools
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -477,3 +478,10 @@ def test_explain_tells_the_row_and_its_worked_token_is_the_rows_gradient(name):
         scale = {"token": 1.0, "reward": 1.0, "k1": math.log(0.7 / 0.3), "reward+k1": 1 + math.log(0.7 / 0.3)}[method.coefficient]
         want = [scale * x for x in own]
     assert pull == pytest.approx(want, abs=1e-4)
+
+
+def test_the_readme_lists_every_row_and_quotes_explain_as_it_is():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    listed = re.findall(r"^\| `([a-z-]+)` \| (\w+) \|", readme, re.M)
+    assert listed == [(name, method.prefix) for name, method in METHODS.items()]
+    assert "\n".join(losses.explain("gkd").splitlines()[-2:]) in readme
