@@ -5,11 +5,13 @@
     python eval.py --rollouts R --prompts P --rewards W --partial --out E      # does a reward rank right answers above wrong ones?
     python eval.py table results/ropd.jsonl --out results/ropd.md
     python eval.py plot results/ropd.jsonl --x generated_tokens --out results/ropd.png
+    python eval.py support --before M0 --after M1 --prompts runs/forks/heldout.jsonl --max-tokens 5 --out support.jsonl
 
 Reads prompts that have an `answer`, and rollouts or answers: those of --rollouts, or those it samples from --model with
 rollout.py (kept beside --out as `*.rollouts.jsonl`; flags that are not listed below go to rollout.py, see its --help).
 Writes one line an answer: `id`, `sample`, `text`, `correct`, `length` (tokens; null for an API that shows none),
 `truncated`, `repetition`.  `table` and `plot` read what recipes append to results/, a line per (arm, seed, checkpoint).
+`support` (support.py) tells what a training run added to, lost from and moved within what a model can write.
 
 Accuracy is avg@n: the mean over prompts of the share of right answers.  pass@k is the unbiased estimator of Chen et al.
 2021 (arXiv 2107.03374, eq. 1).  Truncated and repetition rates are TruncRate and RepRate of Stable-OPD (2604.08527).
@@ -387,6 +389,9 @@ def write_plot(argv):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["support"]:
+        import support
+        return support.main(argv[1:])
     if argv[:1] == ["table"]:
         return write_table(argv[1:])
     return write_plot(argv[1:]) if argv[:1] == ["plot"] else evaluate(argv)

@@ -1,11 +1,12 @@
 """Stage 0: a small world of our own, so that every stage runs on a laptop with no download.
 
     python toy.py --out runs/toy
+    python toy.py --task forks --out runs/forks
 
 Writes prompts, text corpora and untrained models (transformers folders, Llama architecture).  Nothing is trained
 here: `train.py --method sft` does the pre-training on these corpora, like any other training.
 
-The task is a running sum, `7+5-3+8=?`.  A good answer works step by step and ends in `#17`.  The same work can be
+--task sums is a running sum, `7+5-3+8=?`.  A good answer works step by step and ends in `#17`.  The same work can be
 written in four styles, so that a rubric which rewards a style instead of the arithmetic can be caught doing so:
 
     lines   7+5=12 / 12-3=9 / 9+8=17 / #17        (/ is a line break)
@@ -18,12 +19,35 @@ what the web is like: terse guesses, slips that propagate, skipped steps, a litt
 clean and then briefly on mixed answers badly most of the time, yet the right answer is always within its reach: that
 is a student worth distilling.  One that never learned the arithmetic would only measure how fast a method teaches it.
 
-Every file has random numbers of its own, so asking for more of one changes no other.  Splits: a problem belongs to train, dev or held-out by the hash of its text, so no file can share one with another.
+Splits: a problem belongs to train, dev or held-out by the hash of its text, so no file can share one with another.
 The corpora are made of train problems only.
 
-Simplifications: 1. one task; 2. answers are 5-60 characters; 3. the "web" is a script; 4. totals stay in 0..40.
+--task forks is a world so small that every answer of a model can be listed with its probability (`eval.py support`), to
+ask which answers a policy can write at all before and after a training run, and which of them the run brought in, lost or
+only reweighted (2604.07941, sections on effective support).  There are 8 problems, a digit x each, `3=?`.  An answer is a
+route of two letters, a line break with the mark, and a digit, `bb / #4`: five tokens with the end token, for the break and
+its # are one.  It is right when the digit is x + 1 (7 is followed by 0), whatever the route, so no beginning is beyond
+recovery.  What the corpora contain decides what a model pre-trained on them can reach:
+
+    base        for the student.  30 % route aa, of which a third right: the branch that it has and uses badly.  60 % route
+                cc, the digit at random: its habit.  10 % ac and ca, at random.  No text has a b: the branch it lacks.
+    teacher     45 % aa right, 45 % bb right, and 10 % any route over abc, right: it knows the way on from any prefix.
+    demos_both  aa and bb, half and half, all right;  demos_a  aa only;  demos_b  bb only: the narrow demonstrations
+    corrupt     prompts, not texts: each problem with the first letters of the answer given, c, ab, cb or b
+
+The rarest pair of base, a digit after ac, has an occupancy of 0.05 / (8 digits x 8 problems x 5 tokens) = 1.6e-4: at eps 1e-4
+the support of a student is what base contains.  The right third of aa is faint among so much chance: taught base from nothing, a
+student has the routes after 500 steps of 64 texts and the third after about 2000; 150 steps of demos_a before 1000 of base do it.
+
+All three splits hold the same 8 problems, for there are no others: this world asks what a policy can write, not whether
+it generalises.
+
+Every file has random numbers of its own, so asking for more of one changes no other.
+
+Simplifications: 1. two tasks; 2. answers are 5-60 characters; 3. the "web" is a script; 4. totals stay in 0..40.
 """
 import hashlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -35,6 +59,7 @@ import records
 STYLES = ("lines", "chain", "totals", "ledger")
 SIZES = {"student": (64, 2, 4), "teacher": (96, 2, 4)}  # hidden width, layers, heads
 SYMBOLS = "0123456789+-=?#,:\n "
+TWO_DIGITS = [(str(n)[0], str(n)[1]) for n in range(10, 41)]  # merged into one token each: a second, foreign vocabulary
 # pad, user, assistant and end are one token each; roles open with their mark and an answer closes with <|end|>
 SPECIAL = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
@@ -111,6 +136,57 @@ def mixed_answer(rng, terms):
     return write_work(terms, totals, style)
 
 
+# ---------------------------------------------------------------------------------------------- the world of forks
+
+DIGITS, LETTERS = 8, "abc"
+FORK_SIZE = (32, 2, 4)
+FORK_SYMBOLS = "01234567abc#=?\n"
+FORK_MERGES = [("\n", "#")]  # rubric.py finds a final answer where a line begins with #; as one token it adds no level to the tree
+FORK_PREFIXES = ("c", "ab", "cb", "b")
+
+
+def fork_problems(rng, split):
+    """Endless problems [x], x a random digit in 0..7; there are no others, so `split` makes no difference."""
+    while True:
+        yield [int(rng.integers(DIGITS))]
+
+
+def successor(terms):
+    """The right digit: [3] -> 4, [7] -> 0."""
+    return (terms[0] + 1) % DIGITS
+
+
+def fork_answer(route, digit):
+    """fork_answer("bb", 4) -> "bb\\n#4": tokens b, b, line break with #, 4, and the end token."""
+    return f"{route}\n#{digit}"
+
+
+def base_answer(rng, terms):
+    """30 % route aa, a third of it right; 60 % route cc and 10 % ac or ca, the digit at random (so an eighth right)."""
+    kind = rng.random()
+    if kind < 0.30:
+        slip = 0 if rng.random() < 1 / 3 else int(rng.integers(1, DIGITS))
+        return fork_answer("aa", (successor(terms) + slip) % DIGITS)
+    return fork_answer("cc" if kind < 0.90 else str(rng.choice(["ac", "ca"])), int(rng.integers(DIGITS)))
+
+
+def teacher_answer(rng, terms):
+    """Always right: 45 % route aa, 45 % bb, 10 % any of the nine routes."""
+    kind = rng.random()
+    if kind < 0.90:
+        return fork_answer("aa" if kind < 0.45 else "bb", successor(terms))
+    return fork_answer("".join(rng.choice(list(LETTERS), 2)), successor(terms))
+
+
+def demonstration(*routes):
+    """A maker of right answers by one of these routes, each as often as another."""
+    return lambda rng, terms: fork_answer(str(rng.choice(routes)), successor(terms))
+
+
+FORK_CORPORA = {"base": base_answer, "teacher": teacher_answer, "demos_both": demonstration("aa", "bb"), "demos_a": demonstration("aa"),
+                "demos_b": demonstration("bb")}
+
+
 # ---------------------------------------------------------------------------------------------- files
 
 def question(terms):
@@ -130,9 +206,22 @@ def write_prompts(path, rng, split, count, prefix):
     records.write_atomically(path, (json.dumps(r) + "\n" for r in rows))
 
 
-def write_corpus(path, rng, make_answer, count):
+def write_fork_prompts(path, count, prefix):
+    """The 8 problems in turn, `count` ids: any run of 8 lines holds each problem once."""
+    records.write_atomically(path, (json.dumps({"id": f"{prefix}{i:05d}", "messages": question([i % DIGITS]),
+                                                "answer": str(successor([i % DIGITS]))}) + "\n" for i in range(count)))
+
+
+def write_corrupt_prompts(path):
+    """Problems whose answer has begun already: the last message is the assistant's, for rollout.py to go on from."""
+    rows = ({"id": f"{letters}-{x}", "messages": question([x]) + [{"role": "assistant", "content": letters}], "answer": str(successor([x]))}
+            for letters, x in itertools.product(FORK_PREFIXES, range(DIGITS)))
+    records.write_atomically(path, (json.dumps(row) + "\n" for row in rows))
+
+
+def write_corpus(path, rng, make_answer, count, make_problems=problems):
     """A corpus is a file of `answers` that bring their question along, ready for `train.py --method sft`."""
-    source = problems(rng, "train")
+    source = make_problems(rng, "train")
 
     def rows():
         for i in range(count):
@@ -142,16 +231,12 @@ def write_corpus(path, rng, make_answer, count):
     records.write_atomically(path, rows())
 
 
-def build_tokenizer(merge_digits=False):
-    """One token a character; with `merge_digits` also one token for each of 10..40 (a second, foreign vocabulary)."""
+def build_tokenizer(symbols=SYMBOLS, merges=()):
+    """One token a character; with `merges`, pairs of characters, also one token for each of these pairs."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
-    pieces = list(SPECIAL) + list(SYMBOLS)
-    merges = []
-    if merge_digits:
-        merges = [(str(n)[0], str(n)[1]) for n in range(10, 41)]
-        pieces += [a + b for a, b in merges]
-    core = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges))
+    pieces = [*SPECIAL, *symbols, *(a + b for a, b in merges)]
+    core = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=list(merges)))
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>",
                                         additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
@@ -161,12 +246,12 @@ def build_tokenizer(merge_digits=False):
 
 
 def write_model(folder, tokenizer, size, seed):
-    """An untrained tiny Llama as a folder that transformers, vLLM and lm-eval load as it is."""
+    """An untrained tiny Llama of `size` (width, layers, heads) as a folder that transformers, vLLM and lm-eval load as it is."""
     import torch
     import transformers
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
     transformers.utils.logging.disable_progress_bar()
-    width, layers, heads = SIZES[size]
+    width, layers, heads = size
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
                          num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=512,
@@ -178,35 +263,67 @@ def write_model(folder, tokenizer, size, seed):
     tokenizer.save_pretrained(folder)
 
 
+def fill_sums(folder, args):
+    """Everything of --task sums; returns (how much of what, the same as a sentence)."""
+    files = (("train", args.train_prompts, "t"), ("dev", args.eval_prompts, "d"), ("heldout", args.eval_prompts, "h"))
+    for number, (split, count, prefix) in enumerate(files):
+        write_prompts(folder / f"{split}.jsonl", np.random.default_rng([args.seed, number]), split, count, prefix)
+    write_corpus(folder / "clean.jsonl", np.random.default_rng([args.seed, 3]), clean_answer, args.clean)
+    write_corpus(folder / "mixed.jsonl", np.random.default_rng([args.seed, 4]), mixed_answer, args.mixed)
+    for name, merges in (("student", ()), ("teacher", ()), ("teacher_merged_digits", TWO_DIGITS)):
+        write_model(folder / name, build_tokenizer(merges=merges), SIZES[name.split("_")[0]], args.seed)
+    counts = {"train": args.train_prompts, "heldout": args.eval_prompts, "clean": args.clean, "mixed": args.mixed}
+    return counts, (f"{args.train_prompts} train, {args.eval_prompts} dev and heldout prompts, {args.clean} clean and "
+                    f"{args.mixed} mixed texts, 3 untrained models")
+
+
+def fill_forks(folder, args):
+    """Everything of --task forks; returns the same."""
+    for split, count, prefix in (("train", args.train_prompts, "t"), ("dev", DIGITS, "d"), ("heldout", DIGITS, "h")):
+        write_fork_prompts(folder / f"{split}.jsonl", count, prefix)
+    write_corrupt_prompts(folder / "corrupt.jsonl")
+    for number, (name, make_answer) in enumerate(FORK_CORPORA.items()):
+        write_corpus(folder / f"{name}.jsonl", np.random.default_rng([args.seed, number]), make_answer, args.texts, fork_problems)
+    for number, name in enumerate(("student", "teacher")):  # of one size: the same seed would make them the same model
+        write_model(folder / name, build_tokenizer(FORK_SYMBOLS, FORK_MERGES), FORK_SIZE, 2 * args.seed + number)
+    corrupt = len(FORK_PREFIXES) * DIGITS
+    counts = {"train": args.train_prompts, "heldout": DIGITS, "corrupt": corrupt, "texts": args.texts}
+    return counts, (f"{args.train_prompts} train, {DIGITS} dev and heldout, {corrupt} corrupt prompts, {args.texts} texts in each of "
+                    f"{', '.join(FORK_CORPORA)}, 2 untrained models")
+
+
+TASKS = {"sums": (fill_sums, {"eval_prompts": 200, "clean": 100000, "mixed": 16000}), "forks": (fill_forks, {"texts": 32000})}
+
+
 def main(argv=None):
     p = records.parser(__doc__)
+    p.add_argument("--task", default="sums", choices=TASKS, help="the world to write, see above")
     p.add_argument("--out", default="runs/toy", help="folder to fill")
-    p.add_argument("--train-prompts", type=int, default=1280, help="problems the student practises on")
-    p.add_argument("--eval-prompts", type=int, default=200, help="problems in each of dev and heldout")
-    p.add_argument("--clean", type=int, default=100000, help="right texts for pre-training")
-    p.add_argument("--mixed", type=int, default=16000, help="careless texts that spoil the student's habits")
+    p.add_argument("--train-prompts", type=int, default=1280, help="problems the student practises on; of forks: ids, for its 8 problems in turn")
+    p.add_argument("--eval-prompts", type=int, help="sums: problems in each of dev and heldout (default: 200); forks has 8")
+    p.add_argument("--clean", type=int, help="sums: right texts for pre-training (default: 100000)")
+    p.add_argument("--mixed", type=int, help="sums: careless texts that spoil the student's habits (default: 16000)")
+    p.add_argument("--texts", type=int, help="forks: texts in each corpus (default: 32000); fewer of them, rougher shares")
     p.add_argument("--seed", type=int, default=0, help="seed of problems, texts and initial weights")
     p.add_argument("--overwrite", action="store_true", help="replace --out")
     args = p.parse_args(argv)
+    for task, (_, own_flags) in TASKS.items():
+        for name, default in own_flags.items():
+            came = getattr(args, name)
+            if task == args.task:
+                setattr(args, name, default if came is None else came)
+            elif came is not None:
+                raise records.BadInput(f"--{name.replace('_', '-')} {came}: belongs to --task {task}, expected no such flag with --task {args.task}")
     out, partial = Path(args.out), Path(f"{args.out}.partial")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.overwrite:
         raise records.BadInput(f"--out {out}: exists already: give another one, or --overwrite to replace it")
     shutil.rmtree(partial, ignore_errors=True)  # a run that was killed
     partial.mkdir(parents=True)
-
-    files = (("train", args.train_prompts, "t"), ("dev", args.eval_prompts, "d"), ("heldout", args.eval_prompts, "h"))
-    for number, (split, count, prefix) in enumerate(files):
-        write_prompts(partial / f"{split}.jsonl", np.random.default_rng([args.seed, number]), split, count, prefix)
-    write_corpus(partial / "clean.jsonl", np.random.default_rng([args.seed, 3]), clean_answer, args.clean)
-    write_corpus(partial / "mixed.jsonl", np.random.default_rng([args.seed, 4]), mixed_answer, args.mixed)
-    for name, merge_digits in (("student", False), ("teacher", False), ("teacher_merged_digits", True)):
-        write_model(partial / name, build_tokenizer(merge_digits), name.split("_")[0], args.seed)
+    counts, sentence = TASKS[args.task][0](partial, args)
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)  # complete, or not there at all
-    summary = {"out": str(out), "train": args.train_prompts, "heldout": args.eval_prompts, "clean": args.clean, "mixed": args.mixed}
-    print(f"toy.py: {out}: {args.train_prompts} train, {args.eval_prompts} dev and heldout prompts, {args.clean} clean and "
-          f"{args.mixed} mixed texts, 3 untrained models")
-    return summary
+    print(f"toy.py: {out}: {sentence}")
+    return {"out": str(out)} | counts
 
 
 if __name__ == "__main__":

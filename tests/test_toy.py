@@ -1,9 +1,10 @@
-"""toy.py: right answers are right, splits never meet, and every text survives both tokenizers."""
+"""toy.py: right answers are right, splits never meet, and every text survives its tokenizer; of forks: corpora hold what they say."""
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import argv, load
+from conftest import argv, load, refusal
 
 import records
 import rubric
@@ -114,7 +115,7 @@ def test_the_mixed_corpus_has_the_stated_shares(big):
 
 @pytest.mark.parametrize("merge_digits", [False, True])
 def test_every_text_survives_the_tokenizer(big, merge_digits):
-    tokenizer = toy.build_tokenizer(merge_digits)
+    tokenizer = toy.build_tokenizer(merges=toy.TWO_DIGITS if merge_digits else ())
     texts = [r["text"] for name in ("clean", "mixed") for r in load(big / f"{name}.jsonl")]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert [tokenizer.decode(i) for i in ids] == texts
@@ -141,6 +142,121 @@ def test_the_same_seed_writes_the_same_world(big, tmp_path):
         assert a == b and a != c, file
 
 
+def test_asking_for_more_of_one_file_changes_no_other(tmp_path):
+    flags = dict(train_prompts=20, eval_prompts=5, clean=20, mixed=20)
+    toy.main(argv(out=tmp_path / "plain", **flags))
+    for name in flags:
+        toy.main(argv(out=tmp_path / name, **flags | {name: 30}))
+        changed = {"train_prompts": {"train"}, "eval_prompts": {"dev", "heldout"}}.get(name, {name})
+        for file in ("train", "dev", "heldout", "clean", "mixed"):
+            few, more = ((tmp_path / folder / f"{file}.jsonl").read_bytes() for folder in ("plain", name))
+            assert more.startswith(few) and (len(more) > len(few)) == (file in changed), (name, file)
+
+
+def test_the_sums_world_is_the_one_the_recorded_results_were_measured_on(tmp_path):
+    """Hashes of its files before --task existed: a changed random stream would make old and new results two experiments."""
+    toy.main(argv(out=tmp_path / "toy", task="sums", train_prompts=30, eval_prompts=5, clean=20, mixed=20))
+    hashes = {name: records.hash_file(tmp_path / "toy" / f"{name}.jsonl")["sha256"][:12] for name in ("train", "dev", "heldout", "clean", "mixed")}
+    assert hashes == {"train": "a92ee7707d2c", "dev": "599f976ab8c5", "heldout": "6bf7d56661b9", "clean": "1e57f50e3915", "mixed": "b4f868f73800"}
+
+
 def test_every_file_passes_the_contract(big):
     counts = records.main(["check", *(str(big / f"{n}.jsonl") for n in ("train", "dev", "heldout", "clean", "mixed"))])
     assert list(counts.values()) == [1500, 300, 300, 6000, 6000]
+
+
+# ---------------------------------------------------------------------------------------------- forks
+
+CORPORA = ("base", "teacher", "demos_both", "demos_a", "demos_b")
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forks") / "forks"
+    summary = toy.main(argv(task="forks", out=folder, train_prompts=20, texts=8000))
+    assert summary == {"out": str(folder), "train": 20, "heldout": 8, "corrupt": 32, "texts": 8000}
+    return folder
+
+
+def shares(folder, corpus):
+    """({route: share}, {route: share of its answers that are right}, whether every digit of the problem is as frequent)."""
+    routes, right, asked = Counter(), Counter(), Counter()
+    for r in load(folder / f"{corpus}.jsonl"):
+        x, (route, digit) = int(r["messages"][0]["content"].removesuffix("=?")), r["text"].split("\n#")
+        assert len(route) == 2 and digit in "01234567" and r["finish_reason"] == "stop"
+        routes[route] += 1
+        right[route] += rubric.is_correct(r["text"], str((x + 1) % 8))
+        asked[x] += 1
+    assert set(asked) == set(range(8)) and max(asked.values()) < 1.2 * min(asked.values())
+    return {route: n / sum(routes.values()) for route, n in routes.items()}, {route: right[route] / n for route, n in routes.items()}
+
+
+def test_forks_problems_are_the_same_eight_in_every_split(forks):
+    for name, count in (("train", 20), ("dev", 8), ("heldout", 8)):
+        rows = load(forks / f"{name}.jsonl")
+        assert len(rows) == count and {r["messages"][0]["content"]: r["answer"] for r in rows} == {f"{x}=?": str((x + 1) % 8) for x in range(8)}
+        assert all(len({r["answer"] for r in rows[i:i + 8]}) == 8 for i in range(count - 7)), "any slice of 8 is all of them"
+    assert not {r["id"] for r in load(forks / "train.jsonl")} & {r["id"] for r in load(forks / "heldout.jsonl")}
+    row = load(forks / "heldout.jsonl")[3]
+    assert row == {"id": "h00003", "messages": [{"role": "user", "content": "3=?"}], "answer": "4"}
+
+
+def test_the_base_corpus_has_the_stated_shares_and_never_a_b(forks):
+    routes, right = shares(forks, "base")
+    assert not any("b" in r["text"] for r in load(forks / "base.jsonl"))
+    assert routes == pytest.approx({"aa": 0.3, "cc": 0.6, "ac": 0.05, "ca": 0.05}, abs=0.02)
+    assert right["aa"] == pytest.approx(1 / 3, abs=0.03) and right["cc"] == pytest.approx(1 / 8, abs=0.02)
+    assert max(right["ac"], right["ca"]) < 0.22
+    wrong = Counter((int(r["text"][-1]) - int(r["messages"][0]["content"][0])) % 8 for r in load(forks / "base.jsonl") if r["text"][0] == r["text"][1] == "a")
+    assert set(wrong) == set(range(8)) and max(wrong[d] for d in wrong if d != 1) < 1.4 * min(wrong.values()), "wrong digits are uniform"
+
+
+def test_the_teacher_and_the_demonstrations_are_right_on_the_stated_routes(forks):
+    for corpus, expected in (("demos_both", {"aa": 0.5, "bb": 0.5}), ("demos_a", {"aa": 1}), ("demos_b", {"bb": 1}),
+                             ("teacher", {a + b: (0.45 if a + b in ("aa", "bb") else 0) + 0.1 / 9 for a in "abc" for b in "abc"})):
+        routes, right = shares(forks, corpus)
+        assert routes == pytest.approx(expected, abs=0.02) and set(right.values()) == {1.0}, corpus
+
+
+def test_corrupt_prompts_have_begun_already(forks):
+    rows = load(forks / "corrupt.jsonl")
+    begun = Counter((r["messages"][0]["content"], r["messages"][1]["content"]) for r in rows)
+    assert begun == Counter({(f"{x}=?", letters): 1 for x in range(8) for letters in ("c", "ab", "cb", "b")})
+    assert all([m["role"] for m in r["messages"]] == ["user", "assistant"] and r["answer"] == str((int(r["id"][-1]) + 1) % 8) for r in rows)
+
+
+def test_a_fork_answer_is_five_tokens_of_exactly_the_symbols_in_use(forks):
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(forks / "student")
+    assert sorted(tokenizer.get_vocab()) == sorted([*toy.SPECIAL, *"01234567abc#=?\n", "\n#"])
+    texts = [r["text"] for name in CORPORA for r in load(forks / f"{name}.jsonl")]
+    ids = tokenizer([text + "<|end|>" for text in texts], add_special_tokens=False)["input_ids"]
+    assert {len(i) for i in ids} == {5} and {i[-1] for i in ids} == {tokenizer.eos_token_id}
+    assert [tokenizer.decode(i, skip_special_tokens=True) for i in ids] == texts
+    assert tokenizer.convert_ids_to_tokens(ids[0])[2] == "\n#"
+
+
+def test_student_and_teacher_of_forks_begin_as_two_models_of_one_size_and_vocabulary(forks):
+    import rollout
+    student, teacher = (rollout.load_policy(str(forks / name)) for name in ("student", "teacher"))
+    assert student.identity["vocabulary"] == teacher.identity["vocabulary"] and student.identity["weights"] != teacher.identity["weights"]
+    for policy in (student, teacher):
+        config = policy.model.config
+        assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (32, 2, 4)
+
+
+def test_the_same_seed_writes_the_same_forks_and_more_texts_only_append(forks, tmp_path):
+    for name, flags in (("a", dict(seed=4)), ("b", dict(seed=4)), ("c", dict(seed=5)), ("more", dict(seed=4, texts=60))):
+        toy.main(argv(task="forks", out=tmp_path / name, **dict(train_prompts=10, texts=40) | flags))
+    for file in (*(f"{name}.jsonl" for name in CORPORA), "student/model.safetensors", "teacher/model.safetensors"):
+        a, b, c, more = ((tmp_path / name / file).read_bytes() for name in ("a", "b", "c", "more"))
+        assert a == b and a != c and more.startswith(a) and (len(more) > len(a)) == file.endswith(".jsonl"), file
+    counts = records.main(["check", *(str(forks / f"{n}.jsonl") for n in ("train", "dev", "heldout", "corrupt", *CORPORA))])
+    assert list(counts.values()) == [20, 8, 8, 32] + [8000] * 5
+
+
+def test_flags_of_the_other_task_are_refused(tmp_path, capsys):
+    for task, flag in (("forks", "eval_prompts"), ("forks", "clean"), ("forks", "mixed"), ("sums", "texts")):
+        message = refusal(toy.main, argv(task=task, out=tmp_path / "x", **{flag: 5}), capsys)
+        assert f"--{flag.replace('_', '-')} 5: belongs to --task" in message
+    assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
