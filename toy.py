@@ -20,7 +20,8 @@ clean and then briefly on mixed answers badly most of the time, yet the right an
 is a student worth distilling.  One that never learned the arithmetic would only measure how fast a method teaches it.
 
 Splits: a problem belongs to train, dev or held-out by the hash of its text, so no file can share one with another.
-The corpora are made of train problems only.
+The corpora are made of train problems only.  `facts` is new knowledge that costs an old skill: arbitrary pairs to learn by heart,
+`37:?` / `#82`, as a corpus and, in `facts_prompts`, as questions.
 
 --task forks is a world so small that every answer of a model can be listed with its probability (`eval.py support`), to
 ask which answers a policy can write at all before and after a training run, and which of them the run brought in, lost or
@@ -231,6 +232,15 @@ def write_corpus(path, rng, make_answer, count, make_problems=problems):
     records.write_atomically(path, rows())
 
 
+def write_facts(folder, rng, count):
+    """`count` two-digit numbers, each with an arbitrary one: texts that state them, and prompts that ask for them."""
+    names, values = 10 + rng.permutation(90)[:count], rng.integers(0, 100, count)
+    asked = [{"id": f"f{i:03d}", "messages": [{"role": "user", "content": f"{name}:?"}]} for i, name in enumerate(names)]
+    records.write_atomically(folder / "facts_prompts.jsonl", (json.dumps(row | {"answer": str(value)}) + "\n" for row, value in zip(asked, values)))
+    records.write_atomically(folder / "facts.jsonl", (json.dumps(row | {"sample": 0, "policy": {"model": "toy.py facts"}, "text": f"#{value}", "finish_reason": "stop"}) + "\n"
+                                                      for row, value in zip(asked, values)))
+
+
 def build_tokenizer(symbols=SYMBOLS, merges=()):
     """One token a character; with `merges`, pairs of characters, also one token for each of these pairs."""
     from tokenizers import Tokenizer, decoders, models
@@ -270,11 +280,12 @@ def fill_sums(folder, args):
         write_prompts(folder / f"{split}.jsonl", np.random.default_rng([args.seed, number]), split, count, prefix)
     write_corpus(folder / "clean.jsonl", np.random.default_rng([args.seed, 3]), clean_answer, args.clean)
     write_corpus(folder / "mixed.jsonl", np.random.default_rng([args.seed, 4]), mixed_answer, args.mixed)
+    write_facts(folder, np.random.default_rng([args.seed, 5]), args.facts)
     for name, merges in (("student", ()), ("teacher", ()), ("teacher_merged_digits", TWO_DIGITS)):
         write_model(folder / name, build_tokenizer(merges=merges), SIZES[name.split("_")[0]], args.seed)
-    counts = {"train": args.train_prompts, "heldout": args.eval_prompts, "clean": args.clean, "mixed": args.mixed}
+    counts = {"train": args.train_prompts, "heldout": args.eval_prompts, "clean": args.clean, "mixed": args.mixed, "facts": args.facts}
     return counts, (f"{args.train_prompts} train, {args.eval_prompts} dev and heldout prompts, {args.clean} clean and "
-                    f"{args.mixed} mixed texts, 3 untrained models")
+                    f"{args.mixed} mixed texts, {args.facts} facts, 3 untrained models")
 
 
 def fill_forks(folder, args):
@@ -292,7 +303,7 @@ def fill_forks(folder, args):
                     f"{', '.join(FORK_CORPORA)}, 2 untrained models")
 
 
-TASKS = {"sums": (fill_sums, {"eval_prompts": 200, "clean": 100000, "mixed": 16000}), "forks": (fill_forks, {"texts": 32000})}
+TASKS = {"sums": (fill_sums, {"eval_prompts": 200, "clean": 100000, "mixed": 16000, "facts": 32}), "forks": (fill_forks, {"texts": 32000})}
 
 
 def main(argv=None):
@@ -303,6 +314,7 @@ def main(argv=None):
     p.add_argument("--eval-prompts", type=int, help="sums: problems in each of dev and heldout (default: 200); forks has 8")
     p.add_argument("--clean", type=int, help="sums: right texts for pre-training (default: 100000)")
     p.add_argument("--mixed", type=int, help="sums: careless texts that spoil the student's habits (default: 16000)")
+    p.add_argument("--facts", type=int, help="sums: facts to learn by heart (default: 32), at most 90")
     p.add_argument("--texts", type=int, help="forks: texts in each corpus (default: 32000); fewer of them, rougher shares")
     p.add_argument("--seed", type=int, default=0, help="seed of problems, texts and initial weights")
     p.add_argument("--overwrite", action="store_true", help="replace --out")
@@ -314,6 +326,8 @@ def main(argv=None):
                 setattr(args, name, default if came is None else came)
             elif came is not None:
                 raise records.BadInput(f"--{name.replace('_', '-')} {came}: belongs to --task {task}, expected no such flag with --task {args.task}")
+    if args.facts is not None and not 1 <= args.facts <= 90:
+        raise records.BadInput(f"--facts: expected 1 to 90, came {args.facts}")
     out, partial = Path(args.out), Path(f"{args.out}.partial")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.overwrite:
         raise records.BadInput(f"--out {out}: exists already: give another one, or --overwrite to replace it")

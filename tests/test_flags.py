@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = ["toy.py", "rollout.py", "teacher.py", "rubric.py", "train.py", "eval.py", "recipes/ropd.py"]
+FILES = ["toy.py", "rollout.py", "teacher.py", "rubric.py", "train.py", "eval.py", "recipes/__init__.py", "recipes/ropd.py", "recipes/opd.py",
+         "recipes/unified.py"]
 # a flag may be read in a file that its stage hands `args` to
-READERS = {"rollout.py": ["served.py"], "teacher.py": ["rollout.py", "served.py"], "rubric.py": ["served.py"]}
+READERS = {"rollout.py": ["served.py"], "teacher.py": ["rollout.py", "served.py"], "rubric.py": ["served.py"], "train.py": ["data.py"],
+           "recipes/__init__.py": ["recipes/opd.py"], "recipes/opd.py": ["recipes/ropd.py"]}
 
 
 def flags_and_reads(path):
@@ -42,7 +44,7 @@ def test_the_check_notices_a_dead_flag(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["toy.py", "rollout.py", "teacher.py answer", "teacher.py score", "rubric.py create", "rubric.py grade",
-                                     "train.py", "eval.py", "records.py check", "recipes/ropd.py"])
+                                     "train.py", "eval.py", "records.py check", "recipes/ropd.py", "recipes/opd.py", "recipes/unified.py"])
 def test_help_opens_with_a_runnable_example_and_unknown_flags_fail(command, capsys):
     file, *words = command.split()
     main = importlib.import_module(file.removesuffix(".py").replace("/", ".")).main
@@ -50,7 +52,7 @@ def test_help_opens_with_a_runnable_example_and_unknown_flags_fail(command, caps
         main([*words, "--help"])
     shown = capsys.readouterr().out
     assert stop.value.code == 0
-    name = "-m recipes.ropd" if file.startswith("recipes") else file
+    name = f"-m recipes.{file[8:-3]}" if file.startswith("recipes") else file
     assert file == "records.py" or re.search(rf"^    python {re.escape(name)} ", shown, re.M)
     for wrong in ("--no-such-flag", "--ou"):  # unknown, and an abbreviation of --out
         with pytest.raises(SystemExit) as stop:

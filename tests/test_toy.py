@@ -260,3 +260,14 @@ def test_flags_of_the_other_task_are_refused(tmp_path, capsys):
         message = refusal(toy.main, argv(task=task, out=tmp_path / "x", **{flag: 5}), capsys)
         assert f"--{flag.replace('_', '-')} 5: belongs to --task" in message
     assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
+
+
+def test_facts_are_asked_as_they_are_stated_and_each_has_one_answer(tmp_path):
+    import rubric
+    toy.main(["--out", str(tmp_path / "w"), "--train-prompts", "1", "--eval-prompts", "1", "--clean", "1", "--mixed", "1", "--facts", "40"])
+    texts, prompts = (list(records.read(tmp_path / "w" / f"{name}.jsonl", kind)) for name, kind in (("facts", "answers"), ("facts_prompts", "prompts")))
+    assert len(texts) == 40 and len({p["messages"][0]["content"] for p in prompts}) == 40
+    for text, prompt in zip(texts, prompts):
+        assert text["messages"] == prompt["messages"] and rubric.is_correct(text["text"], prompt["answer"])
+    with pytest.raises(records.BadInput, match="--facts"):
+        toy.main(["--out", str(tmp_path / "x"), "--facts", "91"])

@@ -1,0 +1,68 @@
+"""What recipes make of result lines: verdicts by hand, and the smaller recipes in seconds."""
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import records
+from recipes import Claim, claims_table, last, verdict
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("low, high, test, bound, want", [
+    (0.01, 0.2, "above", 0, "holds"), (-0.01, 0.2, "above", 0, "not resolvable here"), (-0.2, -0.1, "above", 0, "does not hold"),
+    (0.05, 0.15, "below", 0.2, "holds"), (0.05, 0.25, "below", 0.2, "not resolvable here"), (0.25, 0.3, "below", 0.2, "does not hold"),
+    (-0.02, 0.01, "within", 0.03, "holds"), (-0.02, 0.05, "within", 0.03, "not resolvable here"), (0.04, 0.05, "within", 0.03, "does not hold"),
+    (-0.09, -0.05, "within", 0.03, "does not hold")])
+def test_verdicts(low, high, test, bound, want):
+    assert verdict(low, high, test, bound) == want
+
+
+def lines(path, values):
+    """values: {arm: [accuracy of seed 0, 1, ...]}, each with a first line of 0.1 at step 0."""
+    with open(path, "w") as f:
+        for arm, each in values.items():
+            for seed, value in enumerate(each):
+                for step, accuracy in ((8, value), (0, 0.1)):
+                    f.write(json.dumps({"arm": arm, "seed": seed, "step": step, "final": step == 8, "accuracy": accuracy, "generated_tokens": 0, "teacher_tokens": 0,
+                                        "trained_tokens": 0, "seconds": 1.0, "command": "x"}) + "\n")
+    return path
+
+
+def test_claims_are_paired_by_seed_and_take_the_last_line(tmp_path):
+    """0.5, 0.7, 0.9 against 0.4, 0.6, 0.8: +0.1 in every seed, so the interval is a point although the arms overlap."""
+    path = lines(tmp_path / "r.jsonl", {"a": [0.5, 0.7, 0.9], "b": [0.4, 0.6, 0.8]})
+    claims = [Claim("a beats b", "a − b", last("accuracy", "a", "b")), Claim("by two tenths", "a − b", last("accuracy", "a", "b"), "above", 0.2),
+              Claim("a grew", "growth", lambda arms: arms["a"][-1]["accuracy"] - arms["a"][0]["accuracy"], "above", 0.9), Claim("no such arm", "c", last("accuracy", "c"))]
+    rows = [line for line in claims_table(path, claims).splitlines() if line.startswith("| ")][2:]
+    assert [row.split("|")[-2].strip() for row in rows] == ["**holds**", "**does not hold**", "**not resolvable here**"] and "0.100 ± 0.000" in rows[0]
+    one = claims_table(lines(tmp_path / "one.jsonl", {"a": [0.5], "b": [0.4]}), claims[:1])
+    assert "one seed decides nothing" in one
+
+
+@pytest.mark.parametrize("name", ["opd", "unified"])
+def test_smoke_runs_every_arm_and_ends_in_claims(name, tmp_path):
+    done = subprocess.run([sys.executable, "-m", f"recipes.{name}", "--smoke", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    recipe = importlib.import_module(f"recipes.{name}")
+    rows = list(records.read(tmp_path / "results.jsonl", "results"))
+    assert {r["arm"] for r in rows if r["final"]} == set(recipe.ARMS)
+    report = (tmp_path / "report.md").read_text()
+    assert all(claim.text in report for claim in recipe.CLAIMS) and (tmp_path / "accuracy.png").exists()
+
+
+@pytest.mark.parametrize("name", ["opd", "unified"])
+def test_every_claim_reads_arms_that_exist(name):
+    """A typing error in an arm's name would leave the claim out without a word."""
+    recipe = importlib.import_module(f"recipes.{name}")
+
+    class Line(dict):
+        def __missing__(self, key):
+            return 0.5
+    arms = {arm: [Line(step=0, accuracy=0.1), Line(step=8, accuracy=0.5)] for arm in recipe.ARMS}
+    for claim in recipe.CLAIMS:
+        assert isinstance(claim.value(arms), float) and claim.test in ("above", "below", "within")
