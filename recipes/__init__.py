@@ -9,6 +9,9 @@ import platform
 import shlex
 import sys
 from pathlib import Path
+from typing import Callable, NamedTuple
+
+from tqdm import tqdm
 
 import records
 
@@ -65,6 +68,92 @@ def finished(path, settings):
     done = {(r["arm"], r["seed"]) for r in rows if r.get("final")}
     records.write_atomically(path, (json.dumps(r) + "\n" for r in rows if (r["arm"], r["seed"]) in done))
     return done
+
+
+class Claim(NamedTuple):
+    """A sentence and the number, one a seed, that it stands or falls with.
+
+    value(arms) -> float, arms = {arm: its result lines, in order of steps}; the sentence holds when the 95 % interval of the mean over
+    seeds lies above `bound` (test "above"), below it ("below"), or between -bound and +bound ("within")."""
+    text: str
+    formula: str
+    value: Callable
+    test: str = "above"
+    bound: float = 0.0
+
+
+def last(metric, arm, other=None):
+    """value of a Claim: an arm's last `metric`, or what it is more than another arm's."""
+    return lambda arms: arms[arm][-1][metric] - (arms[other][-1][metric] if other else 0)
+
+
+def verdict(low, high, test, bound):
+    """holds | does not hold | not resolvable here, from an interval.   verdict(0.01, 0.2, "above", 0) -> holds"""
+    if test == "within":
+        inside, outside = -bound < low and high < bound, low > bound or high < -bound
+    else:
+        inside, outside = (low > bound, high < bound) if test == "above" else (high < bound, low > bound)
+    return "holds" if inside else "does not hold" if outside else "not resolvable here"
+
+
+def claims_table(path, claims):
+    """Markdown: every claim with its number, its interval over seeds and its verdict.  Claims on arms that were not run are left out."""
+    from eval import interval
+    seeds = {}
+    for row in records.read(path, "results"):
+        seeds.setdefault(row["seed"], {}).setdefault(row["arm"], []).append(row)
+    for arms in seeds.values():
+        for rows in arms.values():
+            rows.sort(key=lambda r: r["step"])
+    lines = ["| claim | measured, mean over seeds ± half of the 95 % t-interval | bound | each seed | verdict |", "| --- | --- | --- | --- | --- |"]
+    for claim in claims:
+        try:
+            values = [claim.value(arms) for _, arms in sorted(seeds.items())]
+        except KeyError:  # an arm that was not run
+            continue
+        mean, half = interval(values)
+        decision = "one seed decides nothing" if half is None else verdict(mean - half, mean + half, claim.test, claim.bound)
+        sign = {"above": ">", "below": "<", "within": "within ±"}[claim.test]
+        lines.append(f"| {claim.text} | {claim.formula} = {mean:.3f}" + ("" if half is None else f" ± {half:.3f}") + f" | {sign} {claim.bound:g} | "
+                     + " ".join(f"{v:.3f}" for v in values) + f" | **{decision}** |")
+    return "\n".join(lines) + "\n"
+
+
+def say(text):
+    tqdm.write(text)  # above a progress bar, if there is one
+    sys.stdout.flush()
+
+
+def add_run_flags(p, name, seeds=1):
+    p.add_argument("--out", help=f"folder for everything (default: runs/{name}, with --smoke runs/{name}-smoke)")
+    p.add_argument("--results", help="result lines to append to (default: OUT/results.jsonl); arms and seeds in it are not run again")
+    p.add_argument("--report", metavar="FILE", help="print the claims of a results file and run nothing")
+    p.add_argument("--arms", help="comma-separated arms instead of all")
+    p.add_argument("--seeds", type=int, default=seeds, help="seeds 0..N-1")
+    p.add_argument("--smoke", action="store_true", help="a tiny run of every arm: proves that the commands work, nothing else")
+
+
+def settle(args, argv, name, arms):
+    """Defaults that depend on other flags; returns the arms to run, in the recipe's order."""
+    chosen = args.arms.split(",") if args.arms else list(arms)
+    if unknown := set(chosen) - set(arms):
+        raise records.BadInput(f"--arms: expected some of {', '.join(arms)}, came {', '.join(sorted(unknown))}")
+    args.out = args.out or f"runs/{name}" + "-smoke" * args.smoke
+    if len(shlex.split(args.out)) != 1:
+        raise records.BadInput(f"--out {args.out!r}: expected a path without spaces or quotes, for it stands in command lines")
+    args.results = args.results or f"{args.out}/results.jsonl"
+    args.invocation = f"python -m recipes.{name} {' '.join(argv)}".strip()
+    return [arm for arm in arms if arm in chosen]
+
+
+def report(run, args, claims, columns):
+    """Table, picture and claims of what is in the results file, into OUT and onto the screen."""
+    table = run.stage(f"eval.py table {args.results} --partial --out {args.out}/table.md --overwrite --columns {' '.join(columns)}")
+    run.stage(f"eval.py plot {args.results} --out {args.out}/accuracy.png --overwrite")
+    text = (run.out / "table.md").read_text() + "\n" + claims_table(args.results, claims)
+    records.write_atomically(run.out / "report.md", text)
+    say("\n" + text)
+    return table
 
 
 def versions():

@@ -38,10 +38,8 @@ import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 import records
-from recipes import Run, append_result, finished, versions
+from recipes import Run, append_result, finished, say, versions
 
 ARMS = ("before", "sft", "scalar", "scalar-merits", "ropd", "ropd-paper", "ropd-m1", "ropd-flat", "ropd-unchecked", "shuffled", "answer", "teacher")
 SHARED = ("rounds", "prompts", "n", "updates", "learning_rate", "max_tokens", "verifier_noise", "base_steps", "teacher_steps",
@@ -49,11 +47,11 @@ SHARED = ("rounds", "prompts", "n", "updates", "learning_rate", "max_tokens", "v
 DEFAULT_ARMS = ("before", "ropd", "shuffled", "teacher")
 
 
-def build_world(run, args):
-    """Problems, corpora and two checkpoints of one pre-training run: the base (the student's) and, later, the teacher."""
+def build_world(run, args, problems):
+    """Problems (so many to train on), corpora and two checkpoints of one pre-training run: the base (the student's) and, later, the teacher."""
     world = run.out / "world"
     if not (world / "toy").exists():
-        run.stage(f"toy.py --out {world}/toy --train-prompts {args.prompts * args.rounds} --clean {64 * args.teacher_steps} --mixed {64 * args.spoil_steps * 4}")
+        run.stage(f"toy.py --out {world}/toy --train-prompts {problems} --clean {64 * args.teacher_steps} --mixed {64 * args.spoil_steps * 4}")
     common = (f"--method sft --rollouts {world}/toy/clean.jsonl --batch-size 64 --learning-rate 4e-3 --warmup-steps 20 --schedule linear "
               f"--total-steps {args.teacher_steps} --adam-beta2 0.95 --micro-batch-tokens 4096 --save-every 200")
     for name, start, steps, seed in (("base", "toy/student", args.base_steps, 0), ("teacher", "base", args.teacher_steps - args.base_steps, 1)):
@@ -63,14 +61,12 @@ def build_world(run, args):
     return world
 
 
-def prepare_seed(run, args, world, seed):
-    """This seed's student (the base, spoiled by careless text) and its teacher's answers to the training problems."""
+def spoil_student(run, args, world, seed):
+    """This seed's folder with its student: the base, spoiled by careless text."""
     folder = run.out / f"seed{seed}"
     if not (folder / "student").exists():
         run.stage(f"train.py --method sft --model {world}/base --rollouts {world}/toy/mixed.jsonl --out {folder}/student --batch-size 64 "
                   f"--steps {args.spoil_steps} --learning-rate {args.spoil_lr} --fresh-optimizer --adam-beta2 0.95 --seed {seed} --micro-batch-tokens 4096")
-    run.stage(f"teacher.py answer --model {world}/teacher --prompts {world}/toy/train.jsonl --n 4 --max-tokens {args.max_tokens} "
-              f"--seed {10**6 + seed} --out {folder}/answers.jsonl")
     return folder
 
 
@@ -155,11 +151,6 @@ def teacher_tokens(answers, rubrics, m):
     return sum(len(r["response_ids"]) for r in records.read(answers, "answers") if r["id"] in ids and r["sample"] < m)
 
 
-def say(text):
-    tqdm.write(text)  # above a progress bar, if there is one
-    sys.stdout.flush()
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     p = records.parser(__doc__)
@@ -199,10 +190,12 @@ def main(argv=None):
 
     started, run = time.time(), Run(args.out, settings := {k: getattr(args, k) for k in SHARED})
     say(f"ROPD on running sums; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
-    world = build_world(run, args)
+    world = build_world(run, args, problems=args.prompts * args.rounds)
     done = finished(args.results, settings)
     for seed in range(args.seeds):
-        folder = prepare_seed(run, args, world, seed)
+        folder = spoil_student(run, args, world, seed)
+        run.stage(f"teacher.py answer --model {world}/teacher --prompts {world}/toy/train.jsonl --n 4 --max-tokens {args.max_tokens} "
+                  f"--seed {10**6 + seed} --out {folder}/answers.jsonl")
         for arm in arms:
             if (arm, seed) in done:
                 say(f"seed {seed} {arm}: done before")

@@ -1,0 +1,216 @@
+"""The unified view, measured: does where the answers come from decide what training does to a policy?
+
+    python -m recipes.unified --seeds 5
+    python -m recipes.unified --smoke
+    python -m recipes.unified --report results/unified.jsonl
+
+arXiv 2604.07941 sorts all of post-training by provenance (whose answers), interface (tokens, rewards, a teacher) and role: training
+*expands* the set of things a policy writes, *reshapes* how it divides its mass among them, or consolidates.  It reports no experiment.
+Here every class of row trains the same student with as many updates on as many answers, in a world (toy.py --task forks) so small that
+`eval.py support` lists every answer with its probability, and expansion, attrition and moved mass are exact numbers.
+
+The student writes route aa (mostly wrong) and cc (a habit, at random); route bb is outside of its support, although as right as aa.
+The teacher writes aa and bb, and gets home from any beginning.  Arms:
+
+    before
+    sft-both, sft-a     imitation of right demonstrations of aa and bb, and of aa only: the same loss
+    sft-b-long          imitation of bb only, four times as long: a narrow corpus
+    seqkd, fkl          imitation of the teacher's answers, and of its whole distribution on them
+    rft, dpo, grpo      own answers and a verifier: accepted ones imitated, best against worst, policy gradient
+    opd, dagger, gkd    own answers and the teacher: reverse KL, forward KL, half of each source
+    fkl-opd             half of the updates fkl, then opd
+    grpo-shuffled       control: rewards dealt out at random within each group
+    opd-self            control: the student is its own teacher
+
+Checks C1-C5 are claims below.  Every effective support is measured at eps 1e-2, 1e-3 and 1e-4; claims use 1e-4, which the student's whole
+corpus passes and a pair outside of it does not: at 1e-3, half of what the student writes is below the bar, and mere reweighting of it
+would count as expansion.  A pair's mass is at most 1 / (8 problems x 5 tokens) = 0.025.
+The student is pre-trained on right aa answers first, and then on its own corpus: otherwise it learns the routes long before the digits.
+"""
+import shutil
+import sys
+import time
+
+import records
+from recipes import Claim, Run, add_run_flags, append_result, claims_table, finished, last, report, say, settle, versions
+
+ARMS = {
+    "before": (),
+    "sft-both": (("sft", "demos_both"),), "sft-a": (("sft", "demos_a"),), "sft-b-long": (("sft", "demos_b"),) * 4,
+    "seqkd": (("seqkd", "teacher"),), "fkl": (("fkl", "teacher"),),
+    "rft": (("rft", "own"),), "dpo": (("dpo", "own"),), "grpo": (("grpo", "own"),),
+    "opd": (("opd-full", "own"),), "dagger": (("dagger", "own"),), "gkd": (("gkd", "own"),),
+    "fkl-opd": (("fkl", "teacher"), ("opd-full", "own")),
+    "grpo-shuffled": (("grpo", "own"),), "opd-self": (("opd-full", "own"),),
+}  # arm -> phases (row of METHODS, whose answers)
+EPS = ("0.01", "0.001", "0.0001")
+SHARED = ("rounds", "prompts", "n", "updates", "learning_rate", "max_tokens", "teacher_steps", "digit_steps", "student_steps", "pretrain_lr", "floor", "eval_every", "recovery_n")
+COLUMNS = ("expansion@0.0001", "expansion_mass@0.0001", "attrition_mass@0.0001", "moved@0.0001", "right_answers", "route_b", "recovery", "trained_tokens", "seconds")
+
+
+def gain(arm, metric="accuracy"):
+    return last(metric, arm, "before")
+
+
+CLAIMS = [
+    Claim("C1: demonstrations of a route outside of the support expand it", "expansion mass(sft-both)", last("expansion_mass@0.0001", "sft-both"), "above", 0.1),
+    Claim("C1: the same loss on demonstrations inside of it does not: the data decides, not the loss", "expansion mass(sft-a)", last("expansion_mass@0.0001", "sft-a"), "below", 0.01),
+    *(Claim(f"C2: {arm} does not expand", f"expansion mass({arm})", last("expansion_mass@0.0001", arm), "below", 0.01) for arm in ("grpo", "dpo", "rft")),
+    *(Claim(f"C2: {arm} moves mass inside of the common support", f"moved({arm})", last("moved@0.0001", arm), "above", 0.1) for arm in ("grpo", "dpo", "rft")),
+    *(Claim(f"C2: {arm} raises pass@1", f"{arm} − before", gain(arm), "above", 0.1) for arm in ("grpo", "dpo", "rft")),
+    *(Claim(f"C2: {arm} brings no new right answer (distinct ones of probability 1e-4 or more, a problem)", f"right answers({arm}) − before", gain(arm, "right_answers"), "below", 0.5)
+      for arm in ("grpo", "dpo", "rft")),
+    *(Claim(f"C2: {arm} does not raise pass@256 (which is 1 before training here: it cannot rise)", f"pass@256({arm}) − before", gain(arm, "pass@256"), "below", 0.005) for arm in ("grpo", "dpo", "rft")),
+    Claim("C3: reverse KL at own prefixes does not reach the missing route", "mass of route b(opd)", last("route_b", "opd"), "below", 0.05),
+    Claim("C3: after a forward-KL warm-up it is kept", "mass of route b(fkl-opd)", last("route_b", "fkl-opd"), "above", 0.25),
+    Claim("C3: forward KL at own prefixes reaches it too", "mass of route b(dagger)", last("route_b", "dagger"), "above", 0.25),
+    Claim("C4: long imitation of a narrow corpus loses more of the old support than on-policy distillation",
+          "attrition(sft-b-long) − attrition(opd)", last("attrition_mass@0.0001", "sft-b-long", "opd")),
+    Claim("C5: from a foreign beginning, training on own answers gets home more often than on given ones: reverse KL",
+          "recovery(opd) − recovery(fkl)", last("recovery", "opd", "fkl")),
+    Claim("C5: ...and with the same loss, forward KL, on other prefixes", "recovery(dagger) − recovery(fkl)", last("recovery", "dagger", "fkl")),
+    Claim("control: shuffled rewards teach nothing", "grpo-shuffled − before", gain("grpo-shuffled"), "within", 0.05),
+    Claim("control: shuffled rewards do not expand", "expansion mass(grpo-shuffled)", last("expansion_mass@0.0001", "grpo-shuffled"), "below", 0.01),
+    Claim("control: a student that is its own teacher stays as it is", "moved(opd-self)", last("moved@0.0001", "opd-self"), "below", 0.001),
+]
+
+
+def build_world(run, args):
+    world = run.out / "world"
+    if not (world / "forks").exists():
+        run.stage(f"toy.py --task forks --out {world}/forks --train-prompts {args.prompts * args.rounds} --texts {64 * args.student_steps}")
+    pretrain(run, args, world, world / "forks" / "teacher", "teacher", args.teacher_steps, 0, world / "teacher")
+    return world
+
+
+def pretrain(run, args, world, start, corpus, steps, seed, out):
+    if not out.exists():
+        run.stage(f"train.py --method sft --model {start} --rollouts {world}/forks/{corpus}.jsonl --batch-size 64 --learning-rate {args.pretrain_lr} --fresh-optimizer "
+                  f"--steps {steps} --warmup-steps 20 --schedule linear --adam-beta2 0.95 --seed {seed} --out {out}")
+
+
+def run_arm(run, args, world, folder, seed, arm):
+    """All phases of one arm; appends a result line at every evaluation.  Returns the last one."""
+    phases, place = ARMS[arm], folder / arm
+    shutil.rmtree(place, ignore_errors=True)  # an interrupted arm is begun again
+    place.mkdir(parents=True)
+    student, model, row, number, started = folder / "student", folder / "student", None, 0, time.time()
+    cost = {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0}
+
+    def measure(final):
+        """On the way accuracy is sampled; at the end every answer is listed, and the foreign beginnings are tried."""
+        nonlocal row
+        spent = round(time.time() - started, 2)
+
+        def sampled(name, n):
+            return run.stage(f"eval.py --model {model} --prompts {world}/forks/{name}.jsonl --n {n} --max-tokens {args.max_tokens} --seed {2 * 10**6 + seed} "
+                             f"--out {place}/{name}.jsonl --overwrite")
+        free = sampled("heldout", 8 * args.recovery_n)
+        texts = [r["text"] for r in records.read(free["out"], "evals")]
+        row = {"arm": arm, "seed": seed, "step": number * args.updates, "final": final, "accuracy": free["accuracy"],
+               "route_b": sum("b" in text for text in texts) / len(texts), **cost, "seconds": spent}
+        if final:
+            exact = run.stage(f"eval.py support --before {student} --after {model} --prompts {world}/forks/heldout.jsonl --max-tokens {args.max_tokens} --eps {' '.join(EPS)} "
+                              f"--floor {args.floor} --max-prefixes 4000000 --out {place}/support.jsonl --overwrite")
+            row |= {"accuracy": exact["accuracy_after"], "pass@256": exact["pass@256_after"], "right_answers": exact["right_answers_after@0.0001"], "missed_mass": exact["missed_mass"],
+                    **{f"{name}@{eps}": exact[f"{name}@{eps}"] for eps in EPS for name in ("expansion", "expansion_mass", "attrition", "attrition_mass", "moved")},
+                    "recovery": sampled("corrupt", args.recovery_n)["accuracy"]}
+        row |= {"settings": {k: getattr(args, k) for k in SHARED}, "versions": versions(), "command": args.invocation}
+        append_result(args.results, row)
+
+    if not phases:
+        measure(True)
+        return row
+    measure(False)
+    each = args.rounds // len(phases) if arm == "fkl-opd" else args.rounds
+    for phase, (method, source) in enumerate(phases):
+        stride = 1 if source in ("own", "teacher") else min(args.eval_every, each)  # a corpus is there already: fewer, longer calls
+        for turn in range(0, each, stride):
+            at = place / f"round{number}"
+            part = f"--prompts {world}/forks/train.jsonl --slice {turn * args.prompts}:{(turn + 1) * args.prompts} --max-tokens {args.max_tokens} --n {args.n}"
+            teacher = model if arm == "opd-self" else world / "teacher"
+            flags = f"--teacher {teacher}" if method in ("fkl", "opd-full", "dagger") else ""
+            if source == "own":
+                rollouts = at / "rollouts.jsonl"
+                rolled = run.stage(f"rollout.py --model {model} {part} --seed {seed * 1000 + number} --out {rollouts}")
+                cost["generated_tokens"] += rolled["generated_tokens"]
+                if method in ("rft", "dpo", "grpo"):
+                    shuffle = "--shuffle" if arm == "grpo-shuffled" else ""
+                    graded = run.stage(f"rubric.py grade --grader answer --prompts {world}/forks/train.jsonl --rollouts {rollouts} {shuffle} --seed {seed} --out {at}/rewards.jsonl")
+                    flags += f" --rewards {at}/rewards.jsonl"
+                    if graded["reward_mean"] == 0 or graded["zero_variance_groups"] == 1:  # nothing to imitate or to compare
+                        number += 1
+                        continue
+                if method == "dpo":
+                    run.stage(f"teacher.py score --model {student} --rollouts {rollouts} --out {at}/reference.jsonl")
+                    flags += f" --reference {at}/reference.jsonl"
+                if method == "gkd":
+                    given = run.stage(f"teacher.py answer --model {world}/teacher {part} --seed {10**6 + seed * 1000 + number} --out {at}/given.jsonl")
+                    cost["teacher_tokens"] += given["generated_tokens"]
+                    flags += f" --data {at}/given.jsonl --teacher {world}/teacher --teacher-top-k 1000"
+            elif source == "teacher":
+                rollouts = at / "answers.jsonl"
+                given = run.stage(f"teacher.py answer --model {world}/teacher {part} --seed {10**6 + seed * 1000 + number} --out {rollouts}")
+                cost["teacher_tokens"] += given["generated_tokens"]
+            else:
+                rollouts = world / "forks" / f"{source}.jsonl"
+            size = f"--batch-size {args.prompts // args.updates}" if source in ("own", "teacher") else f"--batch-size {args.prompts * args.n // args.updates} --steps {args.updates * stride}"
+            fresh = "--fresh-optimizer" if turn == 0 and (phase == 0 or method != phases[phase - 1][0]) else ""
+            done = run.stage(f"train.py --method {method} --model {model} --rollouts {rollouts} {flags} --out {at}/model --learning-rate {args.learning_rate} "
+                             f"--seed {seed * 1000 + number} {size} {fresh}")
+            cost["trained_tokens"] += done["trained_tokens"]
+            if model != student:
+                shutil.rmtree(model)
+            model, number = at / "model", number + stride
+            if number < each * len(phases) and number % args.eval_every == 0:
+                measure(False)
+    measure(True)
+    return row
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    p = records.parser(__doc__)
+    add_run_flags(p, "unified")
+    p.add_argument("--rounds", type=int, default=20, help="rounds an arm")
+    p.add_argument("--prompts", type=int, default=16, help="prompts a round, the 8 problems in turn")
+    p.add_argument("--n", type=int, default=8, help="answers a prompt")
+    p.add_argument("--updates", type=int, default=4, help="optimiser steps a round")
+    p.add_argument("--learning-rate", type=float, default=1e-3, help="of every arm")
+    p.add_argument("--max-tokens", type=int, default=5, help="longest answer, end token included")
+    p.add_argument("--teacher-steps", type=int, default=500, help="steps of 64 texts that make the teacher")
+    p.add_argument("--digit-steps", type=int, default=150, help="steps of 64 right texts by route aa, which teach the student what a right digit is")
+    p.add_argument("--student-steps", type=int, default=1000, help="steps of 64 texts of its own corpus that make the student")
+    p.add_argument("--pretrain-lr", type=float, default=4e-3, help="learning rate of those steps")
+    p.add_argument("--floor", type=float, default=1e-6, help="answers less likely than this are not listed; what they hold together is in missed_mass")
+    p.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations")
+    p.add_argument("--recovery-n", type=int, default=32, help="samples from each foreign beginning")
+    args = p.parse_args(argv)
+    if args.report:
+        print(claims_table(args.report, CLAIMS))
+        return None
+    if args.smoke:
+        args.eval_every, args.rounds, args.prompts, args.n, args.updates, args.teacher_steps, args.digit_steps, args.student_steps, args.recovery_n, args.max_tokens = 9, 2, 8, 4, 1, 2, 2, 2, 1, 1
+    arms = settle(args, argv, "unified", ARMS)
+    if args.prompts % args.updates or args.rounds % 2:
+        raise records.BadInput(f"--rounds {args.rounds}, --prompts {args.prompts}, --updates {args.updates}: expected even rounds, and updates that divide the prompts")
+    started, run = time.time(), Run(args.out, settings := {k: getattr(args, k) for k in SHARED})
+    say(f"the unified view on forks; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
+    world = build_world(run, args)
+    done = finished(args.results, settings)
+    for seed in range(args.seeds):
+        folder = run.out / f"seed{seed}"
+        pretrain(run, args, world, world / "forks" / "student", "demos_a", args.digit_steps, seed, folder / "digits")
+        pretrain(run, args, world, folder / "digits", "base", args.student_steps, seed, folder / "student")
+        for arm in arms:
+            if (arm, seed) in done:
+                say(f"seed {seed} {arm}: done before")
+                continue
+            row = run_arm(run, args, world, folder, seed, arm)
+            say(f"seed {seed} {arm}: accuracy {row['accuracy']:.1%}, route b {row['route_b']:.1%}, expansion mass {row['expansion_mass@0.0001']:.3f}, "
+                f"attrition mass {row['attrition_mass@0.0001']:.3f}, recovery {row['recovery']:.1%} ({time.time() - started:.0f} s so far)")
+    return report(run, args, CLAIMS, COLUMNS)
+
+
+if __name__ == "__main__":
+    records.run(main)
