@@ -45,8 +45,8 @@ ARMS = {
     "jsd10": dict(method="opd-full", set="divergence=jsd interpolation=0.1", **OWN),
     "jsd50": dict(method="opd-full", set="divergence=jsd interpolation=0.5", **OWN),
     "jsd90": dict(method="opd-full", set="divergence=jsd interpolation=0.9", **OWN),
-    "rl": dict(method="ppo-clip", source="own", reward=True),
-    "rl-opd": dict(method="opd-full", source="own", teacher="rl"),
+    "rl": dict(method="ppo-clip", source="own", reward=True, every=2),
+    "rl-opd": dict(method="opd-full", source="own", teacher="rl", every=1),
     "rl-self": dict(method="opd-full", source="own", teacher="student"),
     "facts": dict(source="facts", method="sft", start="world"),
     "facts-opd": dict(method="opd-full", start="facts", **OWN),
@@ -161,7 +161,7 @@ def run_arm(run, args, world, folder, seed, arm):
                       f"--max-tokens {args.max_tokens} --seed {10**6 + 1000 * seed} --out {folder}/answers/0.jsonl")
             more += f" --data {folder}/answers/0.jsonl"
         step += train(number, at / "rollouts.jsonl", more)
-        if number + 1 < rounds and (number + 1) % args.eval_every == 0:
+        if number + 1 < rounds and (number + 1) % a.get("every", args.eval_every) == 0:
             measure(step, False)
     measure(step, True)
     model.rename(place / "model")
@@ -178,7 +178,7 @@ def main(argv=None):
     p.add_argument("--n", type=int, default=8, help="answers a problem")
     p.add_argument("--updates", type=int, default=4, help="optimiser steps a round")
     p.add_argument("--rl-learning-rate", type=float, default=3e-4, help="of reinforcement")
-    p.add_argument("--opd-learning-rate", type=float, default=1e-3, help="of arms that read a teacher's log-probs")
+    p.add_argument("--opd-learning-rate", type=float, default=3e-4, help="of arms that read a teacher's log-probs")
     p.add_argument("--sft-learning-rate", type=float, default=1e-3, help="of imitation")
     p.add_argument("--facts-epochs", type=int, default=100, help="walks over the facts")
     p.add_argument("--max-tokens", type=int, default=64, help="longest answer")
@@ -186,7 +186,7 @@ def main(argv=None):
     p.add_argument("--teacher-steps", type=int, default=2000, help="pre-training steps of the teacher, which goes on from the base")
     p.add_argument("--spoil-steps", type=int, default=100, help="steps of 64 careless texts for the student")
     p.add_argument("--spoil-lr", type=float, default=1e-3, help="learning rate of those steps")
-    p.add_argument("--eval-every", type=int, default=2, help="rounds between evaluations")
+    p.add_argument("--eval-every", type=int, default=4, help="rounds between evaluations; arms of M1 are looked at more often")
     p.add_argument("--eval-n", type=int, default=4, help="samples a held-out problem on the way")
     p.add_argument("--final-n", type=int, default=16, help="samples a held-out problem at the end of an arm")
     p.add_argument("--eval-split", default="heldout", choices=("heldout", "dev"), help="dev is for choosing settings")
