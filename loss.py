@@ -397,6 +397,15 @@ def divergence(kind, logp, teacher_logp, whole=True, interpolation=0.5):
     return interpolation * kl(teacher_logp, mixture) + (1 - interpolation) * kl(logp, mixture)
 
 
+def teacher_divergence(method, logp, batch, exact=None):
+    """The row's divergence a token, [N], from a teacher in memory (exact) or over the support; arguments as for token_loss."""
+    kind = method.divergence
+    if exact is None or kind == "jsd":
+        return divergence(kind, logp[:, 1:], batch["support_logp"], batch["whole"], method.interpolation)
+    b = {"rkl": 1.0, "fkl": 0.0, "mix": method.interpolation}[kind]
+    return exact[0] if b == 1 else exact[1] if b == 0 else b * exact[0] + (1 - b) * exact[1]
+
+
 def token_loss(method, logp, entropy, batch, exact=None):
     """The loss of each trained token, [N], for any row of METHODS; sum(loss * batch["weight"]) is the step's loss.
 
@@ -413,12 +422,7 @@ def token_loss(method, logp, entropy, batch, exact=None):
     own, kl = logp[:, 0], None
     old = batch.get("old_logp", own.detach())
     if method.support:
-        kind = method.divergence
-        if exact is not None and kind != "jsd":
-            b = {"rkl": 1.0, "fkl": 0.0, "mix": method.interpolation}[kind]
-            kl = exact[0] if b == 1 else exact[1] if b == 0 else b * exact[0] + (1 - b) * exact[1]
-        else:
-            kl = divergence(kind, logp[:, 1:], batch["support_logp"], batch["whole"], method.interpolation)
+        kl = teacher_divergence(method, logp, batch, exact)
     if method.coefficient in SURROGATE or method.gamma:
         advantage = sampled_advantage(method, batch, kl)
     if method.coefficient == "token":

@@ -165,7 +165,7 @@ def micro_batch(policy, data, items, args, sums, worst):
         kls = (numbers.reverse_kl, numbers.forward_kl) if exact else None
         value = losses.token_loss(method, numbers.logp, numbers.entropy, some, kls)
         logp, entropy = numbers.logp.detach()[:, 0], numbers.entropy.detach()
-        for name, x in token_metrics(method, logp, entropy, some, numbers).items():
+        for name, x in token_metrics(method, logp, entropy, some, numbers, kls).items():
             sums[name] = sums.get(name, 0.0) + float((x * some["share"]).sum())
         sums["train/loss"] = sums.get("train/loss", 0.0) + float((value.detach() * some["weight"]).sum())
         if "behaviour_logp" in some:
@@ -179,7 +179,7 @@ def micro_batch(policy, data, items, args, sums, worst):
     return loss(slice(None), token_numbers(hidden, policy.head, ids, **options))
 
 
-def token_metrics(method, logp, entropy, batch, numbers):
+def token_metrics(method, logp, entropy, batch, numbers, exact):
     """Per-token tensors [N] whose mean is logged."""
     out = {"policy/entropy": entropy}
     if method.signal == "tokens":
@@ -196,11 +196,12 @@ def token_metrics(method, logp, entropy, batch, numbers):
         out["kl/teacher_support_mass"] = batch["support_logp"].exp().sum(-1)
     if "reference_logp" in batch:
         out["kl/reference"] = logp - batch["reference_logp"]
-    if method.advantage_clip and method.baseline == "none":
-        out["policy/advantage_clip_fraction"] = (losses.teacher_advantage(method, batch).abs() > method.advantage_clip).float()
-    if (method.clip_low or method.clip_high) and method.baseline == "none" and "behaviour_logp" in batch:  # where the clip takes the gradient away
+    kl = losses.teacher_divergence(method, numbers.logp.detach(), batch, exact).detach() if method.baseline == "kl" else None
+    if method.advantage_clip:
+        out["policy/advantage_clip_fraction"] = (losses.teacher_advantage(method, batch, kl).abs() > method.advantage_clip).float()
+    if (method.clip_low or method.clip_high) and "behaviour_logp" in batch:  # where the clip takes the gradient away
         ratio = losses.log_ratio(method, logp, old if method.advantage != "none" else batch["behaviour_logp"], batch).exp()
-        good = losses.sampled_advantage(method, batch) > 0
+        good = losses.sampled_advantage(method, batch, kl) > 0
         high, low = 1 + (method.clip_high or math.inf), 1 - (method.clip_low or 1)
         out["policy/clip_fraction"] = torch.where(good, ratio > high, ratio < low).float()
     return out

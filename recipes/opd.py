@@ -53,7 +53,7 @@ ARMS = {
     "facts-sft": dict(source="answers", method="seqkd", repeats=1, start="facts"),
     "teacher": dict(start="world"),
 }
-SHARED = ("rounds", "rl_rounds", "prompts", "n", "updates", "rl_learning_rate", "opd_learning_rate", "sft_learning_rate", "facts_epochs", "max_tokens",
+SHARED = ("rounds", "rl_rounds", "prompts", "n", "updates", "rl_learning_rate", "opd_learning_rate", "sft_learning_rate", "facts_learning_rate", "facts_epochs", "max_tokens",
           "base_steps", "teacher_steps", "spoil_steps", "spoil_lr", "eval_every", "eval_n", "final_n", "eval_split")
 COLUMNS = ("greedy", "pass@n", "facts", "entropy", "length_mean", "trained_tokens", "generated_tokens", "teacher_tokens", "seconds")
 
@@ -97,7 +97,7 @@ def run_arm(run, args, world, folder, seed, arm):
     named = {"world": world / "teacher", "student": folder / "student", "facts": folder / "facts" / "model", "rl": folder / "rl" / "model"}
     model, row = named[a.get("start", "student")], None
     cost, started, entropy = {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0}, time.time(), None
-    rate = args.rl_learning_rate if a.get("reward") else args.opd_learning_rate if a.get("teacher") else args.sft_learning_rate
+    rate = args.facts_learning_rate if arm == "facts" else args.rl_learning_rate if a.get("reward") else args.opd_learning_rate if a.get("teacher") else args.sft_learning_rate
 
     def measure(step, final):
         nonlocal row
@@ -179,7 +179,8 @@ def main(argv=None):
     p.add_argument("--updates", type=int, default=4, help="optimiser steps a round")
     p.add_argument("--rl-learning-rate", type=float, default=3e-4, help="of reinforcement")
     p.add_argument("--opd-learning-rate", type=float, default=3e-4, help="of arms that read a teacher's log-probs")
-    p.add_argument("--sft-learning-rate", type=float, default=1e-3, help="of imitation")
+    p.add_argument("--sft-learning-rate", type=float, default=3e-4, help="of imitation")
+    p.add_argument("--facts-learning-rate", type=float, default=1e-3, help="of learning facts by heart")
     p.add_argument("--facts-epochs", type=int, default=100, help="walks over the facts")
     p.add_argument("--max-tokens", type=int, default=64, help="longest answer")
     p.add_argument("--base-steps", type=int, default=600, help="pre-training steps of the base model the students come from")

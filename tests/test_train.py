@@ -717,6 +717,22 @@ def test_dpo_widens_its_margin(world, tmp_path):
     assert last["preference/margin"] > first["preference/margin"] + 0.1 and last["preference/loss"] < first["preference/loss"]
 
 
+@pytest.mark.parametrize("baseline", ["none", "kl"])
+def test_the_share_of_clipped_advantages_is_logged(world, baseline):
+    """Counted by hand from the files: |log p_T - log mu (+ KL)| above the bound, over all trained tokens."""
+    overrides = (f"baseline={baseline}", "advantage_clip=0.4")
+    _, numbers = gradient(world, needs(world, "opd", overrides), overrides=overrides)
+    scores, model, beyond = by_key(load(world.scores)), naive_model(world.base), []
+    for key, r in by_key(load(world.rollouts)).items():
+        table = naive_logps(model, r["prompt_ids"], r["response_ids"]).detach()
+        ids, logps = (records.unpack(scores[key]["topk"][f]) for f in ("ids", "logprobs"))
+        full = np.empty((len(ids), V))
+        np.put_along_axis(full, ids.astype(int), logps, 1)
+        kl = (table.exp() * (table - torch.tensor(full))).sum(-1) if baseline == "kl" else torch.zeros(len(table))
+        beyond += [abs(q - mu + float(k)) > 0.4 for q, mu, k in zip(scores[key]["logprobs"], r["logprobs"], kl)]
+    assert 0.02 < np.mean(beyond) < 0.98 and numbers["policy/advantage_clip_fraction"] == pytest.approx(np.mean(beyond), abs=1e-3)
+
+
 def test_explain_prints_a_row_and_trains_nothing(capsys):
     summary = train.main(["--explain", "gkd", "--set", "interpolation=0.9"])
     assert capsys.readouterr().out.strip() == summary["explain"] and "interpolation=0.9" in summary["explain"]
