@@ -57,10 +57,13 @@ class Data:
         if self.prefix == "teacher":
             if came.get("weights") == ours["weights"]:
                 raise BadInput(f"{where}: policy.weights: expected another model's, came {ours['weights']}, those of {args.model}: {row} is off-policy, on a "
-                               "teacher's answers; for the policy's own there are opd-full, dagger and rft")
-            if self.teacher and came.get("weights", self.teacher.identity["weights"]) != self.teacher.identity["weights"]:
+                               "teacher's answers; for the policy's own there are opd-full and dagger")
+            if self.teacher and (came.get("weights") or self.teacher.identity["weights"]) != self.teacher.identity["weights"]:
                 raise BadInput(f"{where}: policy.weights: expected {self.teacher.identity['weights']}, the weights of {args.teacher}, came {came['weights']}: {row} wants "
                                "the teacher's own answers; for those of others there is kd")
+        if self.prefix == "old" and came.get("weights") == ours["weights"]:
+            raise BadInput(f"{where}: policy.weights: expected those of an earlier state, came {ours['weights']}, those of {args.model}: samples of the very weights that are "
+                           f"trained are on-policy: --set prefix=self")
         if self.prefix == "self" or self.scores or self.reference:
             check_tokens(rollout, where, ours, self.policy.vocabulary)
 

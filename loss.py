@@ -37,9 +37,10 @@ gets depends on the estimator *and* on its use, and most pairs are traps:
 `k1` is exact in expectation for the first update of a file: its advantage is fixed when the rollout is scored, as in its
 source, while pi moves on.
 
-Where the prefixes come from (`prefix`) decides what an expectation is over: "data" any text, "teacher" a teacher's samples,
-"old" samples of an earlier or other state of this policy, "self" samples of these very weights, "mixed" both (GKD).  train.py
-derives it from the hashes recorded in the files and refuses a row that claims another.
+Where the prefixes come from (`prefix`) decides what an expectation is over: "data" any text, whoever wrote it; "teacher" a
+teacher's samples; "old" samples of an earlier state of this policy; "self" samples of these very weights; "mixed" those or given
+texts (GKD).  data.py reads it off the weight hashes in the files: "self" and "mixed" refuse rollouts of any other weights, "teacher"
+and "old" those of the very weights that are trained, "teacher" also answers that another model wrote than scores them.
 
 Sources: papers of the rows are named there; the one formula, the g(u) forms and the table of estimators follow from the chain
 rule and are checked by enumeration in tests/test_loss.py.  Taxonomy: arXiv 2604.07941, which gives no gradient.
@@ -142,7 +143,7 @@ METHODS = {
     "dagger": Method("self", divergence="fkl", **TEACHER_FULL, about="forward KL at the student's own prefixes (GKD with lambda 1, beta 0)"),
     "gkd": Method("mixed", divergence="jsd", student_fraction=0.5, **TEACHER_FULL, about="generalised KD: Jensen-Shannon divergence on own and given texts (arXiv 2306.13649)"),
     "minillm": Method("self", divergence="rkl", gamma=1.0, future="mean", clip_low=0.2, clip_high=0.2, **TEACHER_FULL,
-                      about="exact single-step reverse KL plus what a token does to the later ones, length-normalised (arXiv 2306.08543)"),
+                      about="exact single-step reverse KL plus what a token does to the later ones, length-normalised (arXiv 2306.08543, without its teacher-mixed sampling and its language-modelling term)"),
     # ---- both
     "opd-verifier": Method(**PPO | dict(signal="reward+teacher", coefficient="reward+k1"), divergence="rkl", advantage="std", about="a verifier's group advantage plus the teacher's advantage of every token"),
     "rwopd": Method("self", "reward+teacher", "full", "rkl", omega="softmax", about="exact on-policy distillation, answers weighted by the softmax of their rewards"),
@@ -217,7 +218,7 @@ def check(method):
             raise BadInput(f"{column}: goes with coefficient {' or '.join(uses[column])}, came {value} with {c}")
     if method.ratio != "token" and c not in SURROGATE:
         raise BadInput(f"ratio {method.ratio}: goes with coefficient reward, k1 or reward+k1, which have an importance ratio, came {c}")
-    if method.gamma > 1 or (method.gamma and not method.on_policy):
+    if method.gamma > 1 or (method.gamma and method.prefix != "self"):
         raise BadInput(f"gamma: expected 0 to 1, with the policy's own samples, came {method.gamma} with prefix {method.prefix!r}")
     if method.future != "sum" and not method.gamma:
         raise BadInput("future: says how later tokens count: set gamma above 0")
@@ -227,6 +228,10 @@ def check(method):
         raise BadInput(f"interpolation: expected between 0 and 1, came {method.interpolation}: at the ends use divergence fkl (0) or rkl (1); JSD itself vanishes there")
     if method.omega in ("softmax", "preference") and not method.omega_scale:
         raise BadInput(f"omega_scale: expected above 0 for omega {method.omega}, came 0")
+    if method.interpolation != 0.5 and method.divergence not in ("jsd", "mix"):
+        raise BadInput(f"interpolation: goes with divergence jsd or mix, came {method.interpolation} with {method.divergence}")
+    if method.omega_scale != 1 and method.omega in ("one", "informative"):
+        raise BadInput(f"omega_scale: goes with omega accepted, softmax or preference, came {method.omega_scale} with {method.omega}")
     if method.teacher_weight != 1 and c != "reward+k1":
         raise BadInput(f"teacher_weight: weighs the teacher's term against the reward's: goes with coefficient reward+k1, came {c}")
     if (method.student_fraction < 1) != (method.prefix == "mixed") or method.student_fraction > 1:
@@ -282,14 +287,14 @@ def sequence_weights(method, rewards):
     return [1.0] * len(rewards)
 
 
-def preference_weights(beta, signs, log_ratios):
+def preference_weights(scale, signs, log_ratios):
     """omega of DPO for one pair: signs (+1, -1), log_ratios = log pi(y) - log pi_ref(y) of the two whole answers, as they are now.
 
-    The gradient of -log sigmoid(h), h = beta (log_ratio_chosen - log_ratio_rejected), is -beta sigmoid(-h) times the difference
+    The gradient of -log sigmoid(h), h = scale (log_ratio_chosen - log_ratio_rejected), is -scale sigmoid(-h) times the difference
     of the two grad log pi(y): a weighted imitation of one and avoidance of the other (arXiv 2305.18290 section 4).  The factor 2: the mean over
     pairs is twice the mean over their answers.   preference_weights(0.1, [1, -1], [0.0, 0.0]) -> [0.1, -0.1]"""
-    h = beta * sum(s * r for s, r in zip(signs, log_ratios))
-    return [2 * beta * s / (1 + math.exp(min(h, 700.0))) for s in signs]
+    h = scale * sum(s * r for s, r in zip(signs, log_ratios))
+    return [2 * scale * s / (1 + math.exp(min(h, 700.0))) for s in signs]
 
 
 def token_weights(lengths, norm, omegas=None):
@@ -467,15 +472,17 @@ def files(method):
 def formula(method):
     """c_t(a) of the row in words of mathematics."""
     c, b = method.coefficient, method.interpolation
-    ratio = "pi/pi_old" if method.ratio == "token" else "(pi/pi_old of the sequence)^(1/length)"
+    def importance(old):
+        return f"pi/{old}" if method.ratio == "token" else f"(pi/{old} of the sequence)^(1/length)"
+    ratio = importance("pi_old")
     parts = {"rkl": "log u(a)", "fkl": "u(a)", "jsd": f"{1 - b:g} log({b:g} u(a) + {1 - b:g})", "mix": f"({b:g} log u(a) + {1 - b:g} u(a))"}
     k1 = "log p_T(y) - log mu(y)" + (" + KL(pi || p_T)" if method.baseline == "kl" else "")
     later = f" + {'mean' if method.future == 'mean' else 'sum'} over later tokens of gamma^k (log p_T - log mu), gamma = {method.gamma:g}" if method.gamma else ""
-    text = {"token": "1 [a = y]", "reward": f"{ratio} A [a = y]", "k1": f"pi/mu ({k1}{later}) [a = y]",
+    text = {"token": "1 [a = y]", "reward": f"{ratio} A [a = y]", "k1": f"{importance('mu')} ({k1}{later}) [a = y]",
             "reward+k1": f"{ratio} (A + {method.teacher_weight:g} ({k1}{later})) [a = y]",
             "k2": "pi/mu (log p_T(y) - log pi(y)) [a = y]", "k3": "pi/mu (p_T(y)/pi(y) - 1) [a = y]",
             "full": f"pi(a) {parts.get(method.divergence)}" + (f"{later.replace(' + ', ' + [a = y] pi/mu ', 1)}" if later else "") + ",  u = p_T / pi"}[c]
-    extra = [f"clipped to [{1 - method.clip_low:g}, {1 + method.clip_high:g}]" if method.clip_low or method.clip_high else "",
+    extra = [f"ratio clipped to [{1 - method.clip_low if method.clip_low else 0:g}, {1 + method.clip_high if method.clip_high else math.inf:g}]" if method.clip_low or method.clip_high else "",
              f"dual clip {method.dual_clip:g}" if method.dual_clip else "", f"times min(pi_old/mu, {method.tis_cap:g})" if method.tis_cap else "",
              f"teacher's advantage within +-{method.advantage_clip:g}" if method.advantage_clip else "",
              f"minus {method.reference_kl:g} grad KL(pi || pi_ref)" if method.reference_kl else "",
@@ -489,7 +496,7 @@ def explain(name, overrides=()):
     default = Method("", "", "")
     shown = {k: v for k, v in method.columns().items() if k in ("prefix", "signal", "coefficient") or v != getattr(default, k)}
     omega = {"one": "1", "informative": "1, but 0 for a group with one reward", "accepted": f"1 if the reward reaches {method.omega_scale:g}, else 0",
-             "softmax": f"n softmax(reward / {method.omega_scale:g})", "preference": f"+- 2 beta sigmoid(-h), beta = {method.omega_scale:g}, best and worst answer"}[method.omega]
+             "softmax": f"n softmax(reward / {method.omega_scale:g})", "preference": f"+- 2 x {method.omega_scale:g} sigmoid(-h), best and worst answer"}[method.omega]
     norm = {"token": "trained tokens of the step", "sequence": "length x sequences", "batch": "sequences", "sum": "1"}[method.norm]
     names, pi, p_t = ("yes", "no", "maybe"), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)
     logits = pi.log().requires_grad_()

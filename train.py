@@ -99,10 +99,14 @@ def weigh_pairs(policy, data, items, args):
         pairs.setdefault(item["key"][0], []).append((item, float((logp - item["reference_logp"]).sum())))
     for pair in pairs.values():
         signs, ratios = [item["omega"] for item, _ in pair], [ratio for _, ratio in pair]
+        if not all(item["length"] for item, _ in pair):  # half a pair is no preference
+            for item, _ in pair:
+                item["omega"] = 0.0
+            continue
         margins.append(data.method.omega_scale * sum(s * r for s, r in zip(signs, ratios)))
         for (item, _), omega in zip(pair, losses.preference_weights(data.method.omega_scale, signs, ratios)):
             item["omega"] = omega
-    return {"preference/margin": float(np.mean(margins)), "preference/accuracy": float(np.mean(np.asarray(margins) > 0)),
+    return {} if not margins else {"preference/margin": float(np.mean(margins)), "preference/accuracy": float(np.mean(np.asarray(margins) > 0)),
             "preference/loss": float(np.logaddexp(0, -np.asarray(margins)).mean())}
 
 
@@ -114,7 +118,7 @@ def optimise(policy, data, items, masters, optimiser, args):
     shares = losses.token_weights(lengths, "sequence" if method.norm == "sequence" else "token")  # of a mean that is logged
     for item, weight, share in zip(items, weights, shares):
         item["weight"], item["share"] = np.asarray(weight), np.asarray(share)
-    items = [s for s in items if s["length"]]
+    items = [s for s in items if s["length"] and s["omega"]]
     if not items:
         raise BadInput("train.py: a whole optimiser step has no token to train on (every loss mask is 0)")
     sums, worst = {}, {}
@@ -188,8 +192,8 @@ def token_metrics(method, logp, entropy, batch, numbers, exact):
         old = batch.get("old_logp", logp)
         out["policy/kl_from_start"] = (logp - old).exp() - 1 - (logp - old)  # KL(pi_old || pi) from pi_old's samples, k3
         out["rollout/logprob_gap_mean"] = (old - batch["behaviour_logp"]).abs()
-    if "teacher_logp" in batch:  # one-sample reverse KL of the policy that sampled; single tokens may be negative
-        out["kl/teacher"] = batch.get("behaviour_logp", logp) - batch["teacher_logp"]
+        if "teacher_logp" in batch:  # one-sample reverse KL of the policy that sampled; single tokens may be negative
+            out["kl/teacher"] = batch["behaviour_logp"] - batch["teacher_logp"]
     if numbers.reverse_kl is not None:
         out["kl/reverse"], out["kl/forward"] = numbers.reverse_kl.detach(), numbers.forward_kl.detach()
     if "support_logp" in batch:
@@ -279,6 +283,8 @@ def check_inputs(args, method):
         given = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag)]
         if needed and not given:
             raise BadInput(f"{row}: expected {' or '.join(f'--{k} {v}' for k, v in flags.items()).replace('_', '-')}, but it is missing")
+        if "--data-scores" in given and args.teacher:
+            raise BadInput("--data-scores and --teacher both say what the teacher thinks: give one of them")
         if given and not needed:
             raise BadInput(f"{row}: {given[0]} is given, but this method does not read it")
         if len(given) > 1:
@@ -319,7 +325,7 @@ def main(argv=None):
     p.add_argument("--method", required=True, metavar="NAME", help="row of loss.METHODS: " + ", ".join(losses.METHODS))
     p.add_argument("--set", action="append", default=[], metavar="COLUMN=VALUE", help="change a column of that row for this run")
     p.add_argument("--model", required=True, help="folder or Hugging Face id of the policy to train")
-    p.add_argument("--rollouts", required=True, help="JSONL of rollouts, or of answers for sft")
+    p.add_argument("--rollouts", required=True, help="JSONL of rollouts, or of answers for methods on other people's texts")
     p.add_argument("--rewards", help="JSONL of rewards for these rollouts (rubric.py grade)")
     p.add_argument("--scores", help="JSONL of teacher scores for these rollouts (teacher.py score)")
     p.add_argument("--teacher", help="folder or Hugging Face id of a teacher to read in place of --scores: opd-full then sees its whole distribution")
@@ -352,7 +358,7 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0, help="order of the prompts")
     p.add_argument("--overwrite", action="store_true", help="replace --out and any partial run")
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--explain"]:
+    if argv[:1] == ["--explain"] or argv[:1] and argv[0].startswith("--explain="):
         return explain(argv)
     args = p.parse_args(argv)
     if args.explain:
@@ -399,7 +405,6 @@ def main(argv=None):
         for folder in (out, partial):
             shutil.rmtree(folder, ignore_errors=True)
     steps = plan(data.groups, args.batch_size, args.epochs or 1, args.steps, args.seed)
-    sources = [data if coin < method.student_fraction else given for coin in np.random.default_rng([args.seed, 1]).random(len(steps))]
     old = {}
     if method.on_policy and len(steps) > 1:
         old = starting_logps(policy, data, [key for keys in data.groups.values() for key in keys], args)
@@ -427,12 +432,13 @@ def main(argv=None):
     tokens, started = before["tokens"] if not done else state["tokens"], time.time()
     with open(metrics_path, "ab", buffering=0) as log:
         for index in records.progress(range(done, len(steps)), initial=done, total=len(steps), desc=f"train {args.method}"):
-            source = sources[index]
+            step = before["step"] + index
+            # a coin of each step's own: rounds of a few steps under one seed must not toss the same few coins again and again
+            source = data if np.random.default_rng([args.seed, 1, step]).random() < method.student_fraction else given
             items = source.sequences([key for prompt in steps[index] for key in source.groups[prompt]])
             for item in items:
                 if source is data and item["key"] in old:
                     item["old_logp"] = old[item["key"]]
-            step = before["step"] + index
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, args)
             metrics = optimise(policy, source, items, masters, optimiser, args)

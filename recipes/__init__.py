@@ -97,19 +97,19 @@ def verdict(low, high, test, bound):
 
 
 def claims_table(path, claims):
-    """Markdown: every claim with its number, its interval over seeds and its verdict.  Claims on arms that were not run are left out."""
+    """Markdown: every claim with its number, its interval over seeds and its verdict."""
     from eval import interval
     seeds = {}
     for row in records.read(path, "results"):
         seeds.setdefault(row["seed"], {}).setdefault(row["arm"], []).append(row)
-    for arms in seeds.values():
-        for rows in arms.values():
-            rows.sort(key=lambda r: r["step"])
+    for seed, arms in seeds.items():  # only what was run to its end
+        seeds[seed] = {arm: sorted(rows, key=lambda r: r["step"]) for arm, rows in arms.items() if any(r.get("final") for r in rows)}
     lines = ["| claim | measured, mean over seeds ± half of the 95 % t-interval | bound | each seed | verdict |", "| --- | --- | --- | --- | --- |"]
     for claim in claims:
         try:
             values = [claim.value(arms) for _, arms in sorted(seeds.items())]
-        except KeyError:  # an arm that was not run
+        except KeyError as missing:  # an arm that was not run to its end in every seed
+            lines.append(f"| {claim.text} | {claim.formula} | | | not measured: {missing.args[0]} |")
             continue
         mean, half = interval(values)
         decision = "one seed decides nothing" if half is None else verdict(mean - half, mean + half, claim.test, claim.bound)
@@ -133,11 +133,13 @@ def add_run_flags(p, name, seeds=1):
     p.add_argument("--smoke", action="store_true", help="a tiny run of every arm: proves that the commands work, nothing else")
 
 
-def settle(args, argv, name, arms):
-    """Defaults that depend on other flags; returns the arms to run, in the recipe's order."""
-    chosen = args.arms.split(",") if args.arms else list(arms)
-    if unknown := set(chosen) - set(arms):
+def settle(args, argv, name, arms, parents=None):
+    """Defaults that depend on other flags; returns the arms to run, in the recipe's order: those asked for, those whose result they start
+    from (`parents`: {arm: another one}), and `before`, which tables compare with."""
+    chosen = {"before", *args.arms.split(",")} if args.arms else set(arms)
+    if unknown := chosen - set(arms):
         raise records.BadInput(f"--arms: expected some of {', '.join(arms)}, came {', '.join(sorted(unknown))}")
+    chosen |= {parents[arm] for arm in chosen if parents and arm in parents}
     args.out = args.out or f"runs/{name}" + "-smoke" * args.smoke
     if len(shlex.split(args.out)) != 1:
         raise records.BadInput(f"--out {args.out!r}: expected a path without spaces or quotes, for it stands in command lines")

@@ -6,7 +6,8 @@
 
 arXiv 2604.07941 sorts all of post-training by provenance (whose answers), interface (tokens, rewards, a teacher) and role: training
 *expands* the set of things a policy writes, *reshapes* how it divides its mass among them, or consolidates.  It reports no experiment.
-Here every class of row trains the same student with as many updates on as many answers, in a world (toy.py --task forks) so small that
+Here every class of row trains the same student with as many updates on as many answers (twice and four times as many where it says
+so), in a world (toy.py --task forks) so small that
 `eval.py support` lists every answer with its probability, and expansion, attrition and moved mass are exact numbers.
 
 The student writes route aa (mostly wrong) and cc (a habit, at random); route bb is outside of its support, although as right as aa.
@@ -16,7 +17,7 @@ The teacher writes aa and bb, and gets home from any beginning.  Arms:
     sft-both, sft-a     imitation of right demonstrations of aa and bb, and of aa only: the same loss
     sft-b-long          imitation of bb only, four times as long: a narrow corpus
     seqkd, fkl          imitation of the teacher's answers, and of its whole distribution on them
-    rft, dpo, grpo      own answers and a verifier: accepted ones imitated, best against worst, policy gradient
+    rft, dpo, grpo      own answers of this round and a verifier: accepted ones imitated, best against worst, policy gradient
     opd, dagger, gkd    own answers and the teacher: reverse KL, forward KL, half of each source
     fkl-opd             half of the updates fkl, then opd
     fkl-long-opd        all of the updates fkl, then as many again opd: a handover after the new route has been learnt to its end
@@ -24,7 +25,7 @@ The teacher writes aa and bb, and gets home from any beginning.  Arms:
     opd-self            control: the student is its own teacher
 
 Checks C1-C5 are claims below.  Every effective support is measured at eps 1e-2, 1e-3 and 1e-4; claims use 1e-4, which the student's whole
-corpus passes and a pair outside of it does not: at 1e-3, half of what the student writes is below the bar, and mere reweighting of it
+corpus passes and a pair outside of it does not: at 1e-3 most of the student's pairs are below the bar, and mere reweighting of them
 would count as expansion.  A pair's mass is at most 1 / (8 problems x 5 tokens) = 0.025.
 There is no held-out part of so small a world.  The learning rate is 5e-4 because at 1e-3, the first that was tried (one seed), the control
 `grpo-shuffled` drifted: the noise of shuffled rewards alone gave it an expansion mass of 0.29.  `fkl-long-opd` was added after a look at fkl-opd.
@@ -63,19 +64,18 @@ CLAIMS = [
     *(Claim(f"C2: {arm} raises pass@1", f"{arm} − before", gain(arm), "above", 0.1) for arm in ("grpo", "dpo", "rft")),
     *(Claim(f"C2: {arm} brings no new right answer (distinct ones of probability 1e-4 or more, a problem)", f"right answers({arm}) − before", gain(arm, "right_answers"), "below", 0.5)
       for arm in ("grpo", "dpo", "rft")),
-    *(Claim(f"C2: {arm} does not raise pass@256 (which is 1 before training here: it cannot rise)", f"pass@256({arm}) − before", gain(arm, "pass@256"), "below", 0.005) for arm in ("grpo", "dpo", "rft")),
-    Claim("C3: reverse KL at own prefixes does not reach the missing route", "mass of route b(opd)", last("route_b", "opd"), "below", 0.05),
-    Claim("C3: after a forward-KL warm-up it is kept", "mass of route b(fkl-opd)", last("route_b", "fkl-opd"), "above", 0.25),
-    Claim("C3: ...after one of twice the length", "mass of route b(fkl-long-opd)", last("route_b", "fkl-long-opd"), "above", 0.25),
-    Claim("C3: forward KL at own prefixes reaches it too", "mass of route b(dagger)", last("route_b", "dagger"), "above", 0.25),
+    Claim("C3: reverse KL at own prefixes does not reach the missing route", "share of answers with a b(opd)", last("route_b", "opd"), "below", 0.05),
+    Claim("C3: after a forward-KL warm-up it is kept", "share of answers with a b(fkl-opd)", last("route_b", "fkl-opd"), "above", 0.25),
+    Claim("C3: ...after one of twice the length (added after a look at fkl-opd)", "share of answers with a b(fkl-long-opd)", last("route_b", "fkl-long-opd"), "above", 0.25),
+    Claim("C3: forward KL at own prefixes reaches it too", "share of answers with a b(dagger)", last("route_b", "dagger"), "above", 0.25),
     Claim("C4: long imitation of a narrow corpus loses more of the old support than on-policy distillation",
           "attrition(sft-b-long) − attrition(opd)", last("attrition_mass@0.0001", "sft-b-long", "opd")),
     Claim("C5: from a foreign beginning, training on own answers gets home more often than on given ones: reverse KL",
           "recovery(opd) − recovery(fkl)", last("recovery", "opd", "fkl")),
     Claim("C5: ...and with the same loss, forward KL, on other prefixes", "recovery(dagger) − recovery(fkl)", last("recovery", "dagger", "fkl")),
-    Claim("control: shuffled rewards teach nothing", "grpo-shuffled − before", gain("grpo-shuffled"), "within", 0.05),
-    Claim("control: shuffled rewards do not expand", "expansion mass(grpo-shuffled)", last("expansion_mass@0.0001", "grpo-shuffled"), "below", 0.01),
-    Claim("control: a student that is its own teacher hardly moves (AdamW makes full steps of rounding errors)", "moved(opd-self)", last("moved@0.0001", "opd-self"), "below", 0.05),
+    Claim("control: shuffled rewards teach nothing (the learning rate was lowered until they did not)", "grpo-shuffled − before", gain("grpo-shuffled"), "within", 0.05),
+    Claim("control: shuffled rewards do not expand (the same)", "expansion mass(grpo-shuffled)", last("expansion_mass@0.0001", "grpo-shuffled"), "below", 0.01),
+    Claim("control: a student that is its own teacher hardly moves (AdamW makes full steps of tiny gradients)", "moved(opd-self)", last("moved@0.0001", "opd-self"), "below", 0.05),
 ]
 
 
@@ -99,6 +99,7 @@ def run_arm(run, args, world, folder, seed, arm):
     shutil.rmtree(place, ignore_errors=True)  # an interrupted arm is begun again
     place.mkdir(parents=True)
     student, model, row, number, started = folder / "student", folder / "student", None, 0, time.time()
+    updates = 0
     cost = {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0}
 
     def measure(final):
@@ -111,7 +112,7 @@ def run_arm(run, args, world, folder, seed, arm):
                              f"--out {place}/{name}.jsonl --overwrite")
         free = sampled("heldout", 8 * args.recovery_n)
         texts = [r["text"] for r in records.read(free["out"], "evals")]
-        row = {"arm": arm, "seed": seed, "step": number * args.updates, "final": final, "accuracy": free["accuracy"],
+        row = {"arm": arm, "seed": seed, "step": number * args.updates, "final": final, "accuracy": free["accuracy"], "updates": updates,
                "route_b": sum("b" in text for text in texts) / len(texts), **cost, "seconds": spent}
         if final:
             exact = run.stage(f"eval.py support --before {student} --after {model} --prompts {world}/forks/heldout.jsonl --max-tokens {args.max_tokens} --eps {' '.join(EPS)} "
@@ -133,7 +134,7 @@ def run_arm(run, args, world, folder, seed, arm):
             at = place / f"round{number}"
             part = f"--prompts {world}/forks/train.jsonl --slice {turn * args.prompts}:{(turn + 1) * args.prompts} --max-tokens {args.max_tokens} --n {args.n}"
             teacher = model if arm == "opd-self" else world / "teacher"
-            flags = f"--teacher {teacher}" if method in ("fkl", "opd-full", "dagger") else ""
+            flags = f"--teacher {teacher}" if method in ("fkl", "opd-full", "dagger") else "--set prefix=self" if method in ("rft", "dpo") else ""
             if source == "own":
                 rollouts = at / "rollouts.jsonl"
                 rolled = run.stage(f"rollout.py --model {model} {part} --seed {seed * 1000 + number} --out {rollouts}")
@@ -142,7 +143,7 @@ def run_arm(run, args, world, folder, seed, arm):
                     shuffle = "--shuffle" if arm == "grpo-shuffled" else ""
                     graded = run.stage(f"rubric.py grade --grader answer --prompts {world}/forks/train.jsonl --rollouts {rollouts} {shuffle} --seed {seed} --out {at}/rewards.jsonl")
                     flags += f" --rewards {at}/rewards.jsonl"
-                    if graded["reward_mean"] == 0 or graded["zero_variance_groups"] == 1:  # nothing to imitate or to compare
+                    if method == "rft" and graded["reward_mean"] == 0 or method == "dpo" and graded["zero_variance_groups"] == 1:  # nothing to imitate or to compare
                         number += 1
                         continue
                 if method == "dpo":
@@ -158,11 +159,12 @@ def run_arm(run, args, world, folder, seed, arm):
                 cost["teacher_tokens"] += given["generated_tokens"]
             else:
                 rollouts = world / "forks" / f"{source}.jsonl"
-            size = f"--batch-size {args.prompts // args.updates}" if source in ("own", "teacher") else f"--batch-size {args.prompts * args.n // args.updates} --steps {args.updates * stride}"
+            size = f"--batch-size {args.prompts // args.updates} --steps {args.updates}" if source in ("own", "teacher") else f"--batch-size {args.prompts * args.n // args.updates} --steps {args.updates * stride}"
             fresh = "--fresh-optimizer" if turn == 0 and (phase == 0 or method != phases[phase - 1][0]) else ""
             done = run.stage(f"train.py --method {method} --model {model} --rollouts {rollouts} {flags} --out {at}/model --learning-rate {args.learning_rate} "
                              f"--seed {seed * 1000 + number} {size} {fresh}")
             cost["trained_tokens"] += done["trained_tokens"]
+            updates += done["steps"]
             if model != student:
                 shutil.rmtree(model)
             model, number = at / "model", number + stride
@@ -194,7 +196,7 @@ def main(argv=None):
         print(claims_table(args.report, CLAIMS))
         return None
     if args.smoke:
-        args.eval_every, args.rounds, args.prompts, args.n, args.updates, args.teacher_steps, args.digit_steps, args.student_steps, args.recovery_n, args.max_tokens = 9, 2, 8, 4, 1, 2, 2, 2, 1, 1
+        args.eval_every, args.rounds, args.prompts, args.n, args.updates, args.teacher_steps, args.digit_steps, args.student_steps, args.recovery_n, args.floor = 9, 2, 16, 8, 1, 60, 100, 60, 1, 1e-5
     arms = settle(args, argv, "unified", ARMS)
     if args.prompts % args.updates or args.rounds % 2:
         raise records.BadInput(f"--rounds {args.rounds}, --prompts {args.prompts}, --updates {args.updates}: expected even rounds, and updates that divide the prompts")

@@ -20,7 +20,7 @@ def test_a_round_is_measured_part_by_part_and_tabulated(world, tmp_path):
     assert [r["round"] for r in rows] == [1, 2] and all(r["contender"] == "one-process" and r["tokens"] > 0 for r in rows)
     for r in rows:
         parts = r["parts"]
-        assert abs(sum(parts.values()) - r["seconds"]) < 0.05 and {"startup", "load", "generate", "gradient", "optimiser", "jsonl", "save"} <= parts.keys()
+        assert parts["exit"] >= 0 and parts["other"] >= 0 and sum(parts.values()) <= r["seconds"] + 0.05 and {"startup", "load", "generate", "gradient", "optimiser", "jsonl", "save"} <= parts.keys()
         assert min(parts[name] for name in ("startup", "generate", "gradient", "save")) > 0, "a stage's function was renamed and is no longer timed"
         assert str(world.base) not in json.dumps(r)
     table = bench("bench/round.py", "table", out)

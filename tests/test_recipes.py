@@ -11,6 +11,7 @@ import records
 from recipes import Claim, claims_table, last, verdict
 
 ROOT = Path(__file__).parent.parent
+METHODS = {"opd": ("sft", "seqkd", "fkl", "opd", "opd-full", "gkd", "dagger", "ppo-clip"), "unified": ("sft", "seqkd", "fkl", "rft", "dpo", "grpo", "opd-full", "dagger", "gkd")}
 
 
 @pytest.mark.parametrize("low, high, test, bound, want", [
@@ -39,7 +40,7 @@ def test_claims_are_paired_by_seed_and_take_the_last_line(tmp_path):
     claims = [Claim("a beats b", "a − b", last("accuracy", "a", "b")), Claim("by two tenths", "a − b", last("accuracy", "a", "b"), "above", 0.2),
               Claim("a grew", "growth", lambda arms: arms["a"][-1]["accuracy"] - arms["a"][0]["accuracy"], "above", 0.9), Claim("no such arm", "c", last("accuracy", "c"))]
     rows = [line for line in claims_table(path, claims).splitlines() if line.startswith("| ")][2:]
-    assert [row.split("|")[-2].strip() for row in rows] == ["**holds**", "**does not hold**", "**not resolvable here**"] and "0.100 ± 0.000" in rows[0]
+    assert [row.split("|")[-2].strip() for row in rows] == ["**holds**", "**does not hold**", "**not resolvable here**", "not measured: c"] and "0.100 ± 0.000" in rows[0]
     one = claims_table(lines(tmp_path / "one.jsonl", {"a": [0.5], "b": [0.4]}), claims[:1])
     assert "one seed decides nothing" in one
 
@@ -52,7 +53,8 @@ def test_smoke_runs_every_arm_and_ends_in_claims(name, tmp_path):
     rows = list(records.read(tmp_path / "results.jsonl", "results"))
     assert {r["arm"] for r in rows if r["final"]} == set(recipe.ARMS)
     report = (tmp_path / "report.md").read_text()
-    assert all(claim.text in report for claim in recipe.CLAIMS) and (tmp_path / "accuracy.png").exists()
+    assert all(claim.text in report for claim in recipe.CLAIMS) and "not measured" not in report and (tmp_path / "accuracy.png").exists()
+    assert all(f"train.py --method {method}" in (tmp_path / "commands.sh").read_text() for method in METHODS[name]), "a smoke run that skips a method proves nothing of it"
 
 
 @pytest.mark.parametrize("name", ["opd", "unified"])

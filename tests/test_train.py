@@ -48,8 +48,8 @@ def needs(world, method, overrides=()):
         flags["reference"] = world.scores  # any policy can be the reference; the teacher is a far one
     if row.prefix == "mixed":
         flags |= dict(data=world.rollouts, data_scores=world.scores)
-    if row.prefix == "teacher":  # the same texts, said to be the teacher's
-        author = load(world.scores)[0]["policy"]["weights"]
+    if row.prefix in ("teacher", "old"):  # the same texts, said to be the teacher's, or those of weights that are gone
+        author = load(world.scores)[0]["policy"]["weights"] if row.prefix == "teacher" else "0" * 12
         flags["rollouts"] = dump(world.rollouts.with_suffix(".by-teacher.jsonl"), [dict(r, policy=r["policy"] | {"weights": author}) for r in load(world.rollouts)])
     return flags
 
@@ -151,6 +151,8 @@ def naive_gradient(model, row, rollouts, rewards=None, scores=None, reference=No
     for keys in groups.values() if row.rewards else ():
         ratios = [sum(float(tables[k][t, rollouts[k]["response_ids"][t]].detach()) - reference[k]["logprobs"][t] for t in trained[k]) for k in keys] if row.reference else None
         omegas.update(zip(keys, naive_omegas(row, [rewards[k]["reward"] for k in keys], ratios)))
+        if row.omega == "preference" and not all(trained[k] for k in keys if omegas[k]):
+            omegas.update(dict.fromkeys(keys, 0.0))
     kept = [len(trained[key]) for key in rollouts if trained[key] and omegas[key]]
     total = 0.0
     for key, r in rollouts.items():
@@ -592,7 +594,7 @@ def test_a_group_with_a_failed_judgement_is_as_if_it_were_not_there(world, tmp_p
     flags = dict(needs(world, method), rewards=rewards, epochs=2)
     summary = run(world, tmp_path / "a", **flags)
     assert summary["groups_dropped"] == 1
-    rest = dump(tmp_path / "r.jsonl", [r for r in load(world.rollouts) if r["id"] != bad[0]])
+    rest = dump(tmp_path / "r.jsonl", [r for r in load(flags["rollouts"]) if r["id"] != bad[0]])
     # 7 groups at 3 a step: had the dropped group kept its place in the plan, or its tokens in a denominator, weights would differ
     other = run(world, tmp_path / "b", **dict(flags, rollouts=rest))
     assert other["groups_dropped"] == 0 and other["trained_tokens"] == summary["trained_tokens"]
@@ -657,6 +659,14 @@ def test_a_padded_embedding_is_the_same_vocabulary(world, tmp_path):
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=2e-5), (method, name)
 
 
+@pytest.mark.parametrize("method", [m for m, row in METHODS.items() if row.prefix == "old"])
+def test_samples_of_the_very_weights_are_not_old_ones(world, tmp_path, capsys, method):
+    message = refused(world, tmp_path, capsys, method=method, rollouts=world.rollouts)
+    assert f"{world.rollouts}:1: policy.weights: expected those of an earlier state" in message and "prefix=self" in message
+    flags = dict(needs(world, method), rollouts=world.rollouts)
+    assert train.main([*argv(model=world.base, out=tmp_path / "m", **FAST, **flags), "--set", "prefix=self", "--set", "omega_scale=0.5"])["steps"] == 3
+
+
 @pytest.mark.parametrize("method", [m for m, row in METHODS.items() if row.prefix == "teacher"])
 def test_a_row_on_a_teachers_answers_refuses_the_policys_own(world, tmp_path, capsys, method):
     """Off-policy is derived, too: the survey's taxonomy puts the same teacher under another row when it scores the student's rollouts."""
@@ -686,6 +696,13 @@ def test_gkd_takes_its_share_of_steps_from_the_given_texts(world, tmp_path, caps
     assert all(m["train/sequences"] == (4 if x else 2) for m, x in zip(rows, own))
     run(world, tmp_path / "n", **flags, set="student_fraction=0.1")
     assert sum(m["rollout/on_policy_fraction"] for m in metrics(tmp_path / "n")) < sum(own)
+    model, coins = world.base, []  # rounds of two steps, under one seed: not the same two coins again and again
+    for number in range(4):
+        out = tmp_path / f"round{number}"
+        train.main(argv(**dict(flags, model=model, out=out, epochs=None, steps=2, rollouts=world.rollouts, scores=world.scores, learning_rate=1e-3, allow_stale=True)))
+        coins += [m["train/sequences"] == 4 for m in metrics(out)]
+        model = out
+    assert len({tuple(coins[i:i + 2]) for i in range(0, 8, 2)}) > 1
     part = dump(tmp_path / "part.jsonl", [r for r in load(given) if r["id"] != "t00003"])
     assert "expected an answer to every prompt" in refused(world, tmp_path, capsys, **dict(flags, data=part))
 
@@ -736,6 +753,7 @@ def test_the_share_of_clipped_advantages_is_logged(world, baseline):
 def test_explain_prints_a_row_and_trains_nothing(capsys):
     summary = train.main(["--explain", "gkd", "--set", "interpolation=0.9"])
     assert capsys.readouterr().out.strip() == summary["explain"] and "interpolation=0.9" in summary["explain"]
+    assert "interpolation=0.9" in train.main(["--explain=gkd", "--set", "interpolation=0.9"])["explain"]
     assert "expected one of" in refusal(train.main, ["--explain", "nothing"], capsys)
 
 
