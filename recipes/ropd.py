@@ -39,12 +39,31 @@ import time
 from pathlib import Path
 
 import records
-from recipes import Run, append_result, finished, say, versions
+from recipes import Claim, Run, append_result, claims_table, finished, last, say, versions
 
 ARMS = ("before", "sft", "scalar", "scalar-merits", "ropd", "ropd-paper", "ropd-m1", "ropd-flat", "ropd-unchecked", "shuffled", "answer", "teacher")
 SHARED = ("rounds", "prompts", "n", "updates", "learning_rate", "max_tokens", "verifier_noise", "base_steps", "teacher_steps",
           "spoil_steps", "spoil_lr", "eval_every", "eval_n", "eval_split")  # what all arms and seeds have in common
 DEFAULT_ARMS = ("before", "ropd", "shuffled", "teacher")
+
+
+def more(arm, other):
+    return last("accuracy", arm, other)
+
+
+CLAIMS = [
+    Claim("ROPD lifts the student (main claim)", "ropd − before", more("ropd", "before")),
+    Claim("...because of which answer gets which reward", "shuffled − before", more("shuffled", "before"), "below", 0.02),
+    Claim("Four teacher answers beat one (the paper's largest ablation)", "ropd − ropd-m1", more("ropd", "ropd-m1")),
+    Claim("Rubrics beat imitation of the same texts at equal updates (not equal tokens)", "ropd − sft", more("ropd", "sft")),
+    Claim("Rubrics beat a holistic score that votes on everything it knows of", "ropd − scalar", more("ropd", "scalar")),
+    Claim("Rubrics beat a holistic score that is told what is merit", "ropd − scalar-merits", more("ropd", "scalar-merits")),
+    Claim("Flat points are exploited", "ropd − ropd-flat", more("ropd", "ropd-flat")),
+    Claim("The predicate that redoes the whole sum matters", "ropd − ropd-unchecked", more("ropd", "ropd-unchecked")),
+    Claim("...but rubrics without it still lift the student", "ropd-unchecked − before", more("ropd-unchecked", "before")),
+    Claim("The released code's loss beats the paper's", "ropd − ropd-paper", more("ropd", "ropd-paper")),
+    Claim("A hidden exact checker is a ceiling", "answer − ropd", more("answer", "ropd")),
+]
 
 
 def build_world(run, args, problems):
@@ -156,6 +175,7 @@ def main(argv=None):
     p = records.parser(__doc__)
     p.add_argument("--out", help="folder for everything (default: runs/ropd, with --smoke runs/ropd-smoke)")
     p.add_argument("--results", help="result lines to append to (default: OUT/results.jsonl); arms and seeds in it are not run again")
+    p.add_argument("--report", metavar="FILE", help="print the claims of a results file and run nothing")
     p.add_argument("--claims", action="store_true", help="run every arm")
     p.add_argument("--arms", help="comma-separated arms instead of the default ones")
     p.add_argument("--seeds", type=int, default=1, help="seeds 0..N-1")
@@ -176,6 +196,9 @@ def main(argv=None):
     p.add_argument("--eval-split", default="heldout", choices=("heldout", "dev"), help="dev is for choosing settings")
     args = p.parse_args(argv)
     args.invocation = " ".join(argv)
+    if args.report:
+        print(claims_table(args.report, CLAIMS))
+        return None
     if args.smoke:
         args.rounds, args.prompts, args.n, args.base_steps, args.teacher_steps, args.spoil_steps, args.eval_every, args.eval_n = 2, 4, 4, 2, 4, 2, 1, 1
     arms = args.arms.split(",") if args.arms else ARMS if args.claims or args.smoke else DEFAULT_ARMS
@@ -207,6 +230,8 @@ def main(argv=None):
                       "--columns length_mean reward_mean reward_auc_within generated_tokens teacher_tokens seconds")
     run.stage(f"eval.py plot {args.results} --out {args.out}/accuracy.png --overwrite")
     say((Path(args.out) / "table.md").read_text())
+    if args.claims:
+        say(claims_table(args.results, CLAIMS))
     say(f"picture: {args.out}/accuracy.png   one prompt's records: {args.out}/seed0/ropd/round0/   total {time.time() - started:.0f} s")
     if not args.claims and not args.smoke:
         say(f"the other arms: python -m recipes.ropd --claims --seeds 5 --out {args.out}")

@@ -57,7 +57,7 @@ def test_smoke_runs_every_arm_and_ends_in_claims(name, tmp_path):
     assert all(f"train.py --method {method}" in (tmp_path / "commands.sh").read_text() for method in METHODS[name]), "a smoke run that skips a method proves nothing of it"
 
 
-@pytest.mark.parametrize("name", ["opd", "unified"])
+@pytest.mark.parametrize("name", ["ropd", "opd", "unified"])
 def test_every_claim_reads_arms_that_exist(name):
     """A typing error in an arm's name would leave the claim out without a word."""
     recipe = importlib.import_module(f"recipes.{name}")
