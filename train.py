@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save_file
 import loss as losses
 import records
 from data import Data, plan
+from explain import explain as explain_row
 from kernel import KERNELS, all_logits, linear_token_loss, token_numbers
 from records import BadInput
 from rollout import find_folder, hash_weights, hidden_at, load_policy, response_positions, token_batches
@@ -314,7 +315,7 @@ def explain(argv):
     p.add_argument("--explain", required=True, metavar="NAME", help="row of loss.METHODS: " + ", ".join(losses.METHODS))
     p.add_argument("--set", action="append", default=[], metavar="COLUMN=VALUE", help="change a column of it")
     args = p.parse_args(argv)
-    text = losses.explain(args.explain, args.set)
+    text = explain_row(args.explain, args.set)
     print(text)
     return {"explain": text}
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import loss as losses
+from explain import explain
 from loss import METHODS, Method
 from records import BadInput
 
@@ -463,7 +464,7 @@ def test_a_sequence_of_weight_0_leaves_the_normaliser():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_explain_tells_the_row_and_its_worked_token_is_the_rows_gradient(name):
-    text, method = losses.explain(name), METHODS[name]
+    text, method = explain(name), METHODS[name]
     assert text.startswith(f"{name}: ") and f"prefix={method.prefix}" in text and f"coefficient={method.coefficient}" in text
     assert ("--rewards" in text) == method.rewards and ("--scores or --teacher" in text) == method.teacher and ("--reference" in text) == method.reference
     pull = [float(x) for x in re.findall(r"(?:yes|no|maybe) ([+-][0-9.]+)", text)]
@@ -485,4 +486,4 @@ def test_the_readme_lists_every_row_and_quotes_explain_as_it_is():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     listed = re.findall(r"^\| `([a-z][a-z-]*)` \| (\w+) \|", readme, re.M)
     assert listed == [(name, method.prefix) for name, method in METHODS.items()]
-    assert "\n".join(losses.explain("gkd").splitlines()[-2:]) in readme
+    assert "\n".join(explain("gkd").splitlines()[-2:]) in readme
