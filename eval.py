@@ -307,7 +307,8 @@ def claim(out, overwrite):
 # ---------------------------------------------------------------------------------------------- results: plot
 
 AXIS = {"accuracy": "accuracy on held-out prompts (0-1)", "length_mean": "mean answer length (tokens)", "seconds": "time (s)",
-        "step": "training step", "generated_tokens": "tokens the student has generated"}
+        "step": "training step", "route_b": "share of answers by the route that the student lacked",
+        "generated_tokens": "tokens the student has generated"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#8C6D31")  # safe for the colour-blind
 
 
