@@ -339,7 +339,8 @@ def test_map_can_be_interrupted_while_the_server_hangs():
     import signal
     import subprocess
     with FakeServer(always="hang") as fake:
-        code = ("import served, sys\n"
+        code = ("import served, signal, sys\n"
+                "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a test run in the background would pass on that it is ignored
                 f"server = served.Server({fake.base_url!r}, 'm', 'FAKE_KEY', timeout=600)\n"
                 "call = lambda i: server.sample('x', max_tokens=1, temperature=1, top_p=1, seed=0, need_tokens=False)\n"
                 "print('ready', flush=True)\n"
