@@ -256,7 +256,7 @@ def load_trainer_state(folder, policy, masters, optimiser):
     """Puts moments and master weights back; returns the JSON part."""
     tensors = load_file(folder / "trainer" / "optimizer.safetensors")
     for (name, _), master in zip(policy.model.named_parameters(), masters):
-        entry = {key: tensors[f"{key}/{name}"].to("cpu" if key == "step" else master.device)
+        entry = {key: tensors[f"{key}/{name}"].to("cpu" if key == "step" and not optimiser.defaults["fused"] else master.device)
                  for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors}
         if entry:
             optimiser.state[master] = entry
@@ -411,7 +411,9 @@ def main(argv=None):
         old = starting_logps(policy, data, [key for keys in data.groups.values() for key in keys], args)
 
     masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in policy.model.parameters()]
-    optimiser = torch.optim.AdamW(masters, lr=args.learning_rate, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
+    # one pass over memory in place of ten: on a CPU 0.1 s instead of several for 135 million parameters; a tiny model gains nothing
+    fused = sum(m.numel() for m in masters) > 10_000_000
+    optimiser = torch.optim.AdamW(masters, lr=args.learning_rate, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay, fused=fused)
     done, before, metrics_path = 0, {"step": 0, "tokens": 0}, partial / "metrics.jsonl"
     if (partial / "LATEST").exists():
         folder = partial / (partial / "LATEST").read_text()
