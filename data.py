@@ -5,7 +5,7 @@ file can tell: groups, advantages, weights of sequences, and whose rollouts they
 rollouts out as plain lists.
 
 Provenance is read off the recorded weight hashes, not believed: a row of METHODS with prefix "self" (or "mixed") accepts only
-rollouts of the very weights it trains, "teacher" refuses the policy's own.
+rollouts of the very weights it trains, "teacher" and "old" refuse those, and "teacher" wants the scorer's own answers.
 """
 import numpy as np
 
@@ -35,7 +35,9 @@ class Data:
             self._check(rollout, self.rollouts.where(key), args)
             for table in (self.scores, self.reference):  # found out now, not after half of the updates
                 if table is not None:
-                    self._check_score(records.partner(table, rollout, self.rollouts), rollout, table, key)
+                    score = records.partner(table, rollout, self.rollouts)
+                    if table is self.scores:
+                        self._check_score(score, rollout, self.scores.where(key))
             self.groups.setdefault(key[0], []).append(key)
         self._weigh()
 
@@ -67,19 +69,18 @@ class Data:
         if self.prefix == "self" or self.scores or self.reference:
             check_tokens(rollout, where, ours, self.policy.vocabulary)
 
-    def _check_score(self, score, rollout, table, key):
-        if table is self.reference:
-            return
+    def _check_score(self, score, rollout, where):
+        """A teacher's score by another model than wrote a teacher's answer, or without the distribution a row reads, is refused."""
         scorer, sampler = score["policy"].get("weights"), rollout["policy"].get("weights")
         if self.prefix == "teacher" and None not in (scorer, sampler) and scorer != sampler:
-            raise BadInput(f"{table.where(key)}: policy.weights: expected {sampler}, the weights that wrote the answer, came {scorer}: prefix teacher means the "
+            raise BadInput(f"{where}: policy.weights: expected {sampler}, the weights that wrote the answer, came {scorer}: prefix teacher means the "
                            "teacher's own answers; for those of others there is kd")
         if self.method.support:
             if "topk" not in score:
-                raise BadInput(f"{table.where(key)}: topk: expected the teacher's distribution, but the field is missing: run teacher.py score with --top-k")
+                raise BadInput(f"{where}: topk: expected the teacher's distribution, but the field is missing: run teacher.py score with --top-k")
             self.top_k = self.top_k or score["topk"]["ids"]["shape"][1]
             if score["topk"]["ids"]["shape"][1] != self.top_k:
-                raise BadInput(f"{table.where(key)}: topk: expected {self.top_k} tokens as in the lines before, came "
+                raise BadInput(f"{where}: topk: expected {self.top_k} tokens as in the lines before, came "
                                f"{score['topk']['ids']['shape'][1]}: score the whole file with one --top-k")
 
     def _weigh(self):

@@ -61,7 +61,7 @@ def explain(name, overrides=()):
     lines = [f"{name}: {method.about}", "", "row       " + ", ".join(f"{k}={v}" for k, v in shown.items()),
              f"c_t(a)    {formula(method)}", f"omega     {omega}", f"N_t       {norm}",
              "reads     " + "; ".join(["--rollouts (" + {"self": "samples of --model itself: checked by weight hash", "mixed": "samples of --model itself: checked by weight hash",
-                                                         "teacher": "answers of another model", "old": "own or earlier samples", "data": "any answers"}[method.prefix] + ")",
+                                                         "teacher": "answers of another model", "old": "samples of an earlier state of it", "data": "any answers"}[method.prefix] + ")",
                                        *(f"{flag} ({what})" for flag, what in files(method).items())]),
              "", f"one token: the student says yes 0.5, no 0.3, maybe 0.2; the teacher 0.2, 0.7, 0.1; the recorded token is \"no\"{given}",
              f"loss {loss.item():+.4f}; pull on the logits, sum_a c(a) grad log pi(a): " + ", ".join(f"{n} {x:+.4f}" for n, x in zip(names, pull.tolist()))]

@@ -141,7 +141,7 @@ METHODS = {
     "opd": Method("self", "teacher", "k1", "rkl", about="on-policy distillation from one teacher number a token (Thinking Machines 2025; it sums over tokens, we average)"),
     "opd-full": Method("self", divergence="rkl", **TEACHER_FULL, about="on-policy distillation, exact reverse KL at every own prefix (GKD with lambda 1, beta 1)"),
     "dagger": Method("self", divergence="fkl", **TEACHER_FULL, about="forward KL at the student's own prefixes (GKD with lambda 1, beta 0)"),
-    "gkd": Method("mixed", divergence="jsd", student_fraction=0.5, **TEACHER_FULL, about="generalised KD: Jensen-Shannon divergence on own and given texts (arXiv 2306.13649)"),
+    "gkd": Method("mixed", divergence="jsd", student_fraction=0.5, **TEACHER_FULL, about="generalised KD: Jensen-Shannon divergence on own and given texts (arXiv 2306.13649; its mean is over sequences, ours over tokens)"),
     "minillm": Method("self", divergence="rkl", gamma=1.0, future="mean", clip_low=0.2, clip_high=0.2, **TEACHER_FULL,
                       about="exact single-step reverse KL plus what a token does to the later ones, length-normalised (arXiv 2306.08543, without its teacher-mixed sampling and its language-modelling term)"),
     # ---- both

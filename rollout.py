@@ -230,6 +230,14 @@ def response_positions(prompt_ids, loss_mask):
     return [len(prompt_ids) - 1 + t for t, m in enumerate(loss_mask) if m]
 
 
+def likeliest(policy, hidden, k):
+    """Ids of the k likeliest tokens (at most the whole vocabulary) after each hidden state, [N, k], best first.
+
+    Finding them needs the logits; a slice of tokens at a time keeps those small."""
+    slices = hidden.split(max(1, (32 << 20) // policy.vocabulary))
+    return torch.cat([all_logits(h, policy.head, **policy.head_options).topk(min(k, policy.vocabulary)).indices for h in slices])
+
+
 # ---------------------------------------------------------------------------------------------- sampling
 
 def uniforms(seed, prompt_id, sample, count):

@@ -24,9 +24,9 @@ import torch
 
 import records
 import served
-from kernel import all_logits, linear_logp
+from kernel import linear_logp
 from records import BadInput
-from rollout import (add_model_flags, add_sampling_flags, answer_prompts, check_tokens, hidden_at, load_policy, response_positions, served_policy,
+from rollout import (add_model_flags, add_sampling_flags, answer_prompts, check_tokens, hidden_at, likeliest, load_policy, response_positions, served_policy,
                      token_batches, vocabulary_size, who)
 
 # ---------------------------------------------------------------------------------------------- answer
@@ -61,10 +61,7 @@ def score_batch(policy, rollouts, top_k):
                        [response_positions(r["prompt_ids"], [1] * len(r["response_ids"])) for r in rollouts])
     own = torch.tensor([t for r in rollouts for t in r["response_ids"]], dtype=torch.int64, device=hidden.device)
     lengths = [len(r["response_ids"]) for r in rollouts]
-    ids = None
-    if top_k:  # finding the K likeliest needs the logits; a slice of tokens at a time keeps them small
-        slices = hidden.split(max(1, (32 << 20) // policy.vocabulary))
-        ids = torch.cat([all_logits(h, policy.head, **policy.head_options).topk(min(top_k, policy.vocabulary)).indices for h in slices])
+    ids = likeliest(policy, hidden, top_k) if top_k else None
     logps, _ = linear_logp(hidden, policy.head, own[:, None] if ids is None else torch.cat([own[:, None], ids], 1), **policy.head_options)
     parts = [[x.cpu().numpy() for x in part.split(lengths)] for part in ([logps] if ids is None else [logps, ids])]
     if ids is None:

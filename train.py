@@ -37,9 +37,9 @@ import loss as losses
 import records
 from data import Data, plan
 from explain import explain as explain_row
-from kernel import KERNELS, all_logits, linear_token_loss, token_numbers
+from kernel import KERNELS, linear_token_loss, token_numbers
 from records import BadInput
-from rollout import find_folder, hash_weights, hidden_at, load_policy, response_positions, token_batches
+from rollout import find_folder, hash_weights, hidden_at, likeliest, load_policy, response_positions, token_batches
 
 # ---------------------------------------------------------------------------------------------- one step
 
@@ -141,33 +141,24 @@ def optimise(policy, data, items, masters, optimiser, args):
     return sums | worst | {"train/grad_norm": float(norm)} | sequence_metrics(items) | extra
 
 
-def read_teacher(data, items, k):
-    """What a teacher in memory says of a micro-batch: (the kernel's `teacher` argument, its K likeliest ids and their log-probs or None)."""
-    teacher, options = data.teacher, {name: data.teacher.head_options[name] for name in ("scale", "softcap")}
-    with torch.no_grad():
-        hidden = states(teacher, items)
-        if not k:  # the kernel walks its whole vocabulary
-            return (hidden, teacher.head, options), None
-        k, shared = min(k, data.policy.vocabulary), data.policy.vocabulary
-        parts = [all_logits(h, teacher.head, **options | {"vocabulary": shared}).log_softmax(-1).topk(k) for h in hidden.split(max(1, (32 << 20) // shared))]
-        return (hidden, teacher.head, options), (torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]))
-
-
 def micro_batch(policy, data, items, args, sums, worst):
     """The loss of a micro-batch, a scalar; its part of the step's metrics is added to `sums` and `worst`."""
     method, hidden, ids = data.method, states(policy, items), chosen_ids(items).to(policy.head.device)
-    batch, teacher, exact = known(items, hidden.device, policy.vocabulary), None, False
-    if data.teacher is not None:  # read here and now instead of from a file
-        teacher, top = read_teacher(data, items, args.teacher_top_k)
-        exact = top is None
-        if top is not None:
-            ids, batch["support_logp"], batch["whole"] = torch.cat([ids, top[0]], 1), top[1], top[1].shape[1] >= policy.vocabulary
+    batch, teacher = known(items, hidden.device, policy.vocabulary), None
+    if data.teacher is not None:  # read here and now instead of from a file: its whole vocabulary, or its likeliest tokens
+        with torch.no_grad():
+            t_hidden = states(data.teacher, items)
+            if args.teacher_top_k:
+                ids, batch["whole"] = torch.cat([ids, likeliest(data.teacher, t_hidden, args.teacher_top_k)], 1), args.teacher_top_k >= policy.vocabulary
+        teacher = t_hidden, data.teacher.head, {k: data.teacher.head_options[k] for k in ("scale", "softcap")}
 
     def loss(cut, numbers):
         some = {k: v if k == "whole" else v[cut] for k, v in batch.items()}
         if teacher is not None:
             some["teacher_logp"] = numbers.teacher_logp[:, 0].detach()
-        kls = (numbers.reverse_kl, numbers.forward_kl) if exact else None
+            if args.teacher_top_k:
+                some["support_logp"] = numbers.teacher_logp[:, 1:].detach()
+        kls = (numbers.reverse_kl, numbers.forward_kl) if teacher is not None and not args.teacher_top_k else None
         value = losses.token_loss(method, numbers.logp, numbers.entropy, some, kls)
         logp, entropy = numbers.logp.detach()[:, 0], numbers.entropy.detach()
         for name, x in token_metrics(method, logp, entropy, some, numbers, kls).items():
@@ -437,14 +428,14 @@ def main(argv=None):
         for index in records.progress(range(done, len(steps)), initial=done, total=len(steps), desc=f"train {args.method}"):
             step = before["step"] + index
             # a coin of each step's own: rounds of a few steps under one seed must not toss the same few coins again and again
-            source = data if np.random.default_rng([args.seed, 1, step]).random() < method.student_fraction else given
-            items = source.sequences([key for prompt in steps[index] for key in source.groups[prompt]])
+            texts = data if np.random.default_rng([args.seed, 1, step]).random() < method.student_fraction else given
+            items = texts.sequences([key for prompt in steps[index] for key in texts.groups[prompt]])
             for item in items:
-                if source is data and item["key"] in old:
+                if texts is data and item["key"] in old:
                     item["old_logp"] = old[item["key"]]
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, args)
-            metrics = optimise(policy, source, items, masters, optimiser, args)
+            metrics = optimise(policy, texts, items, masters, optimiser, args)
             tokens += metrics["train/tokens"]
             metrics |= {"train/learning_rate": learning_rate(step, args), "train/tokens_total": tokens}
             if method.rewards:
