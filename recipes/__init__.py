@@ -8,6 +8,7 @@ import json
 import platform
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -23,7 +24,7 @@ class Run:
 
     def __init__(self, out, settings):
         """settings: what every run in this folder must share, or arms would be compared under different conditions."""
-        self.out = Path(out)
+        self.out, self.settings, self.started = Path(out), settings, time.time()
         self.out.mkdir(parents=True, exist_ok=True)
         kept = self.out / "recipe.json"
         if kept.exists() and (difference := records.first_difference(json.loads(kept.read_text()), settings)):
@@ -68,6 +69,20 @@ def finished(path, settings):
     done = {(r["arm"], r["seed"]) for r in rows if r.get("final")}
     records.write_atomically(path, (json.dumps(r) + "\n" for r in rows if (r["arm"], r["seed"]) in done))
     return done
+
+
+def run_arms(run, args, arms, prepare, run_arm, tell):
+    """Every arm of every seed whose end the results file lacks.  prepare(seed) -> the seed's folder; run_arm(folder, seed, arm) -> its last
+    result line; tell(line) -> what a reader at the screen wants of it."""
+    done = finished(args.results, run.settings)
+    for seed in range(args.seeds):
+        folder = prepare(seed)
+        for arm in arms:
+            if (arm, seed) in done:
+                say(f"seed {seed} {arm}: done before")
+                continue
+            line = run_arm(folder, seed, arm)
+            say(f"seed {seed} {arm}: {tell(line)} ({time.time() - run.started:.0f} s so far)")
 
 
 class Claim(NamedTuple):
@@ -124,19 +139,20 @@ def say(text):
     sys.stdout.flush()
 
 
-def add_run_flags(p, name, seeds=1):
+def add_run_flags(p, name, default="all"):
+    """Flags that every recipe has; `default`: the arms it runs when none are named, for --help."""
     p.add_argument("--out", help=f"folder for everything (default: runs/{name}, with --smoke runs/{name}-smoke)")
     p.add_argument("--results", help="result lines to append to (default: OUT/results.jsonl); arms and seeds in it are not run again")
     p.add_argument("--report", metavar="FILE", help="print the claims of a results file and run nothing")
-    p.add_argument("--arms", help="comma-separated arms instead of all")
-    p.add_argument("--seeds", type=int, default=seeds, help="seeds 0..N-1")
+    p.add_argument("--arms", help=f"comma-separated arms instead of {default}")
+    p.add_argument("--seeds", type=int, default=1, help="seeds 0..N-1")
     p.add_argument("--smoke", action="store_true", help="a tiny run of every arm: proves that the commands work, nothing else")
 
 
-def settle(args, argv, name, arms, parents=None):
-    """Defaults that depend on other flags; returns the arms to run, in the recipe's order: those asked for, those whose result they start
-    from (`parents`: {arm: another one}), and `before`, which tables compare with."""
-    chosen = {"before", *args.arms.split(",")} if args.arms else set(arms)
+def settle(args, argv, name, arms, parents=None, default=None):
+    """Defaults that depend on other flags; returns the arms to run, in the recipe's order: those asked for (or `default`, or all), those
+    whose result they start from (`parents`: {arm: another one}), and `before`, which tables compare with."""
+    chosen = {"before", *args.arms.split(",")} if args.arms else set(default or arms)
     if unknown := chosen - set(arms):
         raise records.BadInput(f"--arms: expected some of {', '.join(arms)}, came {', '.join(sorted(unknown))}")
     chosen |= {parents[arm] for arm in chosen if parents and arm in parents}
@@ -145,6 +161,8 @@ def settle(args, argv, name, arms, parents=None):
         raise records.BadInput(f"--out {args.out!r}: expected a path without spaces or quotes, for it stands in command lines")
     args.results = args.results or f"{args.out}/results.jsonl"
     args.invocation = f"python -m recipes.{name} {' '.join(argv)}".strip()
+    if args.prompts % args.updates:
+        raise records.BadInput(f"--updates {args.updates}: expected a divisor of --prompts {args.prompts}: every update takes the same number of problems")
     return [arm for arm in arms if arm in chosen]
 
 

@@ -7,21 +7,21 @@
 
 One round of an on-policy arm is `rollout.py` (32 problems, 8 answers each) and `train.py --teacher` (4 updates), which reads the
 teacher's whole distribution from memory; an off-policy arm trains on as many of the teacher's answers in as many updates.  The world is
-that of the main job (recipes/ropd.py) with a teacher that was trained longer.  Experiments, by the numbers of the sources (Thinking Machines, "On-Policy Distillation" 2025; GKD arXiv 2306.13649):
+that of the main job (recipes/ropd.py) with a teacher that was trained longer.  Experiments, by the numbers of the sources (Thinking
+Machines, "On-Policy Distillation" 2025; GKD arXiv 2306.13649):
 
     M1  dense beats sparse: a student is trained by reinforcement (the right final answer) as far as it goes; then its *initial*
         weights are distilled from that result.  `rl`, `rl-opd`; control `rl-self`: the student is its own teacher
     M2  own answers against given ones, as many of either: `opd` (one log-prob a token), `opd-full` (the distribution),
-        `sft` (the teacher's answers, as many), `sft5` (five times as many, and
-        five times the updates)
+        `sft` (the teacher's answers, as many), `sft5` (five times as many, and five times the updates)
     M3  the share of own answers, all with the forward KL: `lambda0`, `lambda25`, `lambda50`, `dagger` (all own)
     M4  the divergence, all on own answers: `dagger` (forward), `jsd10`, `jsd50`, `jsd90`, `opd-full` (reverse)
     M6  new knowledge that costs an old skill: the teacher learns facts by heart (`facts`), and is then distilled from its old self on
         sums it solves by itself (`facts-opd`), or imitates its old self's answers (`facts-sft`)
 
 M5 (a teacher outside of the student's support) is in recipes/unified.py, M7 (estimators) in tests/test_loss.py.
-The learning rates were chosen on dev (results/opd_dev_lr*.jsonl, two seeds); the held-out problems serve for measuring only.  Accuracy on the way is measured with 4 samples a
-problem, at the end of an arm with 16.
+The learning rates were chosen on dev (results/opd_dev_lr*.jsonl, two seeds); the held-out problems serve for measuring only.  Accuracy
+on the way is measured with 4 samples a problem, at the end of an arm with 16.
 """
 import json
 import shutil
@@ -29,8 +29,8 @@ import sys
 import time
 
 import records
-from recipes import Claim, Run, add_run_flags, append_result, claims_table, finished, last, report, say, settle, versions
-from recipes.ropd import build_world, spoil_student
+from recipes import Claim, Run, add_run_flags, append_result, claims_table, last, report, run_arms, say, settle, versions
+from recipes.ropd import add_world_flags, build_world, spoil_student
 
 OWN = dict(source="own", teacher="world")
 ARMS = {
@@ -84,7 +84,7 @@ CLAIMS = [
     Claim("M4: JSD(0.9) is like reverse KL", "jsd90 − opd-full", last("accuracy", "jsd90", "opd-full"), "within", 0.03),
     Claim("M6: learning facts costs the old skill", "teacher − facts", last("accuracy", "teacher", "facts"), "above", 0.1),
     Claim("M6: the old self brings nine tenths of it back", "(facts-opd − facts) / (teacher − facts)",
-          lambda a: (last("accuracy", "facts-opd", "facts")(a)) / max(1e-9, last("accuracy", "teacher", "facts")(a)), "above", 0.9),
+          lambda a: last("accuracy", "facts-opd", "facts")(a) / max(1e-9, last("accuracy", "teacher", "facts")(a)), "above", 0.9),
     Claim("M6: ...and the facts stay", "facts(facts-opd) − facts(facts)", last("facts", "facts-opd", "facts"), "above", -0.1),
     Claim("M6: imitation of the old self's answers forgets more of the facts", "facts(facts-opd) − facts(facts-sft)", last("facts", "facts-opd", "facts-sft")),
 ]
@@ -115,10 +115,17 @@ def run_arm(run, args, world, folder, seed, arm):
         row |= {"settings": {k: getattr(args, k) for k in SHARED}, "versions": versions(), "command": args.invocation}
         append_result(args.results, row)
 
+    def answers(number):
+        """The teacher's answers to the problems of all rounds, sampled once a seed: (file, tokens)."""
+        out = folder / "answers" / f"{number}.jsonl"
+        done = run.stage(f"teacher.py answer --model {world}/teacher --prompts {world}/toy/train.jsonl --slice :{args.prompts * args.rounds} --n {args.n} "
+                         f"--max-tokens {args.max_tokens} --seed {10**6 + 1000 * seed + number} --out {out}")
+        return out, done["generated_tokens"]
+
     def train(number, rollouts, more):
         """One call of train.py from `model`; the new weights are the model from then on."""
         nonlocal model, entropy
-        out = place / (f"model{number}")
+        out = place / f"model{number}"
         sets = " ".join(f"--set {s}" for s in a.get("set", "").split())
         fresh = "--fresh-optimizer" if number == 0 else ""
         done = run.stage(f"train.py --method {a['method']} {sets} --model {model} --rollouts {rollouts} --out {out} --learning-rate {rate} --seed {seed} {fresh} {more}")
@@ -138,10 +145,8 @@ def run_arm(run, args, world, folder, seed, arm):
     if a["source"] == "facts":
         step = train(0, world / "toy" / "facts.jsonl", f"--epochs {args.facts_epochs}")
     for number in range(a.get("repeats", 0)):
-        kept = folder / "answers" / f"{number}.jsonl"
-        done = run.stage(f"teacher.py answer --model {world}/teacher --prompts {world}/toy/train.jsonl --slice :{args.prompts * args.rounds} --n {args.n} "
-                         f"--max-tokens {args.max_tokens} --seed {10**6 + 1000 * seed + number} --out {kept}")
-        cost["teacher_tokens"] += done["generated_tokens"]
+        kept, tokens = answers(number)
+        cost["teacher_tokens"] += tokens
         step += train(number, kept, batch + (f" --teacher {world}/teacher" if a.get("teacher") else ""))
         if number + 1 < a["repeats"]:
             measure(step, False)
@@ -158,10 +163,8 @@ def run_arm(run, args, world, folder, seed, arm):
         else:
             more += f" --teacher {named[a['teacher']]}" + (" --teacher-top-k 24" if "jsd" in a.get("set", "") else "")
         if a.get("data"):
-            done = run.stage(f"teacher.py answer --model {world}/teacher --prompts {world}/toy/train.jsonl --slice :{args.prompts * args.rounds} --n {args.n} "
-                             f"--max-tokens {args.max_tokens} --seed {10**6 + 1000 * seed} --out {folder}/answers/0.jsonl")
-            cost["teacher_tokens"] = done["generated_tokens"]
-            more += f" --data {folder}/answers/0.jsonl"
+            kept, cost["teacher_tokens"] = answers(0)
+            more += f" --data {kept}"
         step += train(number, at / "rollouts.jsonl", more)
         if number + 1 < rounds and (number + 1) % a.get("every", args.eval_every) == 0:
             measure(step, False)
@@ -185,10 +188,7 @@ def main(argv=None):
     p.add_argument("--facts-learning-rate", type=float, default=1e-3, help="of learning facts by heart")
     p.add_argument("--facts-epochs", type=int, default=100, help="walks over the facts")
     p.add_argument("--max-tokens", type=int, default=64, help="longest answer")
-    p.add_argument("--base-steps", type=int, default=600, help="pre-training steps of the base model the students come from")
-    p.add_argument("--teacher-steps", type=int, default=2000, help="pre-training steps of the teacher, which goes on from the base")
-    p.add_argument("--spoil-steps", type=int, default=100, help="steps of 64 careless texts for the student")
-    p.add_argument("--spoil-lr", type=float, default=1e-3, help="learning rate of those steps")
+    add_world_flags(p, teacher_steps=2000)
     p.add_argument("--eval-every", type=int, default=4, help="rounds between evaluations; arms of M1 are looked at more often")
     p.add_argument("--eval-n", type=int, default=4, help="samples a held-out problem on the way")
     p.add_argument("--final-n", type=int, default=16, help="samples a held-out problem at the end of an arm")
@@ -202,20 +202,11 @@ def main(argv=None):
                                 facts_epochs=1, max_tokens=8).items():
             setattr(args, name, value)
     arms = settle(args, argv, "opd", ARMS, {"rl-opd": "rl", "facts-opd": "facts", "facts-sft": "facts"})
-    if args.prompts % args.updates:
-        raise records.BadInput(f"--updates {args.updates}: expected a divisor of --prompts {args.prompts}: every update takes the same number of problems")
-    started, run = time.time(), Run(args.out, settings := {k: getattr(args, k) for k in SHARED})
+    run = Run(args.out, {k: getattr(args, k) for k in SHARED})
     say(f"on-policy distillation on running sums; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
     world = build_world(run, args, problems=args.prompts * max(args.rounds, args.rl_rounds))
-    done = finished(args.results, settings)
-    for seed in range(args.seeds):
-        folder = spoil_student(run, args, world, seed)
-        for arm in arms:
-            if (arm, seed) in done:
-                say(f"seed {seed} {arm}: done before")
-                continue
-            row = run_arm(run, args, world, folder, seed, arm)
-            say(f"seed {seed} {arm}: {args.eval_split} accuracy {row['accuracy']:.1%}, greedy {row['greedy']:.1%}, facts {row['facts']:.1%} ({time.time() - started:.0f} s so far)")
+    run_arms(run, args, arms, lambda seed: spoil_student(run, args, world, seed), lambda *which: run_arm(run, args, world, *which),
+             lambda row: f"{args.eval_split} accuracy {row['accuracy']:.1%}, greedy {row['greedy']:.1%}, facts {row['facts']:.1%}")
     return report(run, args, CLAIMS, COLUMNS)
 
 

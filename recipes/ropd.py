@@ -32,14 +32,13 @@ base after a little careless text, so it has less skill than the teacher and bad
 then fixes how the student is spoiled, the teacher's answers, the order of the problems and every sample.  Arms with the same seed start from the same student.
 The held-out problems serve for measuring only; the settings below were chosen on dev.
 """
-import shlex
 import shutil
 import sys
 import time
 from pathlib import Path
 
 import records
-from recipes import Claim, Run, append_result, claims_table, finished, last, say, versions
+from recipes import Claim, Run, add_run_flags, append_result, claims_table, last, run_arms, say, settle, versions
 
 ARMS = ("before", "sft", "scalar", "scalar-merits", "ropd", "ropd-paper", "ropd-m1", "ropd-flat", "ropd-unchecked", "shuffled", "answer", "teacher")
 SHARED = ("rounds", "prompts", "n", "updates", "learning_rate", "max_tokens", "verifier_noise", "base_steps", "teacher_steps",
@@ -64,6 +63,13 @@ CLAIMS = [
     Claim("The released code's loss beats the paper's", "ropd − ropd-paper", more("ropd", "ropd-paper")),
     Claim("A hidden exact checker is a ceiling", "answer − ropd", more("answer", "ropd")),
 ]
+
+
+def add_world_flags(p, teacher_steps):
+    p.add_argument("--base-steps", type=int, default=600, help="pre-training steps of the base model the students come from")
+    p.add_argument("--teacher-steps", type=int, default=teacher_steps, help="pre-training steps of the teacher, which goes on from the base")
+    p.add_argument("--spoil-steps", type=int, default=100, help="steps of 64 careless texts for the student")
+    p.add_argument("--spoil-lr", type=float, default=1e-3, help="learning rate of those steps")
 
 
 def build_world(run, args, problems):
@@ -109,7 +115,7 @@ def run_arm(run, args, world, folder, seed, arm):
         row = {"arm": arm, "seed": seed, "step": step, "final": final, "accuracy": score["accuracy"], f"pass@{args.eval_n}": score[f"pass@{args.eval_n}"],
                "length_mean": score["length_mean"], "truncated": score["truncated_fraction"], **cost, "seconds": spent, **extra,
                "settings": {k: getattr(args, k) for k in SHARED}, "versions": versions(),
-               "command": f"python -m recipes.ropd {args.invocation}".strip()}
+               "command": args.invocation}
         append_result(args.results, row)
         return row
 
@@ -173,13 +179,8 @@ def teacher_tokens(answers, rubrics, m):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     p = records.parser(__doc__)
-    p.add_argument("--out", help="folder for everything (default: runs/ropd, with --smoke runs/ropd-smoke)")
-    p.add_argument("--results", help="result lines to append to (default: OUT/results.jsonl); arms and seeds in it are not run again")
-    p.add_argument("--report", metavar="FILE", help="print the claims of a results file and run nothing")
+    add_run_flags(p, "ropd", default="the default ones")
     p.add_argument("--claims", action="store_true", help="run every arm")
-    p.add_argument("--arms", help="comma-separated arms instead of the default ones")
-    p.add_argument("--seeds", type=int, default=1, help="seeds 0..N-1")
-    p.add_argument("--smoke", action="store_true", help="a tiny run of every arm: proves that the commands work, nothing else")
     p.add_argument("--rounds", type=int, default=20, help="rounds an arm")
     p.add_argument("--prompts", type=int, default=32, help="problems a round")
     p.add_argument("--n", type=int, default=8, help="rollouts a problem")
@@ -187,44 +188,28 @@ def main(argv=None):
     p.add_argument("--learning-rate", type=float, default=3e-4, help="of every arm")
     p.add_argument("--max-tokens", type=int, default=64, help="longest answer")
     p.add_argument("--verifier-noise", type=float, default=0.05, help="share of wrong verdicts")
-    p.add_argument("--base-steps", type=int, default=600, help="pre-training steps of the base model the students come from")
-    p.add_argument("--teacher-steps", type=int, default=1300, help="pre-training steps of the teacher, which goes on from the base")
-    p.add_argument("--spoil-steps", type=int, default=100, help="steps of 64 careless texts for the student")
-    p.add_argument("--spoil-lr", type=float, default=1e-3, help="learning rate of those steps")
+    add_world_flags(p, teacher_steps=1300)
     p.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations")
     p.add_argument("--eval-n", type=int, default=4, help="samples a held-out problem")
     p.add_argument("--eval-split", default="heldout", choices=("heldout", "dev"), help="dev is for choosing settings")
     args = p.parse_args(argv)
-    args.invocation = " ".join(argv)
     if args.report:
         print(claims_table(args.report, CLAIMS))
         return None
     if args.smoke:
         args.rounds, args.prompts, args.n, args.base_steps, args.teacher_steps, args.spoil_steps, args.eval_every, args.eval_n = 2, 4, 4, 2, 4, 2, 1, 1
-    arms = args.arms.split(",") if args.arms else ARMS if args.claims or args.smoke else DEFAULT_ARMS
-    if unknown := set(arms) - set(ARMS):
-        raise records.BadInput(f"--arms: expected some of {', '.join(ARMS)}, came {', '.join(sorted(unknown))}")
-    if args.prompts % args.updates:
-        raise records.BadInput(f"--updates {args.updates}: expected a divisor of --prompts {args.prompts}: every update takes the same number of problems")
-    args.out = args.out or ("runs/ropd-smoke" if args.smoke else "runs/ropd")
-    if len(shlex.split(args.out)) != 1:
-        raise records.BadInput(f"--out {args.out!r}: expected a path without spaces or quotes, for it stands in command lines")
-    args.results = args.results or f"{args.out}/results.jsonl"
-
-    started, run = time.time(), Run(args.out, settings := {k: getattr(args, k) for k in SHARED})
+    arms = settle(args, argv, "ropd", ARMS, default=None if args.claims or args.smoke else DEFAULT_ARMS)
+    run = Run(args.out, {k: getattr(args, k) for k in SHARED})
     say(f"ROPD on running sums; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
     world = build_world(run, args, problems=args.prompts * args.rounds)
-    done = finished(args.results, settings)
-    for seed in range(args.seeds):
+
+    def prepare(seed):
         folder = spoil_student(run, args, world, seed)
         run.stage(f"teacher.py answer --model {world}/teacher --prompts {world}/toy/train.jsonl --n 4 --max-tokens {args.max_tokens} "
                   f"--seed {10**6 + seed} --out {folder}/answers.jsonl")
-        for arm in arms:
-            if (arm, seed) in done:
-                say(f"seed {seed} {arm}: done before")
-                continue
-            row = run_arm(run, args, world, folder, seed, arm)
-            say(f"seed {seed} {arm}: {args.eval_split} accuracy {row['accuracy']:.1%}, {row['length_mean']:.0f} tokens an answer ({time.time() - started:.0f} s so far)")
+        return folder
+    run_arms(run, args, arms, prepare, lambda *which: run_arm(run, args, world, *which),
+             lambda row: f"{args.eval_split} accuracy {row['accuracy']:.1%}, {row['length_mean']:.0f} tokens an answer")
     say("")
     table = run.stage(f"eval.py table {args.results} --out {args.out}/table.md --overwrite "
                       "--columns length_mean reward_mean reward_auc_within generated_tokens teacher_tokens seconds")
@@ -232,7 +217,7 @@ def main(argv=None):
     say((Path(args.out) / "table.md").read_text())
     if args.claims:
         say(claims_table(args.results, CLAIMS))
-    say(f"picture: {args.out}/accuracy.png   one prompt's records: {args.out}/seed0/ropd/round0/   total {time.time() - started:.0f} s")
+    say(f"picture: {args.out}/accuracy.png   one prompt's records: {args.out}/seed0/ropd/round0/   total {time.time() - run.started:.0f} s")
     if not args.claims and not args.smoke:
         say(f"the other arms: python -m recipes.ropd --claims --seeds 5 --out {args.out}")
     return table

@@ -7,8 +7,8 @@
 arXiv 2604.07941 sorts all of post-training by provenance (whose answers), interface (tokens, rewards, a teacher) and role: training
 *expands* the set of things a policy writes, *reshapes* how it divides its mass among them, or consolidates.  It reports no experiment.
 Here every class of row trains the same student with as many updates on as many answers (twice and four times as many where it says
-so), in a world (toy.py --task forks) so small that
-`eval.py support` lists every answer with its probability, and expansion, attrition and moved mass are exact numbers.
+so), in a world (toy.py --task forks) so small that `eval.py support` lists every answer with its probability, and expansion,
+attrition and moved mass are exact numbers.
 
 The student writes route aa (mostly wrong) and cc (a habit, at random); route bb is outside of its support, although as right as aa.
 The teacher writes aa and bb, and gets home from any beginning.  Arms:
@@ -36,17 +36,17 @@ import sys
 import time
 
 import records
-from recipes import Claim, Run, add_run_flags, append_result, claims_table, finished, last, report, say, settle, versions
+from recipes import Claim, Run, add_run_flags, append_result, claims_table, last, report, run_arms, say, settle, versions
 
 ARMS = {
     "before": (),
-    "sft-both": (("sft", "demos_both"),), "sft-a": (("sft", "demos_a"),), "sft-b-long": (("sft", "demos_b"),) * 4,
-    "seqkd": (("seqkd", "teacher"),), "fkl": (("fkl", "teacher"),),
-    "rft": (("rft", "own"),), "dpo": (("dpo", "own"),), "grpo": (("grpo", "own"),),
-    "opd": (("opd-full", "own"),), "dagger": (("dagger", "own"),), "gkd": (("gkd", "own"),),
-    "fkl-opd": (("fkl", "teacher"), ("opd-full", "own")), "fkl-long-opd": (("fkl", "teacher"), ("opd-full", "own")),
-    "grpo-shuffled": (("grpo", "own"),), "opd-self": (("opd-full", "own"),),
-}  # arm -> phases (row of METHODS, whose answers)
+    "sft-both": (("sft", "demos_both", 1),), "sft-a": (("sft", "demos_a", 1),), "sft-b-long": (("sft", "demos_b", 4),),
+    "seqkd": (("seqkd", "teacher", 1),), "fkl": (("fkl", "teacher", 1),),
+    "rft": (("rft", "own", 1),), "dpo": (("dpo", "own", 1),), "grpo": (("grpo", "own", 1),),
+    "opd": (("opd-full", "own", 1),), "dagger": (("dagger", "own", 1),), "gkd": (("gkd", "own", 1),),
+    "fkl-opd": (("fkl", "teacher", 0.5), ("opd-full", "own", 0.5)), "fkl-long-opd": (("fkl", "teacher", 1), ("opd-full", "own", 1)),
+    "grpo-shuffled": (("grpo", "own", 1),), "opd-self": (("opd-full", "own", 1),),
+}  # arm -> phases (row of METHODS, whose answers, times --rounds)
 EPS = ("0.01", "0.001", "0.0001")
 SHARED = ("rounds", "prompts", "n", "updates", "learning_rate", "max_tokens", "teacher_steps", "digit_steps", "student_steps", "pretrain_lr", "floor", "eval_every", "recovery_n")
 COLUMNS = ("expansion@0.0001", "expansion_mass@0.0001", "attrition_mass@0.0001", "moved@0.0001", "right_answers", "route_b", "recovery", "trained_tokens", "seconds")
@@ -98,8 +98,8 @@ def run_arm(run, args, world, folder, seed, arm):
     phases, place = ARMS[arm], folder / arm
     shutil.rmtree(place, ignore_errors=True)  # an interrupted arm is begun again
     place.mkdir(parents=True)
-    student, model, row, number, started = folder / "student", folder / "student", None, 0, time.time()
-    updates = 0
+    student, model, row, started = folder / "student", folder / "student", None, time.time()
+    number, updates, total = 0, 0, sum(int(share * args.rounds) for _, _, share in phases)
     cost = {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0}
 
     def measure(final):
@@ -127,10 +127,10 @@ def run_arm(run, args, world, folder, seed, arm):
         measure(True)
         return row
     measure(False)
-    each = args.rounds // len(phases) if arm == "fkl-opd" else args.rounds
-    for phase, (method, source) in enumerate(phases):
-        stride = 1 if source in ("own", "teacher") else min(args.eval_every, each)  # a corpus is there already: fewer, longer calls
-        for turn in range(0, each, stride):
+    for method, source, share in phases:
+        rounds = int(share * args.rounds)
+        stride = 1 if source in ("own", "teacher") else min(args.eval_every, args.rounds)  # a corpus is there already: fewer, longer calls
+        for turn in range(0, rounds, stride):
             at = place / f"round{number}"
             part = f"--prompts {world}/forks/train.jsonl --slice {turn * args.prompts}:{(turn + 1) * args.prompts} --max-tokens {args.max_tokens} --n {args.n}"
             teacher = model if arm == "opd-self" else world / "teacher"
@@ -160,7 +160,7 @@ def run_arm(run, args, world, folder, seed, arm):
             else:
                 rollouts = world / "forks" / f"{source}.jsonl"
             size = f"--batch-size {args.prompts // args.updates} --steps {args.updates}" if source in ("own", "teacher") else f"--batch-size {args.prompts * args.n // args.updates} --steps {args.updates * stride}"
-            fresh = "--fresh-optimizer" if turn == 0 and (phase == 0 or method != phases[phase - 1][0]) else ""
+            fresh = "--fresh-optimizer" if turn == 0 else ""
             done = run.stage(f"train.py --method {method} --model {model} --rollouts {rollouts} {flags} --out {at}/model --learning-rate {args.learning_rate} "
                              f"--seed {seed * 1000 + number} {size} {fresh}")
             cost["trained_tokens"] += done["trained_tokens"]
@@ -168,7 +168,7 @@ def run_arm(run, args, world, folder, seed, arm):
             if model != student:
                 shutil.rmtree(model)
             model, number = at / "model", number + stride
-            if number < each * len(phases) and number % args.eval_every == 0:
+            if number < total and number % args.eval_every == 0:
                 measure(False)
     measure(True)
     return row
@@ -198,23 +198,20 @@ def main(argv=None):
     if args.smoke:
         args.eval_every, args.rounds, args.prompts, args.n, args.updates, args.teacher_steps, args.digit_steps, args.student_steps, args.recovery_n, args.floor = 9, 2, 16, 8, 1, 60, 100, 60, 1, 1e-5
     arms = settle(args, argv, "unified", ARMS)
-    if args.prompts % args.updates or args.rounds % 2:
-        raise records.BadInput(f"--rounds {args.rounds}, --prompts {args.prompts}, --updates {args.updates}: expected even rounds, and updates that divide the prompts")
-    started, run = time.time(), Run(args.out, settings := {k: getattr(args, k) for k in SHARED})
+    if args.rounds % 2:
+        raise records.BadInput(f"--rounds {args.rounds}: expected an even number: fkl-opd takes half of them each way")
+    run = Run(args.out, {k: getattr(args, k) for k in SHARED})
     say(f"the unified view on forks; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
     world = build_world(run, args)
-    done = finished(args.results, settings)
-    for seed in range(args.seeds):
+
+    def prepare(seed):
         folder = run.out / f"seed{seed}"
         pretrain(run, args, world, world / "forks" / "student", "demos_a", args.digit_steps, seed, folder / "digits")
         pretrain(run, args, world, folder / "digits", "base", args.student_steps, seed, folder / "student")
-        for arm in arms:
-            if (arm, seed) in done:
-                say(f"seed {seed} {arm}: done before")
-                continue
-            row = run_arm(run, args, world, folder, seed, arm)
-            say(f"seed {seed} {arm}: accuracy {row['accuracy']:.1%}, route b {row['route_b']:.1%}, expansion mass {row['expansion_mass@0.0001']:.3f}, "
-                f"attrition mass {row['attrition_mass@0.0001']:.3f}, recovery {row['recovery']:.1%} ({time.time() - started:.0f} s so far)")
+        return folder
+    run_arms(run, args, arms, prepare, lambda *which: run_arm(run, args, world, *which),
+             lambda row: f"accuracy {row['accuracy']:.1%}, route b {row['route_b']:.1%}, expansion mass {row['expansion_mass@0.0001']:.3f}, "
+             f"attrition mass {row['attrition_mass@0.0001']:.3f}, recovery {row['recovery']:.1%}")
     return report(run, args, CLAIMS, COLUMNS)
 
 

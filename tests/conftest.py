@@ -185,3 +185,12 @@ def variant(source, folder, tokenizer=None, model=None):
     m.save_pretrained(folder)
     t.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def drifted(world, tmp_path_factory):
+    """The base model after some more training: log pi differs from the log-probs the rollouts were sampled with."""
+    import train
+    out = tmp_path_factory.mktemp("drifted") / "m"
+    train.main(argv(method="sft", model=world.base, rollouts=world.toy / "mixed.jsonl", out=out, steps=4, learning_rate=3e-3, fresh_optimizer=True))
+    return out
