@@ -76,6 +76,7 @@ TYPES = {  # name -> (what an error message calls it, test)
     "ids": ("a list of integers >= 0", _is_list_of(lambda i: _is_int(i) and i >= 0)),
     "mask": ("a list of 0 and 1", _is_list_of(lambda i: _is_int(i) and i in (0, 1))),
     "logprobs": ("a list of finite numbers <= 0", _is_list_of(lambda v: _is_number(v) and v <= 1e-4)),
+    "weights": ("a list of finite numbers >= 0", _is_list_of(lambda v: _is_number(v) and v >= 0)),
     "steps": ("a list of [start, end, ok]", _is_list_of(lambda s: type(s) is list and len(s) == 3 and _is_int(s[0]) and _is_int(s[1]))),
     "topk": ('an object with packed "ids" and "logprobs"',
              lambda x: type(x) is dict and _is_packed(x.get("ids")) and _is_packed(x.get("logprobs"))),
@@ -101,7 +102,9 @@ KINDS = {
                                     "loss_mask": "mask", "logprobs": "logprobs", "temperature": "number",
                                     "top_p": "number"}, {"steps": "steps"}),
     "scores": (("id", "sample"), {"id": "id", "sample": "int", "policy": "policy", "rollout": "text",
-                                  "logprobs": "logprobs"}, {"topk": "topk", "units": "any"}),
+                                  "logprobs": "logprobs"}, {"topk": "topk", "topk_of": "text", "end_mass": "number", "units": "any"}),
+    # how much each response token of a rollout counts
+    "weights": (("id", "sample"), {"id": "id", "sample": "int", "rollout": "text", "rule": "text", "weights": "weights"}, {}),
     "rubrics": (("id",), {"id": "id", "criteria": "criteria", "rubricator": "text"}, {}),
     "rewards": (("id", "sample"), {"id": "id", "sample": "int", "reward": "reward", "status": "status",
                                    "rollout": "text", "grader": "text"}, {"verdicts": "any"}),
@@ -269,7 +272,7 @@ class Table:
 
 
 def partner(table, rollout, rollouts):
-    """The record of `table` (scores or rewards) that belongs to `rollout`, or BadInput when it is missing or was
+    """The record of `table` (scores, weights or rewards) that belongs to `rollout`, or BadInput when it is missing or was
     made for another text.  `rollouts` is the Table the rollout came from, for the message."""
     key = key_of(rollout, "rollouts")
     if key not in table:
@@ -279,9 +282,10 @@ def partner(table, rollout, rollouts):
     if record["rollout"] != fingerprint(rollout):
         raise BadInput(f"{table.where(key)}: rollout: expected {fingerprint(rollout)}, the rollout at {rollouts.where(key)}, "
                        f"came {record['rollout']}: these {table.kind} were made for other rollouts")
-    if table.kind == "scores" and len(record["logprobs"]) != len(rollout["response_ids"]):
-        raise BadInput(f"{table.where(key)}: logprobs: expected {len(rollout['response_ids'])} values, one per response "
-                       f"token, came {len(record['logprobs'])}")
+    field = {"scores": "logprobs", "weights": "weights"}.get(table.kind)
+    if field and len(record[field]) != len(rollout["response_ids"]):
+        raise BadInput(f"{table.where(key)}: {field}: expected {len(rollout['response_ids'])} values, one per response "
+                       f"token, came {len(record[field])}")
     shapes = [packed["shape"] for packed in record.get("topk", {}).values()]
     if any(len(shape) != 2 or shape != shapes[0] or shape[0] != len(rollout["response_ids"]) for shape in shapes):
         raise BadInput(f"{table.where(key)}: topk: expected {len(rollout['response_ids'])} rows, one per response token, of as many ids as "
@@ -528,7 +532,7 @@ def guess_kind(path):
         fields = set(json.loads(first))
     except (ValueError, TypeError, RecursionError):
         return "prompts"
-    for kind, mark in (("rollouts", "loss_mask"), ("rubrics", "criteria"), ("rewards", "reward"), ("evals", "correct"), ("results", "arm"),
+    for kind, mark in (("rollouts", "loss_mask"), ("rubrics", "criteria"), ("rewards", "reward"), ("evals", "correct"), ("results", "arm"), ("weights", "weights"),
                        ("answers", "text"), ("scores", "logprobs"), ("metrics", "step")):
         if mark in fields:
             return kind
