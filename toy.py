@@ -19,6 +19,16 @@ what the web is like: terse guesses, slips that propagate, skipped steps, a litt
 clean and then briefly on mixed answers badly most of the time, yet the right answer is always within its reach: that
 is a student worth distilling.  One that never learned the arithmetic would only measure how fast a method teaches it.
 
+Flags make other worlds of it; the prompts of one --seed and --terms are the same in all of them:
+
+    --terms 10:20 --slips 0.3   long derivations, in which an early slip spoils all that follows.  `mixed` is then right work, with a
+                                slip that propagates in 30 % of the texts, and nothing else
+    --styles lines              texts in these styles only: a teacher's format is not its student's (2604.13010)
+    --loops 16000               text can run on without an end (2604.08527).  `looping` is clean with 7 % loops, for a teacher with the
+                                copy prior of a real language model; `planted` is mixed with 40 %, for a student that has the disease
+                                already.  A loop is 7+5=12 / 12-3=9 / 12-3=9 / 12-3=9 / ... for 320 characters: no #, no end token
+    --second-end                the teacher ends an answer with <|eot|>, its student with <|end|>, in one vocabulary (2609.20511)
+
 Splits: a problem belongs to train, dev or held-out by the hash of its text, so no file can share one with another.
 The corpora are made of train problems only.  `facts` is new knowledge that costs an old skill: arbitrary pairs to learn by heart,
 `37:?` / `#82`, as a corpus and, in `facts_prompts`, as questions.
@@ -45,12 +55,14 @@ it generalises.
 
 Every file has random numbers of its own, so asking for more of one changes no other.
 
-Simplifications: 1. two tasks; 2. answers are 5-60 characters; 3. the "web" is a script; 4. totals stay in 0..40.
+Simplifications: 1. two tasks; 2. answers are 2-60 characters (30 terms: up to 250; a loop: 320); 3. the "web" is a script; 4. totals stay in 0..40.
 """
 import hashlib
 import itertools
 import json
+import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +75,8 @@ SYMBOLS = "0123456789+-=?#,:\n "
 TWO_DIGITS = [(str(n)[0], str(n)[1]) for n in range(10, 41)]  # merged into one token each: a second, foreign vocabulary
 # pad, user, assistant and end are one token each; roles open with their mark and an answer closes with <|end|>
 SPECIAL = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+SECOND_END = "<|eot|>"
+LOOP_FLAGS = {"loop_share": 0.07, "planted_share": 0.4, "loop_tokens": 320}  # what --loops brings along
 CHAT_TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
                  "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
                  "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
@@ -122,19 +136,50 @@ def clean_answer(rng, terms, styles=STYLES):
     return write_work(terms, running_totals(terms), str(rng.choice(styles)))
 
 
-def mixed_answer(rng, terms):
+def with_slip(rng, totals):
+    """One step goes wrong by 1-3, everything after it builds on the wrong total: [7, 12, 9, 17] -> [7, 12, 11, 19], for one."""
+    at, slip = int(rng.integers(1, len(totals))), int(rng.choice([-3, -2, -1, 1, 2, 3]))
+    return [t + (slip if i >= at else 0) for i, t in enumerate(totals)]
+
+
+def mixed_answer(rng, terms, styles=STYLES):
     """What a careless page would say: 45 % a guess, 25 % a slip that propagates, 20 % skipped steps, 10 % right work."""
     totals, kind = running_totals(terms), rng.random()
     if kind < 0.45:
         return f"#{max(0, totals[-1] + int(rng.integers(-6, 7)))}"
-    style = str(rng.choice(STYLES))
-    if kind < 0.70:  # one step goes wrong by 1-3, everything after it builds on the wrong total
-        at, slip = int(rng.integers(1, len(terms))), int(rng.choice([-3, -2, -1, 1, 2, 3]))
-        return write_work(terms, [t + (slip if i >= at else 0) for i, t in enumerate(totals)], style)
+    style = str(rng.choice(styles))
+    if kind < 0.70:
+        return write_work(terms, with_slip(rng, totals), style)
     if kind < 0.90:  # the first steps, then a jump to a guessed end
         kept = int(rng.integers(2, len(terms))) if len(terms) > 2 else 1
         return write_work(terms[:kept], totals[:kept], style, final=max(0, totals[-1] + int(rng.integers(-4, 5))))
     return write_work(terms, totals, style)
+
+
+def slipping_answer(rng, terms, share, styles=STYLES):
+    """Right work, with a slip that propagates in a share of the texts."""
+    totals, style = running_totals(terms), str(rng.choice(styles))
+    return write_work(terms, with_slip(rng, totals) if rng.random() < share else totals, style)
+
+
+def loop_answer(rng, terms, styles=STYLES, length=LOOP_FLAGS["loop_tokens"]):
+    """A right beginning whose last step is written again and again, `length` characters in all: it never comes to its #.
+
+    [7, 5, -3, 8] begun as far as -3: "7+5=12\\n12-3=9\\n12-3=9\\n12-3=9\\n..." in lines, "7,12,9,9,9,..." in totals."""
+    totals, style = running_totals(terms), str(rng.choice(styles))
+
+    def work(count):  # of the first `count` terms; chain and totals go on in the line that they have begun
+        text = write_work(terms[:count], totals[:count], style).rpartition("#")[0]
+        return text.rstrip("\n") if style in ("chain", "totals") else text
+    # at most a fifth is beginning: the last 256 of 320 characters, which eval.py searches for repetition, are then all loop
+    begun = int(rng.choice([n for n in range(2, len(terms) + 1) if n == 2 or len(work(n)) <= length // 5]))
+    step = work(begun).removeprefix(work(begun - 1))
+    return (work(begun) + step * length)[:length]
+
+
+def with_loops(rng, terms, make_answer, share, styles, length):
+    """What `make_answer` writes, and in a share of the texts a loop in its place."""
+    return loop_answer(rng, terms, styles, length) if rng.random() < share else make_answer(rng, terms)
 
 
 # ---------------------------------------------------------------------------------------------- the world of forks
@@ -194,13 +239,19 @@ def question(terms):
     return [{"role": "user", "content": expression_of(terms) + "=?"}]
 
 
-def write_prompts(path, rng, split, count, prefix):
-    seen, rows = set(), []
-    source = problems(rng, split)
+def write_prompts(path, rng, split, count, prefix, lengths):
+    seen, rows, repeats = set(), [], 0
+    source = problems(rng, split, lengths)
     while len(rows) < count:
         terms = next(source)
         if expression_of(terms) in seen:
+            repeats += 1
+            if repeats == 10000:  # of two terms there are about 100 problems to train on: a search for more would not end
+                flag = "--train-prompts" if split == "train" else "--eval-prompts"
+                raise records.BadInput(f"{flag} {count}: problems of --terms {lengths[0]}:{lengths[1]} that belong to {split} are hardly more than "
+                                       f"{len(rows)}: expected no more than that, or longer --terms")
             continue
+        repeats = 0
         seen.add(expression_of(terms))
         rows.append({"id": f"{prefix}{len(rows):05d}", "messages": question(terms), "answer": str(sum(terms)),
                      "solution": write_work(terms, running_totals(terms), "lines")})
@@ -227,8 +278,10 @@ def write_corpus(path, rng, make_answer, count, make_problems=problems):
     def rows():
         for i in range(count):
             terms = next(source)
+            text = make_answer(rng, terms)
+            finish = "stop" if "#" in text else "length"  # a loop did not end, and training adds an end token only to what did
             yield json.dumps({"id": f"c{i:06d}", "sample": 0, "policy": {"model": f"toy.py {path.stem}"},
-                              "messages": question(terms), "text": make_answer(rng, terms), "finish_reason": "stop"}) + "\n"
+                              "messages": question(terms), "text": text, "finish_reason": finish}) + "\n"
     records.write_atomically(path, rows())
 
 
@@ -241,15 +294,16 @@ def write_facts(folder, rng, count):
                                                       for row, value in zip(asked, values)))
 
 
-def build_tokenizer(symbols=SYMBOLS, merges=()):
-    """One token a character; with `merges`, pairs of characters, also one token for each of these pairs."""
+def build_tokenizer(symbols=SYMBOLS, merges=(), more_special=(), end="<|end|>"):
+    """One token a character; with `merges`, pairs of characters, also one token for each of these pairs.  `end` closes an answer: with
+    two ends among the special tokens, two tokenizers can share every id and still not end alike."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
-    pieces = [*SPECIAL, *symbols, *(a + b for a, b in merges)]
+    pieces = [*SPECIAL, *symbols, *(a + b for a, b in merges), *more_special]
     core = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=list(merges)))
     core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>",
-                                        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>", eos_token=end,
+                                        additional_special_tokens=[t for t in (*SPECIAL[1:], *more_special) if t != end],
                                         clean_up_tokenization_spaces=False)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -273,19 +327,56 @@ def write_model(folder, tokenizer, size, seed):
     tokenizer.save_pretrained(folder)
 
 
+def check_sums(args):
+    """Refuses flags of --task sums that cannot be; --terms "2:6" becomes (2, 6), --styles "lines,ledger" ("lines", "ledger")."""
+    if not 1 <= args.facts <= 90:
+        raise records.BadInput(f"--facts: expected 1 to 90, came {args.facts}")
+    bounds = re.fullmatch(r"(\d+):(\d+)", args.terms)
+    lengths = tuple(map(int, bounds.groups())) if bounds else (0, 0)
+    if not 2 <= lengths[0] <= lengths[1] <= 30:
+        raise records.BadInput(f"--terms: expected FEWEST:MOST with 2 <= FEWEST <= MOST <= 30, came {args.terms}")
+    styles = tuple(args.styles.split(","))
+    if not set(styles) <= set(STYLES) or len(set(styles)) < len(styles):
+        raise records.BadInput(f"--styles: expected some of {','.join(STYLES)}, each once, with commas between, came {args.styles!r}")
+    args.terms, args.styles = lengths, styles
+    if args.loops < 0:
+        raise records.BadInput(f"--loops: expected 0 or a number of texts, came {args.loops}")
+    for name, default in LOOP_FLAGS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif not args.loops:
+            raise records.BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: belongs to the corpora of --loops, expected --loops N with it")
+    for name in ("slips", "loop_share", "planted_share"):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
+            raise records.BadInput(f"--{name.replace('_', '-')}: expected a share from 0 to 1, came {getattr(args, name)}")
+    if not 32 <= args.loop_tokens <= 448:  # a question of 30 terms is 63 tokens, and the models have 512 positions
+        raise records.BadInput(f"--loop-tokens: expected 32 to 448, came {args.loop_tokens}")
+
+
 def fill_sums(folder, args):
     """Everything of --task sums; returns (how much of what, the same as a sentence)."""
     files = (("train", args.train_prompts, "t"), ("dev", args.eval_prompts, "d"), ("heldout", args.eval_prompts, "h"))
     for number, (split, count, prefix) in enumerate(files):
-        write_prompts(folder / f"{split}.jsonl", np.random.default_rng([args.seed, number]), split, count, prefix)
-    write_corpus(folder / "clean.jsonl", np.random.default_rng([args.seed, 3]), clean_answer, args.clean)
-    write_corpus(folder / "mixed.jsonl", np.random.default_rng([args.seed, 4]), mixed_answer, args.mixed)
+        write_prompts(folder / f"{split}.jsonl", np.random.default_rng([args.seed, number]), split, count, prefix, args.terms)
+    clean = partial(clean_answer, styles=args.styles)
+    mixed = partial(mixed_answer, styles=args.styles) if args.slips is None else partial(slipping_answer, share=args.slips, styles=args.styles)
+    corpora = {"clean": (3, clean, args.clean), "mixed": (4, mixed, args.mixed)}
+    if args.loops:
+        loops = partial(with_loops, styles=args.styles, length=args.loop_tokens)
+        corpora |= {"looping": (6, partial(loops, make_answer=clean, share=args.loop_share), args.loops),
+                    "planted": (7, partial(loops, make_answer=mixed, share=args.planted_share), args.loops)}
+    for name, (number, make_answer, count) in corpora.items():
+        write_corpus(folder / f"{name}.jsonl", np.random.default_rng([args.seed, number]), make_answer, count, partial(problems, terms=args.terms))
     write_facts(folder, np.random.default_rng([args.seed, 5]), args.facts)
     for name, merges in (("student", ()), ("teacher", ()), ("teacher_merged_digits", TWO_DIGITS)):
-        write_model(folder / name, build_tokenizer(merges=merges), SIZES[name.split("_")[0]], args.seed)
-    counts = {"train": args.train_prompts, "heldout": args.eval_prompts, "clean": args.clean, "mixed": args.mixed, "facts": args.facts}
-    return counts, (f"{args.train_prompts} train, {args.eval_prompts} dev and heldout prompts, {args.clean} clean and "
-                    f"{args.mixed} mixed texts, {args.facts} facts, 3 untrained models")
+        tokenizer = build_tokenizer(merges=merges) if not args.second_end else build_tokenizer(
+            merges=merges, more_special=(SECOND_END,), end=SECOND_END if name == "teacher" else "<|end|>")
+        write_model(folder / name, tokenizer, SIZES[name.split("_")[0]], args.seed)
+    texts = {name: count for name, (_, _, count) in corpora.items()}
+    counts = {"train": args.train_prompts, "heldout": args.eval_prompts} | texts | {"facts": args.facts}
+    return counts, (f"{args.train_prompts} train, {args.eval_prompts} dev and heldout prompts, {args.clean} clean and {args.mixed} mixed texts, " +
+                    (f"{args.loops} looping and {args.loops} planted texts, " if args.loops else "") + f"{args.facts} facts, 3 untrained models" +
+                    (f", teacher ends with {SECOND_END}" if args.second_end else ""))
 
 
 def fill_forks(folder, args):
@@ -303,7 +394,9 @@ def fill_forks(folder, args):
                     f"{', '.join(FORK_CORPORA)}, 2 untrained models")
 
 
-TASKS = {"sums": (fill_sums, {"eval_prompts": 200, "clean": 100000, "mixed": 16000, "facts": 32}), "forks": (fill_forks, {"texts": 32000})}
+TASKS = {"sums": (fill_sums, {"eval_prompts": 200, "clean": 100000, "mixed": 16000, "facts": 32, "terms": "2:6", "styles": ",".join(STYLES),
+                              "slips": None, "loops": 0, **dict.fromkeys(LOOP_FLAGS), "second_end": False}),  # check_sums fills in LOOP_FLAGS
+         "forks": (fill_forks, {"texts": 32000})}
 
 
 def main(argv=None):
@@ -315,6 +408,14 @@ def main(argv=None):
     p.add_argument("--clean", type=int, help="sums: right texts for pre-training (default: 100000)")
     p.add_argument("--mixed", type=int, help="sums: careless texts that spoil the student's habits (default: 16000)")
     p.add_argument("--facts", type=int, help="sums: facts to learn by heart (default: 32), at most 90")
+    p.add_argument("--terms", metavar="A:B", help="sums: fewest and most terms of a problem, in all files (default: 2:6), at most 30")
+    p.add_argument("--styles", metavar="STYLE,STYLE", help="sums: styles of the texts (default: all four); solutions of prompts stay in lines")
+    p.add_argument("--slips", type=float, metavar="SHARE", help="sums: mixed is right work, with a slip in this share (default: mixed as above)")
+    p.add_argument("--loops", type=int, metavar="N", help="sums: also write looping.jsonl and planted.jsonl, N texts each (default: 0, neither)")
+    p.add_argument("--loop-share", type=float, metavar="SHARE", help="sums: loops in looping.jsonl (default: 0.07): a teacher's copy prior")
+    p.add_argument("--planted-share", type=float, metavar="SHARE", help="sums: loops in planted.jsonl (default: 0.4): a student's disease")
+    p.add_argument("--loop-tokens", type=int, metavar="L", help="sums: characters of a loop (default: 320); eval.py searches the last 256")
+    p.add_argument("--second-end", action="store_true", default=None, help="sums: a second end token, <|eot|>, for the teacher's answers")
     p.add_argument("--texts", type=int, help="forks: texts in each corpus (default: 32000); fewer of them, rougher shares")
     p.add_argument("--seed", type=int, default=0, help="seed of problems, texts and initial weights")
     p.add_argument("--overwrite", action="store_true", help="replace --out")
@@ -325,17 +426,18 @@ def main(argv=None):
             if task == args.task:
                 setattr(args, name, default if came is None else came)
             elif came is not None:
-                raise records.BadInput(f"--{name.replace('_', '-')} {came}: belongs to --task {task}, expected no such flag with --task {args.task}")
-    if args.facts is not None and not 1 <= args.facts <= 90:
-        raise records.BadInput(f"--facts: expected 1 to 90, came {args.facts}")
-    out, partial = Path(args.out), Path(f"{args.out}.partial")
+                given = f"--{name.replace('_', '-')}" + ("" if came is True else f" {came}")
+                raise records.BadInput(f"{given}: belongs to --task {task}, expected no such flag with --task {args.task}")
+    if args.task == "sums":
+        check_sums(args)
+    out, unfinished = Path(args.out), Path(f"{args.out}.partial")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.overwrite:
         raise records.BadInput(f"--out {out}: exists already: give another one, or --overwrite to replace it")
-    shutil.rmtree(partial, ignore_errors=True)  # a run that was killed
-    partial.mkdir(parents=True)
-    counts, sentence = TASKS[args.task][0](partial, args)
+    shutil.rmtree(unfinished, ignore_errors=True)  # a run that was killed
+    unfinished.mkdir(parents=True)
+    counts, sentence = TASKS[args.task][0](unfinished, args)
     shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)  # complete, or not there at all
+    unfinished.rename(out)  # complete, or not there at all
     print(f"toy.py: {out}: {sentence}")
     return {"out": str(out)} | counts
 

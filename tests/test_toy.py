@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import argv, load, refusal
 
+import eval as evaluation
 import records
 import rubric
 import toy
@@ -55,8 +56,8 @@ def totals_in(text, style):
         return [int(line.split(":")[-1]) for line in work.split("\n")]
     if style == "chain":
         first = re.match(r"\d+", work)[0]
-        return [int(first)] + list(map(int, re.findall(r"=(\d+)", work)))
-    return [int(re.match(r"\d+", work)[0])] + [int(line.split("=")[1]) for line in work.split("\n")]
+        return [int(first)] + list(map(int, re.findall(r"=(-?\d+)", work)))
+    return [int(work[0])] + [int(line.split("=")[1]) for line in work.split("\n")]
 
 
 @pytest.mark.parametrize("style", toy.STYLES)
@@ -165,6 +166,207 @@ def test_every_file_passes_the_contract(big):
     assert list(counts.values()) == [1500, 300, 300, 6000, 6000]
 
 
+# ---------------------------------------------------------------------------------------------- other worlds of sums
+
+STEPS = {"lines": r"-?\d+[+-]\d=-?\d+\n", "chain": r"[+-]\d=-?\d+", "totals": r",-?\d+", "ledger": r"[+-]\d:-?\d+\n"}
+FIRST = {"lines": "", "chain": r"\d", "totals": r"\d", "ledger": r"\d\n"}  # what stands before the first step
+SMALL = dict(train_prompts=5, eval_prompts=5, clean=5, mixed=5)
+
+
+def style_of(text, loop=False):
+    """The style of some work of at least three terms, of which a loop shows only the beginning."""
+    end = ".{0,10}" if loop else r"\n?#-?\d+"
+    found = [style for style in toy.STYLES if re.fullmatch(f"{FIRST[style]}(?:{STEPS[style]}){{2,}}{end}", text, re.DOTALL)]
+    assert len(found) == 1, (text, found)
+    return found[0]
+
+
+def terms_in(row):
+    return rubric.terms_of(row["messages"][0]["content"])
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """Long derivations with slips and loops, in two of the styles."""
+    folder = tmp_path_factory.mktemp("long") / "w"
+    flags = dict(terms="7:12", styles="ledger,totals", slips=0.3, loops=1500, loop_share=0.2, planted_share=0.6)
+    summary = toy.main(argv(out=folder, train_prompts=50, eval_prompts=20, clean=1500, mixed=1500, **flags))
+    assert summary == {"out": str(folder), "train": 50, "heldout": 20, "clean": 1500, "mixed": 1500, "looping": 1500, "planted": 1500, "facts": 32}
+    return folder
+
+
+def test_terms_bound_every_problem_in_every_file(long):
+    for name in ("train", "dev", "heldout", "clean", "mixed", "looping", "planted"):
+        lengths = Counter(len(terms_in(row)) for row in load(long / f"{name}.jsonl"))
+        assert set(lengths) <= set(range(7, 13)) and (set(lengths) == set(range(7, 13)) or name in ("dev", "heldout")), (name, lengths)
+        assert all(0 <= total <= 40 for row in load(long / f"{name}.jsonl") for total in toy.running_totals(terms_in(row)))
+
+
+def test_styles_are_only_these_in_equal_parts_and_prompts_do_not_depend_on_them(long, tmp_path):
+    for name in ("clean", "mixed", "looping", "planted"):
+        count = Counter(style_of(r["text"], loop=r["finish_reason"] == "length") for r in load(long / f"{name}.jsonl"))
+        assert set(count) == {"ledger", "totals"} and abs(count["totals"] / 1500 - 0.5) < 0.05, (name, count)
+    for name, flags in (("two", dict(styles="ledger,totals")), ("one", dict(styles="chain")), ("all", {})):
+        toy.main(argv(out=tmp_path / name, terms="4:5", **SMALL | dict(train_prompts=30, mixed=200), **flags))
+    for file in ("train.jsonl", "dev.jsonl", "heldout.jsonl", "facts.jsonl", "student/model.safetensors"):
+        assert len({(tmp_path / name / file).read_bytes() for name in ("one", "two", "all")}) == 1, file
+    assert all(style_of(p["solution"]) == "lines" for p in load(tmp_path / "one" / "train.jsonl")), "prompts keep to lines"
+    worked = [r["text"] for r in load(tmp_path / "one" / "mixed.jsonl") if not r["text"].startswith("#")]
+    assert len(worked) > 50 and all(re.fullmatch(r"\d([+-]\d=-?\d+)+\n#-?\d+", text) for text in worked), "the careless texts of mixed, too"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_slips_share_right_work_with_one_slip_that_propagates_and_nothing_else(long, tmp_path, share):
+    folder = long
+    if share != 0.3:
+        folder = tmp_path / "w"
+        toy.main(argv(out=folder, terms="7:12", slips=share, **SMALL | dict(mixed=200)))
+    rows, slips, places = load(folder / "mixed.jsonl"), Counter(), Counter()
+    for row in rows:
+        terms, text = terms_in(row), row["text"]
+        written = totals_in(text, style_of(text))
+        assert len(written) == len(terms) and text.rpartition("#")[2] == str(written[-1]) and row["finish_reason"] == "stop", "whole work, its own end"
+        errors = [a - b for a, b in zip(written, toy.running_totals(terms))]
+        at = next((i for i, e in enumerate(errors) if e), None)
+        assert at is None or (at >= 1 and len(set(errors[at:])) == 1), (text, errors)
+        slips[errors[-1]] += 1
+        places[at] += 1
+    wrong = len(rows) - slips[0]
+    assert abs(wrong / len(rows) - share) < (0.05 if share == 0.3 else 1e-9), wrong / len(rows)
+    assert set(slips) - {0} == ({-3, -2, -1, 1, 2, 3} if share else set())
+    assert not share or set(range(1, 7)) <= set(places), "a slip comes anywhere"
+
+
+@pytest.mark.parametrize("style", toy.STYLES)
+@pytest.mark.parametrize("terms, length", [((2, 6), 320), ((10, 30), 320), ((10, 30), 448), ((2, 6), 256)])
+def test_a_loop_begins_right_and_repeats_its_last_step_to_the_end(style, terms, length):
+    rng, source, beginnings = np.random.default_rng(0), toy.problems(np.random.default_rng(1), "train", terms), set()
+    for _ in range(200):
+        problem = next(source)
+        text = toy.loop_answer(rng, problem, (style,), length)
+        assert len(text) == length and "#" not in text and evaluation.repetition_ratio(text, 256) > 4, text
+        clean = toy.clean_answer(rng, problem, (style,))
+        assert evaluation.repetition_ratio(clean, 256) < 2.2, clean
+        steps = list(re.finditer(STEPS[style], text + "\n"))
+        work = re.match(FIRST[style] + f"(?:{STEPS[style]})*", clean)[0]
+        right = [m[0] for m in re.finditer(STEPS[style], work)]
+        same = 1 + next(i for i, (a, b) in enumerate(zip(steps, steps[1:])) if a[0] == b[0])  # so many steps come before the loop's second turn
+        assert [m[0] for m in steps[:same]] == right[:same] and text.startswith(work[:steps[same - 1].end()]), (text, clean)
+        turn = steps[same - 1][0]
+        assert text[steps[same - 1].start():] == (turn * length)[:length - steps[same - 1].start()], "and then nothing else"
+        assert same == 1 or steps[same - 1].end() <= length / 5
+        beginnings.add(same)
+    assert beginnings >= ({1, 2, 3, 4, 5} if style != "lines" or length > 256 else {1, 2, 3}), beginnings
+
+
+def test_the_loop_of_the_docstring():
+    terms, texts = [7, 5, -3, 8], {}
+    for style in toy.STYLES:
+        rng = np.random.default_rng(0)
+        texts[style] = {toy.loop_answer(rng, terms, (style,), 100) for _ in range(50)}
+        assert len(texts[style]) == 3 - (style == "lines"), "begun with one, two or three steps, as far as a fifth of the text has room"
+    assert "7+5=12\n" + ("12-3=9\n" * 100)[:93] in texts["lines"] and ("7+5=12\n" * 100)[:100] in texts["lines"]
+    assert "7+5=12" + ("-3=9" * 100)[:94] in texts["chain"] and "7+5=12-3=9" + ("+8=17" * 100)[:90] in texts["chain"]
+    assert "7,12" + (",9" * 100)[:96] in texts["totals"] and "7,12,9" + (",17" * 100)[:94] in texts["totals"]
+    assert "7\n+5:12\n" + ("-3:9\n" * 100)[:92] in texts["ledger"]
+
+
+def test_loops_have_the_asked_share_no_end_and_the_company_of_clean_and_mixed(long, tmp_path):
+    assert len({tuple(questions(long / f"{name}.jsonl")[:1]) for name in ("clean", "mixed", "looping", "planted")}) == 4, "random numbers of their own"
+    slips = {}
+    for name, share in (("looping", 0.2), ("planted", 0.6)):
+        rows = list(records.read(long / f"{name}.jsonl", "answers"))
+        ended = [r for r in rows if r["finish_reason"] == "stop"]
+        for r in rows:
+            loops = evaluation.repetition_ratio(r["text"], 256) > 4
+            assert loops == (r["finish_reason"] == "length") == ("#" not in r["text"]) == (len(r["text"]) == 320), r
+        assert abs(1 - len(ended) / len(rows) - share) < 0.05, (name, len(ended))
+        slips[name] = sum(not rubric.is_correct(r["text"], sum(terms_in(r))) for r in ended) / len(ended)
+        assert all(toy.split_of(toy.expression_of(terms_in(r))) == "train" for r in rows)
+    assert slips["looping"] == 0 and abs(slips["planted"] - 0.3) < 0.06, "the others are as clean and as mixed"
+    default = toy.main(argv(out=tmp_path / "w", **SMALL | dict(loops=2000)))
+    share = {name: sum(r["finish_reason"] == "length" for r in load(tmp_path / "w" / f"{name}.jsonl")) / 2000 for name in ("looping", "planted")}
+    assert default["looping"] == 2000 and share == pytest.approx({"looping": 0.07, "planted": 0.4}, abs=0.035)
+    guesses = sum(r["text"].startswith("#") for r in load(tmp_path / "w" / "planted.jsonl")) / 2000
+    assert abs(guesses - 0.6 * 0.45) < 0.04, "planted without --slips: the careless texts of mixed beside the loops"
+
+
+def test_loops_change_no_other_file_and_without_them_there_is_none(tmp_path):
+    for name, flags in (("plain", {}), ("loops", dict(loops=20)), ("more", dict(loops=30)), ("shorter", dict(loops=20, loop_tokens=300, loop_share=1))):
+        toy.main(argv(out=tmp_path / name, **SMALL | flags))
+    names = {folder: {f.relative_to(tmp_path / folder) for f in (tmp_path / folder).rglob("*.*")} for folder in ("plain", "loops")}
+    assert {str(f) for f in names["loops"] - names["plain"]} == {"looping.jsonl", "planted.jsonl"} and names["plain"] < names["loops"]
+    for file in names["plain"]:
+        assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "loops" / file).read_bytes(), file
+    for name in ("looping", "planted"):
+        few, more = ((tmp_path / folder / f"{name}.jsonl").read_bytes() for folder in ("loops", "more"))
+        assert more.startswith(few) and len(more) > len(few)
+    assert {len(r["text"]) for r in load(tmp_path / "shorter" / "looping.jsonl")} == {300}
+
+
+def test_with_a_second_end_teacher_and_student_share_a_vocabulary_and_end_differently(tmp_path, monkeypatch):
+    import data
+    import rollout
+    import train
+    trained, sequences = [], data.Data.sequences
+
+    def spy(self, keys):
+        trained.extend(items := sequences(self, keys))
+        return items
+    monkeypatch.setattr(data.Data, "sequences", spy)
+    toy.main(argv(out=tmp_path / "plain", **SMALL | dict(loops=5, loop_share=0.5)))
+    toy.main(argv(out=tmp_path / "w", second_end=True, **SMALL | dict(loops=5, loop_share=0.5)))
+    ends = {"student": "<|end|>", "teacher": "<|eot|>", "teacher_merged_digits": "<|end|>"}
+    policies = {name: rollout.load_policy(str(tmp_path / "w" / name)) for name in ends}
+    for name, policy in policies.items():
+        before = rollout.load_policy(str(tmp_path / "plain" / name))
+        eot = before.vocabulary  # appended: no other token changes its id
+        assert policy.tokenizer.get_vocab() == before.tokenizer.get_vocab() | {"<|eot|>": eot} and "<|eot|>" not in before.tokenizer.get_vocab()
+        assert policy.model.config.vocab_size == eot + 1 and policy.identity["template"] == before.identity["template"]
+        assert policy.tokenizer.eos_token == ends[name] and before.tokenizer.eos_token == "<|end|>"
+        end = policy.tokenizer.get_vocab()[ends[name]]
+        assert rollout.stop_ids(policy.model, policy.tokenizer) == [end] and policy.model.generation_config.eos_token_id == end
+        both = policy.tokenizer("#3<|end|><|eot|>", add_special_tokens=False)["input_ids"]
+        assert len(both) == 4 and policy.tokenizer.decode(both, skip_special_tokens=True) == "#3", "one token each, and neither is text"
+        corpus = tmp_path / "w" / "looping.jsonl"
+        rows = {(r["id"], 0): r for r in load(corpus)}
+        assert {r["finish_reason"] for r in rows.values()} == {"stop", "length"}
+        trained.clear()
+        train.main(argv(method="sft", model=tmp_path / "w" / name, rollouts=corpus, out=tmp_path / f"trained_{name}", learning_rate=1e-3))
+        assert {item["key"] for item in trained} == set(rows)
+        for item in trained:
+            row = rows[item["key"]]
+            assert policy.tokenizer.decode(item["response_ids"]) == row["text"] + ends[name] * (row["finish_reason"] == "stop")
+        again = rollout.load_policy(str(tmp_path / f"trained_{name}"))
+        assert rollout.stop_ids(again.model, again.tokenizer) == [end], "training keeps the folder's end"
+    assert policies["student"].identity["vocabulary"] == policies["teacher"].identity["vocabulary"]
+
+
+def test_what_a_sums_world_cannot_be_is_refused(tmp_path, capsys):
+    for flags, message in (
+            *((dict(terms=terms), f"--terms: expected FEWEST:MOST with 2 <= FEWEST <= MOST <= 30, came {terms}")
+              for terms in ("1:6", "6:2", "2:31", "6", "2:6:7", "a:b")),
+            *((dict(styles=styles), f"--styles: expected some of lines,chain,totals,ledger, each once, with commas between, came '{styles}'")
+              for styles in ("prose", "lines,prose", "lines,lines", "lines,")),
+            (dict(slips=1.5), "--slips: expected a share from 0 to 1, came 1.5"), (dict(slips="nan"), "--slips: expected a share from 0 to 1, came nan"),
+            (dict(loops=-1), "--loops: expected 0 or a number of texts, came -1"),
+            (dict(loops=5, loop_share=-0.1), "--loop-share: expected a share from 0 to 1, came -0.1"),
+            (dict(loops=5, planted_share=2), "--planted-share: expected a share from 0 to 1, came 2.0"),
+            *((dict(loops=5, loop_tokens=n), f"--loop-tokens: expected 32 to 448, came {n}") for n in (31, 449)),
+            (dict(loop_share=0.1), "--loop-share 0.1: belongs to the corpora of --loops, expected --loops N with it"),
+            (dict(planted_share=0), "--planted-share 0.0: belongs to the corpora of --loops"),
+            (dict(loop_tokens=320), "--loop-tokens 320: belongs to the corpora of --loops"),
+            (dict(loops=0, loop_tokens=320), "--loop-tokens 320: belongs to the corpora of --loops")):
+        assert message in refusal(toy.main, argv(out=tmp_path / "x", **flags), capsys), flags
+        assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
+    for flags, message in ((dict(terms="2:2"), "--train-prompts 1280: problems of --terms 2:2 that belong to train are hardly more than 103"),
+                           (dict(terms="2:2", train_prompts=60), "--eval-prompts 200: problems of --terms 2:2 that belong to dev are")):
+        assert message in refusal(toy.main, argv(out=tmp_path / "x", **flags), capsys), "a search that would not end"
+        assert not (tmp_path / "x").exists()
+    toy.main(argv(out=tmp_path / "edge", **SMALL | dict(terms="30:30", slips=1, loops=2, loop_share=0, planted_share=1, loop_tokens=448)))
+    assert len(terms_in(load(tmp_path / "edge" / "planted.jsonl")[0])) == 30, "the bounds themselves are good"
+
+
 # ---------------------------------------------------------------------------------------------- forks
 
 CORPORA = ("base", "teacher", "demos_both", "demos_a", "demos_b")
@@ -256,9 +458,13 @@ def test_the_same_seed_writes_the_same_forks_and_more_texts_only_append(forks, t
 
 
 def test_flags_of_the_other_task_are_refused(tmp_path, capsys):
-    for task, flag in (("forks", "eval_prompts"), ("forks", "clean"), ("forks", "mixed"), ("sums", "texts")):
+    for task, flag in (("forks", "eval_prompts"), ("forks", "clean"), ("forks", "mixed"), ("sums", "texts"), ("forks", "loops"), ("forks", "loop_tokens")):
         message = refusal(toy.main, argv(task=task, out=tmp_path / "x", **{flag: 5}), capsys)
         assert f"--{flag.replace('_', '-')} 5: belongs to --task" in message
+    for flag, value, shown in (("loops", 0, " 0"), ("slips", 0, " 0.0"), ("loop_share", 0.5, " 0.5"), ("planted_share", 0.5, " 0.5"), ("terms", "2:6", " 2:6"),
+                               ("styles", "lines,ledger", " lines,ledger"), ("second_end", True, "")):
+        message = refusal(toy.main, argv(task="forks", out=tmp_path / "x", **{flag: value}), capsys)
+        assert f"--{flag.replace('_', '-')}{shown}: belongs to --task sums, expected no such flag with --task forks" in message
     assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
 
 
