@@ -11,8 +11,23 @@ import numpy as np
 
 import loss as losses
 import records
+from eval import repetition_ratio
 from records import BadInput
 from rollout import check_tokens, render
+
+
+class Solutions(records.Table):
+    """The `solution` of every prompt of a file as an answer to it."""
+
+    def __getitem__(self, key):
+        prompt = super().__getitem__(key[:1])
+        if "solution" not in prompt:
+            raise BadInput(f"{self.where(key[:1])}: solution: expected a text, but the field is missing")
+        asked = {name: prompt[name] for name in ("messages", "prompt") if name in prompt}
+        return {"id": prompt["id"], "sample": 0, "policy": {"model": "solution"}, "text": prompt["solution"], "finish_reason": "stop", **asked}
+
+    def where(self, key):
+        return super().where(key[:1])
 
 
 class Data:
@@ -22,22 +37,30 @@ class Data:
 
     def __init__(self, args, method, policy, teacher=None, given=False):
         """given: these are the texts of --data, which a row with prefix "mixed" takes for some steps, and not its rollouts."""
-        self.method, self.policy, self.teacher = method, policy, teacher
+        self.method, self.policy, self.teacher, self.tail, self.threshold = method, policy, teacher, args.tail, args.threshold
         self.prefix = "data" if given else "self" if method.prefix == "mixed" else method.prefix
-        self.scores, self.rewards, self.reference, self.prompts = (
-            records.Table(path, kind) if path else None
-            for path, kind in ((args.data_scores if given else args.scores, "scores"), (args.rewards, "rewards"), (args.reference, "scores"), (args.prompts, "prompts")))
-        needs_tokens = self.prefix == "self" or self.scores or self.reference
-        self.rollouts = records.Table(args.data if given else args.rollouts, "rollouts" if needs_tokens else "answers")
-        self.groups, self.retokenized, self.temperature, self.top_k = {}, set(), None, None
+        files = {"scores": args.data_scores} if given else {"scores": args.scores, "rewards": args.rewards, "reference": args.reference, "weights": args.token_weights}
+        self.scores, self.rewards, self.reference, self.weights = (
+            records.Table(files[name], kind) if files.get(name) else None
+            for name, kind in (("scores", "scores"), ("rewards", "rewards"), ("reference", "scores"), ("weights", "weights")))
+        self.prompts = records.Table(args.prompts, "prompts") if args.prompts else None
+        needs_tokens, path = self.prefix == "self" or self.scores or self.reference, args.data if given else args.rollouts
+        solutions = given and not needs_tokens and records.guess_kind(path) == "prompts"
+        self.rollouts = Solutions(path, "prompts") if solutions else records.Table(path, "rollouts" if needs_tokens else "answers")
+        self.writers, self.scorers = {}, {}
+        self.groups, self.retokenized, self.temperature, self.top_k = {}, set(), None, {}
         for rollout in self.rollouts:
             key = records.key_of(rollout, "rollouts")
             self._check(rollout, self.rollouts.where(key), args)
-            for table in (self.scores, self.reference):  # found out now, not after half of the updates
+            self.writers[rollout["policy"].get("weights")] = rollout["policy"]["model"]
+            for table in (self.scores, self.reference, self.weights):  # found out now, not after half of the updates
                 if table is not None:
                     score = records.partner(table, rollout, self.rollouts)
                     if table is self.scores:
                         self._check_score(score, rollout, self.scores.where(key))
+                        self.scorers[score["policy"].get("weights")] = score["policy"]["model"]
+                    if table is self.reference and method.reference_support == "full":
+                        self._check_support(score, self.reference.where(key), "reference")
             self.groups.setdefault(key[0], []).append(key)
         self._weigh()
 
@@ -45,16 +68,17 @@ class Data:
         """A rollout of another policy, template, vocabulary or sampler is refused."""
         came, ours, row = rollout["policy"], self.policy.identity, f"--method {args.method}"
         if self.prefix == "self":
-            if rollout["top_p"] != 1 or rollout["temperature"] <= 0:
+            weighed = self.method.ratio != "none"  # without importance weights it is no matter how the samples were drawn
+            if weighed and (rollout["top_p"] != 1 or rollout["temperature"] <= 0):
                 raise BadInput(f"{where}: top_p: expected 1 and a temperature above 0, came top_p {rollout['top_p']}, temperature "
                                f"{rollout['temperature']}: its log-probs are not those of the sampler; sample again for training")
             if came.get("weights") != ours["weights"] and not args.allow_stale:
                 raise BadInput(f"{where}: policy.weights: expected {ours['weights']}, the weights of {args.model}, came {came.get('weights')}: "
                                f"{row} is on-policy; run rollout.py with this model (or --allow-stale)")
-            if self.temperature not in (None, rollout["temperature"]):
+            if weighed and self.temperature not in (None, rollout["temperature"]):
                 raise BadInput(f"{where}: temperature: expected {self.temperature} as in the lines before, came {rollout['temperature']}")
-            self.temperature = rollout["temperature"]
-            if (self.scores or self.reference or self.teacher) and self.temperature != 1:
+            self.temperature = rollout["temperature"] if weighed else None
+            if weighed and (self.scores or self.reference or self.teacher) and self.temperature != 1:
                 raise BadInput(f"{where}: temperature: expected 1, came {self.temperature}: scores are log-probs at temperature 1")
         if self.prefix == "teacher":
             if came.get("weights") == ours["weights"]:
@@ -76,12 +100,15 @@ class Data:
             raise BadInput(f"{where}: policy.weights: expected {sampler}, the weights that wrote the answer, came {scorer}: prefix teacher means the "
                            "teacher's own answers; for those of others there is kd")
         if self.method.support:
-            if "topk" not in score:
-                raise BadInput(f"{where}: topk: expected the teacher's distribution, but the field is missing: run teacher.py score with --top-k")
-            self.top_k = self.top_k or score["topk"]["ids"]["shape"][1]
-            if score["topk"]["ids"]["shape"][1] != self.top_k:
-                raise BadInput(f"{where}: topk: expected {self.top_k} tokens as in the lines before, came "
-                               f"{score['topk']['ids']['shape'][1]}: score the whole file with one --top-k")
+            self._check_support(score, where, "teacher")
+
+    def _check_support(self, score, where, whose):
+        """A score without a distribution, or with another number of tokens than the lines before, is refused."""
+        if "topk" not in score:
+            raise BadInput(f"{where}: topk: expected the {whose}'s distribution, but the field is missing: run teacher.py score with --top-k")
+        came = score["topk"]["ids"]["shape"][1]
+        if self.top_k.setdefault(whose, came) != came:
+            raise BadInput(f"{where}: topk: expected {self.top_k[whose]} tokens as in the lines before, came {came}: score the whole file with one --top-k")
 
     def _weigh(self):
         """Group advantages and weights of all rollouts.  Groups with a failed judgement are dropped and counted, rollouts of weight
@@ -125,21 +152,35 @@ class Data:
                 "length": sum(mask), "truncated": rollout["finish_reason"] == "length", "omega": self.omegas.get(key, 1.0),
                 "own": rollout["policy"].get("weights") == self.policy.identity["weights"]}
         trained = np.flatnonzero(mask)
+        if "end_mass" in rollout:
+            item["student_end_mass"] = rollout["end_mass"]
         if self.prefix == "self":
+            item["repetitive"] = len(rollout["text"]) >= self.tail and repetition_ratio(rollout["text"], self.tail) > self.threshold
             item["behaviour_logp"] = np.asarray(rollout["logprobs"], np.float32)[trained]
         if self.scores is not None:
             score = records.partner(self.scores, rollout, self.rollouts)
             item["teacher_logp"] = np.asarray(score["logprobs"], np.float32)[trained]
             if self.method.support:
-                ids, logps = (records.unpack(score["topk"][name]) for name in ("ids", "logprobs"))
-                if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.policy.vocabulary:
-                    raise BadInput(f"{self.scores.where(key)}: topk: expected ids in [0, {self.policy.vocabulary}), came {ids.min()} to {ids.max()}")
-                item["support_ids"], item["support_logp"] = ids[trained], logps[trained]
+                item["support_ids"], item["support_logp"] = self._support(score, self.scores.where(key), trained)
+            if "end_mass" in score:
+                item["teacher_end_mass"] = score["end_mass"]
         if self.reference is not None:
-            item["reference_logp"] = np.asarray(records.partner(self.reference, rollout, self.rollouts)["logprobs"], np.float32)[trained]
+            score = records.partner(self.reference, rollout, self.rollouts)
+            item["reference_logp"] = np.asarray(score["logprobs"], np.float32)[trained]
+            if self.method.reference_support == "full":
+                item["reference_support_ids"], item["reference_support_logp"] = self._support(score, self.reference.where(key), trained)
+        if self.weights is not None:
+            item["token_weight"] = np.asarray(records.partner(self.weights, rollout, self.rollouts)["weights"], np.float32)[trained]
         if key in self.advantages:
             item["advantage"], item["reward"] = self.advantages[key]
         return item
+
+    def _support(self, score, where, trained):
+        """(ids [T, K], log-probs [T, K]) of the trained tokens' support."""
+        ids, logps = (records.unpack(score["topk"][name]) for name in ("ids", "logprobs"))
+        if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.policy.vocabulary:
+            raise BadInput(f"{where}: topk: expected ids in [0, {self.policy.vocabulary}), came {ids.min()} to {ids.max()}")
+        return ids[trained], logps[trained]
 
     def _tokenize(self, answers, keys):
         """Text-only answers in the student's tokens; the end token is added iff the answer ended by itself."""

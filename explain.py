@@ -13,10 +13,14 @@ def files(method):
         needs["--rewards"] = "rubric.py grade: one reward an answer"
     if method.teacher:
         needs["--scores or --teacher"] = "teacher.py score: the teacher's log-prob of every token" + (", with --top-k its likeliest tokens" if method.support else "")
+    if method.token_weight == "file":
+        needs["--token-weights"] = "weigh.py cut: a number for every token"
+    if method.gold_weight:
+        needs["--data"] = "given answers to the same prompts, beside the rollouts in every step"
     if method.prefix == "mixed":
         needs["--data (with --data-scores or --teacher)"] = "given answers to the same prompts, for the steps that are not on rollouts"
     if method.reference:
-        needs["--reference"] = "teacher.py score by the reference policy"
+        needs["--reference"] = "teacher.py score by the reference policy" + (", with --top-k" if method.reference_support == "full" else "")
     return needs
 
 
@@ -31,11 +35,13 @@ def formula(method):
     later = f" + {'mean' if method.future == 'mean' else 'sum'} over later tokens of gamma^k (log p_T - log mu), gamma = {method.gamma:g}" if method.gamma else ""
     text = {"token": "1 [a = y]", "reward": f"{ratio} A [a = y]", "k1": f"{importance('mu')} ({k1}{later}) [a = y]",
             "reward+k1": f"{ratio} (A + {method.teacher_weight:g} ({k1}{later})) [a = y]",
-            "k2": "pi/mu (log p_T(y) - log pi(y)) [a = y]", "k3": "pi/mu (p_T(y)/pi(y) - 1) [a = y]",
+            "k2": ("" if method.ratio == "none" else "pi/mu ") + "(log p_T(y) - log pi(y)) [a = y]", "k3": "pi/mu (p_T(y)/pi(y) - 1) [a = y]",
             "full": f"pi(a) {parts.get(method.divergence)}" + (f"{later.replace(' + ', ' + [a = y] pi/mu ', 1)}" if later else "") + ",  u = p_T / pi"}[c]
     extra = [f"ratio clipped to [{1 - method.clip_low if method.clip_low else 0:g}, {1 + method.clip_high if method.clip_high else math.inf:g}]" if method.clip_low or method.clip_high else "",
              f"dual clip {method.dual_clip:g}" if method.dual_clip else "", f"times min(pi_old/mu, {method.tis_cap:g})" if method.tis_cap else "",
              f"teacher's advantage within +-{method.advantage_clip:g}" if method.advantage_clip else "",
+             "times the token's weight" if method.token_weight == "file" else "",
+             f"plus {method.gold_weight:g} grad log pi of given answers, a mean over their tokens" if method.gold_weight else "",
              f"minus {method.reference_kl:g} grad KL(pi || pi_ref)" if method.reference_kl else "",
              f"plus {method.entropy_bonus:g} grad H(pi)" if method.entropy_bonus else ""]
     return ";  ".join([text] + [e for e in extra if e])
@@ -54,7 +60,7 @@ def explain(name, overrides=()):
     logp, y = torch.log_softmax(logits, -1), 1
     own = logp[y].detach()[None]
     batch = {"behaviour_logp": own, "teacher_logp": p_t[y].log()[None], "advantage": torch.ones(1, dtype=torch.float64), "whole": True,
-             "support_logp": p_t.log()[None], "reference_logp": own, "sequence": torch.zeros(1, dtype=torch.int64)}
+             "support_logp": p_t.log()[None], "reference_logp": own, "token_weight": torch.ones(1, dtype=torch.float64), "sequence": torch.zeros(1, dtype=torch.int64)}
     loss = losses.token_loss(method, torch.cat([logp[y:y + 1], logp])[None], -(logp.exp() * logp).sum()[None], batch)[0]
     pull = -torch.autograd.grad(loss, logits)[0]
     given = "; its answer has advantage 1" if method.advantage != "none" else "; omega = 1" if method.omega != "one" else ""

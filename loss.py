@@ -34,6 +34,13 @@ gets depends on the estimator *and* on its use, and most pairs are traps:
     k3    reverse minus forward KL, which         forward KL, whatever it is called: allowed with divergence fkl only
           vanishes near pi = p_T: refused
 
+Beside the rows' own term stand three others, each with a column: `reference_kl` KL(pi || pi_ref), a leash to a reference policy;
+`gold_weight` -log pi of given answers (--data), a mean over their tokens, so that its meaning does not depend on how long rollouts have
+become; `entropy_bonus`.  With `token_weight` "file" c_t is multiplied by a number that a file has for every token (weigh.py).
+
+`k2` with ratio "none" forgets that its samples grow old: no importance weights.  Its gradient is that of the reverse KL while pi is mu, and
+later that of a least-squares regression of log pi onto log p_T at the tokens that mu sampled; advantage_clip makes it a Huber loss.
+
 `k1` is exact in expectation for the first update of a file: its advantage is fixed when the rollout is scored, as in its
 source, while pi moves on.
 
@@ -64,7 +71,7 @@ class Method:
     interpolation: float = 0.5       # b of jsd and mix: towards 0 forward, towards 1 reverse KL
     omega: str = "one"               # weight of a sequence: "one", "informative", "accepted", "softmax" or "preference" (sequence_weights)
     omega_scale: float = 1.0         # its constant: the reward that is accepted, the softmax's temperature, DPO's beta
-    ratio: str = "token"             # importance ratio: each token's, or "sequence": the geometric mean over the sequence (GSPO)
+    ratio: str = "token"             # importance ratio: each token's, "sequence": the geometric mean over it (GSPO), or "none": always 1 (k2)
     norm: str = "token"              # "token": mean over the step's tokens; "sequence": of the sequences' means; "batch": of their sums; "sum"
     advantage: str = "none"          # group advantage: "mean" subtracts the group's mean, "std" also divides by its std
     teacher_weight: float = 1.0      # of the teacher's term in reward+k1
@@ -75,8 +82,12 @@ class Method:
     clip_low: float = 0.0            # no gain from a ratio below 1 - clip_low (bad tokens); 0 turns this side off
     clip_high: float = 0.0           # no gain from a ratio above 1 + clip_high (good tokens); 0 turns this side off
     dual_clip: float = 0.0           # bound of -ratio * A for A < 0 as a multiple of |A| (> 1); 0 is off
-    tis_cap: float = 0.0             # truncated importance sampling: weight min(pi_old / mu, cap) for sampler/trainer gaps; 0 is off
+    tis_cap: float = 0.0             # truncated importance sampling: weight min(pi_old / mu, cap), with k2 min(pi / mu, cap); 0 is off
     reference_kl: float = 0.0        # coefficient of KL(pi || pi_ref), needs --reference (scores by the reference policy)
+    reference_support: str = "sample"  # "sample": from the sampled tokens (k2); "full": from the distributions that --reference holds
+    gold_weight: float = 0.0         # coefficient of -log pi of given answers to the same prompts (--data), with a token mean of its own
+    token_weight: str = "one"        # "file": --token-weights multiplies c_t (weigh.py); the normaliser still counts tokens, not weights
+    consistency: str = "any"         # "sft": the teacher must be the one whose answers this model was fine-tuned on
     entropy_bonus: float = 0.0       # coefficient of the policy's entropy, added to the objective
     student_fraction: float = 1.0    # share of optimiser steps on rollouts, the others on --data (GKD's lambda)
     about: str = ""                  # what it is, for `train.py --explain`
@@ -104,9 +115,14 @@ class Method:
         return self.reference_kl > 0 or self.omega == "preference"
 
     @property
+    def given(self):
+        """Whether answers from elsewhere (--data) are trained on, too."""
+        return self.prefix == "mixed" or self.gold_weight > 0
+
+    @property
     def separable(self):
         """Whether a token's loss needs no other token's log-prob, so that kernel.linear_token_loss may walk slices of tokens."""
-        return self.ratio == "token" and self.gamma == 0
+        return self.ratio != "sequence" and self.gamma == 0
 
     def columns(self):
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "about"}
@@ -144,13 +160,19 @@ METHODS = {
     "gkd": Method("mixed", divergence="jsd", student_fraction=0.5, **TEACHER_FULL, about="generalised KD: Jensen-Shannon divergence on own and given texts (arXiv 2306.13649; its mean is over sequences, ours over tokens)"),
     "minillm": Method("self", divergence="rkl", gamma=1.0, future="mean", clip_low=0.2, clip_high=0.2, **TEACHER_FULL,
                       about="exact single-step reverse KL plus what a token does to the later ones, length-normalised (arXiv 2306.08543, without its teacher-mixed sampling and its language-modelling term)"),
+    # The clip range, one update a file and the coefficients are what secondary sources say of a paper that leaves them out
+    "stable-opd": Method("self", "teacher", "k1", "rkl", clip_low=0.2, clip_high=0.2, reference_kl=0.01, gold_weight=0.1,
+                         about="on-policy distillation with golden answers beside it and a leash to the start, against length inflation and loops (arXiv 2604.08527)"),
+    "release": Method("self", "teacher", "k1", "rkl", token_weight="file", about="on-policy distillation up to where the teacher's margin collapses: weigh.py cut (arXiv 2605.13643)"),
+    "lightning": Method("self", "teacher", "k2", "rkl", ratio="none", norm="sequence", advantage_clip=10.0, consistency="sft",
+                        about="offline on-policy distillation: answers and teacher numbers computed once, by the teacher of the fine-tuning (arXiv 2604.13010)"),
     # ---- both
     "opd-verifier": Method(**PPO | dict(signal="reward+teacher", coefficient="reward+k1"), divergence="rkl", advantage="std", about="a verifier's group advantage plus the teacher's advantage of every token"),
     "rwopd": Method("self", "reward+teacher", "full", "rkl", omega="softmax", about="exact on-policy distillation, answers weighted by the softmax of their rewards"),
 }
 CHOICES = {"prefix": ("data", "teacher", "old", "self", "mixed"), "signal": ("tokens", "reward", "teacher", "reward+teacher"),
            "coefficient": ("token", "reward", "k1", "reward+k1", "k2", "k3", "full"), "divergence": ("none", "rkl", "fkl", "jsd", "mix"),
-           "omega": ("one", "informative", "accepted", "softmax", "preference"), "ratio": ("token", "sequence"),
+           "omega": ("one", "informative", "accepted", "softmax", "preference"), "ratio": ("token", "sequence", "none"), "reference_support": ("sample", "full"), "token_weight": ("one", "file"), "consistency": ("any", "sft"),
            "norm": ("token", "sequence", "batch", "sum"), "advantage": ("none", "mean", "std"), "future": ("sum", "mean"), "baseline": ("none", "kl")}
 DESCENDS = {"k1": ("rkl",), "reward+k1": ("rkl",), "k2": ("rkl",), "k3": ("fkl",), "full": ("rkl", "fkl", "jsd", "mix")}
 REFUSED = {"k1-loss": "k1 differentiated as a loss has gradient 0 in expectation: use k1 (as an advantage), k2 (as a loss) or full",
@@ -207,16 +229,18 @@ def check(method):
         raise BadInput(f"omega preference: goes with coefficient token, came {c}")
     if (method.advantage != "none") != (c in ("reward", "reward+k1")):
         raise BadInput(f"advantage {method.advantage!r}: group advantages go with coefficient 'reward' or 'reward+k1', which need one")
-    uses = {"clip_low": SURROGATE, "clip_high": SURROGATE, "dual_clip": SURROGATE, "tis_cap": ("reward", "reward+k1"),
-            "gamma": ("k1", "reward+k1", "full"), "advantage_clip": ("k1", "reward+k1")}
-    for column in (*uses, "reference_kl", "entropy_bonus", "omega_scale", "teacher_weight", "interpolation", "student_fraction"):
+    uses = {"clip_low": SURROGATE, "clip_high": SURROGATE, "dual_clip": SURROGATE, "tis_cap": ("reward", "reward+k1", "k2", "k3"),
+            "gamma": ("k1", "reward+k1", "full"), "advantage_clip": ("k1", "reward+k1", "k2")}
+    for column in (*uses, "reference_kl", "gold_weight", "entropy_bonus", "omega_scale", "teacher_weight", "interpolation", "student_fraction"):
         value = getattr(method, column)
         if not math.isfinite(value) or (value < 0 and column != "entropy_bonus"):
             raise BadInput(f"{column}: expected a finite number, at least 0, came {value}")
         clips_the_future = column in ("clip_low", "clip_high", "dual_clip", "advantage_clip") and c == "full" and method.gamma > 0
         if value and c not in uses.get(column, CHOICES["coefficient"]) and not clips_the_future:
             raise BadInput(f"{column}: goes with coefficient {' or '.join(uses[column])}, came {value} with {c}")
-    if method.ratio != "token" and c not in SURROGATE:
+    if method.ratio == "none" and (c != "k2" or method.tis_cap):
+        raise BadInput(f"ratio none: no importance weights: goes with coefficient k2 and no tis_cap, came {c} with tis_cap {method.tis_cap:g}")
+    if method.ratio == "sequence" and c not in SURROGATE:
         raise BadInput(f"ratio {method.ratio}: goes with coefficient reward, k1 or reward+k1, which have an importance ratio, came {c}")
     if method.gamma > 1 or (method.gamma and method.prefix != "self"):
         raise BadInput(f"gamma: expected 0 to 1, with the policy's own samples, came {method.gamma} with prefix {method.prefix!r}")
@@ -243,7 +267,15 @@ def check(method):
     if 0 < method.dual_clip <= 1:
         raise BadInput(f"dual_clip: expected 0 (off) or a bound above 1, came {method.dual_clip}")
     if method.reference_kl and method.prefix != "self":
-        raise BadInput("reference_kl: its one-sample estimate needs the policy's own samples")
+        raise BadInput("reference_kl: an expectation over the policy's own samples")
+    if method.reference_support != "sample" and not method.reference_kl:
+        raise BadInput("reference_support: says how the leash is computed: set reference_kl above 0")
+    if method.reference_kl and method.reference_support == "sample" and method.ratio == "none":
+        raise BadInput("reference_kl: from stale samples it needs an importance weight, or reference_support full, came ratio none")
+    if method.gold_weight and method.prefix != "self":
+        raise BadInput(f"gold_weight: given answers beside the policy's own: goes with prefix self, came {method.prefix!r}")
+    if method.consistency == "sft" and not method.teacher:
+        raise BadInput(f"consistency sft: compares the teacher with that of the fine-tuning: goes with a teacher's signal, came {method.signal!r}")
 
 
 # ---------------------------------------------------------------------------------------------- a group: advantages and weights
@@ -375,6 +407,11 @@ def sampled_advantage(method, batch, kl=None):
     return batch["advantage"] + method.teacher_weight * advantage if method.coefficient == "reward+k1" else advantage
 
 
+def huber(r, bound):
+    """r^2 / 2 within +-bound and linear beyond, [N] (bound 0: nowhere linear): its derivative is r clipped.  huber(3, 2) -> 4."""
+    return 0.5 * r ** 2 if not bound else torch.where(r.abs() <= bound, 0.5 * r ** 2, bound * (r.abs() - 0.5 * bound))
+
+
 def log_tail(logps):
     """log of the mass outside a support: logps [N, K] -> [N], the log of 1 - sum of exp."""
     return torch.log(-torch.expm1(logps.logsumexp(-1).clamp(max=-1e-7)))
@@ -406,7 +443,7 @@ def teacher_divergence(method, logp, batch, exact=None):
     """The row's divergence a token, [N], from a teacher in memory (exact) or over the support; arguments as for token_loss."""
     kind = method.divergence
     if exact is None or kind == "jsd":
-        return divergence(kind, logp[:, 1:], batch["support_logp"], batch["whole"], method.interpolation)
+        return divergence(kind, logp[:, 1:1 + batch["support_logp"].shape[1]], batch["support_logp"], batch["whole"], method.interpolation)
     b = {"rkl": 1.0, "fkl": 0.0, "mix": method.interpolation}[kind]
     return exact[0] if b == 1 else exact[1] if b == 0 else b * exact[0] + (1 - b) * exact[1]
 
@@ -414,7 +451,7 @@ def teacher_divergence(method, logp, batch, exact=None):
 def token_loss(method, logp, entropy, batch, exact=None):
     """The loss of each trained token, [N], for any row of METHODS; sum(loss * batch["weight"]) is the step's loss.
 
-    logp [N, 1 + K]: column 0 the recorded token, the others the teacher's support (K = 0 without one).
+    logp [N, 1 + K + R]: column 0 the recorded token, then the teacher's support and the leash's (K and R are 0 without them).
     entropy [N].  exact: KL(pi || p_T) and KL(p_T || pi), each [N], over the whole vocabulary, from a teacher in memory, in place of a support.
     batch: what is known about the tokens, each [N] unless noted, all constant:
       old_logp        log pi before this file's first update (absent when this is the first update: then it is logp)
@@ -423,6 +460,8 @@ def token_loss(method, logp, entropy, batch, exact=None):
       teacher_logp    log p_T of the recorded token
       support_logp    [N, K] log p_T of the support; `whole` says whether that is the whole vocabulary
       reference_logp  log pi_ref of the recorded token
+      reference_support_logp  [N, R] log pi_ref of the leash's support, whose columns of logp stand last; `reference_whole` as `whole`
+      token_weight    what multiplies c_t
       sequence        int64, which sequence a token belongs to (ratio "sequence", gamma)"""
     own, kl = logp[:, 0], None
     old = batch.get("old_logp", own.detach())
@@ -440,12 +479,19 @@ def token_loss(method, logp, entropy, batch, exact=None):
         loss = clipped_surrogate(log_ratio(method, own, batch["behaviour_logp"], batch), advantage, method)
     elif method.coefficient in ("k2", "k3"):
         r = batch["teacher_logp"] - own
-        loss = (own.detach() - batch["behaviour_logp"]).exp() * (0.5 * r ** 2 if method.coefficient == "k2" else torch.expm1(r) - r)
+        loss = huber(r, method.advantage_clip) if method.coefficient == "k2" else torch.expm1(r) - r
+        if method.ratio == "token":
+            loss = (own.detach() - batch["behaviour_logp"]).exp().clamp(max=method.tis_cap or math.inf) * loss
     else:
         loss = clipped_surrogate(log_ratio(method, own, old, batch), advantage, method)
         if method.tis_cap:
             loss = loss * (old - batch["behaviour_logp"]).exp().clamp(max=method.tis_cap)
-    if method.reference_kl:
+    if method.token_weight == "file":
+        loss = loss * batch["token_weight"]
+    if method.reference_kl and method.reference_support == "full":
+        reference = batch["reference_support_logp"]
+        loss = loss + method.reference_kl * divergence("rkl", logp[:, -reference.shape[1]:], reference, batch["reference_whole"])
+    elif method.reference_kl:
         # k2 = (log pi - log pi_ref)^2 / 2, on own samples and weighed by the ratio: its gradient is that of KL(pi || pi_ref)
         loss = loss + method.reference_kl * (own.detach() - old).exp() * 0.5 * (own - batch["reference_logp"]) ** 2
     if method.entropy_bonus:

@@ -267,7 +267,7 @@ def pick(logits, uniform, temperature, top_p):
 
 @torch.no_grad()
 def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
-    """Answers for a batch of token-id prompts: a list of (response_ids, logprobs, finish_reason).
+    """Answers for a batch of token-id prompts: a list of (response_ids, logprobs, finish_reason, mass on ending at the last token).
 
     draws [B, max_tokens] of uniforms.  Prompts are padded on the left; a row leaves the batch when it stops."""
     model, device = policy.model, policy.device
@@ -279,9 +279,9 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
         mask[row, width - len(prompt):] = 1
     ids, mask, draws = ids.to(device), mask.to(device), torch.as_tensor(draws, device=device)
     position = (mask.cumsum(-1) - 1).clamp(min=0)
-    out = [([], [], "length") for _ in prompts]
+    out = [([], [], "length", None) for _ in prompts]
     rows, cache = np.arange(len(prompts)), None  # rows: which answer each row of the shrinking batch belongs to
-    stops = torch.tensor(policy.stop_ids, device=device)
+    stops = torch.tensor([i for i in policy.stop_ids if i < policy.vocabulary], dtype=torch.int64, device=device)
     for t in range(max_tokens):
         step = model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=position, cache=cache, use_cache=True)
         cache = step.cache
@@ -290,11 +290,11 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
         if not torch.isfinite(logps).all():
             raise BadInput("the model's logits are not finite: try --dtype float32, or another checkpoint")
         stopped = torch.isin(tokens, stops)
-        for row, token, logp, stop in zip(rows, tokens.tolist(), logps.tolist(), stopped.tolist()):
+        ends = (last[:, stops].logsumexp(-1) - last.logsumexp(-1)).exp()  # mass on ending here
+        for row, token, logp, stop, end in zip(rows, tokens.tolist(), logps.tolist(), stopped.tolist(), ends.tolist()):
             out[row][0].append(token)
             out[row][1].append(logp)
-            if stop:
-                out[row] = (*out[row][:2], "stop")
+            out[row] = (*out[row][:2], "stop" if stop else "length", end)
         if stopped.any():
             going = (~stopped).nonzero()[:, 0]
             if not len(going):
@@ -324,9 +324,9 @@ def generate(policy, jobs, *, max_tokens, temperature, top_p, seed, batch_tokens
             answers = sample_batch(policy, [rendered[p["id"]] for p, _ in todo], draws, max_tokens=max_tokens,
                                    temperature=temperature, top_p=top_p)
             yield [rollout_record(prompt, sample, policy.identity, dict(
-                        prompt_ids=rendered[prompt["id"]], response_ids=ids, logprobs=records.floats(logps), finish_reason=reason,
+                        prompt_ids=rendered[prompt["id"]], response_ids=ids, logprobs=records.floats(logps), finish_reason=reason, end_mass=mass,
                         text=policy.tokenizer.decode(ids, skip_special_tokens=True)), temperature, top_p)
-                   for (prompt, sample), (ids, logps, reason) in zip(todo, answers)]
+                   for (prompt, sample), (ids, logps, reason, mass) in zip(todo, answers)]
 
 
 def rollout_record(prompt, sample, identity, answer, temperature, top_p):
@@ -336,6 +336,8 @@ def rollout_record(prompt, sample, identity, answer, temperature, top_p):
     if "response_ids" in answer:
         record |= {"prompt_ids": answer["prompt_ids"], "response_ids": answer["response_ids"],
                    "loss_mask": [1] * len(answer["response_ids"]), "logprobs": records.floats(np.minimum(answer["logprobs"], 0))}
+    if answer.get("end_mass") is not None:  # how likely it was to end where its last token stands; a server does not say
+        record["end_mass"] = float(f"{answer['end_mass']:.6g}")
     return record
 
 

@@ -7,7 +7,9 @@
 `answer` writes the m answers a prompt that rubrics are drawn from (ROPD section 3; m = 4 there).  They are sampled at a
 temperature above 0: m copies of one answer teach a rubric nothing, so the share of repeated answers is reported.
 `score` writes, for every response token, the teacher's log-prob of exactly that token id after exactly that prefix, at
-temperature 1, and with --top-k the teacher's K likeliest tokens (K = vocabulary size: the whole distribution).
+temperature 1, and with --top-k the teacher's K likeliest tokens (K = vocabulary size: the whole distribution); with
+--top-k-of its log-probs of another model's likeliest tokens.  `end_mass` is its probability of ending where the last token
+stands.  `shuffle` deals a file's log-probs out at random: a null control.
 
 Scoring starts with a self-test: one rollout is scored alone and again inside a padded batch.  The difference is the
 noise floor; a teacher-student gap below it is no signal.
@@ -53,25 +55,36 @@ def answer(argv):
 # ---------------------------------------------------------------------------------------------- score
 
 @torch.no_grad()
-def score_batch(policy, rollouts, top_k):
-    """[(logprobs [T], top ids [T, K] or None, top log-probs [T, K] or None)] for a batch of rollouts, at temperature 1.
+def score_batch(policy, rollouts, top_k=0, given=None, same=()):
+    """[(logprobs [T], top ids [T, K] or None, top log-probs [T, K] or None, end mass)] for a batch of rollouts, at temperature 1.
 
+    given: ids [T, K] a rollout whose log-probs are wanted in place of the teacher's likeliest ones.  same: pairs (a, b) of ids that mean
+    the same: the teacher's mass on a counts as b's.  end mass: probability of any stop token where the last token stands.
     Every response token is scored, also those a loss mask hides: masks may change, scores are dear."""
     hidden = hidden_at(policy.model, [r["prompt_ids"] + r["response_ids"] for r in rollouts],
                        [response_positions(r["prompt_ids"], [1] * len(r["response_ids"])) for r in rollouts])
     own = torch.tensor([t for r in rollouts for t in r["response_ids"]], dtype=torch.int64, device=hidden.device)
     lengths = [len(r["response_ids"]) for r in rollouts]
-    ids = likeliest(policy, hidden, top_k) if top_k else None
-    logps, _ = linear_logp(hidden, policy.head, own[:, None] if ids is None else torch.cat([own[:, None], ids], 1), **policy.head_options)
-    parts = [[x.cpu().numpy() for x in part.split(lengths)] for part in ([logps] if ids is None else [logps, ids])]
-    if ids is None:
-        return [(a[:, 0], None, None) for a in parts[0]]
-    return [(a[:, 0], b, a[:, 1:]) for a, b in zip(*parts)]
+    ids = likeliest(policy, hidden, top_k) if top_k else torch.from_numpy(np.concatenate(given).astype(np.int64)).to(hidden.device) if given else own[:, None][:, :0]
+    wanted = torch.cat([own[:, None], ids, own.new_tensor([[a for a, _ in same]]).expand(len(own), -1)], 1)
+    logps, _ = linear_logp(hidden, policy.head, wanted, **policy.head_options)
+    for i, (a, b) in enumerate(same, start=wanted.shape[1] - len(same)):
+        logps[:, 0] = torch.where(own == b, torch.logaddexp(logps[:, 0], logps[:, i]), logps[:, 0])
+    last = torch.tensor([end - 1 for end, n in zip(np.cumsum(lengths), lengths) if n], dtype=torch.int64, device=hidden.device)
+    stops = own.new_tensor([[i for i in policy.stop_ids if i < policy.vocabulary]]).expand(len(last), -1)
+    masses = iter(linear_logp(hidden[last], policy.head, stops, **policy.head_options)[0].logsumexp(-1).exp().tolist())
+    ends = [next(masses) if n else None for n in lengths]  # an empty answer has no last token
+    own_logps, top = logps[:, 0].cpu().numpy(), (logps[:, 1:1 + ids.shape[1]].cpu().numpy(), ids.cpu().numpy())
+    cuts = np.cumsum(lengths)[:-1]
+    parts = zip(np.split(own_logps, cuts), np.split(top[1], cuts), np.split(top[0], cuts), ends)
+    return [part if ids.shape[1] else (part[0], None, None, part[3]) for part in parts]
 
 
-def score_record(rollout, identity, logprobs, top_ids, top_logprobs):
+def score_record(rollout, identity, logprobs, top_ids, top_logprobs, end_mass=None):
     record = {"id": rollout["id"], "sample": rollout["sample"], "policy": identity, "rollout": records.fingerprint(rollout),
               "logprobs": records.floats(np.minimum(logprobs, 0))}
+    if end_mass is not None:
+        record["end_mass"] = float(f"{end_mass:.6g}")
     if top_ids is not None:
         top_ids, top_logprobs = np.asarray(top_ids), np.asarray(top_logprobs, np.float32)  # a server gives lists
         small = np.uint16 if top_ids.max(initial=0) < 65536 else np.int32
@@ -79,10 +92,37 @@ def score_record(rollout, identity, logprobs, top_ids, top_logprobs):
     return record
 
 
+def token_pair(text, tokenizer):
+    """"<|eot|>=<|end|>" -> their ids."""
+    names, vocabulary = text.split("="), tokenizer.get_vocab()
+    if len(names) != 2 or any(name not in vocabulary for name in names):
+        raise BadInput(f"--same-token {text}: expected A=B, two tokens of the vocabulary")
+    return vocabulary[names[0]], vocabulary[names[1]]
+
+
+def shuffle(argv):
+    """teacher.py shuffle: the null control of dense supervision."""
+    p = records.parser("The same log-probs, dealt out at random among all tokens of the file: a teacher that knows nothing.\n\n"
+                       "    python teacher.py shuffle --scores scores.jsonl --out null.jsonl")
+    p.add_argument("--scores", required=True, help="JSONL of scores")
+    p.add_argument("--out", required=True, help="JSONL to write; top-k fields are left out")
+    p.add_argument("--seed", type=int, default=0, help="of the permutation")
+    p.add_argument("--overwrite", action="store_true", help="begin the output anew")
+    args = p.parse_args(argv)
+    rows = [{k: v for k, v in row.items() if k not in ("topk", "topk_of", "end_mass")} for row in records.read(args.scores, "scores")]
+    pool = np.random.default_rng(args.seed).permutation(np.concatenate([row["logprobs"] for row in rows]))
+    with records.Writer(args.out, "scores", {"shuffle": args.seed}, [args.scores], args.overwrite) as writer:
+        for row, part in zip(rows, np.split(pool, np.cumsum([len(row["logprobs"]) for row in rows])[:-1])):
+            if records.key_of(row, "scores") not in writer:
+                writer.write(row | {"logprobs": part.tolist()})
+    print(f"teacher.py shuffle: {args.out}: {len(rows)} rollouts, {len(pool)} log-probs dealt out")
+    return {"out": args.out, "records": len(rows)}
+
+
 def noise_floor(policy, rollouts):
     """Largest difference in nats between scoring the shortest rollout alone and inside a padded batch."""
-    alone = score_batch(policy, [rollouts[0]], 0)[0][0]
-    together = score_batch(policy, rollouts, 0)[0][0]
+    alone = score_batch(policy, [rollouts[0]])[0][0]
+    together = score_batch(policy, rollouts)[0][0]
     return float(np.abs(alone - together).max(initial=0.0))
 
 
@@ -103,6 +143,8 @@ def score(argv):
     p.add_argument("--rollouts", required=True, help="JSONL of rollouts to score")
     p.add_argument("--out", required=True, help="JSONL to write; run again to complete an interrupted file")
     p.add_argument("--top-k", type=int, default=0, help="also keep the K likeliest tokens; the vocabulary's size keeps all")
+    p.add_argument("--top-k-of", metavar="FILE", help="keep the log-probs of the tokens that these scores hold (the student's own, with --top-k) in place of the likeliest ones")
+    p.add_argument("--same-token", action="append", default=[], metavar="A=B", help="token A means what B does: its mass counts as B's, for models that end with other tokens")
     p.add_argument("--batch-tokens", type=int, default=16384, help="rows x longest row in one forward pass: memory against speed")
     add_model_flags(p)
     p.add_argument("--allow-template-mismatch", action="store_true", help="score prompts rendered with another chat template")
@@ -111,8 +153,12 @@ def score(argv):
     args = p.parse_args(argv)
     if args.top_k < 0:
         raise BadInput(f"--top-k: expected 0 or more, came {args.top_k}")
+    if args.top_k_of and (args.top_k or args.base_url):
+        raise BadInput(f"--top-k-of: says which tokens are wanted, {'so --top-k has no place beside it' if args.top_k else 'and a server gives only its own likeliest ones'}")
+    if args.same_token and (args.top_k or args.top_k_of or args.base_url):
+        raise BadInput("--same-token: changes the log-prob of the sampled tokens only: goes without --top-k, --top-k-of and --base-url")
 
-    rollouts = records.Table(args.rollouts, "rollouts")
+    rollouts, others = records.Table(args.rollouts, "rollouts"), records.Table(args.top_k_of, "scores") if args.top_k_of else None
     if args.base_url:
         policy, (tokenizer, identity) = None, served_policy(args)
         if tokenizer is None:
@@ -121,7 +167,7 @@ def score(argv):
     else:
         policy = load_policy(args.model, args.dtype, args.device, args.template_options)
         identity, vocabulary = policy.identity, policy.vocabulary
-    lengths = []
+    same, lengths, proposer = [token_pair(text, policy.tokenizer) for text in args.same_token], [], None
     for rollout in rollouts:
         key = records.key_of(rollout, "rollouts")
         check_tokens(rollout, rollouts.where(key), identity, vocabulary, ("vocabulary",))
@@ -129,6 +175,13 @@ def score(argv):
             raise BadInput(f"{rollouts.where(key)}: policy.template: expected {identity['template']}, the teacher's chat template, came "
                            f"{rollout['policy'].get('template')}: a teacher off its own template scores badly; pass --allow-template-mismatch "
                            "if this is meant")
+        if others:
+            proposal = records.partner(others, rollout, rollouts)
+            if "topk" not in proposal:
+                raise BadInput(f"{others.where(key)}: topk: expected ids to score, but the field is missing: run teacher.py score with --top-k")
+            proposer = proposer or proposal["policy"].get("weights")
+            if proposal["policy"].get("weights") != proposer:
+                raise BadInput(f"{others.where(key)}: policy.weights: expected {proposer} as in the lines before, came {proposal['policy'].get('weights')}")
         lengths.append((key, len(rollout["prompt_ids"]) + len(rollout["response_ids"])))
 
     few = sorted(lengths[:8], key=lambda pair: pair[1])
@@ -137,22 +190,24 @@ def score(argv):
     floor = served_noise_floor(server, few) if server else noise_floor(policy, few)
 
     failures, tokens, gap_sum, gap_max = [], 0, 0.0, 0.0
-    settings = {"policy": who(identity), "top_k": args.top_k, "dtype": args.dtype, "served": bool(args.base_url)}
-    with records.Writer(args.out, "scores", settings, [args.rollouts], args.overwrite) as writer:
+    settings = {"policy": who(identity), "top_k": args.top_k, "dtype": args.dtype, "served": bool(args.base_url),
+                **({"same_token": args.same_token} if args.same_token else {})}
+    with records.Writer(args.out, "scores", settings, [args.rollouts] + [args.top_k_of] * bool(others), args.overwrite) as writer:
         todo = [(key, n) for key, n in lengths if key not in writer]
         batches = [[todo[i][0] for i in b] for b in token_batches([n for _, n in todo], args.batch_tokens if policy else 1)]
         with records.progress(total=len(lengths), initial=len(lengths) - len(todo), desc=Path(args.out).name) as bar:
             def work(keys):
                 batch = [rollouts[key] for key in keys]
                 if policy:
-                    return batch, score_batch(policy, batch, args.top_k)
+                    given = [records.unpack(others[key]["topk"]["ids"]) for key in keys] if others else None
+                    return batch, score_batch(policy, batch, args.top_k, given, same)
                 return batch, [server.score(r["prompt_ids"] + r["response_ids"], len(r["prompt_ids"]), args.top_k) for r in batch]
             for keys, result in ((keys, work(keys)) for keys in batches) if policy else server.map(work, batches):
                 if isinstance(result, served.ServedFailure):
                     failures.append(result)
                     served.stop_if_failing(failures, len(writer.done), len(lengths), args)
                     continue
-                writer.write(*(score_record(r, identity, *values) for r, values in zip(*result)))
+                writer.write(*(score_record(r, identity, *values) | ({"topk_of": proposer} if others else {}) for r, values in zip(*result)))
                 bar.update(len(keys))
     if failures:
         print(f"{args.out}: {len(failures)} of {len(lengths)} rollouts could not be scored (first: {failures[0]}); run the same command again for them")
@@ -168,7 +223,7 @@ def score(argv):
 
 
 def main(argv=None):
-    return records.dispatch(__doc__, {"answer": answer, "score": score}, argv)
+    return records.dispatch(__doc__, {"answer": answer, "score": score, "shuffle": shuffle}, argv)
 
 
 if __name__ == "__main__":

@@ -49,18 +49,19 @@ def states(policy, items):
                      [response_positions(s["prompt_ids"], s["mask"]) for s in items])
 
 
-def chosen_ids(items):
-    """The ids whose log-probs are wanted, [N, 1 + K]: the recorded token, then the teacher's support (K = 0 without one)."""
-    ids = torch.tensor([t for s in items for t, m in zip(s["response_ids"], s["mask"]) if m], dtype=torch.int64)[:, None]
-    if "support_ids" in items[0]:
-        ids = torch.cat([ids, torch.from_numpy(np.concatenate([s["support_ids"] for s in items]).astype(np.int64))], 1)
-    return ids
+def chosen_ids(items, field=None):
+    """The recorded tokens, [N, 1]; of a field like "support_ids" its ids, [N, K]; K = 0 where items have none."""
+    if field:
+        arrays = [s.get(field, np.zeros((s["length"], 0))) for s in items]
+        return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
+    return torch.tensor([t for s in items for t, m in zip(s["response_ids"], s["mask"]) if m], dtype=torch.int64)[:, None]
 
 
 def known(items, device, vocabulary):
     """The constant per-token tensors of a micro-batch for loss.token_loss, in the order of `states`."""
     batch = {}
-    for name in ("old_logp", "behaviour_logp", "teacher_logp", "support_logp", "reference_logp", "weight", "share"):
+    for name in ("old_logp", "behaviour_logp", "teacher_logp", "support_logp", "reference_logp", "reference_support_logp", "token_weight", "weight",
+                 "share"):
         if name in items[0]:
             batch[name] = torch.from_numpy(np.concatenate([s[name] for s in items]).astype(np.float32)).to(device)
     batch["sequence"] = torch.repeat_interleave(torch.tensor([s["length"] for s in items])).to(device)
@@ -68,6 +69,8 @@ def known(items, device, vocabulary):
         batch["advantage"] = torch.tensor([s["advantage"] for s in items for _ in range(s["length"])], dtype=torch.float32, device=device)
     if "support_logp" in batch:
         batch["whole"] = batch["support_logp"].shape[1] >= vocabulary
+    if "reference_support_logp" in batch:
+        batch["reference_whole"] = batch["reference_support_logp"].shape[1] >= vocabulary
     return batch
 
 
@@ -76,7 +79,7 @@ def current_logps(policy, data, items, args):
     """log-probs [length] of the trained tokens of every item under the weights as they are now."""
     out = [None] * len(items)
     for batch in token_batches([len(s["prompt_ids"]) + len(s["response_ids"]) for s in items], args.micro_batch_tokens):
-        micro = [{k: v for k, v in items[i].items() if k != "support_ids"} for i in batch]
+        micro = [items[i] for i in batch]
         hidden = states(policy, micro)
         logp = token_numbers(hidden, policy.head, chosen_ids(micro).to(hidden.device), temperature=data.temperature or 1.0, kernel=args.kernel,
                              **policy.head_options).logp[:, 0].cpu().numpy()
@@ -111,14 +114,13 @@ def weigh_pairs(policy, data, items, args):
             "preference/loss": float(np.logaddexp(0, -np.asarray(margins)).mean())}
 
 
-def optimise(policy, data, items, masters, optimiser, args):
-    """One optimiser step on `items`: micro-batches, one gradient, one update.  Returns the step's metrics."""
+def gradient(policy, data, items, masters, args, scale=1.0):
+    """Adds the gradient of one source of texts, times `scale`, micro-batch by micro-batch.  Returns (items that counted, their metrics)."""
     method, lengths = data.method, [s["length"] for s in items]
-    extra = weigh_pairs(policy, data, items, args) if method.omega == "preference" else {}
     weights = losses.token_weights(lengths, method.norm, [s["omega"] for s in items])
     shares = losses.token_weights(lengths, "sequence" if method.norm == "sequence" else "token")  # of a mean that is logged
     for item, weight, share in zip(items, weights, shares):
-        item["weight"], item["share"] = np.asarray(weight), np.asarray(share)
+        item["weight"], item["share"] = np.asarray(weight) * scale, np.asarray(share)
     items = [s for s in items if s["length"] and s["omega"]]
     if not items:
         raise BadInput("train.py: a whole optimiser step has no token to train on (every loss mask is 0)")
@@ -129,6 +131,22 @@ def optimise(policy, data, items, masters, optimiser, args):
         for p, master in zip(policy.model.parameters(), masters):
             if master is not p and p.grad is not None:  # micro-batches add up in float32
                 master.grad, p.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad), None
+    if "policy/weight_square" in sums:  # of pi / mu - 1
+        gap, square = sums.pop("policy/weight_gap"), sums.pop("policy/weight_square")
+        sums |= {"policy/weight_std": math.sqrt(max(0.0, square - gap ** 2)), "policy/weight_ess": (1 + gap) ** 2 / (1 + 2 * gap + square)}
+    return items, sums | worst
+
+
+def optimise(policy, data, items, masters, optimiser, args, gold=()):
+    """One optimiser step on `items`: micro-batches, one gradient, one update.  Returns the step's metrics.
+
+    gold: (Data, its items), the given answers of a row with gold_weight."""
+    extra = weigh_pairs(policy, data, items, args) if data.method.omega == "preference" else {}
+    items, metrics = gradient(policy, data, items, masters, args)
+    if gold:
+        _, more = gradient(policy, *gold, masters, args, data.method.gold_weight)
+        extra |= {"gold/nll": more["train/loss"] / data.method.gold_weight}
+        metrics["train/loss"] += more["train/loss"]
     norm = torch.nn.utils.clip_grad_norm_(masters, args.grad_clip if args.grad_clip > 0 else math.inf)
     if not torch.isfinite(norm):
         raise BadInput(f"train.py: gradient norm is {float(norm)}: lower --learning-rate, or look for bad log-probs in the inputs")
@@ -138,12 +156,13 @@ def optimise(policy, data, items, masters, optimiser, args):
         for p, master in zip(policy.model.parameters(), masters):
             if master is not p:
                 p.copy_(master)
-    return sums | worst | {"train/grad_norm": float(norm)} | sequence_metrics(items) | extra
+    return metrics | {"train/grad_norm": float(norm)} | sequence_metrics(items) | extra
 
 
 def micro_batch(policy, data, items, args, sums, worst):
     """The loss of a micro-batch, a scalar; its part of the step's metrics is added to `sums` and `worst`."""
-    method, hidden, ids = data.method, states(policy, items), chosen_ids(items).to(policy.head.device)
+    method, hidden = data.method, states(policy, items)
+    ids, leash = (torch.cat([chosen_ids(items), chosen_ids(items, "support_ids")], 1).to(policy.head.device), chosen_ids(items, "reference_support_ids").to(policy.head.device))
     batch, teacher = known(items, hidden.device, policy.vocabulary), None
     if data.teacher is not None:  # read here and now instead of from a file: its whole vocabulary, or its likeliest tokens
         with torch.no_grad():
@@ -151,13 +170,14 @@ def micro_batch(policy, data, items, args, sums, worst):
             if args.teacher_top_k:
                 ids, batch["whole"] = torch.cat([ids, likeliest(data.teacher, t_hidden, args.teacher_top_k)], 1), args.teacher_top_k >= policy.vocabulary
         teacher = t_hidden, data.teacher.head, {k: data.teacher.head_options[k] for k in ("scale", "softcap")}
+    width, ids = ids.shape[1], torch.cat([ids, leash], 1)
 
     def loss(cut, numbers):
-        some = {k: v if k == "whole" else v[cut] for k, v in batch.items()}
+        some = {k: v if isinstance(v, bool) else v[cut] for k, v in batch.items()}
         if teacher is not None:
             some["teacher_logp"] = numbers.teacher_logp[:, 0].detach()
             if args.teacher_top_k:
-                some["support_logp"] = numbers.teacher_logp[:, 1:].detach()
+                some["support_logp"] = numbers.teacher_logp[:, 1:width].detach()
         kls = (numbers.reverse_kl, numbers.forward_kl) if teacher is not None and not args.teacher_top_k else None
         value = losses.token_loss(method, numbers.logp, numbers.entropy, some, kls)
         logp, entropy = numbers.logp.detach()[:, 0], numbers.entropy.detach()
@@ -186,15 +206,24 @@ def token_metrics(method, logp, entropy, batch, numbers, exact):
         out["rollout/logprob_gap_mean"] = (old - batch["behaviour_logp"]).abs()
         if "teacher_logp" in batch:  # one-sample reverse KL of the policy that sampled; single tokens may be negative
             out["kl/teacher"] = batch["behaviour_logp"] - batch["teacher_logp"]
+        if method.signal == "teacher":  # of pi / mu: how far the samples are from this policy's own
+            gap = torch.expm1(logp - batch["behaviour_logp"])
+            out["policy/weight_gap"], out["policy/weight_square"] = gap, gap ** 2
     if numbers.reverse_kl is not None:
         out["kl/reverse"], out["kl/forward"] = numbers.reverse_kl.detach(), numbers.forward_kl.detach()
     if "support_logp" in batch:
         out["kl/teacher_support_mass"] = batch["support_logp"].exp().sum(-1)
     if "reference_logp" in batch:
         out["kl/reference"] = logp - batch["reference_logp"]
+    if "reference_support_logp" in batch:
+        leash = batch["reference_support_logp"]
+        out["kl/reference_exact"] = losses.divergence("rkl", numbers.logp.detach()[:, -leash.shape[1]:], leash, batch["reference_whole"])
+    if "token_weight" in batch:
+        out["weights/mean"], out["weights/kept"] = batch["token_weight"], (batch["token_weight"] > 0).float()
     kl = losses.teacher_divergence(method, numbers.logp.detach(), batch, exact).detach() if method.baseline == "kl" else None
     if method.advantage_clip:
-        out["policy/advantage_clip_fraction"] = (losses.teacher_advantage(method, batch, kl).abs() > method.advantage_clip).float()
+        advantage = batch["teacher_logp"] - logp if method.coefficient == "k2" else losses.teacher_advantage(method, batch, kl)
+        out["policy/advantage_clip_fraction"] = (advantage.abs() > method.advantage_clip).float()
     if (method.clip_low or method.clip_high) and "behaviour_logp" in batch:  # where the clip takes the gradient away
         ratio = losses.log_ratio(method, logp, old if method.advantage != "none" else batch["behaviour_logp"], batch).exp()
         good = losses.sampled_advantage(method, batch, kl) > 0
@@ -210,6 +239,15 @@ def sequence_metrics(items):
     if "reward" in items[0]:
         out["reward/mean"] = float(np.mean([s["reward"] for s in items]))
         out["reward/advantage_abs_mean"] = float(np.mean([abs(s["advantage"]) for s in items]))
+    for name in ("student_end_mass", "teacher_end_mass"):  # at the last token of every rollout, whether it ended there or was cut
+        if name in items[0]:
+            out[f"rollout/{name}"] = float(np.mean([s[name] for s in items]))
+    if "repetitive" in items[0]:
+        out["rollout/repetition"] = float(np.mean([s["repetitive"] for s in items]))
+        for name, some in (("repetitive", True), ("other", False)):
+            gaps = [s["teacher_logp"] - s["behaviour_logp"] for s in items if s["repetitive"] == some and "teacher_logp" in s]
+            if gaps:
+                out[f"kl/teacher_{name}"] = -float(np.concatenate(gaps).mean())
     return out
 
 
@@ -231,7 +269,7 @@ def save(folder, policy, masters, optimiser, state):
     tensors, names = {}, [n for n, _ in policy.model.named_parameters()]
     for name, master, p in zip(names, masters, policy.model.parameters()):
         for key, value in optimiser.state.get(master, {}).items():
-            tensors[f"{key}/{name}"] = value.clone().contiguous()
+            tensors[f"{key}/{name}"] = value.contiguous()
         if master is not p:
             tensors[f"master/{name}"] = master.detach()
     try:
@@ -247,7 +285,7 @@ def load_trainer_state(folder, policy, masters, optimiser):
     """Puts moments and master weights back; returns the JSON part."""
     tensors = load_file(folder / "trainer" / "optimizer.safetensors")
     for (name, _), master in zip(policy.model.named_parameters(), masters):
-        entry = {key: tensors[f"{key}/{name}"].to("cpu" if key == "step" and not optimiser.defaults["fused"] else master.device)
+        entry = {key: tensors[f"{key}/{name}"].clone().to("cpu" if key == "step" and not optimiser.defaults["fused"] else master.device)
                  for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors}
         if entry:
             optimiser.state[master] = entry
@@ -271,7 +309,7 @@ def check_inputs(args, method):
     """The files a row reads are there, and none that it does not read."""
     row = f"--method {args.method}"
     for needed, flags in ((method.rewards, {"rewards": "FILE"}), (method.teacher, {"scores": "FILE", "teacher": "FOLDER"}), (method.reference, {"reference": "FILE"}),
-                          (method.prefix == "mixed", {"data": "FILE"}), (method.prefix == "mixed" and not args.teacher, {"data_scores": "FILE"})):
+                          (method.token_weight == "file", {"token_weights": "FILE"}), (method.given, {"data": "FILE"}), (method.prefix == "mixed" and not args.teacher, {"data_scores": "FILE"})):
         given = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag)]
         if needed and not given:
             raise BadInput(f"{row}: expected {' or '.join(f'--{k} {v}' for k, v in flags.items()).replace('_', '-')}, but it is missing")
@@ -300,6 +338,26 @@ def load_teacher(args, policy, weights):
     return teacher
 
 
+def taught_by(source, method, data):
+    """The teachers whose answers a model was fine-tuned on, {weights: name}: those of this data, or what the model's folder says."""
+    if method.prefix == "teacher":
+        return data.writers
+    kept = Path(source) / "sft_teacher.json"
+    return json.loads(kept.read_text()) if kept.exists() else {}
+
+
+def check_teacher(args, source, method, data):
+    """A row with consistency "sft" refuses another teacher than that of the fine-tuning (2604.13010 section 3.4: their difference enters the
+    bound of the gradient's error)."""
+    scorers = {data.teacher.identity["weights"]: args.teacher} if data.teacher else data.scorers
+    before = taught_by(source, method, data)
+    if method.consistency == "sft" and not args.allow_teacher_mismatch and set(before) != set(scorers):
+        def named(teachers):
+            return ", ".join(f"{weights} ({name})" for weights, name in teachers.items()) or "none on record"
+        raise BadInput(f"{args.scores or args.teacher}: policy.weights: expected the teacher that {args.model} was fine-tuned on, {named(before)}, came {named(scorers)}: "
+                       f"--method {args.method} wants one teacher for both; pass --allow-teacher-mismatch if another is meant")
+
+
 def explain(argv):
     """train.py --explain NAME [--set COLUMN=VALUE]."""
     p = records.parser("A row of loss.METHODS in words.\n\n    python train.py --explain gkd --set interpolation=0.1")
@@ -325,7 +383,9 @@ def main(argv=None):
     p.add_argument("--teacher-top-k", type=int, metavar="K", help="read only the K likeliest tokens of --teacher (default: exact; the vocabulary's size is exact, too)")
     p.add_argument("--allow-template-mismatch", action="store_true", help="a --teacher with another chat template, off its own ground")
     p.add_argument("--reference", help="JSONL of reference-policy scores for the KL leash (teacher.py score --model START)")
-    p.add_argument("--data", help="JSONL of given answers to the same prompts, for a method that mixes them with rollouts (gkd)")
+    p.add_argument("--token-weights", help="JSONL of a number for every token of these rollouts (weigh.py), for a method that reads them")
+    p.add_argument("--allow-teacher-mismatch", action="store_true", help="another teacher than that of the fine-tuning, for a method that wants the same")
+    p.add_argument("--data", help="JSONL of given answers to the same prompts (gkd: in the rollouts' place; stable-opd: beside them), or of prompts with a `solution`")
     p.add_argument("--data-scores", help="JSONL of teacher scores for --data")
     p.add_argument("--prompts", help="JSONL of prompts, for answers that bring neither tokens nor messages")
     p.add_argument("--out", required=True, help="folder for the new weights")
@@ -347,6 +407,8 @@ def main(argv=None):
     p.add_argument("--save-every", type=int, default=100, help="steps between checkpoints a killed run continues from")
     p.add_argument("--fresh-optimizer", action="store_true", help="do not continue the optimiser state of --model")
     p.add_argument("--allow-stale", action="store_true", help="accept rollouts of other weights for an on-policy method")
+    p.add_argument("--tail", type=int, default=256, help="characters at the end of a rollout that are searched for repetition, as in eval.py")
+    p.add_argument("--threshold", type=float, default=4.0, help="compression ratio that counts as repetitive")
     p.add_argument("--seed", type=int, default=0, help="order of the prompts")
     p.add_argument("--overwrite", action="store_true", help="replace --out and any partial run")
     argv = sys.argv[1:] if argv is None else argv
@@ -370,10 +432,10 @@ def main(argv=None):
     check_inputs(args, method)
     out, partial = Path(args.out), Path(str(args.out) + ".partial")
     source = find_folder(args.model)
-    flags = {k: v for k, v in vars(args).items() if k not in ("overwrite", "save_every", "micro_batch_tokens", "device", "kernel")}
+    flags = {k: v for k, v in vars(args).items() if k not in ("overwrite", "save_every", "micro_batch_tokens", "device", "kernel", "tail", "threshold")}
     run = {"flags": flags, "method": method.columns(), "weights": hash_weights(source),
            "teacher": hash_weights(find_folder(args.teacher)) if args.teacher else None,
-           "inputs": {f: records.hash_file(f) for f in (args.rollouts, args.rewards, args.scores, args.reference, args.data, args.data_scores, args.prompts) if f}}
+           "inputs": {f: records.hash_file(f) for f in (args.rollouts, args.rewards, args.scores, args.reference, args.data, args.data_scores, args.token_weights, args.prompts) if f}}
     if out.exists() and out.samefile(source):
         raise BadInput(f"--out {out}: is the model to start from: give another --out")
     if not args.overwrite:
@@ -390,7 +452,10 @@ def main(argv=None):
     policy = load_policy(args.model, args.dtype, args.device, args.template_options, run["weights"])
     teacher = load_teacher(args, policy, run["teacher"]) if args.teacher else None
     data = Data(args, method, policy, teacher)
-    given = Data(args, method, policy, teacher, given=True) if args.data else None
+    check_teacher(args, source, method, data)
+    given = None
+    if args.data:
+        given = Data(args, losses.METHODS["sft"], policy, given=True) if method.gold_weight else Data(args, method, policy, teacher, given=True)
     if given and (missing := [prompt for prompt in data.groups if prompt not in given.groups]):
         raise BadInput(f"{args.data}: expected an answer to every prompt of {args.rollouts}, came none to id {missing[0]!r}")
     if args.overwrite:  # only now, when the new run's inputs are known to be good
@@ -423,7 +488,7 @@ def main(argv=None):
             before = {"step": state["step"], "tokens": state["tokens"]}
     args.total_steps = args.total_steps or before["step"] + len(steps)
 
-    tokens, started = before["tokens"] if not done else state["tokens"], time.time()
+    tokens, started, cut, alarms = before["tokens"] if not done else state["tokens"], time.time(), 0.0, 0
     with open(metrics_path, "ab", buffering=0) as log:
         for index in records.progress(range(done, len(steps)), initial=done, total=len(steps), desc=f"train {args.method}"):
             step = before["step"] + index
@@ -435,7 +500,10 @@ def main(argv=None):
                     item["old_logp"] = old[item["key"]]
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, args)
-            metrics = optimise(policy, texts, items, masters, optimiser, args)
+            gold = (given, given.sequences([key for prompt in steps[index] for key in given.groups[prompt]])) if method.gold_weight else ()
+            metrics = optimise(policy, texts, items, masters, optimiser, args, gold)
+            metrics["alarm/collapse"], cut = float(metrics.get("rollout/repetition", 0) >= 0.05 or min(cut, metrics["rollout/truncated"]) > 0.9), metrics["rollout/truncated"]
+            alarms += metrics["alarm/collapse"]
             tokens += metrics["train/tokens"]
             metrics |= {"train/learning_rate": learning_rate(step, args), "train/tokens_total": tokens}
             if method.rewards:
@@ -451,8 +519,13 @@ def main(argv=None):
     shutil.rmtree(final, ignore_errors=True)
     save(final, policy, masters, optimiser, {"run": run, "step": summary["step"], "tokens": tokens, "summary": summary})
     shutil.copy(metrics_path, final / "metrics.jsonl")
+    if taught := taught_by(source, method, data):
+        records.write_atomically(final / "sft_teacher.json", json.dumps(taught) + "\n")
     final.rename(out)
     shutil.rmtree(partial)
+    if alarms:
+        print(f"train.py: {out}: WARNING: in {alarms:.0f} of {len(steps) - done} steps at least 5 % of the texts were repetitive, or more than 90 % cut at their longest "
+              "twice in a row: length inflation (rollout/repetition, rollout/truncated; --method stable-opd)")
     print(f"train.py: {out}: {args.method}, {len(steps)} steps, {summary['trained_tokens']} tokens, loss {summary['loss']:.4f}"
           + (f", {data.dropped} groups dropped for failed judgements" if data.dropped else ""))
     return summary

@@ -10,6 +10,7 @@ from test_train import FAST, V, END, gradient, metrics, needs, refused, run, sam
 
 import records
 import rollout
+import teacher
 import train
 from loss import METHODS
 
@@ -29,7 +30,7 @@ def test_only_answers_that_ended_get_an_end_token(world, tmp_path, finish, extra
     path = answers_file(tmp_path / "a.jsonl", TEXTS, finish)
     policy = rollout.load_policy(str(world.base))
     args = types.SimpleNamespace(method="sft", model=str(world.base), rollouts=path, rewards=None, scores=None, reference=None, prompts=None, teacher=None,
-                                 data=None, data_scores=None, allow_stale=False)
+                                 data=None, data_scores=None, token_weights=None, tail=256, threshold=4.0, allow_stale=False)
     data = train.Data(args, METHODS["sft"], policy)
     for item, (question, text) in zip(data.sequences([(f"a{i}", 0) for i in range(3)]), TEXTS):
         assert policy.tokenizer.decode(item["prompt_ids"]) == f"<|user|>{question}<|assistant|>"
@@ -220,6 +221,63 @@ def test_gkd_takes_its_share_of_steps_from_the_given_texts(world, tmp_path, caps
     assert "expected an answer to every prompt" in refused(world, tmp_path, capsys, **dict(flags, data=part))
 
 
+def test_a_consistent_row_wants_the_teacher_of_the_fine_tuning(world, tmp_path, capsys):
+    """2604.13010: who wrote the fine-tuning's answers stands in the model's folder, goes along with later training, and is compared with the scorer."""
+    by_teacher = needs(world, "seqkd")
+    train.main(argv(model=world.base, out=tmp_path / "sft", **by_teacher, **FAST))
+    train.main(argv(method="sft", model=tmp_path / "sft", rollouts=world.toy / "clean.jsonl", steps=1, out=tmp_path / "more", **FAST))
+    rollout.main(argv(model=tmp_path / "more", prompts=world.prompts, slice=":4", n=2, max_tokens=20, out=tmp_path / "r.jsonl"))
+    flags = dict(method="lightning", model=tmp_path / "more", rollouts=tmp_path / "r.jsonl", out=tmp_path / "m", **FAST)
+    for name, folder in (("same", world.teacher), ("other", world.base)):
+        teacher.main(argv("score", model=folder, rollouts=tmp_path / "r.jsonl", out=tmp_path / f"{name}.jsonl"))
+    assert train.main(argv(**flags, scores=tmp_path / "same.jsonl"))["steps"] == 2
+    assert train.main(argv(**dict(flags, out=tmp_path / "live"), teacher=world.teacher))["steps"] == 2
+    for source in (dict(scores=tmp_path / "other.jsonl"), dict(teacher=world.base)):
+        message = refusal(train.main, argv(**dict(flags, out=tmp_path / "x"), **source), capsys)
+        assert "policy.weights: expected the teacher that" in message and "--allow-teacher-mismatch" in message
+        assert train.main(argv(**dict(flags, out=tmp_path / f"meant{len(source)}{'teacher' in source}"), **source, allow_teacher_mismatch=True))["steps"] == 2
+    assert "none on record" in refused(world, tmp_path, capsys, **dict(needs(world, "lightning"), allow_teacher_mismatch=None))
+
+
+def test_without_importance_weights_any_sampling_will_do(world, tmp_path):
+    """Lightning's rollouts are sampled at 0.8; its loss is of the model at temperature 1."""
+    rows = load(world.rollouts)
+    plain, _ = gradient(world, needs(world, "lightning"))
+    for i, r in enumerate(rows):
+        r["temperature"], r["top_p"] = (0.8, 1.0, 0.0)[i % 3], 0.9
+    other, _ = gradient(world, dict(needs(world, "lightning"), rollouts=dump(tmp_path / "r.jsonl", rows)))
+    same_gradient(other, plain, 1e-6)
+
+
+def test_repetition_and_ends_are_logged_and_a_collapse_is_said(world, tmp_path, capsys):
+    rows, scores = load(world.rollouts), by_key(load(world.scores))
+    scores = [scores[r["id"], r["sample"]] for r in rows]
+    run(world, tmp_path / "a", method="opd", batch_size=8)
+    (fine,) = metrics(tmp_path / "a")
+    ends = [(r["end_mass"], s["end_mass"]) for r, s in zip(rows, scores)]
+    assert (fine["rollout/student_end_mass"], fine["rollout/teacher_end_mass"]) == pytest.approx(tuple(np.mean(ends, 0)), rel=1e-5)
+    assert fine["rollout/repetition"] == 0 and "kl/teacher_repetitive" not in fine
+    assert fine["alarm/collapse"] == 0 and "WARNING" not in capsys.readouterr().out
+    for i, r in enumerate(rows):
+        if i % 4 == 0:
+            r["text"] = "1+1=2\n" * 60
+    looping = dump(tmp_path / "r.jsonl", rows)
+    for r, s in zip(rows, scores):
+        s["rollout"] = records.fingerprint(r)
+    run(world, tmp_path / "b", method="opd", batch_size=8, rollouts=looping, scores=dump(tmp_path / "s.jsonl", scores))
+    (bad,) = metrics(tmp_path / "b")
+    assert bad["rollout/repetition"] == 0.25 and bad["alarm/collapse"] == 1 and "WARNING: in 1 of 1 steps" in capsys.readouterr().out
+    gaps = [[q - p for q, p in zip(s["logprobs"], r["logprobs"])] for r, s in zip(rows, scores)]
+    assert bad["kl/teacher_repetitive"] == pytest.approx(-np.mean(np.concatenate(gaps[::4])), rel=1e-4)
+    run(world, tmp_path / "c", method="opd", batch_size=8, rollouts=looping, scores=tmp_path / "s.jsonl", threshold=1000.0)
+    assert metrics(tmp_path / "c")[0]["rollout/repetition"] == 0, "the threshold is the flag's"
+
+
+def test_a_prompt_without_a_solution_is_named(world, tmp_path, capsys):
+    prompts = dump(tmp_path / "p.jsonl", [{k: v for k, v in p.items() if k != "solution" or p["id"] != "t00003"} for p in load(world.prompts)])
+    assert f"{prompts}:4: solution: expected a text" in refused(world, tmp_path, capsys, **dict(needs(world, "stable-opd"), data=prompts))
+
+
 def test_a_divergence_the_kernel_does_not_give_needs_a_support(world, tmp_path, capsys):
     flags = dict(method="gkd", scores=None, data_scores=None, teacher=world.teacher)
     assert "--teacher-top-k" in refused(world, tmp_path, capsys, **flags)
@@ -271,7 +329,7 @@ def test_explain_prints_a_row_and_trains_nothing(capsys):
 
 
 @pytest.mark.parametrize("field, value", [("top_p", 0.9), ("temperature", 0.0)])
-@pytest.mark.parametrize("method", ON_POLICY)
+@pytest.mark.parametrize("method", [m for m in ON_POLICY if METHODS[m].ratio != "none"])
 def test_rollouts_whose_log_probs_are_not_the_samplers_are_refused(world, tmp_path, capsys, method, field, value):
     rows = load(world.rollouts)
     rows[3][field] = value
@@ -311,7 +369,7 @@ def test_scores_without_a_distribution_are_refused_where_one_is_needed(world, tm
 @pytest.mark.parametrize("method", METHODS)
 def test_files_a_method_needs_are_demanded_and_others_refused(world, tmp_path, capsys, method):
     have = needs(world, method)
-    for flag, path in dict(rewards=world.rewards, scores=world.scores, reference=world.scores, data=world.rollouts, data_scores=world.scores).items():
+    for flag, path in dict(rewards=world.rewards, scores=world.scores, reference=world.scores, data=world.rollouts, data_scores=world.scores, token_weights=world.rollouts).items():
         name = flag.replace("_", "-")
         if flag in have:
             assert f"expected --{name} FILE{' or --teacher FOLDER' * (flag == 'scores')}, but it is missing" in refused(world, tmp_path, capsys, **dict(have, **{flag: None}))

@@ -308,6 +308,56 @@ def test_reference_kl_keeps_its_gradient_after_the_first_update():
     torch.testing.assert_close(got, 0.37 * reverse_kl_gradient(logits, reference), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("sampler", ["own", "stale"])
+def test_the_leash_over_the_whole_support_is_the_exact_kl_whoever_sampled(sampler):
+    logits, reference, old = distributions(1)
+    method = dataclasses.replace(METHODS["stable-opd"], reference_kl=0.37, reference_support="full")
+    source = torch.log_softmax(logits.detach(), -1) if sampler == "own" else old
+    got = expected_gradient(method, logits, source.exp(), lambda a: {"behaviour_logp": source[a][None], "teacher_logp": source[a][None], "reference_support_logp": reference[None],
+                                                                      "reference_whole": True}, columns=list(range(V)))
+    torch.testing.assert_close(got, 0.37 * reverse_kl_gradient(logits, reference), atol=1e-12, rtol=0)  # a teacher that agrees with the sampler adds nothing
+    at_start = torch.log_softmax(logits.detach(), -1)
+    zero = expected_gradient(method, logits, source.exp(), lambda a: {"behaviour_logp": source[a][None], "teacher_logp": source[a][None], "reference_support_logp": at_start[None],
+                                                                       "reference_whole": True}, columns=list(range(V)))
+    assert zero.abs().max() < 1e-12
+
+
+def test_offline_distillation_by_enumeration():
+    """Without importance weights: the reverse KL's gradient while pi is mu; after that sum_a mu(a) clip(log p_T - log pi) grad log pi, Huber's gradient."""
+    logits, teacher, mu = distributions(2)
+    free, bounded = dataclasses.replace(METHODS["lightning"], advantage_clip=0.0), dataclasses.replace(METHODS["lightning"], advantage_clip=0.4)
+    pi = torch.log_softmax(logits.detach(), -1)
+    got = expected_gradient(free, logits, pi.exp(), lambda a: {"teacher_logp": teacher[a][None], "behaviour_logp": pi[a][None]})
+    torch.testing.assert_close(got, reverse_kl_gradient(logits, teacher), atol=1e-12, rtol=0)
+    logp = torch.log_softmax(logits, -1)
+    for method, bound in ((free, math.inf), (bounded, 0.4)):
+        got = expected_gradient(method, logits, mu.exp(), lambda a: {"teacher_logp": teacher[a][None], "behaviour_logp": mu[a][None]})
+        want = torch.autograd.grad(-(mu.exp() * (teacher - pi).clamp(-bound, bound) * logp).sum(), logits, retain_graph=True)[0]
+        torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+    assert ((teacher - pi).abs() > 0.4).any(), "the fixture should clip"
+
+
+def test_offline_distillation_ends_at_the_teacher_from_any_start_with_full_support():
+    """2604.13010's ideal case, one state: the sampler that never changes decides the speed, not where it ends."""
+    for seed in range(3):
+        logits, teacher, mu = distributions(seed)
+        optimiser = torch.optim.SGD([logits], lr=1.0)
+        for _ in range(4000):
+            optimiser.zero_grad()
+            logp, method = torch.log_softmax(logits, -1), METHODS["lightning"]
+            sum(mu[a].exp() * losses.token_loss(method, logp[a][None, None], torch.zeros(1), {"teacher_logp": teacher[a][None], "behaviour_logp": mu[a][None]})[0] for a in range(V)).backward()
+            optimiser.step()
+        assert (torch.softmax(logits.detach(), -1) - teacher.exp()).abs().max() < 1e-4
+
+
+def test_a_clip_keeps_a_token_that_the_teacher_rules_out_from_deciding_the_step():
+    own = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
+    for bound, pull in ((0.0, 29.0), (10.0, 10.0)):
+        method = dataclasses.replace(METHODS["lightning"], advantage_clip=bound)
+        loss = losses.token_loss(method, own, torch.zeros(1), {"teacher_logp": torch.tensor([-30.0], dtype=torch.float64), "behaviour_logp": own.detach()[:, 0]})[0]
+        assert torch.autograd.grad(loss, own)[0].item() == pytest.approx(pull)
+
+
 def test_entropy_bonus_raises_entropy():
     logits, _, _ = distributions()
     method = dataclasses.replace(METHODS["ropd"], entropy_bonus=0.5)
@@ -342,7 +392,10 @@ def test_tempting_variants_do_not_have_the_gradient_of_the_name_they_carry():
     (Method("mixed", "teacher", "full", "rkl", gamma=0.5, student_fraction=0.5), "gamma"), (Method("self", "teacher", "full", "rkl", interpolation=0.9), "interpolation"),
     (Method("self", "reward", "reward", advantage="mean", omega_scale=0.5), "omega_scale"), (Method("self", "teacher", "full", "rkl", advantage_clip=5.0), "advantage_clip"), (Method("self", "reward+teacher", "full", "rkl", omega="preference"), "omega preference"),
     (Method("self", "reward", "reward", advantage="mean", clip_low=1.5), "below 1"), (Method("self", "reward", "reward", advantage="mean", tis_cap=float("nan")), "finite"),
-    (Method("self", "reward", "reward", advantage="mean", reference_kl=-0.1), "at least 0"), (Method("self", "teacher", "k1", "rkl", tis_cap=2.0), "tis_cap"), (Method("data", "teacher", "k1", "rkl"), "own samples"), (Method("data", "reward", "reward", advantage="mean"), "own samples"),
+    (Method("self", "reward", "reward", advantage="mean", reference_kl=-0.1), "at least 0"), (Method("self", "teacher", "k1", "rkl", tis_cap=2.0), "tis_cap"), (Method("self", "teacher", "k1", "rkl", ratio="none"), "ratio none"),
+    (Method("self", "teacher", "k2", "rkl", ratio="none", tis_cap=2.0), "ratio none"), (Method("self", "teacher", "k2", "rkl", ratio="none", reference_kl=0.1), "stale samples"),
+    (Method("self", "teacher", "k2", "rkl", ratio="sequence"), "ratio sequence"), (Method("data", "tokens", "token", gold_weight=0.1), "gold_weight"), (Method("self", "teacher", "k1", "rkl", gold_weight=-1.0), "at least 0"),
+    (Method("self", "teacher", "k1", "rkl", reference_support="full"), "reference_support"), (Method("self", "reward", "reward", advantage="mean", consistency="sft"), "consistency"), (Method("data", "teacher", "k1", "rkl"), "own samples"), (Method("data", "reward", "reward", advantage="mean"), "own samples"),
     (Method("self", "tokens", "k1", "rkl"), "signal"), (Method("self", "reward", "reward"), "advantage"), (Method("self", "teacher", "full", "rkl", clip_low=0.2), "clip_low"),
     (Method("self", "reward", "reward", advantage="std", dual_clip=0.5), "dual_clip"), (Method("data", "tokens", "token", reference_kl=0.1), "reference_kl"),
     (Method("self", "teacher", "k1", "rkl", norm="mean"), "norm"), (Method("self", "reward", "reward", advantage="mean", clip_high=-0.1), "clip_high")])
@@ -477,7 +530,7 @@ def test_explain_tells_the_row_and_its_worked_token_is_the_rows_gradient(name):
         c = [a * x for a, x in zip(p, g)]
         want = [c[a] - p[a] * sum(c) for a in range(3)]
     else:
-        scale = {"token": 1.0, "reward": 1.0, "k1": math.log(0.7 / 0.3), "reward+k1": 1 + math.log(0.7 / 0.3)}[method.coefficient]
+        scale = {"token": 1.0, "reward": 1.0, "k1": math.log(0.7 / 0.3), "k2": math.log(0.7 / 0.3), "reward+k1": 1 + math.log(0.7 / 0.3)}[method.coefficient]
         want = [scale * x for x in own]
     assert pull == pytest.approx(want, abs=1e-4)
 

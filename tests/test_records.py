@@ -28,7 +28,8 @@ GOOD = {
     "answers": {"id": 7, "sample": 0, "policy": POLICY, "text": "", "finish_reason": "length"},
     "rollouts": ROLLOUT | {"steps": [[0, 2, True]]},
     "scores": {"id": "p1", "sample": 0, "policy": POLICY, "rollout": "0123456789ab", "logprobs": [-1, -2.5],
-               "topk": {"ids": PACKED, "logprobs": PACKED}, "units": [[0, 1]]},
+               "topk": {"ids": PACKED, "logprobs": PACKED}, "topk_of": "abc", "end_mass": 0.5, "units": [[0, 1]]},
+    "weights": {"id": "p1", "sample": 0, "rollout": "0123456789ab", "rule": "release", "weights": [2.5, 0]},
     "rubrics": {"id": "p1", "criteria": [{"id": "c1", "category": "answer", "criterion": "ends in #2", "points": 5}], "rubricator": "contrast"},
     "rewards": {"id": "p1", "sample": 0, "reward": 0.5, "status": "ok", "rollout": "0123456789ab", "grader": "check", "verdicts": {}},
     "evals": {"id": "p1", "sample": 0, "text": "#2", "correct": True},
@@ -46,6 +47,7 @@ BAD = {  # type name -> values that are not of it
     "ids": [None, "12", [1.0], [-1], [True], [None], [[1]], {}],
     "mask": [None, [2], [True], [0.5], ["1"], 1],
     "logprobs": [None, [0.5], [float("nan")], [float("-inf")], ["-1"], [None], [False], -1.0],
+    "weights": [None, [-0.5], [float("nan")], [float("inf")], ["1"], [None], [True], 1.0],
     "steps": [None, [[0, 1]], [1], "x", {}, [["0", 1, True]], [[0, None, True]]],
     "topk": [None, {}, {"ids": PACKED}, {"ids": [1], "logprobs": [2]}, {"ids": PACKED, "logprobs": {"dtype": "float32"}}],
     "criteria": [None, [], {}, ["c"], [{"id": "c", "category": "a", "criterion": "b"}]]

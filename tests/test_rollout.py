@@ -87,7 +87,7 @@ def test_trainer_and_teacher_read_the_right_position():
     logp = trainer_logps(policy, CHAINS)
     assert logp.shape == (sum(COUNTS), 1) and logp.abs().max() < 1e-6
     for top_k in (0, 3):
-        for c, (own, ids, _) in zip(CHAINS, teacher.score_batch(policy, CHAINS, top_k)):
+        for c, (own, ids, *_) in zip(CHAINS, teacher.score_batch(policy, CHAINS, top_k)):
             assert len(own) == len(c["response_ids"]) and np.abs(own).max() < 1e-6
             assert ids is None or ids[:, 0].tolist() == c["response_ids"]
 
@@ -103,12 +103,13 @@ def test_sampler_walks_the_chain_and_rows_leave_when_they_stop():
     stops = [7, 12]
     answers = rollout.sample_batch(successor_policy(stops), PROMPTS, np.full((4, 20), 0.5), max_tokens=20, temperature=1.0, top_p=1.0)
     reasons = set()
-    for prompt, (ids, logps, reason) in zip(PROMPTS, answers):
+    for prompt, (ids, logps, reason, end_mass) in zip(PROMPTS, answers):
         want = chain(prompt, 20)
         ends = [t for t, token in enumerate(want) if token in stops]
         want = want[:ends[0] + 1] if ends else want
         assert ids == want and reason == ("stop" if ends else "length")
         assert len(logps) == len(ids) and max(map(abs, logps)) < 1e-6
+        assert abs(end_mass - bool(ends)) < 1e-6, "the chain is certain of its next token, so ending has all the mass or none where the last one stands"
         reasons.add((reason, len(ids)))
     assert len(reasons) > 2, "the fixture should have rows that leave at different times"
 
@@ -215,7 +216,7 @@ def test_recorded_log_probs_are_those_of_the_model(world, base64bit, tmp_path, t
         np.testing.assert_allclose(r["logprobs"], want, atol=2e-5, rtol=0)
         np.testing.assert_allclose([trainer.pop(0) for _ in want], want, atol=2e-5, rtol=0)
     if temperature == 1:
-        for r, (own, _, _) in zip(rows, teacher.score_batch(policy, rows, 0)):
+        for r, (own, *_) in zip(rows, teacher.score_batch(policy, rows, 0)):
             np.testing.assert_allclose(own, r["logprobs"], atol=2e-5, rtol=0)
 
 

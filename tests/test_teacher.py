@@ -8,6 +8,7 @@ from conftest import (argv, by_key, dump, kill_while_writing, load, naive_logps,
 
 import records
 import teacher
+from rollout import load_tokenizer
 
 V = 24
 
@@ -63,6 +64,59 @@ def test_top_k_are_the_likeliest_tokens(world, teacher64bit, tmp_path, k):
         assert all(len(set(row)) == k for row in ids.tolist())
         if k == V:
             np.testing.assert_allclose(np.exp(logps.astype(np.float64)).sum(1), 1, atol=1e-5)
+
+
+def test_another_models_likeliest_tokens_are_scored_in_its_order(world, teacher64bit, tmp_path, capsys):
+    """--top-k-of: what the teacher thinks of the student's own alternatives."""
+    score(world, tmp_path / "own.jsonl", model=world.base, top_k=4)
+    _, scores = score(world, tmp_path / "s.jsonl", top_k_of=tmp_path / "own.jsonl", batch_tokens=100)
+    students = by_key(load(tmp_path / "own.jsonl"))
+    for r in load(world.rollouts):
+        key = r["id"], r["sample"]
+        (ids, logps), (proposed, _) = topk(scores[key]), topk(students[key])
+        assert np.array_equal(ids, proposed) and scores[key]["topk_of"] == students[key]["policy"]["weights"] == r["policy"]["weights"]
+        with torch.no_grad():
+            want = naive_logps(teacher64bit, r["prompt_ids"], r["response_ids"])
+        np.testing.assert_allclose(logps, want.gather(1, torch.from_numpy(ids.astype(np.int64))), atol=2e-5, rtol=0)
+    for flags in (dict(top_k_of=tmp_path / "own.jsonl", top_k=3), dict(top_k_of=world.scores.with_name("absent.jsonl"))):
+        refusal(teacher.main, argv("score", model=world.teacher, rollouts=world.rollouts, out=tmp_path / "x.jsonl", **flags), capsys)
+    score(world, tmp_path / "plain.jsonl", model=world.base)
+    assert "topk: expected ids to score" in refusal(teacher.main, argv("score", model=world.teacher, rollouts=world.rollouts, out=tmp_path / "x.jsonl", top_k_of=tmp_path / "plain.jsonl"), capsys)
+
+
+def test_the_mass_on_ending_is_that_of_the_stop_tokens_at_the_last_position(world, base64bit, teacher64bit):
+    scores = by_key(load(world.scores))
+    for r in load(world.rollouts):
+        for model, came in ((base64bit, r["end_mass"]), (teacher64bit, scores[r["id"], r["sample"]]["end_mass"])):
+            with torch.no_grad():
+                want = float(naive_logps(model, r["prompt_ids"], r["response_ids"])[-1, 4].exp())  # 4: <|end|>
+            assert came == pytest.approx(want, rel=1e-3, abs=1e-6)
+    assert {r["finish_reason"] for r in load(world.rollouts)} == {"stop", "length"}, "the fixture should have answers of both kinds"
+
+
+def test_a_token_that_means_the_same_lends_its_mass(world, teacher64bit, tmp_path, capsys):
+    _, scores = score(world, tmp_path / "s.jsonl", same_token="#=<|end|>")
+    hash_id, changed = load_tokenizer(str(world.teacher)).get_vocab()["#"], 0
+    for r in load(world.rollouts):
+        with torch.no_grad():
+            table = naive_logps(teacher64bit, r["prompt_ids"], r["response_ids"])
+        for t, (token, came) in enumerate(zip(r["response_ids"], scores[r["id"], r["sample"]]["logprobs"])):
+            want = torch.logaddexp(table[t, 4], table[t, hash_id]) if token == 4 else table[t, token]
+            assert came == pytest.approx(float(want), abs=2e-5)
+            changed += token == 4
+    assert changed > 3
+    for flags in (dict(same_token="#"), dict(same_token="#=nothing"), dict(same_token="#=<|end|>", top_k=3)):
+        assert "--same-token" in refusal(teacher.main, argv("score", model=world.teacher, rollouts=world.rollouts, out=tmp_path / "x.jsonl", **flags), capsys)
+
+
+def test_shuffled_scores_are_the_same_numbers_at_other_tokens(world, tmp_path):
+    summary = teacher.main(argv("shuffle", scores=world.scores, out=tmp_path / "null.jsonl", seed=3))
+    before, after = load(world.scores), load(tmp_path / "null.jsonl")
+    assert summary["records"] == len(before) == len(after)
+    flat = [np.concatenate([s["logprobs"] for s in rows]) for rows in (before, after)]
+    assert np.array_equal(np.sort(flat[0]), np.sort(flat[1])) and np.mean(flat[0] == flat[1]) < 0.2
+    assert abs(np.corrcoef(*flat)[0, 1]) < 0.15 and all("topk" not in s for s in after)
+    assert [(s["rollout"], len(s["logprobs"])) for s in before] == [(s["rollout"], len(s["logprobs"])) for s in after]
 
 
 def test_masked_tokens_are_scored_too(world, tmp_path):

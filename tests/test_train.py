@@ -48,10 +48,22 @@ def needs(world, method, overrides=()):
         flags["reference"] = world.scores  # any policy can be the reference; the teacher is a far one
     if row.prefix == "mixed":
         flags |= dict(data=world.rollouts, data_scores=world.scores)
+    if row.gold_weight:
+        flags["data"] = world.prompts  # their solutions
+    if row.token_weight == "file":
+        flags["token_weights"] = token_weights(world.rollouts, lambda r, t: (0, 1, 2.5)[(t + 2 * r["sample"] + int(r["id"][1:])) % 3])
+    if row.consistency == "sft":
+        flags["allow_teacher_mismatch"] = True  # the world's base model was fine-tuned on nobody's answers
     if row.prefix in ("teacher", "old"):  # the same texts, said to be the teacher's, or those of weights that are gone
         author = load(world.scores)[0]["policy"]["weights"] if row.prefix == "teacher" else "0" * 12
         flags["rollouts"] = dump(world.rollouts.with_suffix(".by-teacher.jsonl"), [dict(r, policy=r["policy"] | {"weights": author}) for r in load(world.rollouts)])
     return flags
+
+
+def token_weights(rollouts, weight, name="weights"):
+    """A file beside the rollouts with weight(rollout, t) for every response token."""
+    return dump(rollouts.with_suffix(f".{name}.jsonl"), [{"id": r["id"], "sample": r["sample"], "rollout": records.fingerprint(r), "rule": "test",
+                                                          "weights": [weight(r, t) for t in range(len(r["response_ids"]))]} for r in load(rollouts)])
 
 
 def run(world, out, **flags):
@@ -96,8 +108,8 @@ class Recorder:
 
 def gradient(world, flags, micro=8192, model=None, overrides=(), old=None, dtype="auto", kernel="auto", teacher=None):
     """train.py's gradient for one step on all rollouts: (one flat float64 vector, the step's metrics)."""
-    args = types.SimpleNamespace(**dict(dict(rewards=None, scores=None, reference=None, prompts=None, teacher=teacher, data=None, data_scores=None,
-                                             teacher_top_k=None, allow_stale=model is not None,
+    args = types.SimpleNamespace(**dict(dict(rewards=None, scores=None, reference=None, prompts=None, teacher=teacher, data=None, data_scores=None, token_weights=None,
+                                             tail=256, threshold=4.0, teacher_top_k=None, allow_stale=model is not None,
                                              grad_clip=0.0, kernel=kernel, micro_batch_tokens=micro, model=str(model or world.base)), **flags))
     policy = rollout.load_policy(args.model, dtype)
     data = train.Data(args, row_of(args.method, overrides), policy, teacher and rollout.load_policy(str(teacher)))
@@ -107,7 +119,11 @@ def gradient(world, flags, micro=8192, model=None, overrides=(), old=None, dtype
             item["old_logp"] = np.asarray(old[item["key"]], np.float32)
     masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in policy.model.parameters()]
     recorder = Recorder(masters)
-    numbers = train.optimise(policy, data, items, masters, recorder, args)
+    gold = ()
+    if data.method.gold_weight:
+        given = train.Data(args, METHODS["sft"], policy, given=True)
+        gold = given, given.sequences([key for prompt in data.groups for key in given.groups[prompt]])
+    numbers = train.optimise(policy, data, items, masters, recorder, args, gold)
     return torch.cat([g.flatten() for g in recorder.gradient]), numbers
 
 
@@ -146,7 +162,15 @@ def naive_divergence(row, log_p, log_q):
     return {"rkl": reverse, "fkl": forward, "mix": b * reverse + (1 - b) * forward, "jsd": b * (q * (log_q - m.log())).sum() + (1 - b) * (p * (log_p - m.log())).sum()}[row.divergence]
 
 
-def naive_gradient(model, row, rollouts, rewards=None, scores=None, reference=None, old=None, temperature=1.0):
+def full_table(score):
+    """A score's whole distribution, [T, V] in order of ids."""
+    ids, logps = (records.unpack(score["topk"][f]) for f in ("ids", "logprobs"))
+    full = np.empty((len(ids), V))
+    np.put_along_axis(full, ids.astype(int), logps, 1)
+    return torch.tensor(full)
+
+
+def naive_gradient(model, row, rollouts, rewards=None, scores=None, reference=None, old=None, temperature=1.0, token_weights=None, gold=()):
     """The same step from the formula in loss.py's docstring: full logits, float64, one unpadded sequence at a time."""
     model = copy.deepcopy(model)
     rollouts = by_key([r for r in rollouts])
@@ -173,10 +197,7 @@ def naive_gradient(model, row, rollouts, rewards=None, scores=None, reference=No
             advantage = rewards[key]["reward"] - np.mean(group)
             if row.advantage == "std":
                 advantage /= np.std(group) + 1e-6
-        if row.support:
-            ids, logps = (records.unpack(scores[key]["topk"][f]) for f in ("ids", "logprobs"))
-            full = np.empty((len(ids), V))
-            np.put_along_axis(full, ids.astype(int), logps, 1)
+        full = full_table(scores[key]) if row.support else None
         k1 = [scores[key]["logprobs"][t] - r["logprobs"][t] for t in trained[key]] if row.teacher and row.on_policy else None
         for place, t in enumerate(trained[key]):
             own, p = table[t, r["response_ids"][t]], table[t].exp()
@@ -188,30 +209,40 @@ def naive_gradient(model, row, rollouts, rewards=None, scores=None, reference=No
                 future = sum(row.gamma ** (i + 1) * x for i, x in enumerate(later)) / (max(1, len(later)) if row.future == "mean" else 1)
                 teacher_part = (0.0 if row.coefficient == "full" else k1[place]) + future
                 if row.baseline == "kl":
-                    teacher_part += float((p * (table[t] - torch.tensor(full[t]))).sum().detach())
+                    teacher_part += float((p * (table[t] - full[t])).sum().detach())
                 if row.advantage_clip:
                     teacher_part = max(-row.advantage_clip, min(row.advantage_clip, teacher_part))
             a = advantage + (row.teacher_weight if row.coefficient == "reward+k1" else 1.0) * teacher_part
             if row.coefficient == "token":
                 value = own
             elif row.coefficient == "full":
-                value = -naive_divergence(row, table[t], torch.tensor(full[t]))
+                value = -naive_divergence(row, table[t], full[t])
                 if row.gamma:
                     value = value + surrogate(row, own, against, r["logprobs"][t], a)
             elif row.coefficient in ("k2", "k3"):
                 d = scores[key]["logprobs"][t] - own
-                value = -math.exp(float(own.detach()) - r["logprobs"][t]) * (d * d / 2 if row.coefficient == "k2" else d.exp() - 1 - d)
+                ratio = 1.0 if row.ratio == "none" else math.exp(float(own.detach()) - r["logprobs"][t])
+                value = -min(ratio, row.tis_cap or math.inf) * (d * d / 2 if row.coefficient == "k2" else d.exp() - 1 - d)
+                if row.advantage_clip and abs(float(d.detach())) > row.advantage_clip:  # the clipped advantage, held constant
+                    value = math.copysign(row.advantage_clip, float(d.detach())) * own
             elif row.ratio == "sequence":  # the geometric mean over the answer's trained tokens stands for every one of them
                 known = [float(table[i, r["response_ids"][i]].detach()) for i in trained[key]] if old is None else old[key]
                 logs = [table[i, r["response_ids"][i]] - x for i, x in zip(trained[key], known)]
                 value = surrogate(row, sum(logs) / len(logs), 0.0, 0.0, a)
             else:
                 value = surrogate(row, own, against, r["logprobs"][t], a)
-            if row.reference_kl:  # the gradient of k2 = d^2 / 2 is d grad log pi
+            if row.token_weight == "file":
+                value = value * token_weights[key]["weights"][t]
+            if row.reference_kl and row.reference_support == "full":
+                value = value - row.reference_kl * (p * (table[t] - full_table(reference[key])[t])).sum()
+            elif row.reference_kl:  # the gradient of k2 = d^2 / 2 is d grad log pi
                 value = value - row.reference_kl * math.exp(float(own.detach()) - before) * float(own.detach() - reference[key]["logprobs"][t]) * own
             if row.entropy_bonus:
                 value = value - row.entropy_bonus * (p * table[t]).sum()
             total = total - value / n
+    for prompt, response in gold:
+        own = naive_logps(model, prompt, response)[torch.arange(len(response)), torch.tensor(response)]
+        total = total - row.gold_weight * own.sum() / sum(len(r) for _, r in gold)
     total.backward()
     return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in model.parameters()])
 
@@ -236,22 +267,34 @@ def masked(world, tmp_path_factory):
     return types.SimpleNamespace(**dict(vars(world), rollouts=path))
 
 
-def tables(world):
-    return dict(rewards=by_key(load(world.rewards)), scores=by_key(load(world.scores)), reference=by_key(load(world.scores)))
+def solutions(world):
+    """(prompt ids, response ids) of the golden answers to the prompts that were rolled out."""
+    tokenizer, asked = rollout.load_tokenizer(str(world.base)), {r["id"] for r in load(world.rollouts)}
+    return [(rollout.render(tokenizer, p), tokenizer(p["solution"])["input_ids"] + [END]) for p in load(world.prompts) if p["id"] in asked]
+
+
+def tables(world, flags):
+    out = dict(rewards=by_key(load(world.rewards)), scores=by_key(load(world.scores)), reference=by_key(load(world.scores)))
+    if "token_weights" in flags:
+        out["token_weights"] = by_key(load(flags["token_weights"]))
+    return out | (dict(gold=solutions(world)) if flags.get("data") == world.prompts else {})
 
 
 ROWS = [(m, ()) for m in METHODS] + [("opd", ("entropy_bonus=0.1",)), ("opd", ("norm=sequence", "clip_low=0.2", "clip_high=0.2")),
                                      ("ropd", ("reference_kl=0.5", "norm=sequence")), ("opd", ("coefficient=k2", "norm=batch")),
                                      ("opd", ("coefficient=k3", "divergence=fkl")), ("opd", ("baseline=kl", "advantage_clip=0.3")),
                                      ("opd", ("gamma=0.9", "norm=sum")), ("gkd", ("divergence=mix", "interpolation=0.2")),
-                                     ("gkd", ("interpolation=0.9",)), ("opd-verifier", ("teacher_weight=0.3", "baseline=kl")), ("dpo", ("prefix=self", "omega_scale=0.7"))]
+                                     ("gkd", ("interpolation=0.9",)), ("opd-verifier", ("teacher_weight=0.3", "baseline=kl")), ("dpo", ("prefix=self", "omega_scale=0.7")),
+                                     ("lightning", ("advantage_clip=0.3", "norm=token")), ("lightning", ("ratio=token", "tis_cap=1.1", "advantage_clip=0")),
+                                     ("stable-opd", ("reference_support=full", "gold_weight=0", "reference_kl=0.5")), ("opd-full", ("token_weight=file",))]
 
 
 @pytest.mark.parametrize("method, overrides", ROWS)
 def test_the_first_step_has_the_gradient_of_the_formula(masked, base64bit, method, overrides):
     """Every row of METHODS: relative error of the whole gradient below 2e-5 (float32 against float64)."""
-    got, _ = gradient(masked, needs(masked, method, overrides), overrides=overrides)
-    same_gradient(got, naive_gradient(base64bit, row_of(method, overrides), load(masked.rollouts), **tables(masked)), 2e-5)
+    flags = needs(masked, method, overrides)
+    got, _ = gradient(masked, flags, overrides=overrides)
+    same_gradient(got, naive_gradient(base64bit, row_of(method, overrides), load(masked.rollouts), **tables(masked, flags)), 2e-5)
 
 
 @pytest.mark.parametrize("method", [m for m, row in METHODS.items() if row.coefficient in losses.SURROGATE or row.gamma])
@@ -262,11 +305,63 @@ def test_later_steps_weigh_by_the_importance_ratio(masked, drifted, method):
         old[r["id"], r["sample"]] = [min(x, 0.0) for x in np.array(r["logprobs"]) + rng.normal(0, 0.5, len(r["logprobs"]))]
     rows = load(masked.rollouts)
     old = {key: [v for v, m in zip(old[key], r["loss_mask"]) if m] for key, r in by_key(rows).items()}
-    got, numbers = gradient(masked, needs(masked, method), model=drifted, old=old)
-    want = naive_gradient(naive_model(drifted), row_of(method), rows, old=old, **tables(masked))
+    flags = needs(masked, method)
+    got, numbers = gradient(masked, flags, model=drifted, old=old)
+    want = naive_gradient(naive_model(drifted), row_of(method), rows, old=old, **tables(masked, flags))
     same_gradient(got, want, 1e-4)
     if METHODS[method].clip_low:
         assert numbers["policy/clip_fraction"] > 0.05, "the fixture should clip"
+
+
+def test_without_its_two_terms_stable_opd_is_clipped_opd_bit_for_bit(world, tmp_path):
+    off = [x for text in ("reference_kl=0", "gold_weight=0") for x in ("--set", text)]
+    clip = [x for text in ("clip_low=0.2", "clip_high=0.2") for x in ("--set", text)]
+    common = dict(model=world.base, rollouts=world.rollouts, scores=world.scores, **FAST)
+    train.main([*argv(method="stable-opd", out=tmp_path / "a", **common), *off])
+    train.main([*argv(method="opd", out=tmp_path / "b", **common), *clip])
+    assert same_bits(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_token_weights_of_one_are_plain_opd_bit_for_bit_and_zeros_keep_the_normaliser(world, base64bit, tmp_path):
+    ones = token_weights(world.rollouts, lambda r, t: 1, "ones")
+    run(world, tmp_path / "a", method="release", token_weights=ones)
+    run(world, tmp_path / "b", method="opd")
+    assert same_bits(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    whole, _ = gradient(world, needs(world, "opd"))
+    early, numbers = gradient(world, dict(needs(world, "release"), token_weights=token_weights(world.rollouts, lambda r, t: int(t < 3), "early")))
+    late, _ = gradient(world, dict(needs(world, "release"), token_weights=token_weights(world.rollouts, lambda r, t: int(t >= 3), "late")))
+    same_gradient(early + late, whole, 1e-5)  # were masked tokens to leave the normaliser, the parts would not add up
+    lengths = [len(r["response_ids"]) for r in load(world.rollouts)]
+    assert numbers["weights/kept"] == pytest.approx(sum(min(3, n) for n in lengths) / sum(lengths), abs=1e-5)
+
+
+def test_golden_answers_have_a_mean_of_their_own_and_never_meet_the_teacher(world, tmp_path):
+    """Gradient of stable-opd = clipped OPD's + weight x that of imitating the solutions, whatever the number of rollouts."""
+    overrides = ("reference_kl=0", "gold_weight=0.7")
+    both, numbers = gradient(world, needs(world, "stable-opd", overrides), overrides=overrides)
+    alone, _ = gradient(world, needs(world, "opd"), overrides=("clip_low=0.2", "clip_high=0.2"))
+    answers = [{"id": f"g{i}", "sample": 0, "policy": {"model": "x"}, "text": p["solution"], "finish_reason": "stop", "messages": p["messages"]}
+               for i, p in enumerate(load(world.prompts)) if p["id"] in {r["id"] for r in load(world.rollouts)}]
+    gold, imitation = gradient(world, dict(method="sft", rollouts=dump(tmp_path / "gold.jsonl", answers)))
+    same_gradient(both, alone + 0.7 * gold, 1e-5)
+    assert numbers["gold/nll"] == pytest.approx(imitation["train/loss"], rel=1e-5)
+
+
+def test_offline_and_online_have_one_gradient_at_the_first_step_and_no_weights_later(world, drifted, tmp_path):
+    """Lightning on fresh rollouts is OPD; on stale ones it is the least-squares regression onto the teacher's numbers (2604.13010 section 3)."""
+    overrides = ("norm=token", "advantage_clip=0")
+    offline, _ = gradient(world, needs(world, "lightning", overrides), overrides=overrides)
+    online, _ = gradient(world, needs(world, "opd"))
+    same_gradient(offline, online, 1e-4)
+    stale, numbers = gradient(world, needs(world, "lightning", overrides), overrides=overrides, model=drifted)
+    model, scores, total, rollouts = naive_model(drifted), by_key(load(world.scores)), 0.0, load(world.rollouts)
+    for r in rollouts:
+        own = naive_logps(model, r["prompt_ids"], r["response_ids"])[torch.arange(len(r["response_ids"])), torch.tensor(r["response_ids"])]
+        total = total + 0.5 * ((torch.tensor(scores[r["id"], r["sample"]]["logprobs"]) - own) ** 2).sum() / sum(len(x["response_ids"]) for x in rollouts)
+    total.backward()
+    same_gradient(stale, torch.cat([p.grad.flatten() for p in model.parameters()]), 1e-4)
+    gaps = np.concatenate([np.exp(naive_logps(model, r["prompt_ids"], r["response_ids"]).detach().numpy()[np.arange(len(r["response_ids"])), r["response_ids"]] - r["logprobs"]) for r in rollouts])
+    assert numbers["policy/weight_std"] == pytest.approx(gaps.std(), rel=1e-3) and numbers["policy/weight_ess"] == pytest.approx(gaps.mean() ** 2 / (gaps ** 2).mean(), rel=1e-3)
 
 
 def test_rollouts_at_another_temperature_train_that_distribution(world, base64bit, tmp_path):
@@ -448,10 +543,11 @@ def test_one_token_and_empty_answers_train(world, base64bit, tmp_path):
     make_rewards(path, tmp_path / "w.jsonl")
     world = types.SimpleNamespace(**dict(vars(world), rollouts=path, scores=tmp_path / "s.jsonl", rewards=tmp_path / "w.jsonl"))
     for method in (m for m, row in METHODS.items() if row.omega in ("one", "softmax")):  # the others leave groups of one answer out
-        got, numbers = gradient(world, needs(world, method))
+        flags = needs(world, method)
+        got, numbers = gradient(world, flags)
         assert numbers["train/sequences"] == 2 and numbers["train/tokens"] == 1 + len(load(path)[2]["response_ids"])
         if METHODS[method].coefficient != "reward" or METHODS[method].advantage != "std":
-            same_gradient(got, naive_gradient(base64bit, METHODS[method], load(path), **tables(world)), 2e-5)
+            same_gradient(got, naive_gradient(base64bit, METHODS[method], load(path), **tables(world, flags)), 2e-5)
     run(world, tmp_path / "m", epochs=2)  # and the whole stage, with log-probs of the starting weights
     assert len(metrics(tmp_path / "m")) == 2
 
