@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import records
 
-STAGES = ("toy.py", "rollout.py", "teacher.py", "rubric.py", "train.py", "eval.py")
+STAGES = ("toy.py", "rollout.py", "teacher.py", "rubric.py", "weigh.py", "train.py", "eval.py")
 
 
 class Run:
@@ -42,6 +42,12 @@ class Run:
         self.commands.flush()
         with contextlib.redirect_stdout(self.log):
             return importlib.import_module(name.removesuffix(".py")).main(argv)
+
+    def concatenate(self, parts, out):
+        """One file of several, as `cat` does it; returns its path."""
+        self.commands.write(f"cat {' '.join(map(str, parts))} > {out}\n")
+        records.write_atomically(out, (line for part in parts for line in open(part, encoding="utf-8")))
+        return out
 
 
 def append_result(path, row):
