@@ -72,12 +72,12 @@ def add_world_flags(p, teacher_steps):
     p.add_argument("--spoil-lr", type=float, default=1e-3, help="learning rate of those steps")
 
 
-def build_world(run, args, problems):
-    """Problems (so many to train on), corpora and two checkpoints of one pre-training run: the base (the student's) and, later, the teacher."""
+def build_world(run, args, problems, more="", corpus="clean"):
+    """Problems (so many to train on; `more` flags for toy.py), corpora and two checkpoints of one pre-training run: the base (the student's) and, later, the teacher."""
     world = run.out / "world"
     if not (world / "toy").exists():
-        run.stage(f"toy.py --out {world}/toy --train-prompts {problems} --clean {64 * args.teacher_steps} --mixed {64 * args.spoil_steps * 4}")
-    common = (f"--method sft --rollouts {world}/toy/clean.jsonl --batch-size 64 --learning-rate 4e-3 --warmup-steps 20 --schedule linear "
+        run.stage(f"toy.py --out {world}/toy --train-prompts {problems} --clean {64 * args.teacher_steps} --mixed {64 * args.spoil_steps * 4} {more}")
+    common = (f"--method sft --rollouts {world}/toy/{corpus}.jsonl --batch-size 64 --learning-rate 4e-3 --warmup-steps 20 --schedule linear "
               f"--total-steps {args.teacher_steps} --adam-beta2 0.95 --micro-batch-tokens 4096 --save-every 200")
     for name, start, steps, seed in (("base", "toy/student", args.base_steps, 0), ("teacher", "base", args.teacher_steps - args.base_steps, 1)):
         if not (world / name).exists():
