@@ -242,7 +242,7 @@ def main(argv=None):
     p.add_argument("--updates", type=int, default=4, help="optimiser steps a round")
     p.add_argument("--long", type=int, default=5, help="the arm `long` has so many times the rounds")
     p.add_argument("--learning-rate", type=float, default=3e-4, help="of distillation")
-    p.add_argument("--sft-prompts", type=int, default=320, help="problems whose answers the student is fine-tuned on")
+    p.add_argument("--sft-prompts", type=int, default=1280, help="problems whose answers the student is fine-tuned on")
     p.add_argument("--sft-n", type=int, default=4, help="answers to each")
     p.add_argument("--sft-learning-rate", type=float, default=3e-4, help="of fine-tuning")
     p.add_argument("--max-tokens", type=int, default=64, help="longest answer")
@@ -250,7 +250,7 @@ def main(argv=None):
     add_world_flags(p, teacher_steps=2000)
     p.add_argument("--eval-every", type=int, default=8, help="rounds between evaluations")
     p.add_argument("--eval-n", type=int, default=4, help="samples a held-out problem on the way")
-    p.add_argument("--final-n", type=int, default=16, help="samples a held-out problem at the end of an arm")
+    p.add_argument("--final-n", type=int, default=8, help="samples a held-out problem at the end of an arm")
     p.add_argument("--eval-split", default="heldout", choices=("heldout", "dev"), help="dev is for choosing settings")
     args = p.parse_args(argv)
     if args.report:

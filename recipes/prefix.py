@@ -24,8 +24,7 @@ random order, whole or in runs, and its cuts against the first slip.  Stage 1, a
     full-lr2        full with twice the learning rate: if release is a larger step, this is one, too
     teacher
 
-What the paper's own decomposition says in advance: a gap like its +0.7 over a tuned fixed prefix cannot be resolved here.  A second
-task, sums of 2 to 6 terms, tells what is kept elsewhere.  The learning rate was chosen on dev with `full` (results/prefix_dev_lr*.jsonl).
+What the paper's own decomposition says in advance: a gap like its +0.7 over a tuned fixed prefix cannot be resolved here.  The learning rate was chosen on dev with `full` (results/prefix_dev_lr*.jsonl).
 """
 import shutil
 import sys
@@ -43,7 +42,7 @@ ARMS = {
 }  # arm -> flags of weigh.py cut; "" for plain distillation
 SHARED = ("rounds", "prompts", "updates", "learning_rate", "slips", "max_tokens", "base_steps", "teacher_steps", "spoil_steps", "spoil_lr", "null_prompts", "eval_every", "eval_n", "final_n",
           "eval_split")
-COLUMNS = ("greedy", "dev_accuracy", "short", "truncated", "cut_rate", "kept_median", "scale_mean", "scale_max", "trained_tokens", "seconds")
+COLUMNS = ("greedy", "dev_accuracy", "truncated", "cut_rate", "kept_median", "scale_mean", "scale_max", "trained_tokens", "seconds")
 
 
 def gap(arm, other):
@@ -88,13 +87,13 @@ def run_arm(run, args, world, folder, seed, arm):
         spent = round(time.time() - started, 2)
 
         def evaluate(split, n, flags=""):
-            return run.stage(f"eval.py --model {model} --prompts {world}/{split}.jsonl --n {n} --max-tokens {args.max_tokens} --seed {2 * 10**6 + seed} --out {place}/eval.jsonl --overwrite {flags}")
+            return run.stage(f"eval.py --model {model} --prompts {world}/toy/{split}.jsonl --n {n} --max-tokens {args.max_tokens} --seed {2 * 10**6 + seed} --out {place}/eval.jsonl --overwrite {flags}")
         n = args.final_n if final else args.eval_n
-        score = evaluate(f"toy/{args.eval_split}", n)
+        score = evaluate(args.eval_split, n)
         row = {"arm": arm, "seed": seed, "step": step, "final": final, "accuracy": score["accuracy"], "samples": n, "length_mean": score["length_mean"],
                "truncated": score["truncated_fraction"], **cost, "seconds": spent, **{name: sum(values) / len(values) for name, values in cuts.items()}, **(more or {})}
         if final:
-            row |= {"dev_accuracy": evaluate("toy/dev", n)["accuracy"], "greedy": evaluate(f"toy/{args.eval_split}", 1, "--temperature 0")["accuracy"], "short": evaluate("short/heldout", args.eval_n)["accuracy"]}
+            row |= {"dev_accuracy": evaluate("dev", n)["accuracy"], "greedy": evaluate(args.eval_split, 1, "--temperature 0")["accuracy"]}
         append_result(args.results, row | {"settings": {k: getattr(args, k) for k in SHARED}, "versions": versions(), "command": args.invocation})
 
     def sample(at, part):
@@ -172,10 +171,8 @@ def main(argv=None):
     run = Run(args.out, {k: getattr(args, k) for k in SHARED})
     say(f"prefix supervision on long running sums; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
     world = build_world(run, args, max(args.rounds * args.prompts, args.null_prompts), f"--terms 8:12 --styles ledger --slips {args.slips}")
-    if not (world / "short").exists():
-        run.stage(f"toy.py --out {world}/short --styles ledger --train-prompts 8 --clean 8 --mixed 8")
     run_arms(run, args, arms, lambda seed: spoil_student(run, args, world, seed), lambda *which: run_arm(run, args, world, *which),
-             lambda row: f"{args.eval_split} accuracy {row['accuracy']:.1%}, greedy {row['greedy']:.1%}, short sums {row['short']:.1%}")
+             lambda row: f"{args.eval_split} accuracy {row['accuracy']:.1%}, greedy {row['greedy']:.1%}, cut in {row['truncated']:.1%}")
     return report(run, args, CLAIMS, COLUMNS)
 
 

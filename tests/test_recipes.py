@@ -11,7 +11,8 @@ import records
 from recipes import Claim, claims_table, last, verdict
 
 ROOT = Path(__file__).parent.parent
-METHODS = {"opd": ("sft", "seqkd", "fkl", "opd", "opd-full", "gkd", "dagger", "ppo-clip"), "unified": ("sft", "seqkd", "fkl", "rft", "dpo", "grpo", "opd-full", "dagger", "gkd")}
+METHODS = {"opd": ("sft", "seqkd", "fkl", "opd", "opd-full", "gkd", "dagger", "ppo-clip"), "unified": ("sft", "seqkd", "fkl", "rft", "dpo", "grpo", "opd-full", "dagger", "gkd"),
+           "lightning": ("sft", "seqkd", "lightning"), "prefix": ("sft", "opd", "release")}
 
 
 @pytest.mark.parametrize("low, high, test, bound, want", [
@@ -45,7 +46,7 @@ def test_claims_are_paired_by_seed_and_take_the_last_line(tmp_path):
     assert "one seed decides nothing" in one
 
 
-@pytest.mark.parametrize("name", ["opd", "unified"])
+@pytest.mark.parametrize("name", METHODS)
 def test_smoke_runs_every_arm_and_ends_in_claims(name, tmp_path):
     done = subprocess.run([sys.executable, "-m", f"recipes.{name}", "--smoke", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -57,7 +58,7 @@ def test_smoke_runs_every_arm_and_ends_in_claims(name, tmp_path):
     assert all(f"train.py --method {method}" in (tmp_path / "commands.sh").read_text() for method in METHODS[name]), "a smoke run that skips a method proves nothing of it"
 
 
-@pytest.mark.parametrize("name", ["ropd", "opd", "unified"])
+@pytest.mark.parametrize("name", ["ropd", *METHODS])
 def test_every_claim_reads_arms_that_exist(name):
     """A typing error in an arm's name would leave the claim out without a word."""
     recipe = importlib.import_module(f"recipes.{name}")
