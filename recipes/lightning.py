@@ -32,7 +32,7 @@ Every arm's ledger counts what was generated, scored by the teacher and trained 
 (whose own stand in the lines of sft-*).  The teacher scores from files in every arm.  The learning rate was chosen on dev
 (results/lightning_dev_lr*.jsonl, two seeds) in favour of offline training: of 1e-5, 3e-5 and 1e-4 only the first did not make it worse than the
 fine-tuned student; online was best at 3e-5, hence the arms `-lr3`.  A shorter fine-tuning (20 updates, 0.45 nats a token from the teacher in place
-of 0.09) was looked at first, on dev, too: there offline training harmed at every rate.  The held-out problems serve for measuring only.
+of 0.09) was looked at first, on dev, too: there offline training harmed at 1e-4 and 3e-4 and did not help at 1e-3.  The held-out problems serve for measuring only.
 """
 import json
 import shutil
