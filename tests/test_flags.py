@@ -8,11 +8,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = ["toy.py", "rollout.py", "teacher.py", "rubric.py", "train.py", "eval.py", "support.py", "recipes/__init__.py", "recipes/ropd.py", "recipes/opd.py",
-         "recipes/unified.py", "recipes/lightning.py", "recipes/prefix.py", "weigh.py"]
+         "recipes/unified.py", "recipes/lightning.py", "recipes/prefix.py", "recipes/stable.py", "weigh.py"]
 # a flag may be read in a file that its stage hands `args` to
 READERS = {"rollout.py": ["served.py"], "teacher.py": ["rollout.py", "served.py"], "rubric.py": ["served.py"], "train.py": ["data.py"],
            "recipes/__init__.py": ["recipes/opd.py"], "recipes/opd.py": ["recipes/ropd.py"],
-           "recipes/lightning.py": ["recipes/ropd.py"], "recipes/prefix.py": ["recipes/ropd.py"]}
+           "recipes/lightning.py": ["recipes/ropd.py"], "recipes/prefix.py": ["recipes/ropd.py"], "recipes/stable.py": ["recipes/ropd.py"]}
 
 
 def flags_and_reads(path):
@@ -46,7 +46,7 @@ def test_the_check_notices_a_dead_flag(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", ["toy.py", "rollout.py", "teacher.py answer", "teacher.py score", "teacher.py shuffle", "weigh.py cut", "weigh.py null", "rubric.py create", "rubric.py grade",
                                      "train.py", "eval.py", "eval.py support", "records.py check", "recipes/ropd.py", "recipes/opd.py", "recipes/unified.py",
-                                     "recipes/lightning.py", "recipes/prefix.py"])
+                                     "recipes/lightning.py", "recipes/prefix.py", "recipes/stable.py"])
 def test_help_opens_with_a_runnable_example_and_unknown_flags_fail(command, capsys):
     file, *words = command.split()
     main = importlib.import_module(file.removesuffix(".py").replace("/", ".")).main

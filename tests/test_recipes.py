@@ -12,7 +12,7 @@ from recipes import Claim, claims_table, last, verdict
 
 ROOT = Path(__file__).parent.parent
 METHODS = {"opd": ("sft", "seqkd", "fkl", "opd", "opd-full", "gkd", "dagger", "ppo-clip"), "unified": ("sft", "seqkd", "fkl", "rft", "dpo", "grpo", "opd-full", "dagger", "gkd"),
-           "lightning": ("sft", "seqkd", "lightning"), "prefix": ("sft", "opd", "release")}
+           "lightning": ("sft", "seqkd", "lightning"), "prefix": ("sft", "opd", "release"), "stable": ("sft", "stable-opd")}
 
 
 @pytest.mark.parametrize("low, high, test, bound, want", [
@@ -53,8 +53,8 @@ def test_smoke_runs_every_arm_and_ends_in_claims(name, tmp_path):
     recipe = importlib.import_module(f"recipes.{name}")
     rows = list(records.read(tmp_path / "results.jsonl", "results"))
     assert {r["arm"] for r in rows if r["final"]} == set(recipe.ARMS)
-    report = (tmp_path / "report.md").read_text()
-    assert all(claim.text in report for claim in recipe.CLAIMS) and "not measured" not in report and (tmp_path / "accuracy.png").exists()
+    report = (tmp_path / "report.md").read_text()  # answers of 8 tokens hold no loop whose advantage could be compared
+    assert all(claim.text in report for claim in recipe.CLAIMS) and report.count("not measured") == (name == "stable") and (tmp_path / "accuracy.png").exists()
     assert all(f"train.py --method {method}" in (tmp_path / "commands.sh").read_text() for method in METHODS[name]), "a smoke run that skips a method proves nothing of it"
 
 
