@@ -17,7 +17,16 @@ is 16 problems, 4 answers each, one golden answer each for the arms that take it
 
 The leash is exact over the small vocabulary (reference_support full).  Weights of 0.1 and 0.01 are what a secondary source says of the
 paper.  Accuracy, loops (tail of 256 characters, ratio 4) and cut answers are measured on the way; `advantage_...` are means over the
-rounds since the line before.  Not measured yet with five seeds: RESULTS.md has nothing from this recipe.
+rounds since the line before, `worst_repetition` is the share of loops in the worst round so far.
+
+The world's sizes were chosen for its start alone.  Seed 0 with `--arms before,teacher`: the student is right in 12.7 % and loops in 0.9 %,
+the teacher 85.2 % and 2.9 %; the planted student loops in about 30 % (first line of planted-opd).  The teacher loops more than the student:
+a perfect pupil of it rises to its 3 %, which is imitation and no collapse, hence the claim against the teacher.  Right text alone
+comes first because arithmetic is not learned in time from text with loops; 200 steps on loops give no copy prior yet.
+
+The learning rate is not settled.  `--arms opd,sft,stable --rounds 80 --eval-every 20 --final-n 2 --eval-split dev`, seed 0 on dev: at 1e-3
+opd 74.0 %, stable 70.0 %, sft 83.0 %; at 3e-4 opd 71.2 %, the others not run; 3e-3 not run.  In these runs loops came and went: 16 % (1e-3) and
+17 % (3e-4) of opd's rollouts in the first 20 rounds, and 4 % in the last 20.  Not measured yet with five seeds, nor every arm with one.
 """
 import json
 import shutil
@@ -36,9 +45,9 @@ ARMS = {
     "eos-class": dict(source="own", start="eos", world="eos", same=True),
     "teacher": dict(start="teacher"),
 }  # source: whose answers are trained on; start: which student (default: the spoiled one); leash, gold: the two additions of the paper
-SHARED = ("rounds", "prompts", "n", "learning_rate", "sft_learning_rate", "gold_weight", "leash", "max_tokens", "clean_steps", "base_steps", "teacher_steps", "loop_share", "eos_steps",
+SHARED = ("rounds", "eos_rounds", "prompts", "n", "learning_rate", "sft_learning_rate", "gold_weight", "leash", "max_tokens", "clean_steps", "base_steps", "teacher_steps", "loop_share", "eos_steps",
           "spoil_steps", "spoil_lr", "student_loops", "planted_loops", "eval_every", "eval_n", "final_n", "eval_split")
-COLUMNS = ("dev_accuracy", "greedy", "peak", "repetition", "truncated", "length_mean", "alarms", "advantage_repetitive", "advantage_other", "student_end_mass", "teacher_end_mass",
+COLUMNS = ("dev_accuracy", "greedy", "peak", "repetition", "worst_repetition", "truncated", "length_mean", "alarms", "advantage_repetitive", "advantage_other", "student_end_mass", "teacher_end_mass",
            "gold_tokens", "seconds")
 
 
@@ -120,7 +129,7 @@ def run_arm(run, args, world, folder, seed, arm):
     start, teacher = a.get("start", "student"), world / ("eos-teacher" if "world" in a else "teacher")
     first = teacher if start == "teacher" else next((folder / "opd").glob("best-*")) if start == "best" else folder / start
     model, row, rows, history, started = first, None, [], [], time.time()
-    cost = {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0, "gold_tokens": 0, "alarms": 0}
+    cost = {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0, "gold_tokens": 0, "alarms": 0, "worst_repetition": 0.0}
 
     def measure(step, final):
         nonlocal row
@@ -169,10 +178,11 @@ def run_arm(run, args, world, folder, seed, arm):
     gold = [len(p["solution"]) + 1 for p in records.read(home / "train.jsonl", "prompts")]  # a token a character, and the end
     sets = [f"gold_weight={args.gold_weight if a.get('gold') else 0}", *([f"reference_kl={args.leash}", "reference_support=full"] if a.get("leash") else ["reference_kl=0"]),
             *a.get("set", "").split()]
-    for number in records.progress(range(0, args.rounds, args.eval_every if a["source"] == "gold" else 1), desc=f"seed {seed} {arm}", unit="round"):
+    rounds = args.eos_rounds if "world" in a else args.rounds
+    for number in records.progress(range(0, rounds, args.eval_every if a["source"] == "gold" else 1), desc=f"seed {seed} {arm}", unit="round"):
         at = place / f"round{number}"
         if a["source"] == "gold":
-            ended = min(number + args.eval_every, args.rounds)
+            ended = min(number + args.eval_every, rounds)
             train(number, "sft", f"{world}/gold/{number}.jsonl", args.sft_learning_rate, "")
             cost["gold_tokens"] = cost["trained_tokens"]
         else:
@@ -189,10 +199,11 @@ def run_arm(run, args, world, folder, seed, arm):
             if a.get("gold"):
                 more += f" --data {home}/train.jsonl"
                 cost["gold_tokens"] += sum(gold[number * args.prompts:ended * args.prompts])
-            cost["alarms"] += int(train(number, "stable-opd", rollouts, args.learning_rate, f"--scores {at}/scores.jsonl {more}")["alarm/collapse"])
-        measured = ended % args.eval_every == 0 or ended == args.rounds
-        if measured:
-            measure(ended, ended == args.rounds)
+            metrics = train(number, "stable-opd", rollouts, args.learning_rate, f"--scores {at}/scores.jsonl {more}")
+            cost["alarms"] += int(metrics["alarm/collapse"])
+            cost["worst_repetition"] = max(cost["worst_repetition"], metrics["rollout/repetition"])  # of any round: loops can come and go between evaluations
+        if ended % args.eval_every == 0 or ended == rounds:
+            measure(ended, ended == rounds)
         elif at.exists():
             shutil.rmtree(at)  # a reader finds the rollouts of the rounds that were measured
     return row
@@ -202,7 +213,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     p = records.parser(__doc__)
     add_run_flags(p, "stable")
-    p.add_argument("--rounds", type=int, default=120, help="rounds of an arm, each one optimiser step")
+    p.add_argument("--rounds", type=int, default=60, help="rounds of an arm, each one optimiser step")
+    p.add_argument("--eos-rounds", type=int, default=20, help="the same for arms with two end tokens, whose answers may all run to the longest; at most --rounds")
     p.add_argument("--prompts", type=int, default=16, help="problems a round, each with its golden answer")
     p.add_argument("--n", type=int, default=4, help="answers a problem")
     p.add_argument("--learning-rate", type=float, default=1e-3, help="of arms that answer by themselves")
@@ -219,7 +231,7 @@ def main(argv=None):
     p.add_argument("--spoil-lr", type=float, default=1e-3, help="learning rate of those steps")
     p.add_argument("--student-loops", type=float, default=0.03, help="loops among the careless texts")
     p.add_argument("--planted-loops", type=float, default=0.35, help="the same for the student that has the disease already")
-    p.add_argument("--eval-every", type=int, default=20, help="rounds between evaluations")
+    p.add_argument("--eval-every", type=int, default=15, help="rounds between evaluations")
     p.add_argument("--eval-n", type=int, default=2, help="samples a dev or held-out problem on the way")
     p.add_argument("--final-n", type=int, default=8, help="samples a held-out problem at the end of an arm")
     p.add_argument("--eval-split", default="heldout", choices=("heldout", "dev"), help="dev is for choosing settings")
@@ -229,9 +241,11 @@ def main(argv=None):
         print(claims_table(args.report, CLAIMS))
         return None
     if args.smoke:
-        for name, value in dict(rounds=2, prompts=2, n=2, max_tokens=8, clean_steps=2, base_steps=1, teacher_steps=2, eos_steps=3, spoil_steps=1, eval_every=1, eval_n=1, final_n=1).items():
+        for name, value in dict(rounds=2, eos_rounds=2, prompts=2, n=2, max_tokens=8, clean_steps=2, base_steps=1, teacher_steps=2, eos_steps=3, spoil_steps=1, eval_every=1, eval_n=1, final_n=1).items():
             setattr(args, name, value)
     arms = settle(args, argv, "stable", ARMS, {"opd-best": "opd"})
+    if not 1 <= args.eos_rounds <= args.rounds:
+        raise records.BadInput(f"--eos-rounds {args.eos_rounds}: expected 1 to --rounds {args.rounds}, for both take the same problems")
     run = Run(args.out, {k: getattr(args, k) for k in SHARED})
     say(f"loops in on-policy distillation; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
     world = build(run, args)
