@@ -372,6 +372,7 @@ def write_plot(argv):
                        "    python eval.py plot results/ropd.jsonl --out results/ropd.png")
     p.add_argument("file", metavar="FILE", help="results JSONL")
     p.add_argument("--metric", default="accuracy", help="the number on the vertical axis")
+    p.add_argument("--arms", help="comma-separated arms to draw instead of all, in the file's order")
     p.add_argument("--x", default="step", help="the number on the horizontal axis: step, generated_tokens, seconds ...")
     p.add_argument("--out", required=True, help="picture to write (.png, .svg, .pdf)")
     p.add_argument("--overwrite", action="store_true", help="replace --out")
@@ -380,6 +381,10 @@ def write_plot(argv):
         p.error(f"--out: expected a name that ends in .png, .svg or .pdf, came {args.out}")
     claim(args.out, args.overwrite)
     rows = read_results(args.file, [args.metric, args.x])
+    chosen = args.arms.split(",") if args.arms else [row["arm"] for row in rows]
+    if missing := [arm for arm in chosen if arm not in {row["arm"] for row in rows}]:
+        raise BadInput(f"--arms: expected arms of {args.file}, came {missing[0]!r}")
+    rows = [row for row in rows if row["arm"] in chosen]
     lines, left_out = curves(rows, args.metric, args.x)
     seeds = len({row["seed"] for row in rows})
     title = f"{Path(args.file).stem}: " + ("one seed" if seeds == 1 else f"mean over {seeds} seeds, band = min to max") + "; legend: last value"

@@ -394,6 +394,15 @@ def test_plot_writes_a_png_with_a_line_an_arm(tmp_path):
         evaluation.main(["plot", path, "--out", str(out)])
 
 
+def test_plot_draws_the_arms_that_are_named(tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", CURVES)
+    arms = sorted({row["arm"] for row in CURVES})
+    summary = evaluation.main(["plot", path, "--out", str(tmp_path / "x.png"), "--arms", arms[0]])
+    assert len(arms) > 1 and set(summary["lines"]) == {arms[0]}
+    with pytest.raises(BadInput, match="expected arms of"):
+        evaluation.main(["plot", path, "--out", str(tmp_path / "y.png"), "--arms", f"{arms[0]},nobody"])
+
+
 def test_plot_over_generated_tokens_and_another_metric(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", CURVES)
     lines = evaluation.main(["plot", path, "--out", str(tmp_path / "y.png"), "--x", "generated_tokens", "--metric", "seconds"])["lines"]
