@@ -138,7 +138,7 @@ def fine_tune(run, args, world, folder, name):
 def train(run, args, model, out, rollouts, seed, more, rate, n=1, updates=None):
     """One call of train.py: 64 answers an update, or `updates` of them."""
     size = args.prompts // updates if updates else max(1, args.prompts // args.updates // n)
-    return run.stage(f"train.py --model {model} --rollouts {rollouts} --out {out} --batch-size {size} --learning-rate {rate} --seed {seed} {more}")
+    return run.stage(f"train.py {more} --model {model} --rollouts {rollouts} --out {out} --batch-size {size} --learning-rate {rate} --seed {seed}")
 
 
 def run_arm(run, args, world, folder, seed, arm):
