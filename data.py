@@ -7,6 +7,9 @@ rollouts out as plain lists.
 Provenance is read off the recorded weight hashes, not believed: a row of METHODS with prefix "self" (or "mixed") accepts only
 rollouts of the very weights it trains, "teacher" and "old" refuse those, and "teacher" wants the scorer's own answers.
 """
+import json
+from pathlib import Path
+
 import numpy as np
 
 import loss as losses
@@ -201,6 +204,26 @@ class Data:
                         "loss_mask": [1] * len(response)})
         self.retokenized.update(keys)
         return out
+
+
+def taught_by(source, method, data):
+    """The teachers whose answers a model was fine-tuned on, {weights: name}: those of this data, or what the model's folder says."""
+    if method.prefix == "teacher":
+        return data.writers
+    kept = Path(source) / "sft_teacher.json"
+    return json.loads(kept.read_text()) if kept.exists() else {}
+
+
+def check_teacher(args, source, method, data):
+    """A row with consistency "sft" refuses another teacher than that of the fine-tuning (2604.13010 section 3.4: their difference enters the
+    bound of the gradient's error)."""
+    scorers = {data.teacher.identity["weights"]: args.teacher} if data.teacher else data.scorers
+    before = taught_by(source, method, data)
+    if method.consistency == "sft" and not args.allow_teacher_mismatch and set(before) != set(scorers):
+        def named(teachers):
+            return ", ".join(f"{weights} ({name})" for weights, name in teachers.items()) or "none on record"
+        raise BadInput(f"{args.scores or args.teacher}: policy.weights: expected the teacher that {args.model} was fine-tuned on, {named(before)}, came {named(scorers)}: "
+                       f"--method {args.method} wants one teacher for both; pass --allow-teacher-mismatch if another is meant")
 
 
 def plan(groups, batch_size, epochs, max_steps, seed):

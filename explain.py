@@ -38,7 +38,7 @@ def formula(method):
             "k2": ("" if method.ratio == "none" else "pi/mu ") + "(log p_T(y) - log pi(y)) [a = y]", "k3": "pi/mu (p_T(y)/pi(y) - 1) [a = y]",
             "full": f"pi(a) {parts.get(method.divergence)}" + (f"{later.replace(' + ', ' + [a = y] pi/mu ', 1)}" if later else "") + ",  u = p_T / pi"}[c]
     extra = [f"ratio clipped to [{1 - method.clip_low if method.clip_low else 0:g}, {1 + method.clip_high if method.clip_high else math.inf:g}]" if method.clip_low or method.clip_high else "",
-             f"dual clip {method.dual_clip:g}" if method.dual_clip else "", f"times min(pi_old/mu, {method.tis_cap:g})" if method.tis_cap else "",
+             f"dual clip {method.dual_clip:g}" if method.dual_clip else "", "" if not method.tis_cap else f"pi/mu at most {method.tis_cap:g}" if c in ("k2", "k3") else f"times min(pi_old/mu, {method.tis_cap:g})",
              f"teacher's advantage within +-{method.advantage_clip:g}" if method.advantage_clip else "",
              "times the token's weight" if method.token_weight == "file" else "",
              f"plus {method.gold_weight:g} grad log pi of given answers, a mean over their tokens" if method.gold_weight else "",

@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 
 import loss as losses
 import records
-from data import Data, plan
+from data import Data, check_teacher, plan, taught_by
 from explain import explain as explain_row
 from kernel import KERNELS, linear_token_loss, token_numbers
 from records import BadInput
@@ -240,7 +240,7 @@ def sequence_metrics(items):
         out["reward/mean"] = float(np.mean([s["reward"] for s in items]))
         out["reward/advantage_abs_mean"] = float(np.mean([abs(s["advantage"]) for s in items]))
     for name in ("student_end_mass", "teacher_end_mass"):  # at the last token of every rollout, whether it ended there or was cut
-        if name in items[0]:
+        if all(name in s for s in items):  # a server, or an older file, does not say
             out[f"rollout/{name}"] = float(np.mean([s[name] for s in items]))
     if "repetitive" in items[0]:
         out["rollout/repetition"] = float(np.mean([s["repetitive"] for s in items]))
@@ -336,26 +336,6 @@ def load_teacher(args, policy, weights):
                            ("their token ids mean different things" if field == "vocabulary" else
                             "a teacher off its own template scores badly; pass --allow-template-mismatch if this is meant"))
     return teacher
-
-
-def taught_by(source, method, data):
-    """The teachers whose answers a model was fine-tuned on, {weights: name}: those of this data, or what the model's folder says."""
-    if method.prefix == "teacher":
-        return data.writers
-    kept = Path(source) / "sft_teacher.json"
-    return json.loads(kept.read_text()) if kept.exists() else {}
-
-
-def check_teacher(args, source, method, data):
-    """A row with consistency "sft" refuses another teacher than that of the fine-tuning (2604.13010 section 3.4: their difference enters the
-    bound of the gradient's error)."""
-    scorers = {data.teacher.identity["weights"]: args.teacher} if data.teacher else data.scorers
-    before = taught_by(source, method, data)
-    if method.consistency == "sft" and not args.allow_teacher_mismatch and set(before) != set(scorers):
-        def named(teachers):
-            return ", ".join(f"{weights} ({name})" for weights, name in teachers.items()) or "none on record"
-        raise BadInput(f"{args.scores or args.teacher}: policy.weights: expected the teacher that {args.model} was fine-tuned on, {named(before)}, came {named(scorers)}: "
-                       f"--method {args.method} wants one teacher for both; pass --allow-teacher-mismatch if another is meant")
 
 
 def explain(argv):

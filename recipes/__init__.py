@@ -155,6 +155,14 @@ def add_run_flags(p, name, default="all"):
     p.add_argument("--smoke", action="store_true", help="a tiny run of every arm: proves that the commands work, nothing else")
 
 
+def add_eval_flags(p, every, n, final_n):
+    """When and with how many samples an arm is measured."""
+    p.add_argument("--eval-every", type=int, default=every, help="rounds between evaluations")
+    p.add_argument("--eval-n", type=int, default=n, help="samples a problem on the way")
+    p.add_argument("--final-n", type=int, default=final_n, help="samples a problem at the end of an arm")
+    p.add_argument("--eval-split", default="heldout", choices=("heldout", "dev"), help="dev is for choosing settings")
+
+
 def settle(args, argv, name, arms, parents=None, default=None):
     """Defaults that depend on other flags; returns the arms to run, in the recipe's order: those asked for (or `default`, or all), those
     whose result they start from (`parents`: {arm: another one}), and `before`, which tables compare with."""

@@ -31,8 +31,8 @@ and uses it once; offline samples half as many rounds' worth from the fine-tuned
 Every arm's ledger counts what was generated, scored by the teacher and trained on, and the seconds of each, without the fine-tuning
 (whose own stand in the lines of sft-*).  The teacher scores from files in every arm.  The learning rate was chosen on dev
 (results/lightning_dev_lr*.jsonl, two seeds) in favour of offline training: of 1e-5, 3e-5 and 1e-4 only the first did not make it worse than the
-fine-tuned student; online was best at 3e-5, hence the arms `-lr3`.  A shorter fine-tuning (20 updates, 0.45 nats a token from the teacher in place
-of 0.09) was looked at first, on dev, too: there offline training harmed at 1e-4 and 3e-4 and did not help at 1e-3.  The held-out problems serve for measuring only.
+fine-tuned student; online was best at 3e-5, hence the arms `-lr3`.  A shorter fine-tuning (--sft-prompts 320, 0.45 nats a token from the teacher
+in place of 0.09) was looked at first, on dev, too (results/lightning_dev_short_lr*.jsonl): there offline training harmed at 1e-4 and 3e-4 and did not help at 1e-3.  The held-out problems serve for measuring only.
 """
 import json
 import shutil
@@ -40,7 +40,7 @@ import sys
 import time
 
 import records
-from recipes import Claim, Run, add_run_flags, append_result, claims_table, last, report, run_arms, say, settle, versions
+from recipes import Claim, Run, add_eval_flags, add_run_flags, append_result, claims_table, last, report, run_arms, say, settle, versions
 from recipes.ropd import add_world_flags, build_world, spoil_student
 
 STYLES = {"a": "lines", "b": "ledger"}
@@ -135,9 +135,9 @@ def fine_tune(run, args, world, folder, name):
             "train_seconds": round(time.time() - generated, 2)}
 
 
-def train(run, args, model, out, rollouts, seed, more, rate, n=1, updates=None):
-    """One call of train.py: 64 answers an update, or `updates` of them."""
-    size = args.prompts // updates if updates else max(1, args.prompts // args.updates // n)
+def train(run, args, model, out, rollouts, seed, more, rate, n=1):
+    """One call of train.py, with as many answers in an update whatever their number a problem, n."""
+    size = max(1, args.prompts // args.updates // n)
     return run.stage(f"train.py {more} --model {model} --rollouts {rollouts} --out {out} --batch-size {size} --learning-rate {rate} --seed {seed}")
 
 
@@ -147,10 +147,8 @@ def run_arm(run, args, world, folder, seed, arm):
     if not arm.startswith("sft-") or arm == "sft-more":
         shutil.rmtree(place, ignore_errors=True)  # an interrupted arm is begun again
     place.mkdir(parents=True, exist_ok=True)
-    strict, rounds, updates = a.get("strict"), args.rounds * (args.long if a.get("long") else 1), args.updates
-    if strict:  # as many answers and updates, sampled a quarter at a time
-        rounds, updates = rounds * args.updates, 1
-    problems = args.prompts // (args.updates if strict else 1)
+    parts = args.updates if a.get("strict") else 1  # strict: as many answers and updates, sampled an update's worth at a time
+    rounds, problems = args.rounds * parts * (args.long if a.get("long") else 1), args.prompts // parts
     refresh, reuse = min(rounds, a.get("refresh", args.rounds)), a.get("reuse", 2)
     if a.get("long"):
         refresh, reuse = rounds, 2 * args.long
@@ -201,6 +199,7 @@ def run_arm(run, args, world, folder, seed, arm):
         mismatch = "" if a["sft"] == a["teacher"] else "--allow-teacher-mismatch"
         return f"{at}/rollouts.jsonl", f"--method lightning --scores {scores} --allow-stale {mismatch} {more}"
 
+    rate = args.sft_learning_rate if a.get("more") else args.learning_rate * a.get("rate", 1)
     if not a:
         if arm.startswith("sft-"):  # prepared with the seed: others start from it
             ledger |= json.loads((folder / f"ledger-{arm}.json").read_text())
@@ -216,7 +215,7 @@ def run_arm(run, args, world, folder, seed, arm):
                 number += 1
         rollouts, flags = files[turn % refresh % len(files)]
         out, started = place / f"model{turn}", time.time()
-        done = train(run, args, model, out, rollouts, seed, flags + (" --fresh-optimizer" if turn == 0 else ""), args.sft_learning_rate if a.get("more") else args.learning_rate * a.get("rate", 1), updates=updates * (args.updates if strict else 1))
+        done = train(run, args, model, out, rollouts, seed, flags + (" --fresh-optimizer" if turn == 0 else ""), rate)
         ledger["train_seconds"] = round(ledger["train_seconds"] + time.time() - started, 3)
         ledger["trained_tokens"] += done["trained_tokens"]
         metrics = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
@@ -224,7 +223,7 @@ def run_arm(run, args, world, folder, seed, arm):
         if turn:
             shutil.rmtree(model)
         model, step = out, step + done["steps"]
-        if turn + 1 < rounds and (turn + 1) % (args.eval_every * (args.updates if strict else 1)) == 0:
+        if turn + 1 < rounds and (turn + 1) % (args.eval_every * parts) == 0:
             measure(step, False)
     measure(step, True)
     return row
@@ -255,10 +254,7 @@ def main(argv=None):
     p.add_argument("--max-tokens", type=int, default=64, help="longest answer")
     p.add_argument("--style-steps", type=int, default=300, help="steps of 64 clean texts in its own style that make each of the two teachers out of one")
     add_world_flags(p, teacher_steps=2000)
-    p.add_argument("--eval-every", type=int, default=8, help="rounds between evaluations")
-    p.add_argument("--eval-n", type=int, default=4, help="samples a held-out problem on the way")
-    p.add_argument("--final-n", type=int, default=8, help="samples a held-out problem at the end of an arm")
-    p.add_argument("--eval-split", default="heldout", choices=("heldout", "dev"), help="dev is for choosing settings")
+    add_eval_flags(p, every=8, n=4, final_n=8)
     args = p.parse_args(argv)
     if args.report:
         print(claims_table(args.report, CLAIMS))

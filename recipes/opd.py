@@ -29,7 +29,7 @@ import sys
 import time
 
 import records
-from recipes import Claim, Run, add_run_flags, append_result, claims_table, last, report, run_arms, say, settle, versions
+from recipes import Claim, Run, add_eval_flags, add_run_flags, append_result, claims_table, last, report, run_arms, say, settle, versions
 from recipes.ropd import add_world_flags, build_world, spoil_student
 
 OWN = dict(source="own", teacher="world")
@@ -189,10 +189,7 @@ def main(argv=None):
     p.add_argument("--facts-epochs", type=int, default=100, help="walks over the facts")
     p.add_argument("--max-tokens", type=int, default=64, help="longest answer")
     add_world_flags(p, teacher_steps=2000)
-    p.add_argument("--eval-every", type=int, default=4, help="rounds between evaluations; arms of M1 are looked at more often")
-    p.add_argument("--eval-n", type=int, default=4, help="samples a held-out problem on the way")
-    p.add_argument("--final-n", type=int, default=16, help="samples a held-out problem at the end of an arm")
-    p.add_argument("--eval-split", default="heldout", choices=("heldout", "dev"), help="dev is for choosing settings")
+    add_eval_flags(p, every=4, n=4, final_n=16)
     args = p.parse_args(argv)
     if args.report:
         print(claims_table(args.report, CLAIMS))

@@ -31,7 +31,7 @@ import sys
 import time
 
 import records
-from recipes import Claim, Run, add_run_flags, append_result, claims_table, last, report, run_arms, say, settle, versions
+from recipes import Claim, Run, add_eval_flags, add_run_flags, append_result, claims_table, last, report, run_arms, say, settle, versions
 from recipes.ropd import add_world_flags, build_world, spoil_student
 
 FIXED = (8, 16, 32, 48)
@@ -96,22 +96,23 @@ def run_arm(run, args, world, folder, seed, arm):
             row |= {"dev_accuracy": evaluate("dev", n)["accuracy"], "greedy": evaluate(args.eval_split, 1, "--temperature 0")["accuracy"]}
         append_result(args.results, row | {"settings": {k: getattr(args, k) for k in SHARED}, "versions": versions(), "command": args.invocation})
 
-    def sample(at, part):
-        """Rollouts of the model of the moment, its likeliest tokens, and what the teacher thinks of them."""
-        done = run.stage(f"rollout.py --model {model} --prompts {world}/toy/train.jsonl --slice {part} --n 1 --max-tokens {args.max_tokens} --seed {seed * 1000 + int(at.name.strip('roundl'))} "
+    def sample(number, part):
+        """Folder with rollouts of the model of the moment, its likeliest tokens where a cut is looked for, and what the teacher thinks of them."""
+        at = place / f"round{number}"
+        done = run.stage(f"rollout.py --model {model} --prompts {world}/toy/train.jsonl --slice {part} --n 1 --max-tokens {args.max_tokens} --seed {seed * 1000 + number} "
                          f"--out {at}/rollouts.jsonl")
         cost["generated_tokens"] += done["generated_tokens"]
         own = ""
-        if rule not in ("", None) and "fixed" not in rule or rule is None:
+        if rule is None or (rule and "fixed" not in rule):
             run.stage(f"teacher.py score --model {model} --rollouts {at}/rollouts.jsonl --top-k 4 --out {at}/own.jsonl")
             own = f"--top-k-of {at}/own.jsonl"
         cost["teacher_tokens"] += run.stage(f"teacher.py score --model {world}/teacher --rollouts {at}/rollouts.jsonl {own} --out {at}/scores.jsonl")["teacher_tokens"]
+        return at
 
     if rule is None:
         found = {}
         if arm == "before":
-            at = place / "null0"
-            sample(at, f":{args.null_prompts}")
+            at = sample(0, f":{args.null_prompts}")
             null = run.stage(f"weigh.py null --rollouts {at}/rollouts.jsonl --scores {at}/scores.jsonl --model {model} --prompts {world}/toy/train.jsonl --seed {seed} --out {at}/null.json --plot {at}/null.png")
             found = {f"{name}_{kind}": null["detector"][rule][kind]["cut_rate"] for name, rule in (("null", "faithful"), ("guarded", "guarded")) for kind in ("real", "permuted", "block_shuffled")}
             found |= {"slip_difference": null["slip"]["faithful"]["difference"] or 0.0, "slip_share": null["slip"]["faithful"]["real"], "strong": null["detector"]["faithful"]["real"]["strong"],
@@ -121,8 +122,7 @@ def run_arm(run, args, world, folder, seed, arm):
     measure(0, False)
     step = 0
     for number in records.progress(range(args.rounds), desc=f"seed {seed} {arm}", unit="round"):
-        at, method = place / f"round{number}", "--method opd"
-        sample(at, f"{number * args.prompts}:{(number + 1) * args.prompts}")
+        at, method = sample(number, f"{number * args.prompts}:{(number + 1) * args.prompts}"), "--method opd"
         if rule:
             series = "" if "fixed" in rule else f"--scores {at}/scores.jsonl --model {model}"
             deal = f"--seed {number}" if "shuffled" in rule else ""
@@ -156,10 +156,7 @@ def main(argv=None):
     p.add_argument("--max-tokens", type=int, default=112, help="longest answer")
     add_world_flags(p, teacher_steps=2000)
     p.add_argument("--null-prompts", type=int, default=1000, help="rollouts of stage 0")
-    p.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations")
-    p.add_argument("--eval-n", type=int, default=2, help="samples a held-out problem on the way")
-    p.add_argument("--final-n", type=int, default=8, help="samples a held-out problem at the end of an arm")
-    p.add_argument("--eval-split", default="heldout", choices=("heldout", "dev"), help="dev is for choosing settings")
+    add_eval_flags(p, every=5, n=2, final_n=8)
     args = p.parse_args(argv)
     if args.report:
         print(claims_table(args.report, CLAIMS))

@@ -34,7 +34,7 @@ import sys
 import time
 
 import records
-from recipes import Claim, Run, add_run_flags, append_result, claims_table, last, report, run_arms, say, settle, versions
+from recipes import Claim, Run, add_eval_flags, add_run_flags, append_result, claims_table, last, report, run_arms, say, settle, versions
 
 ARMS = {
     "before": {},
@@ -231,10 +231,7 @@ def main(argv=None):
     p.add_argument("--spoil-lr", type=float, default=1e-3, help="learning rate of those steps")
     p.add_argument("--student-loops", type=float, default=0.03, help="loops among the careless texts")
     p.add_argument("--planted-loops", type=float, default=0.35, help="the same for the student that has the disease already")
-    p.add_argument("--eval-every", type=int, default=15, help="rounds between evaluations")
-    p.add_argument("--eval-n", type=int, default=2, help="samples a dev or held-out problem on the way")
-    p.add_argument("--final-n", type=int, default=8, help="samples a held-out problem at the end of an arm")
-    p.add_argument("--eval-split", default="heldout", choices=("heldout", "dev"), help="dev is for choosing settings")
+    add_eval_flags(p, every=15, n=2, final_n=8)
     args = p.parse_args(argv)
     args.updates = 1
     if args.report:

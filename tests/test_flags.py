@@ -11,8 +11,7 @@ FILES = ["toy.py", "rollout.py", "teacher.py", "rubric.py", "train.py", "eval.py
          "recipes/unified.py", "recipes/lightning.py", "recipes/prefix.py", "recipes/stable.py", "weigh.py"]
 # a flag may be read in a file that its stage hands `args` to
 READERS = {"rollout.py": ["served.py"], "teacher.py": ["rollout.py", "served.py"], "rubric.py": ["served.py"], "train.py": ["data.py"],
-           "recipes/__init__.py": ["recipes/opd.py"], "recipes/opd.py": ["recipes/ropd.py"],
-           "recipes/lightning.py": ["recipes/ropd.py"], "recipes/prefix.py": ["recipes/ropd.py"], "recipes/stable.py": ["recipes/ropd.py"]}
+           "recipes/__init__.py": ["recipes/opd.py"], "recipes/opd.py": ["recipes/ropd.py"]}
 
 
 def flags_and_reads(path):
