@@ -23,6 +23,7 @@ Flags make other worlds of it; the prompts of one --seed and --terms are the sam
 
     --terms 10:20 --slips 0.3   long derivations, in which an early slip spoils all that follows.  `mixed` is then right work, with a
                                 slip that propagates in 30 % of the texts, and nothing else
+    --right 0.4                 40 % of `mixed` is right work: text that is worth reading, whose reader gives a right answer that often (2605.12483)
     --styles lines              texts in these styles only: a teacher's format is not its student's (2604.13010)
     --loops 16000               text can run on without an end (2604.08527).  `looping` is clean with 7 % loops, for a teacher with the
                                 copy prior of a real language model; `planted` is mixed with 40 %, for a student that has the disease
@@ -142,15 +143,16 @@ def with_slip(rng, totals):
     return [t + (slip if i >= at else 0) for i, t in enumerate(totals)]
 
 
-def mixed_answer(rng, terms, styles=STYLES):
-    """What a careless page would say: 45 % a guess, 25 % a slip that propagates, 20 % skipped steps, 10 % right work."""
-    totals, kind = running_totals(terms), rng.random()
-    if kind < 0.45:
+def mixed_answer(rng, terms, styles=STYLES, right=0.1):
+    """What a careless page would say: 45 % a guess, 25 % a slip that propagates, 20 % skipped steps, and `right`, 10 %, right work; with
+    another share of right work the other three have what is left in the same proportions."""
+    totals, kind, scale = running_totals(terms), rng.random(), (1 - right) / 0.9
+    if kind < 0.45 * scale:
         return f"#{max(0, totals[-1] + int(rng.integers(-6, 7)))}"
     style = str(rng.choice(styles))
-    if kind < 0.70:
+    if kind < 0.70 * scale:
         return write_work(terms, with_slip(rng, totals), style)
-    if kind < 0.90:  # the first steps, then a jump to a guessed end
+    if kind < 0.90 * scale:  # the first steps, then a jump to a guessed end
         kept = int(rng.integers(2, len(terms))) if len(terms) > 2 else 1
         return write_work(terms[:kept], totals[:kept], style, final=max(0, totals[-1] + int(rng.integers(-4, 5))))
     return write_work(terms, totals, style)
@@ -346,7 +348,10 @@ def check_sums(args):
             setattr(args, name, default)
         elif not args.loops:
             raise records.BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: belongs to the corpora of --loops, expected --loops N with it")
-    for name in ("slips", "loop_share", "planted_share"):
+    if args.slips is not None and args.right is not None:
+        raise records.BadInput(f"--right {args.right}: belongs to mixed text of several kinds, expected no --slips with it")
+    args.right = 0.1 if args.right is None else args.right
+    for name in ("slips", "right", "loop_share", "planted_share"):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
             raise records.BadInput(f"--{name.replace('_', '-')}: expected a share from 0 to 1, came {getattr(args, name)}")
     if not 32 <= args.loop_tokens <= 448:  # a question of 30 terms is 63 tokens, and the models have 512 positions
@@ -359,7 +364,7 @@ def fill_sums(folder, args):
     for number, (split, count, prefix) in enumerate(files):
         write_prompts(folder / f"{split}.jsonl", np.random.default_rng([args.seed, number]), split, count, prefix, args.terms)
     clean = partial(clean_answer, styles=args.styles)
-    mixed = partial(mixed_answer, styles=args.styles) if args.slips is None else partial(slipping_answer, share=args.slips, styles=args.styles)
+    mixed = partial(mixed_answer, styles=args.styles, right=args.right) if args.slips is None else partial(slipping_answer, share=args.slips, styles=args.styles)
     corpora = {"clean": (3, clean, args.clean), "mixed": (4, mixed, args.mixed)}
     if args.loops:
         loops = partial(with_loops, styles=args.styles, length=args.loop_tokens)
@@ -395,7 +400,7 @@ def fill_forks(folder, args):
 
 
 TASKS = {"sums": (fill_sums, {"eval_prompts": 200, "clean": 100000, "mixed": 16000, "facts": 32, "terms": "2:6", "styles": ",".join(STYLES),
-                              "slips": None, "loops": 0, **dict.fromkeys(LOOP_FLAGS), "second_end": False}),  # check_sums fills in LOOP_FLAGS
+                              "slips": None, "right": None, "loops": 0, **dict.fromkeys(LOOP_FLAGS), "second_end": False}),  # check_sums fills in LOOP_FLAGS
          "forks": (fill_forks, {"texts": 32000})}
 
 
@@ -411,6 +416,7 @@ def main(argv=None):
     p.add_argument("--terms", metavar="A:B", help="sums: fewest and most terms of a problem, in all files (default: 2:6), at most 30")
     p.add_argument("--styles", metavar="STYLE,STYLE", help="sums: styles of the texts (default: all four); solutions of prompts stay in lines")
     p.add_argument("--slips", type=float, metavar="SHARE", help="sums: mixed is right work, with a slip in this share (default: mixed as above)")
+    p.add_argument("--right", type=float, metavar="SHARE", help="sums: share of right work in mixed (default: 0.1)")
     p.add_argument("--loops", type=int, metavar="N", help="sums: also write looping.jsonl and planted.jsonl, N texts each (default: 0, neither)")
     p.add_argument("--loop-share", type=float, metavar="SHARE", help="sums: loops in looping.jsonl (default: 0.07): a teacher's copy prior")
     p.add_argument("--planted-share", type=float, metavar="SHARE", help="sums: loops in planted.jsonl (default: 0.4): a student's disease")

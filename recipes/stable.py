@@ -24,9 +24,12 @@ the teacher 85.2 % and 2.9 %; the planted student loops in about 30 % (first lin
 a perfect pupil of it rises to its 3 %, which is imitation and no collapse, hence the claim against the teacher.  Right text alone
 comes first because arithmetic is not learned in time from text with loops; 200 steps on loops give no copy prior yet.
 
-The learning rate is not settled.  `--arms opd,sft,stable --rounds 80 --eval-every 20 --final-n 2 --eval-split dev`, seed 0 on dev: at 1e-3
-opd 74.0 %, stable 70.0 %, sft 83.0 %; at 3e-4 opd 71.2 %, the others not run; 3e-3 not run.  In these runs loops came and went: 16 % (1e-3) and
-17 % (3e-4) of opd's rollouts in the first 20 rounds, and 4 % in the last 20.  Not measured yet with five seeds, nor every arm with one.
+The learning rates were chosen on dev (results/stable_dev_lr*.jsonl, one seed, 80 rounds).  Of 3e-4, 1e-3 and 3e-3, in this order, opd reaches 71,
+74 and 9 %, stable 74, 70 and 34 %, sft 90, 83 and 46 %.  At the first two loops surge early (17 % of opd's rollouts in the first 20 rounds) and
+fall back to the teacher's few: no collapse.  At 3e-3 it is there: at round 20 84 % of opd's answers are loops.  So all arms train at
+3e-4, and five are run again hot, at ten times the rate, for there the paper's cure has a disease to cure:
+
+    hot-opd, hot-kl, hot-gold, hot-stable, hot-sft
 """
 import json
 import shutil
@@ -43,9 +46,11 @@ ARMS = {
     "planted-opd": dict(source="own", start="planted"), "planted-stable": dict(source="own", start="planted", leash=True, gold=True),
     "eos-opd": dict(source="own", start="eos", world="eos"), "eos-kl": dict(source="own", start="eos", world="eos", leash=True),
     "eos-class": dict(source="own", start="eos", world="eos", same=True),
+    "hot-opd": dict(source="own", hot=True), "hot-kl": dict(source="own", hot=True, leash=True), "hot-gold": dict(source="own", hot=True, gold=True),
+    "hot-stable": dict(source="own", hot=True, leash=True, gold=True), "hot-sft": dict(source="gold", hot=True),
     "teacher": dict(start="teacher"),
-}  # source: whose answers are trained on; start: which student (default: the spoiled one); leash, gold: the two additions of the paper
-SHARED = ("rounds", "eos_rounds", "prompts", "n", "learning_rate", "sft_learning_rate", "gold_weight", "leash", "max_tokens", "clean_steps", "base_steps", "teacher_steps", "loop_share", "eos_steps",
+}  # source: whose answers are trained on; start: which student (default: the spoiled one); leash, gold: the two additions of the paper; hot: --hot-learning-rate
+SHARED = ("rounds", "eos_rounds", "hot_rounds", "prompts", "n", "learning_rate", "sft_learning_rate", "hot_learning_rate", "gold_weight", "leash", "max_tokens", "clean_steps", "base_steps", "teacher_steps", "loop_share", "eos_steps",
           "spoil_steps", "spoil_lr", "student_loops", "planted_loops", "eval_every", "eval_n", "final_n", "eval_split")
 COLUMNS = ("dev_accuracy", "greedy", "peak", "repetition", "worst_repetition", "truncated", "length_mean", "alarms", "advantage_repetitive", "advantage_other", "student_end_mass", "teacher_end_mass",
            "gold_tokens", "seconds")
@@ -53,6 +58,11 @@ COLUMNS = ("dev_accuracy", "greedy", "peak", "repetition", "worst_repetition", "
 
 def gap(arm, other):
     return last("accuracy", arm, other)
+
+
+def at_round(arm, step):
+    """An arm's accuracy when it had made so many rounds; KeyError, that is not measured, if it was not looked at then."""
+    return lambda arms: {line["step"]: line["accuracy"] for line in arms[arm]}[step]
 
 
 CLAIMS = [
@@ -70,6 +80,14 @@ CLAIMS = [
     Claim("4: ...and so are the loops", "repetition(baseline) − repetition(opd)", last("repetition", "baseline", "opd"), "within", 0.05),
     Claim("4: loops look better to the teacher than other answers (first rounds of planted-opd)", "advantage(repetitive) − advantage(other)",
           lambda a: a["planted-opd"][1]["advantage_repetitive"] - a["planted-opd"][1]["advantage_other"]),
+    Claim("hot: at ten times the rate plain distillation does learn to loop", "repetition(hot-opd)", last("repetition", "hot-opd"), "above", 0.3),
+    Claim("hot: ...and its skill goes with it", "final(hot-opd) − peak(hot-opd)", last("final_minus_peak", "hot-opd"), "below", -0.05),
+    Claim("hot: golden answers and a leash keep it out of loops", "repetition(hot-stable)", last("repetition", "hot-stable"), "below", 0.05),
+    Claim("hot: ...and it ends above plain distillation", "hot-stable − hot-opd", gap("hot-stable", "hot-opd")),
+    Claim("hot: golden answers alone bring more than half of that", "(hot-gold − hot-opd) − (hot-stable − hot-opd) / 2", lambda a: gap("hot-gold", "hot-opd")(a) - gap("hot-stable", "hot-opd")(a) / 2),
+    Claim("hot: the leash alone brings some", "hot-kl − hot-opd", gap("hot-kl", "hot-opd")),
+    Claim("hot: it is more than imitation of the golden answers", "hot-stable − hot-sft", gap("hot-stable", "hot-sft")),
+    Claim("hot: ...and more than a smaller rate (as many rounds each; 2 samples a problem against 8)", "hot-stable − opd at that round", lambda a: last("accuracy", "hot-stable")(a) - at_round("opd", a["hot-stable"][-1]["step"])(a)),
     Claim("5: another end token inflates answers", "truncated(eos-opd) − before it", lambda a: a["eos-opd"][-1]["truncated"] - a["eos-opd"][0]["truncated"], "above", 0.1),
     Claim("5: counting both ends as one removes that", "truncated(eos-class) − truncated(eos-opd)", last("truncated", "eos-class", "eos-opd"), "below", -0.1),
     Claim("5: the leash does not", "truncated(eos-kl) − truncated(eos-opd)", last("truncated", "eos-kl", "eos-opd"), "above", -0.1),
@@ -178,12 +196,12 @@ def run_arm(run, args, world, folder, seed, arm):
     gold = [len(p["solution"]) + 1 for p in records.read(home / "train.jsonl", "prompts")]  # a token a character, and the end
     sets = [f"gold_weight={args.gold_weight if a.get('gold') else 0}", *([f"reference_kl={args.leash}", "reference_support=full"] if a.get("leash") else ["reference_kl=0"]),
             *a.get("set", "").split()]
-    rounds = args.eos_rounds if "world" in a else args.rounds
+    rounds, rate = args.eos_rounds if "world" in a else args.hot_rounds if "hot" in a else args.rounds, a.get("hot") and args.hot_learning_rate
     for number in records.progress(range(0, rounds, args.eval_every if a["source"] == "gold" else 1), desc=f"seed {seed} {arm}", unit="round"):
         at = place / f"round{number}"
         if a["source"] == "gold":
             ended = min(number + args.eval_every, rounds)
-            train(number, "sft", f"{world}/gold/{number}.jsonl", args.sft_learning_rate, "")
+            train(number, "sft", f"{world}/gold/{number}.jsonl", rate or args.sft_learning_rate, "")
             cost["gold_tokens"] = cost["trained_tokens"]
         else:
             ended, rollouts, more = number + 1, at / "rollouts.jsonl", " ".join(f"--set {s}" for s in sets)
@@ -199,7 +217,7 @@ def run_arm(run, args, world, folder, seed, arm):
             if a.get("gold"):
                 more += f" --data {home}/train.jsonl"
                 cost["gold_tokens"] += sum(gold[number * args.prompts:ended * args.prompts])
-            metrics = train(number, "stable-opd", rollouts, args.learning_rate, f"--scores {at}/scores.jsonl {more}")
+            metrics = train(number, "stable-opd", rollouts, rate or args.learning_rate, f"--scores {at}/scores.jsonl {more}")
             cost["alarms"] += int(metrics["alarm/collapse"])
             cost["worst_repetition"] = max(cost["worst_repetition"], metrics["rollout/repetition"])  # of any round: loops can come and go between evaluations
         if ended % args.eval_every == 0 or ended == rounds:
@@ -215,10 +233,12 @@ def main(argv=None):
     add_run_flags(p, "stable")
     p.add_argument("--rounds", type=int, default=60, help="rounds of an arm, each one optimiser step")
     p.add_argument("--eos-rounds", type=int, default=20, help="the same for arms with two end tokens, whose answers may all run to the longest; at most --rounds")
+    p.add_argument("--hot-rounds", type=int, default=30, help="the same for arms at --hot-learning-rate, for the same reason")
     p.add_argument("--prompts", type=int, default=16, help="problems a round, each with its golden answer")
     p.add_argument("--n", type=int, default=4, help="answers a problem")
-    p.add_argument("--learning-rate", type=float, default=1e-3, help="of arms that answer by themselves")
-    p.add_argument("--sft-learning-rate", type=float, default=1e-3, help="of imitation of the golden answers")
+    p.add_argument("--learning-rate", type=float, default=3e-4, help="of arms that answer by themselves")
+    p.add_argument("--sft-learning-rate", type=float, default=3e-4, help="of imitation of the golden answers")
+    p.add_argument("--hot-learning-rate", type=float, default=3e-3, help="of the arms hot-...")
     p.add_argument("--gold-weight", type=float, default=0.1, help="weight of the golden answers' loss")
     p.add_argument("--leash", type=float, default=0.01, help="weight of the KL to the student as it starts")
     p.add_argument("--max-tokens", type=int, default=320, help="longest answer; a golden one has at most 60")
@@ -238,11 +258,12 @@ def main(argv=None):
         print(claims_table(args.report, CLAIMS))
         return None
     if args.smoke:
-        for name, value in dict(rounds=2, eos_rounds=2, prompts=2, n=2, max_tokens=8, clean_steps=2, base_steps=1, teacher_steps=2, eos_steps=3, spoil_steps=1, eval_every=1, eval_n=1, final_n=1).items():
+        for name, value in dict(rounds=2, eos_rounds=2, hot_rounds=2, prompts=2, n=2, max_tokens=8, clean_steps=2, base_steps=1, teacher_steps=2, eos_steps=3, spoil_steps=1, eval_every=1, eval_n=1, final_n=1).items():
             setattr(args, name, value)
     arms = settle(args, argv, "stable", ARMS, {"opd-best": "opd"})
-    if not 1 <= args.eos_rounds <= args.rounds:
-        raise records.BadInput(f"--eos-rounds {args.eos_rounds}: expected 1 to --rounds {args.rounds}, for both take the same problems")
+    for flag in ("eos_rounds", "hot_rounds"):
+        if not 1 <= getattr(args, flag) <= args.rounds:
+            raise records.BadInput(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 1 to --rounds {args.rounds}, for all take the same problems")
     run = Run(args.out, {k: getattr(args, k) for k in SHARED})
     say(f"loops in on-policy distillation; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
     world = build(run, args)
