@@ -108,6 +108,7 @@ KINDS = {
     "rubrics": (("id",), {"id": "id", "criteria": "criteria", "rubricator": "text"}, {}),
     "rewards": (("id", "sample"), {"id": "id", "sample": "int", "reward": "reward", "status": "status",
                                    "rollout": "text", "grader": "text"}, {"verdicts": "any"}),
+    "labels": ((), {"id": "id", "question": "text", "spent_on": "text", "again": "any"}, {}),
     "evals": (("id", "sample"), {"id": "id", "sample": "int", "text": "text", "correct": "any"}, {}),
     "metrics": ((), {"step": "int"}, {}),
     "results": ((), {"arm": "text", "seed": "int", "step": "int", "accuracy": "number"}, {}),
@@ -532,7 +533,7 @@ def guess_kind(path):
         fields = set(json.loads(first))
     except (ValueError, TypeError, RecursionError):
         return "prompts"
-    for kind, mark in (("rollouts", "loss_mask"), ("rubrics", "criteria"), ("rewards", "reward"), ("evals", "correct"), ("results", "arm"), ("weights", "weights"),
+    for kind, mark in (("rollouts", "loss_mask"), ("rubrics", "criteria"), ("rewards", "reward"), ("evals", "correct"), ("results", "arm"), ("weights", "weights"), ("labels", "spent_on"),
                        ("answers", "text"), ("scores", "logprobs"), ("metrics", "step")):
         if mark in fields:
             return kind

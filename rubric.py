@@ -36,6 +36,7 @@ from typing import Callable
 import numpy as np
 
 import judge
+import labels
 import records
 import served
 from records import BadInput
@@ -321,8 +322,13 @@ def grade(argv):
     p.add_argument("--scalar-view", default="all", choices=("all", "merits"), help="scalar without server: properties it votes on")
     p.add_argument("--frozen-rubrics", action="store_true", help="accept rubrics that were drawn from other rollouts than these")
     p.add_argument("--shuffle", action="store_true", help="null control: deal each group's rewards out among its rollouts at random")
+    p.add_argument("--ledger", metavar="FILE", help="answer: JSONL that keeps which labels were spent on what; a label that was spent on something else is refused")
+    p.add_argument("--spend", metavar="PURPOSE", help="answer, with --ledger: what these labels are spent on, a name like teacher-rl")
+    p.add_argument("--spend-again", action="store_true", help="answer, with --ledger: take labels that were spent on something else, and write that down")
     add_judge_flags(p, temperature=0.0, max_tokens=4096)
     args = p.parse_args(argv)
+    if bool(args.ledger) != bool(args.spend) or (args.spend_again and not args.ledger) or (args.ledger and args.grader != "answer"):
+        raise BadInput("--ledger, --spend: expected both, with --grader answer, and --spend-again only beside them: only that grader spends labels")
     needs_rubric = args.grader in ("check", "judge")
     if needs_rubric != bool(args.rubrics):
         raise BadInput(f"--grader {args.grader}: expected {'--rubrics FILE' if needs_rubric else 'no --rubrics'}")
@@ -339,6 +345,7 @@ def grade(argv):
         if args.grader == "answer" and "answer" not in prompts[key[0]]:
             raise BadInput(f"{args.prompts}: answer: --grader answer needs it for prompt {key[0]!r}, but the field is missing")
         groups.setdefault(key[0], []).append(key)
+    spent = labels.spend(args.ledger, [prompts[i] for i in groups], args.spend, args.spend_again) if args.ledger else {}  # before one is read
     server = cache = None
     name = args.grader if args.grader != "scalar" or args.base_url else "scalar stand-in"
     if args.grader == "judge" or args.base_url:
@@ -421,12 +428,15 @@ def grade(argv):
     summary = {"out": args.out, "records": len(rollouts), "failed": failed, "failure_rate": failed / len(rollouts),
                "reward_mean": float(np.mean(ok)) if ok else None,
                "zero_variance_groups": sum(max(g) == min(g) for g in by_group.values()) / max(1, len(by_group))}
+    summary |= spent
     text = f"mean reward {summary['reward_mean']:.3f}, " if ok else ""
     if teacher_scores:
         summary |= {"teacher_reward_mean": float(np.mean(teacher_scores)), "student_beats_worst_teacher": float(np.mean(beaten))}
         text += f"teacher's {summary['teacher_reward_mean']:.3f}, "
     if ok:
         text += f"{summary['zero_variance_groups']:.0%} of groups without a difference, "
+    if spent:
+        text += f"{spent['labels']} labels, {spent['labels_new']} of them new to {args.ledger}, "
     print(f"rubric.py grade: {args.out}: {len(rollouts)} rollouts by {name}, {text}{failed} failed")
     return summary
 

@@ -117,25 +117,35 @@ def verdict(low, high, test, bound):
     return "holds" if inside else "does not hold" if outside else "not resolvable here"
 
 
-def claims_table(path, claims):
-    """Markdown: every claim with its number, its interval over seeds and its verdict."""
+def resample(values, draws=10000):
+    """Percentile interval of a mean: (2.5 %, 97.5 %) of the means of `draws` resamples of the seeds' values, a fixed generator."""
+    import numpy as np
+    means = np.random.default_rng(0).choice(np.asarray(values), (draws, len(values))).mean(1)
+    return tuple(float(x) for x in np.quantile(means, (0.025, 0.975)))
+
+
+def claims_table(path, claims, resampled=False):
+    """Markdown: every claim with its number, its interval over seeds and its verdict, which is the t-interval's.  resampled: also the bootstrap
+    interval over seeds, narrower with few of them, for papers that decide by it."""
     from eval import interval
     seeds = {}
     for row in records.read(path, "results"):
         seeds.setdefault(row["seed"], {}).setdefault(row["arm"], []).append(row)
     for seed, arms in seeds.items():  # only what was run to its end
         seeds[seed] = {arm: sorted(rows, key=lambda r: r["step"]) for arm, rows in arms.items() if any(r.get("final") for r in rows)}
-    lines = ["| claim | measured, mean over seeds ± half of the 95 % t-interval | bound | each seed | verdict |", "| --- | --- | --- | --- | --- |"]
+    extra = "bootstrap | " if resampled else ""
+    lines = [f"| claim | measured, mean over seeds ± half of the 95 % t-interval | {extra}bound | each seed | verdict |", "| --- |" + " --- |" * (5 if resampled else 4)]
     for claim in claims:
         try:
             values = [claim.value(arms) for _, arms in sorted(seeds.items())]
         except KeyError as missing:  # an arm that was not run to its end in every seed
-            lines.append(f"| {claim.text} | {claim.formula} | | | not measured: {missing.args[0]} |")
+            lines.append(f"| {claim.text} | {claim.formula} | {'| ' * resampled}| | not measured: {missing.args[0]} |")
             continue
         mean, half = interval(values)
         decision = "one seed decides nothing" if half is None else verdict(mean - half, mean + half, claim.test, claim.bound)
+        drawn = "{:.3f} to {:.3f} | ".format(*resample(values)) if resampled else ""
         sign = {"above": ">", "below": "<", "within": "within ±"}[claim.test]
-        lines.append(f"| {claim.text} | {claim.formula} = {mean:.3f}" + ("" if half is None else f" ± {half:.3f}") + f" | {sign} {claim.bound:g} | "
+        lines.append(f"| {claim.text} | {claim.formula} = {mean:.3f}" + ("" if half is None else f" ± {half:.3f}") + f" | {drawn}{sign} {claim.bound:g} | "
                      + " ".join(f"{v:.3f}" for v in values) + f" | **{decision}** |")
     return "\n".join(lines) + "\n"
 
@@ -165,11 +175,12 @@ def add_eval_flags(p, every, n, final_n):
 
 def settle(args, argv, name, arms, parents=None, default=None):
     """Defaults that depend on other flags; returns the arms to run, in the recipe's order: those asked for (or `default`, or all), those
-    whose result they start from (`parents`: {arm: another one}), and `before`, which tables compare with."""
+    whose result they start from (`parents`: {arm: other ones}, and theirs), and `before`, which tables compare with."""
     chosen = {"before", *args.arms.split(",")} if args.arms else set(default or arms)
     if unknown := chosen - set(arms):
         raise records.BadInput(f"--arms: expected some of {', '.join(arms)}, came {', '.join(sorted(unknown))}")
-    chosen |= {parents[arm] for arm in chosen if parents and arm in parents}
+    while more := {parent for arm in chosen for parent in (parents or {}).get(arm, ())} - chosen:
+        chosen |= more
     args.out = args.out or f"runs/{name}" + "-smoke" * args.smoke
     if len(shlex.split(args.out)) != 1:
         raise records.BadInput(f"--out {args.out!r}: expected a path without spaces or quotes, for it stands in command lines")
@@ -180,11 +191,12 @@ def settle(args, argv, name, arms, parents=None, default=None):
     return [arm for arm in arms if arm in chosen]
 
 
-def report(run, args, claims, columns):
-    """Table, picture and claims of what is in the results file, into OUT and onto the screen."""
+def report(run, args, claims, columns, pictures=(("step", "accuracy.png"),), resampled=False):
+    """Table, pictures (what is on the horizontal axis, file name) and claims of what is in the results file, into OUT and onto the screen."""
     table = run.stage(f"eval.py table {args.results} --partial --out {args.out}/table.md --overwrite --columns {' '.join(columns)}")
-    run.stage(f"eval.py plot {args.results} --out {args.out}/accuracy.png --overwrite")
-    text = (run.out / "table.md").read_text() + "\n" + claims_table(args.results, claims)
+    for x, name in pictures:
+        run.stage(f"eval.py plot {args.results} --x {x} --out {args.out}/{name} --overwrite")
+    text = (run.out / "table.md").read_text() + "\n" + claims_table(args.results, claims, resampled)
     records.write_atomically(run.out / "report.md", text)
     say("\n" + text)
     return table

@@ -198,7 +198,7 @@ def main(argv=None):
         for name, value in dict(rounds=1, rl_rounds=1, prompts=4, n=2, updates=2, base_steps=2, teacher_steps=4, spoil_steps=2, eval_every=1, eval_n=1, final_n=1,
                                 facts_epochs=1, max_tokens=8).items():
             setattr(args, name, value)
-    arms = settle(args, argv, "opd", ARMS, {"rl-opd": "rl", "facts-opd": "facts", "facts-sft": "facts"})
+    arms = settle(args, argv, "opd", ARMS, {"rl-opd": ("rl",), "facts-opd": ("facts",), "facts-sft": ("facts",)})
     run = Run(args.out, {k: getattr(args, k) for k in SHARED})
     say(f"on-policy distillation on running sums; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
     world = build_world(run, args, problems=args.prompts * max(args.rounds, args.rl_rounds))

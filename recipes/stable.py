@@ -260,7 +260,7 @@ def main(argv=None):
     if args.smoke:
         for name, value in dict(rounds=2, eos_rounds=2, hot_rounds=2, prompts=2, n=2, max_tokens=8, clean_steps=2, base_steps=1, teacher_steps=2, eos_steps=3, spoil_steps=1, eval_every=1, eval_n=1, final_n=1).items():
             setattr(args, name, value)
-    arms = settle(args, argv, "stable", ARMS, {"opd-best": "opd"})
+    arms = settle(args, argv, "stable", ARMS, {"opd-best": ("opd",)})
     for flag in ("eos_rounds", "hot_rounds"):
         if not 1 <= getattr(args, flag) <= args.rounds:
             raise records.BadInput(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 1 to --rounds {args.rounds}, for all take the same problems")
