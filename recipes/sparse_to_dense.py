@@ -286,7 +286,7 @@ def main(argv=None):
     world = build(run, args)
     run_arms(run, args, arms, lambda seed: prepare(run, args, world, seed), lambda *which: run_arm(run, args, world, *which),
              lambda row: f"{args.eval_split} accuracy {row['accuracy']:.1%}, {row['labels']} labels, entropy {row['entropy']:.2f}, groups alike {row['flat_groups']:.0%}")
-    return report(run, args, CLAIMS, COLUMNS, pictures=(("labels", "labels.png"), ("total_tokens", "tokens.png")), resampled=True)
+    return report(run, args, CLAIMS, COLUMNS, pictures=(("step", "accuracy.png"), ("labels", "labels.png"), ("total_tokens", "tokens.png")), resampled=True)
 
 
 if __name__ == "__main__":

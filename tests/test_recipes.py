@@ -4,15 +4,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import records
-from recipes import Claim, claims_table, last, verdict
+from recipes import Claim, claims_table, last, resample, settle, verdict
+from recipes.sparse_to_dense import check_start, groups
 
 ROOT = Path(__file__).parent.parent
 METHODS = {"opd": ("sft", "seqkd", "fkl", "opd", "opd-full", "gkd", "dagger", "ppo-clip"), "unified": ("sft", "seqkd", "fkl", "rft", "dpo", "grpo", "opd-full", "dagger", "gkd"),
-           "lightning": ("sft", "seqkd", "lightning"), "prefix": ("sft", "opd", "release"), "stable": ("sft", "stable-opd")}
+           "lightning": ("sft", "seqkd", "lightning"), "prefix": ("sft", "opd", "release"), "stable": ("sft", "stable-opd"),
+           "sparse_to_dense": ("sft", "grpo", "fkl", "opd-full", "seqkd")}
 
 
 @pytest.mark.parametrize("low, high, test, bound, want", [
@@ -46,6 +49,56 @@ def test_claims_are_paired_by_seed_and_take_the_last_line(tmp_path):
     assert "one seed decides nothing" in one
 
 
+def test_bootstrap_interval_by_enumeration():
+    """Of two values every resample is one of four: the mean is 0 or 1 a quarter of the time each, so both ends of 95 % are the extremes."""
+    assert resample([0.0, 1.0]) == (0.0, 1.0) and resample([0.3, 0.3, 0.3]) == pytest.approx((0.3, 0.3))
+    low, high = resample(list(range(100)))  # the mean of 100: 49.5, its standard error sqrt((100^2 - 1) / 12 / 100) = 2.887
+    assert (low, high) == pytest.approx((49.5 - 1.96 * 2.887, 49.5 + 1.96 * 2.887), abs=0.2)
+
+
+def test_arms_bring_what_they_start_from():
+    args = SimpleNamespace(arms="d", out="x", results=None, smoke=False, prompts=4, updates=2)
+    assert settle(args, [], "n", ["before", "a", "b", "c", "d"], {"d": ("c", "a"), "c": ("b",)}) == ["before", "a", "b", "c", "d"]
+    args.arms = "b"
+    assert settle(args, [], "n", ["before", "a", "b", "c", "d"], {"d": ("c", "a"), "c": ("b",)}) == ["before", "b"]
+
+
+@pytest.mark.parametrize("accuracy, fine", [(0.049, False), (0.05, True), (0.15, True), (0.151, False), (0.0, False)])
+def test_a_student_that_leaves_nothing_to_compare_is_refused(accuracy, fine):
+    if fine:
+        return check_start(accuracy, "dev", 3)
+    with pytest.raises(records.BadInput, match="seed 3: the student starts at .* expected 5% to 15%.*cannot be tested"):
+        check_start(accuracy, "dev", 3)
+
+
+def test_groups_without_a_difference(tmp_path):
+    """Of the first two answers of each problem: all wrong, all right, mixed, mixed; the third answers do not count."""
+    with open(tmp_path / "evals.jsonl", "w") as f:
+        for i, marks in enumerate(([0, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 0])):
+            for sample, correct in enumerate(marks):
+                f.write(json.dumps({"id": f"h{i}", "sample": sample, "text": "x", "correct": bool(correct)}) + "\n")
+    assert groups(tmp_path / "evals.jsonl", 2) == {"flat_groups": 0.5, "all_wrong": 0.25, "all_right": 0.25}
+
+
+def ledgers(out):
+    """Which labels are in which model of sparse_to_dense, and which were spent twice."""
+    def of(arm):
+        return {(line["id"], line["spent_on"], line["again"]) for line in records.read(out / "seed0" / arm / "labels.jsonl", "labels")}
+    half, new, replay = of("teacher-half"), of("half-new"), of("half-replay")
+    assert half == of("half-bridge") and half < new and half < replay and {purpose for _, purpose, _ in half} == {"teacher-rl"}
+    ids = {i for i, _, _ in half}
+    assert all(purpose == "student-rl" and not again and i not in ids for i, purpose, again in new - half), "new labels are labels that the teacher has not had"
+    assert {i for i, _, _ in replay - half} == ids and all(again for _, _, again in replay - half), "replayed ones are its own, and say so"
+    assert not any({"answer", "solution"} & set(prompt) for prompt in records.read(out / "world" / "unlabelled.jsonl", "prompts"))
+    lines = (out / "commands.sh").read_text().splitlines()
+    assert all("unlabelled.jsonl" in line for line in lines if "teacher.py answer" in line)
+    labelled = [line for line in lines if "rollout.py" in line and "toy/train.jsonl" in line]
+    assert labelled and all(any(f"/{arm}/" in line for arm in ("teacher-rl", "teacher-half", "teacher-shuffled", "grpo", "grpo-long", "half-new", "half-replay")) for line in labelled)
+
+
+MORE = {"sparse_to_dense": ledgers}  # what else a smoke run must have left behind
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_smoke_runs_every_arm_and_ends_in_claims(name, tmp_path):
     done = subprocess.run([sys.executable, "-m", f"recipes.{name}", "--smoke", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
@@ -56,6 +109,7 @@ def test_smoke_runs_every_arm_and_ends_in_claims(name, tmp_path):
     report = (tmp_path / "report.md").read_text()  # answers of 8 tokens hold no loop whose advantage could be compared
     assert all(claim.text in report for claim in recipe.CLAIMS) and report.count("not measured") == (name == "stable") and (tmp_path / "accuracy.png").exists()
     assert all(f"train.py --method {method}" in (tmp_path / "commands.sh").read_text() for method in METHODS[name]), "a smoke run that skips a method proves nothing of it"
+    MORE.get(name, lambda out: None)(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["ropd", *METHODS])
