@@ -28,7 +28,7 @@ teacher cannot be spent on the student unnoticed; `half-replay` has to say --spe
     half-bridge             from teacher-half, half as many rounds;  half-new, half-replay: then GRPO on the other half, or on the same again
 
 World: problems of --terms terms.  Student and teacher learn right work first (so many steps that one is weak and the other is not), then,
-in every seed anew, text of which 40 % is right work and the rest guesses, slips and skipped steps.  If the student does not start at 5 to
+in every seed anew, text of which half is right work and the rest guesses, slips and skipped steps.  If the student does not start at 5 to
 15 % the question cannot be asked, and the recipe stops and says so.
 """
 import json
@@ -263,7 +263,7 @@ def main(argv=None):
     p.add_argument("--reference-kl", type=float, default=5e-4, help="GRPO's leash to the policy it starts from")
     p.add_argument("--max-tokens", type=int, default=80, help="longest answer")
     p.add_argument("--terms", default="3:7", help="fewest and most terms of a problem")
-    p.add_argument("--right", type=float, default=0.4, help="share of right work in the text of mixed quality")
+    p.add_argument("--right", type=float, default=0.5, help="share of right work in the text of mixed quality")
     p.add_argument("--student-steps", type=int, default=400, help="steps of 64 right texts that the student learns from first")
     p.add_argument("--teacher-steps", type=int, default=1200, help="the same for the teacher")
     p.add_argument("--spoil-steps", type=int, default=100, help="steps of 64 texts of mixed quality for both")
