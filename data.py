@@ -154,6 +154,9 @@ class Data:
         item = {"key": key, "prompt_ids": rollout["prompt_ids"], "response_ids": rollout["response_ids"], "mask": mask,
                 "length": sum(mask), "truncated": rollout["finish_reason"] == "length", "omega": self.omegas.get(key, 1.0),
                 "own": rollout["policy"].get("weights") == self.policy.identity["weights"]}
+        item["tokens"] = item["length"]
+        if self.method.scalar:  # one number for the whole text
+            return item | {"length": 1, "judged": self.policy.sees(rollout["prompt_ids"], rollout["response_ids"])}
         trained = np.flatnonzero(mask)
         if "end_mass" in rollout:
             item["student_end_mass"] = rollout["end_mass"]
@@ -197,13 +200,26 @@ class Data:
             else:
                 raise BadInput(f"{self.rollouts.where(key)}: expected tokens of this model's vocabulary and template, or `messages`, or its "
                                "prompt through --prompts, but it has none of them")
-            if tokenizer.eos_token_id is None:
-                raise BadInput(f"{self.policy.identity['model']}: its tokenizer has no end token, so an answer that ended cannot say so")
-            response = response + [tokenizer.eos_token_id] * (answer["finish_reason"] == "stop")
+            response = response + end_of(self.policy, answer)
             out.append({"prompt_ids": render(tokenizer, prompt, self.policy.template_options), "response_ids": response,
                         "loss_mask": [1] * len(response)})
         self.retokenized.update(keys)
         return out
+
+
+def end_of(policy, answer):
+    """[the end token] for a text that ended by itself, [] for one that was cut."""
+    if policy.tokenizer.eos_token_id is None:
+        raise BadInput(f"{policy.identity['model']}: its tokenizer has no end token, so an answer that ended cannot say so")
+    return [policy.tokenizer.eos_token_id] * (answer["finish_reason"] == "stop")
+
+
+def answer_ids(policy, answer):
+    """An answer's tokens in this model's vocabulary: its own ids where they are of that vocabulary, else those of its text, with an end token
+    iff it ended by itself."""
+    if "response_ids" in answer and answer["policy"].get("vocabulary") == policy.identity["vocabulary"]:
+        return answer["response_ids"]
+    return policy.tokenizer(answer["text"], add_special_tokens=False)["input_ids"] + end_of(policy, answer)
 
 
 def taught_by(source, method, data):

@@ -4,6 +4,7 @@ import math
 import torch
 
 import loss as losses
+from discriminator import pair_weights
 
 
 def files(method):
@@ -15,6 +16,8 @@ def files(method):
         needs["--scores or --teacher"] = "teacher.py score: the teacher's log-prob of every token" + (", with --top-k its likeliest tokens" if method.support else "")
     if method.token_weight == "file":
         needs["--token-weights"] = "weigh.py cut: a number for every token"
+    if method.scalar:
+        needs["--data"] = "given answers to the same prompts, which are to score higher"
     if method.gold_weight:
         needs["--data"] = "given answers to the same prompts, beside the rollouts in every step"
     if method.prefix == "mixed":
@@ -33,7 +36,7 @@ def formula(method):
     parts = {"rkl": "log u(a)", "fkl": "u(a)", "jsd": f"{1 - b:g} log({b:g} u(a) + {1 - b:g})", "mix": f"({b:g} log u(a) + {1 - b:g} u(a))"}
     k1 = "log p_T(y) - log mu(y)" + (" + KL(pi || p_T)" if method.baseline == "kl" else "")
     later = f" + {'mean' if method.future == 'mean' else 'sum'} over later tokens of gamma^k (log p_T - log mu), gamma = {method.gamma:g}" if method.gamma else ""
-    text = {"token": "1 [a = y]", "reward": f"{ratio} A [a = y]", "k1": f"{importance('mu')} ({k1}{later}) [a = y]",
+    text = {"token": "1 [a = y]", "score": "grad D(y) of the whole text, in the place of sum_t sum_a c_t(a) grad log pi(a)" + (": of its length alone" if method.view == "length" else ""), "reward": f"{ratio} A [a = y]", "k1": f"{importance('mu')} ({k1}{later}) [a = y]",
             "reward+k1": f"{ratio} (A + {method.teacher_weight:g} ({k1}{later})) [a = y]",
             "k2": ("" if method.ratio == "none" else "pi/mu ") + "(log p_T(y) - log pi(y)) [a = y]", "k3": "pi/mu (p_T(y)/pi(y) - 1) [a = y]",
             "full": f"pi(a) {parts.get(method.divergence)}" + (f"{later.replace(' + ', ' + [a = y] pi/mu ', 1)}" if later else "") + ",  u = p_T / pi"}[c]
@@ -53,8 +56,27 @@ def explain(name, overrides=()):
     default = losses.Method("", "", "")
     shown = {k: v for k, v in method.columns().items() if k in ("prefix", "signal", "coefficient") or v != getattr(default, k)}
     omega = {"one": "1", "informative": "1, but 0 for a group with one reward", "accepted": f"1 if the reward reaches {method.omega_scale:g}, else 0",
-             "softmax": f"n softmax(reward / {method.omega_scale:g})", "preference": f"+- 2 x {method.omega_scale:g} sigmoid(-h), best and worst answer"}[method.omega]
+             "softmax": f"n softmax(reward / {method.omega_scale:g})", "preference": f"+- 2 x {method.omega_scale:g} sigmoid(-h), best and worst answer",
+             "bradley-terry": "of a pair's given answer sigmoid(D(own) - D(given)) / pairs, of its own answer minus that",
+             "cross-entropy": "of a pair's given answer sigmoid(-D(given)) / pairs, of its own answer -sigmoid(D(own)) / pairs"}[method.omega]
     norm = {"token": "trained tokens of the step", "sequence": "length x sequences", "batch": "sequences", "sum": "1"}[method.norm]
+    lines = [f"{name}: {method.about}", "", "row       " + ", ".join(f"{k}={v}" for k, v in shown.items()),
+             f"c_t(a)    {formula(method)}", f"omega     {omega}", f"N_t       {norm}",
+             "reads     " + "; ".join(["--rollouts (" + {"self": "samples of --model itself: checked by weight hash", "mixed": "samples of --model itself: checked by weight hash",
+                                                         "teacher": "answers of another model", "old": "samples of an earlier state of it", "data": "any answers"}[method.prefix] + ")",
+                                       *(f"{flag} ({what})" for flag, what in files(method).items())]), ""]
+    return "\n".join(lines + (worked_pair(method) if method.scalar else worked_token(method)))
+
+
+def worked_pair(method):
+    """A given answer that scores 0.2 beside own ones that score 0.5 and -0.1."""
+    (up,), down, pairs = pair_weights(method.omega, [0.2], [0.5, -0.1])
+    return ["one question: a given answer scores 0.2, two own ones 0.5 and -0.1",
+            f"loss {sum(pairs) / 2:+.4f}; pull on the scores: given {up / 2:+.4f}, own {down[0] / 2:+.4f} and {down[1] / 2:+.4f}"]
+
+
+def worked_token(method):
+    """The pull on every logit of a token whose student, teacher and choice are given."""
     names, pi, p_t = ("yes", "no", "maybe"), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)
     logits = pi.log().requires_grad_()
     logp, y = torch.log_softmax(logits, -1), 1
@@ -64,11 +86,5 @@ def explain(name, overrides=()):
     loss = losses.token_loss(method, torch.cat([logp[y:y + 1], logp])[None], -(logp.exp() * logp).sum()[None], batch)[0]
     pull = -torch.autograd.grad(loss, logits)[0]
     given = "; its answer has advantage 1" if method.advantage != "none" else "; omega = 1" if method.omega != "one" else ""
-    lines = [f"{name}: {method.about}", "", "row       " + ", ".join(f"{k}={v}" for k, v in shown.items()),
-             f"c_t(a)    {formula(method)}", f"omega     {omega}", f"N_t       {norm}",
-             "reads     " + "; ".join(["--rollouts (" + {"self": "samples of --model itself: checked by weight hash", "mixed": "samples of --model itself: checked by weight hash",
-                                                         "teacher": "answers of another model", "old": "samples of an earlier state of it", "data": "any answers"}[method.prefix] + ")",
-                                       *(f"{flag} ({what})" for flag, what in files(method).items())]),
-             "", f"one token: the student says yes 0.5, no 0.3, maybe 0.2; the teacher 0.2, 0.7, 0.1; the recorded token is \"no\"{given}",
+    return [f"one token: the student says yes 0.5, no 0.3, maybe 0.2; the teacher 0.2, 0.7, 0.1; the recorded token is \"no\"{given}",
              f"loss {loss.item():+.4f}; pull on the logits, sum_a c(a) grad log pi(a): " + ", ".join(f"{n} {x:+.4f}" for n, x in zip(names, pull.tolist()))]
-    return "\n".join(lines)

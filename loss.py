@@ -15,6 +15,7 @@ What c_t can be (`coefficient`):
     k1          pi/mu (log p_T - log mu) on the sampled token         OPD with one teacher number a token
     reward+k1   rho_t (A + teacher_weight (log p_T - log mu))         both at once
     k2, k3      pi/mu times the derivative of an estimator            the same gradients as reverse, forward KL, see below
+    score       grad D(y) of a whole text in place of grad log pi     a discriminator, which learns rewards (discriminator.py)
     full        pi(a) g(p_T(a) / pi(a)) for every token a             the teacher's distribution: KD, GKD, OPD
                 g(u) = log u            reverse KL(pi || p_T)         `divergence` rkl
                        u                forward KL(p_T || pi)         fkl
@@ -66,10 +67,10 @@ class Method:
     """One row.  `--set name=value` on train.py's command line changes a column for one run."""
     prefix: str                      # whose prefixes: "data", "teacher", "old", "self" or "mixed" (see above)
     signal: str                      # what must be on disk: "tokens", "reward" (--rewards), "teacher" (--scores, --teacher), "reward+teacher"
-    coefficient: str                 # c_t: "token", "reward", "k1", "reward+k1", "k2", "k3" or "full"
+    coefficient: str                 # c_t: "token", "reward", "k1", "reward+k1", "k2", "k3", "full" or "score"
     divergence: str = "none"         # what the teacher's signal descends: "rkl", "fkl", "jsd" or "mix"
     interpolation: float = 0.5       # b of jsd and mix: towards 0 forward, towards 1 reverse KL
-    omega: str = "one"               # weight of a sequence: "one", "informative", "accepted", "softmax" or "preference" (sequence_weights)
+    omega: str = "one"               # weight of a sequence: "one", "informative", "accepted", "softmax", "preference" (sequence_weights), "bradley-terry" or "cross-entropy"
     omega_scale: float = 1.0         # its constant: the reward that is accepted, the softmax's temperature, DPO's beta
     ratio: str = "token"             # importance ratio: each token's, "sequence": the geometric mean over it (GSPO), or "none": always 1 (k2)
     norm: str = "token"              # "token": mean over the step's tokens; "sequence": of the sequences' means; "batch": of their sums; "sum"
@@ -88,6 +89,7 @@ class Method:
     gold_weight: float = 0.0         # coefficient of -log pi of given answers to the same prompts (--data), with a token mean of its own
     token_weight: str = "one"        # "file": --token-weights multiplies c_t (weigh.py); the normaliser still counts tokens, not weights
     consistency: str = "any"         # "sft": the teacher must be the one whose answers this model was fine-tuned on
+    view: str = "text"               # what a discriminator sees of an answer: its "text" or, for a control, its "length"
     entropy_bonus: float = 0.0       # coefficient of the policy's entropy, added to the objective
     student_fraction: float = 1.0    # share of optimiser steps on rollouts, the others on --data (GKD's lambda)
     about: str = ""                  # what it is, for `train.py --explain`
@@ -117,7 +119,12 @@ class Method:
     @property
     def given(self):
         """Whether answers from elsewhere (--data) are trained on, too."""
-        return self.prefix == "mixed" or self.gold_weight > 0
+        return self.prefix == "mixed" or self.gold_weight > 0 or self.scalar
+
+    @property
+    def scalar(self):
+        """Whether the model that is trained gives a text one number and no next token a probability."""
+        return self.coefficient == "score"
 
     @property
     def separable(self):
@@ -153,6 +160,9 @@ METHODS = {
     # ROPD's loss as its paper writes it (eq. 6-8), which names neither the clip range nor the KL coefficient.  Its schedule
     # (cosine, 100 warm-up steps, weight decay 0.1, beta2 0.95) are flags of train.py
     "ropd-paper": Method(norm="sequence", advantage="std", reference_kl=0.001, **PPO, about="rubric rewards, the loss of ROPD's equations 6-8"),
+    # GAD's reward model and its policy's row: the released scripts' token mean and clip; gradient clip 0.2 is a flag of train.py
+    "discriminator": Method("data", "tokens", "score", omega="bradley-terry", norm="sum", about="a scalar head learns to score given answers (--data) above own ones to the same prompts (arXiv 2511.10643 eq. 3)"),
+    "gad": Method(advantage="std", reference_kl=0.001, **PPO, about="a co-trained discriminator's score as the reward: distillation from a teacher that shows only texts (arXiv 2511.10643)"),
     # ---- on-policy, from a teacher
     "opd": Method("self", "teacher", "k1", "rkl", about="on-policy distillation from one teacher number a token (Thinking Machines 2025; it sums over tokens, we average)"),
     "opd-full": Method("self", divergence="rkl", **TEACHER_FULL, about="on-policy distillation, exact reverse KL at every own prefix (GKD with lambda 1, beta 1)"),
@@ -171,8 +181,8 @@ METHODS = {
     "rwopd": Method("self", "reward+teacher", "full", "rkl", omega="softmax", about="exact on-policy distillation, answers weighted by the softmax of their rewards"),
 }
 CHOICES = {"prefix": ("data", "teacher", "old", "self", "mixed"), "signal": ("tokens", "reward", "teacher", "reward+teacher"),
-           "coefficient": ("token", "reward", "k1", "reward+k1", "k2", "k3", "full"), "divergence": ("none", "rkl", "fkl", "jsd", "mix"),
-           "omega": ("one", "informative", "accepted", "softmax", "preference"), "ratio": ("token", "sequence", "none"), "reference_support": ("sample", "full"), "token_weight": ("one", "file"), "consistency": ("any", "sft"),
+           "coefficient": ("token", "reward", "k1", "reward+k1", "k2", "k3", "full", "score"), "divergence": ("none", "rkl", "fkl", "jsd", "mix"),
+           "omega": ("one", "informative", "accepted", "softmax", "preference", "bradley-terry", "cross-entropy"), "view": ("text", "length"), "ratio": ("token", "sequence", "none"), "reference_support": ("sample", "full"), "token_weight": ("one", "file"), "consistency": ("any", "sft"),
            "norm": ("token", "sequence", "batch", "sum"), "advantage": ("none", "mean", "std"), "future": ("sum", "mean"), "baseline": ("none", "kl")}
 DESCENDS = {"k1": ("rkl",), "reward+k1": ("rkl",), "k2": ("rkl",), "k3": ("fkl",), "full": ("rkl", "fkl", "jsd", "mix")}
 REFUSED = {"k1-loss": "k1 differentiated as a loss has gradient 0 in expectation: use k1 (as an advantage), k2 (as a loss) or full",
@@ -213,11 +223,19 @@ def check(method):
     if method.divergence not in allowed:
         hint = ": k3 differentiated on own samples is the forward KL under another name" if c == "k3" else ""
         raise BadInput(f"divergence {method.divergence}: coefficient {c} descends {' or '.join(allowed)}{hint}")
-    needs = {"reward": c in ("reward", "reward+k1") or method.omega != "one", "teacher": c in DESCENDS}
+    pairs = method.omega in ("bradley-terry", "cross-entropy")
+    if method.scalar != pairs or method.scalar and (method.norm, method.prefix) != ("sum", "data"):
+        raise BadInput(f"coefficient score: goes with omega bradley-terry or cross-entropy, which is a mean over pairs (norm sum), and prefix data, came coefficient {c}, omega {method.omega}, "
+                       f"norm {method.norm}, prefix {method.prefix}")
+    if method.view != "text" and not method.scalar:
+        raise BadInput(f"view {method.view}: what a discriminator sees: goes with coefficient score, came {c}")
+    if method.scalar and (method.entropy_bonus or method.token_weight != "one"):
+        raise BadInput("entropy_bonus, token_weight: a discriminator has no tokens of its own, expected 0 and one")
+    needs = {"reward": c in ("reward", "reward+k1") or method.omega != "one" and not pairs, "teacher": c in DESCENDS}
     needs = "+".join(name for name, needed in needs.items() if needed) or "tokens"
     if method.signal != needs:
         raise BadInput(f"signal: expected {needs!r} for coefficient {c} with omega {method.omega}, came {method.signal!r}")
-    if c not in ("token", "full") and method.prefix != "self":
+    if c not in ("token", "full", "score") and method.prefix != "self":
         raise BadInput(f"coefficient {c}: an expectation over the policy's own samples; on other prefixes ({method.prefix!r}) "
                        "it has another gradient than its name says")
     if c == "token" and method.on_policy and method.omega == "one":
@@ -254,7 +272,7 @@ def check(method):
         raise BadInput(f"omega_scale: expected above 0 for omega {method.omega}, came 0")
     if method.interpolation != 0.5 and method.divergence not in ("jsd", "mix"):
         raise BadInput(f"interpolation: goes with divergence jsd or mix, came {method.interpolation} with {method.divergence}")
-    if method.omega_scale != 1 and method.omega in ("one", "informative"):
+    if method.omega_scale != 1 and (pairs or method.omega in ("one", "informative")):
         raise BadInput(f"omega_scale: goes with omega accepted, softmax or preference, came {method.omega_scale} with {method.omega}")
     if method.teacher_weight != 1 and c != "reward+k1":
         raise BadInput(f"teacher_weight: weighs the teacher's term against the reward's: goes with coefficient reward+k1, came {c}")

@@ -82,7 +82,7 @@ TYPES = {  # name -> (what an error message calls it, test)
              lambda x: type(x) is dict and _is_packed(x.get("ids")) and _is_packed(x.get("logprobs"))),
     "criteria": ('a non-empty list of {"id", "category", "criterion", "points" (integer 1-5)}',
                  lambda x: bool(x) and _is_list_of(_is_criterion)(x)),
-    "reward": ("a number in [0, 1] or null", lambda x: x is None or (_is_number(x) and 0 <= x <= 1)),
+    "reward": ("a finite number or null", lambda x: x is None or _is_number(x)),
     "status": ('"ok" or "failed"', lambda x: x in ("ok", "failed")),
     "object": ("an object", lambda x: type(x) is dict),
     "any": ("any value", lambda x: True),
@@ -107,7 +107,7 @@ KINDS = {
     "weights": (("id", "sample"), {"id": "id", "sample": "int", "rollout": "text", "rule": "text", "weights": "weights"}, {}),
     "rubrics": (("id",), {"id": "id", "criteria": "criteria", "rubricator": "text"}, {}),
     "rewards": (("id", "sample"), {"id": "id", "sample": "int", "reward": "reward", "status": "status",
-                                   "rollout": "text", "grader": "text"}, {"verdicts": "any"}),
+                                   "rollout": "text", "grader": "text"}, {"verdicts": "any", "discriminator": "text"}),
     "labels": ((), {"id": "id", "question": "text", "spent_on": "text", "again": "any"}, {}),
     "evals": (("id", "sample"), {"id": "id", "sample": "int", "text": "text", "correct": "any"}, {}),
     "metrics": ((), {"step": "int"}, {}),
@@ -138,6 +138,8 @@ def validate(record, kind):
                 return f"{field}: expected {len(record['response_ids'])} values, one per response token, came {len(record[field])}"
         if kind == "rollouts" and not record["prompt_ids"]:
             return "prompt_ids: expected at least one token, came an empty list"
+    if kind == "rewards" and "discriminator" not in record and not 0 <= (record["reward"] or 0) <= 1:
+        return f"reward: expected a number in [0, 1] or null, came {_show(record['reward'])}: only a `discriminator` scores beyond that"
     if kind == "rewards" and (record["reward"] is None) != (record["status"] == "failed"):
         return f"reward: expected null exactly when status is \"failed\", came {record['reward']} with \"{record['status']}\""
     return None

@@ -314,7 +314,8 @@ def grade(argv):
     p.add_argument("--prompts", required=True, help="JSONL of prompts (the question; `answer` is read by --grader answer only)")
     p.add_argument("--rollouts", required=True, help="JSONL of rollouts to grade")
     p.add_argument("--out", required=True, help="JSONL to write; run again for what is missing or has failed")
-    p.add_argument("--grader", default="check", choices=("check", "judge", "scalar", "answer"), help="see above")
+    p.add_argument("--grader", default="check", choices=("check", "judge", "scalar", "answer", "discriminator"), help="see above")
+    p.add_argument("--discriminator", metavar="FOLDER", help="discriminator: the model whose score is the reward (train.py --method discriminator)")
     p.add_argument("--rubrics", help="JSONL of rubrics (check, judge)")
     p.add_argument("--answers", help="JSONL of teacher answers: the judge sees them in the same anonymous pool; logged, never in the reward")
     p.add_argument("--mode", default="batch", choices=("batch", "single"), help="judge: one call a prompt, or one a response (calmer, dearer)")
@@ -346,8 +347,11 @@ def grade(argv):
             raise BadInput(f"{args.prompts}: answer: --grader answer needs it for prompt {key[0]!r}, but the field is missing")
         groups.setdefault(key[0], []).append(key)
     spent = labels.spend(args.ledger, [prompts[i] for i in groups], args.spend, args.spend_again) if args.ledger else {}  # before one is read
+    if (args.grader == "discriminator") != bool(args.discriminator):
+        raise BadInput(f"--grader {args.grader}: expected {'--discriminator FOLDER' if args.grader == 'discriminator' else 'no --discriminator'}")
+    scorer = Discriminator(args, rollouts, groups) if args.discriminator else None
     server = cache = None
-    name = args.grader if args.grader != "scalar" or args.base_url else "scalar stand-in"
+    name = f"discriminator {scorer.weights}" if scorer else args.grader if args.grader != "scalar" or args.base_url else "scalar stand-in"
     if args.grader == "judge" or args.base_url:
         if args.grader not in ("judge", "scalar"):
             raise BadInput(f"--base-url: goes with --grader judge or scalar, not {args.grader}")
@@ -364,6 +368,8 @@ def grade(argv):
         question, mine = question_of(prompts[prompt_id]), [rollouts[key]["text"] for key in groups[prompt_id]]
         if args.grader == "answer":
             return [(float(is_correct(t, prompts[prompt_id]["answer"])), None) for t in mine], []
+        if scorer:
+            return [(score, None) for score in scorer.judge(prompt_id)], []
         if args.grader == "scalar":
             def one(key, text):
                 if server:
@@ -408,6 +414,8 @@ def grade(argv):
                 rollout = rollouts[key]
                 line = {"id": rollout["id"], "sample": rollout["sample"], "reward": reward, "status": "failed" if reward is None else "ok",
                         "rollout": records.fingerprint(rollout), "grader": name}
+                if scorer:
+                    line["discriminator"] = scorer.weights
                 if verdicts is not None:
                     line["verdicts" if reward is not None else "reason"] = verdicts
                 lines.append(line)
@@ -428,17 +436,46 @@ def grade(argv):
     summary = {"out": args.out, "records": len(rollouts), "failed": failed, "failure_rate": failed / len(rollouts),
                "reward_mean": float(np.mean(ok)) if ok else None,
                "zero_variance_groups": sum(max(g) == min(g) for g in by_group.values()) / max(1, len(by_group))}
-    summary |= spent
+    summary |= spent | (scorer.summary() if scorer else {})
     text = f"mean reward {summary['reward_mean']:.3f}, " if ok else ""
     if teacher_scores:
         summary |= {"teacher_reward_mean": float(np.mean(teacher_scores)), "student_beats_worst_teacher": float(np.mean(beaten))}
         text += f"teacher's {summary['teacher_reward_mean']:.3f}, "
     if ok:
         text += f"{summary['zero_variance_groups']:.0%} of groups without a difference, "
+    if "accuracy" in summary:
+        text += f"{summary['accuracy']:.0%} of given answers above a rollout, "
     if spent:
         text += f"{spent['labels']} labels, {spent['labels_new']} of them new to {args.ledger}, "
     print(f"rubric.py grade: {args.out}: {len(rollouts)} rollouts by {name}, {text}{failed} failed")
     return summary
+
+
+class Discriminator:
+    """Scores of groups of rollouts by a trained discriminator, and of the given answers (--answers) to compare with, which earn nothing."""
+
+    def __init__(self, args, rollouts, groups):
+        from discriminator import load_scorer
+        from rollout import check_tokens
+        self.scorer, self.rollouts, self.groups, self.given, self.seen = load_scorer(args.discriminator), rollouts, groups, {}, []
+        self.weights = self.scorer.identity["weights"]
+        for key in rollouts.keys():
+            check_tokens(rollouts[key], rollouts.where(key), self.scorer.identity, self.scorer.vocabulary)
+        for answer in records.read(args.answers, "answers") if args.answers else ():
+            self.given.setdefault(str(answer["id"]), []).append(answer)
+
+    def judge(self, prompt_id):
+        """Scores of the group's rollouts, in order."""
+        from data import answer_ids
+        rollouts = [self.rollouts[key] for key in self.groups[prompt_id]]
+        answers = [(rollouts[0]["prompt_ids"], answer_ids(self.scorer, answer)) for answer in self.given.get(prompt_id, [])]
+        scores = self.scorer.scores([self.scorer.sees(*text) for text in [(r["prompt_ids"], r["response_ids"]) for r in rollouts] + answers])
+        self.seen.append((scores[len(rollouts):], scores[:len(rollouts)], [len(r["response_ids"]) for r in rollouts]))
+        return scores[:len(rollouts)]
+
+    def summary(self):
+        from discriminator import verdicts
+        return verdicts(self.seen) if self.seen else {}
 
 
 # ---------------------------------------------------------------------------------------------- the served judge

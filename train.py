@@ -20,6 +20,7 @@ Checkpoints go to OUT.partial every --save-every steps; a killed run continues t
 Simplifications: 1. one device; 2. models run in evaluation mode (no dropout), so no random state needs saving;
 3. rows of a micro-batch are padded, not packed; 4. parameters are all trained, no LoRA.
 """
+import functools
 import json
 import math
 import shutil
@@ -36,6 +37,7 @@ from safetensors.torch import load_file, save_file
 import loss as losses
 import records
 from data import Data, check_teacher, plan, taught_by
+from discriminator import load_scorer, weigh_scores
 from explain import explain as explain_row
 from kernel import KERNELS, linear_token_loss, token_numbers
 from records import BadInput
@@ -44,7 +46,9 @@ from rollout import find_folder, hash_weights, hidden_at, likeliest, load_policy
 # ---------------------------------------------------------------------------------------------- one step
 
 def states(policy, items):
-    """Hidden states [N, D] that predict the trained tokens of a micro-batch, in order."""
+    """Hidden states [N, D] that predict the trained tokens of a micro-batch, in order; for a discriminator, those of the last tokens."""
+    if "judged" in items[0]:
+        return policy.states([s["judged"] for s in items])
     return hidden_at(policy.model, [s["prompt_ids"] + s["response_ids"] for s in items],
                      [response_positions(s["prompt_ids"], s["mask"]) for s in items])
 
@@ -140,10 +144,13 @@ def gradient(policy, data, items, masters, args, scale=1.0):
 def optimise(policy, data, items, masters, optimiser, args, gold=()):
     """One optimiser step on `items`: micro-batches, one gradient, one update.  Returns the step's metrics.
 
-    gold: (Data, its items), the given answers of a row with gold_weight."""
-    extra = weigh_pairs(policy, data, items, args) if data.method.omega == "preference" else {}
+    gold: (Data, its items), the given answers of a row that takes some."""
+    extra, own = weigh_pairs(policy, data, items, args) if data.method.omega == "preference" else {}, items
+    if data.method.scalar:  # one loss of own and given answers together
+        extra = weigh_scores(policy, data.method.omega, own, gold[1], args.micro_batch_tokens)
+        items = [*own, *gold[1]]
     items, metrics = gradient(policy, data, items, masters, args)
-    if gold:
+    if data.method.gold_weight:
         _, more = gradient(policy, *gold, masters, args, data.method.gold_weight)
         extra |= {"gold/nll": more["train/loss"] / data.method.gold_weight}
         metrics["train/loss"] += more["train/loss"]
@@ -156,12 +163,14 @@ def optimise(policy, data, items, masters, optimiser, args, gold=()):
         for p, master in zip(policy.model.parameters(), masters):
             if master is not p:
                 p.copy_(master)
-    return metrics | {"train/grad_norm": float(norm)} | sequence_metrics(items) | extra
+    return metrics | {"train/grad_norm": float(norm)} | sequence_metrics(own if data.method.scalar else items) | extra
 
 
 def micro_batch(policy, data, items, args, sums, worst):
     """The loss of a micro-batch, a scalar; its part of the step's metrics is added to `sums` and `worst`."""
     method, hidden = data.method, states(policy, items)
+    if method.scalar:
+        return -((hidden @ policy.head.T)[:, 0].float() @ known(items, hidden.device, policy.vocabulary)["weight"])
     ids, leash = (torch.cat([chosen_ids(items), chosen_ids(items, "support_ids")], 1).to(policy.head.device), chosen_ids(items, "reference_support_ids").to(policy.head.device))
     batch, teacher = known(items, hidden.device, policy.vocabulary), None
     if data.teacher is not None:  # read here and now instead of from a file: its whole vocabulary, or its likeliest tokens
@@ -233,8 +242,8 @@ def token_metrics(method, logp, entropy, batch, numbers, exact):
 
 
 def sequence_metrics(items):
-    out = {"rollout/length_mean": float(np.mean([s["length"] for s in items])), "rollout/length_max": max(s["length"] for s in items),
-           "rollout/truncated": float(np.mean([s["truncated"] for s in items])), "train/tokens": sum(s["length"] for s in items),
+    out = {"rollout/length_mean": float(np.mean([s["tokens"] for s in items])), "rollout/length_max": max(s["tokens"] for s in items),
+           "rollout/truncated": float(np.mean([s["truncated"] for s in items])), "train/tokens": sum(s["tokens"] for s in items),
            "train/sequences": len(items), "rollout/on_policy_fraction": float(np.mean([s["own"] for s in items]))}
     if "reward" in items[0]:
         out["reward/mean"] = float(np.mean([s["reward"] for s in items]))
@@ -429,7 +438,8 @@ def main(argv=None):
         if out.exists():
             raise BadInput(f"{out}: exists and is not a training run of this stage: give another --out, or --overwrite")
 
-    policy = load_policy(args.model, args.dtype, args.device, args.template_options, run["weights"])
+    load = functools.partial(load_scorer, seed=args.seed, view=method.view) if method.scalar else load_policy
+    policy = load(args.model, args.dtype, args.device, args.template_options, run["weights"])
     teacher = load_teacher(args, policy, run["teacher"]) if args.teacher else None
     data = Data(args, method, policy, teacher)
     check_teacher(args, source, method, data)
@@ -453,7 +463,7 @@ def main(argv=None):
     done, before, metrics_path = 0, {"step": 0, "tokens": 0}, partial / "metrics.jsonl"
     if (partial / "LATEST").exists():
         folder = partial / (partial / "LATEST").read_text()
-        policy.model.load_state_dict(load_policy(folder, args.dtype, args.device, weights="unfinished").model.state_dict())
+        policy.model.load_state_dict(load(folder, args.dtype, args.device, weights="unfinished").model.state_dict())
         state = load_trainer_state(folder, policy, masters, optimiser)
         done, before = state["done"], state["before"]
         kept = metrics_path.read_text().splitlines(keepends=True)[:done]
@@ -480,7 +490,7 @@ def main(argv=None):
                     item["old_logp"] = old[item["key"]]
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, args)
-            gold = (given, given.sequences([key for prompt in steps[index] for key in given.groups[prompt]])) if method.gold_weight else ()
+            gold = (given, given.sequences([key for prompt in steps[index] for key in given.groups[prompt]])) if method.gold_weight or method.scalar else ()
             metrics = optimise(policy, texts, items, masters, optimiser, args, gold)
             metrics["alarm/collapse"], cut = float(metrics.get("rollout/repetition", 0) >= 0.05 or min(cut, metrics["rollout/truncated"]) > 0.9), metrics["rollout/truncated"]
             alarms += metrics["alarm/collapse"]

@@ -515,7 +515,7 @@ def test_a_sequence_of_weight_0_leaves_the_normaliser():
 
 # ------------------------------------------------------------------ explain
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [m for m, row in METHODS.items() if not row.scalar])
 def test_explain_tells_the_row_and_its_worked_token_is_the_rows_gradient(name):
     text, method = explain(name), METHODS[name]
     assert text.startswith(f"{name}: ") and f"prefix={method.prefix}" in text and f"coefficient={method.coefficient}" in text
