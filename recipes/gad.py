@@ -118,9 +118,9 @@ class Place:
 
     def rollouts(self, number, at):
         """Answers of the student as it is to the problems of round `number`; folder `at`."""
-        a = self.args
-        self.cost["generated_tokens"] += self.run.stage(f"rollout.py --model {self.student} --prompts {self.prompts} --slice {number * a.prompts}:{(number + 1) * a.prompts} --n {a.n} "
-                                                        f"--max-tokens {a.max_tokens} --seed {self.seed * 1000 + number} --out {at}/rollouts.jsonl")["generated_tokens"]
+        args = self.args
+        self.cost["generated_tokens"] += self.run.stage(f"rollout.py --model {self.student} --prompts {self.prompts} --slice {number * args.prompts}:{(number + 1) * args.prompts} --n {args.n} "
+                                                        f"--max-tokens {args.max_tokens} --seed {self.seed * 1000 + number} --out {at}/rollouts.jsonl")["generated_tokens"]
         return at / "rollouts.jsonl"
 
     def answers(self, number):
@@ -129,8 +129,8 @@ class Place:
 
     def train(self, which, out, flags):
         """One call of train.py; the new weights are the student or the discriminator from then on."""
-        source = getattr(self, which)
-        done = self.run.stage(f"train.py {flags} --model {source} --out {out} --batch-size {self.args.prompts // self.args.updates} --grad-clip {self.args.grad_clip} --seed {self.seed}"
+        args, source = self.args, getattr(self, which)
+        done = self.run.stage(f"train.py {flags} --model {source} --out {out} --batch-size {args.prompts // args.updates} --grad-clip {args.grad_clip} --seed {self.seed}"
                               + " --fresh-optimizer" * (source not in self.mine))
         if which == "student":
             self.cost["trained_tokens"] += done["trained_tokens"]
@@ -140,11 +140,13 @@ class Place:
         setattr(self, which, out)
 
     def learn_to_judge(self, number, at, rate=None):
-        rate, rollouts = self.args.judge_learning_rate if rate is None else rate, at / "rollouts.jsonl"
+        args, rollouts = self.args, at / "rollouts.jsonl"
+        rate = args.judge_learning_rate if rate is None else rate
         self.train("judge", at / "judge", f"--method discriminator --rollouts {rollouts} --data {self.answers(number)} --learning-rate {rate} {self.omega}")
 
     def imitate(self, number, at):
-        self.train("student", at / "student", f"--method seqkd --rollouts {self.answers(number)} --prompts {self.prompts} --learning-rate {self.args.warm_learning_rate}")
+        args = self.args
+        self.train("student", at / "student", f"--method seqkd --rollouts {self.answers(number)} --prompts {self.prompts} --learning-rate {args.warm_learning_rate}")
 
 
 def warm_up(run, args, world, folder, seed, name, omega="", imitate=True):

@@ -1,21 +1,22 @@
 """What recipes make of result lines: verdicts by hand, and the smaller recipes in seconds."""
 import importlib
 import json
-import subprocess
-import sys
-from pathlib import Path
+import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import records
+import rollout
 from recipes import Claim, claims_table, last, resample, settle, verdict
+from recipes import gad_toy
+from recipes.gad import in_style
 from recipes.sparse_to_dense import check_start, groups
 
-ROOT = Path(__file__).parent.parent
 METHODS = {"opd": ("sft", "seqkd", "fkl", "opd", "opd-full", "gkd", "dagger", "ppo-clip"), "unified": ("sft", "seqkd", "fkl", "rft", "dpo", "grpo", "opd-full", "dagger", "gkd"),
            "lightning": ("sft", "seqkd", "lightning"), "prefix": ("sft", "opd", "release"), "stable": ("sft", "stable-opd"),
-           "sparse_to_dense": ("sft", "grpo", "fkl", "opd-full", "seqkd")}
+           "sparse_to_dense": ("sft", "grpo", "fkl", "opd-full", "seqkd"), "gad": ("sft", "seqkd", "discriminator", "gad")}
 
 
 @pytest.mark.parametrize("low, high, test, bound, want", [
@@ -96,14 +97,45 @@ def ledgers(out):
     assert labelled and all(any(f"/{arm}/" in line for arm in ("teacher-rl", "teacher-half", "teacher-shuffled", "grpo", "grpo-long", "half-new", "half-replay")) for line in labelled)
 
 
-MORE = {"sparse_to_dense": ledgers}  # what else a smoke run must have left behind
+def order(out):
+    """In a round of GAD the discriminator that scores is the one of before the round's answers, and every reward says which it was."""
+    lines = [line.split(" ", 1)[1] for line in (out / "commands.sh").read_text().splitlines() if "/arm-gad/round" in line]
+    stages = [line.split()[2] if line.startswith("train.py") else line.split()[0] for line in lines if "eval.py" not in line]
+    assert stages == 2 * ["rollout.py", "rubric.py", "discriminator", "teacher.py", "gad"]
+    graded = [re.search(r"--discriminator (\S+)", line)[1] for line in lines if line.startswith("rubric.py grade")]
+    assert graded[0].endswith("warm/judge") and graded[1].endswith("arm-gad/round0/judge"), "scored by the discriminator of the round before"
+    used = [{r["discriminator"] for r in records.read(out / "seed0" / "arm-gad" / f"round{i}" / "rewards.jsonl", "rewards")} for i in range(2)]
+    assert used[0] == {rollout.hash_weights(out / "seed0" / "warm" / "judge")} and used[0] != used[1]
+    frozen = [next(iter({r["discriminator"] for r in records.read(out / "seed0" / "arm-frozen" / f"round{i}" / "rewards.jsonl", "rewards")})) for i in range(2)]
+    assert frozen[0] == frozen[1] not in used[0], "a frozen one stays what it is"
+
+
+def test_the_teachers_style():
+    assert in_style("7+5=12\n12-3=9\n#9") and in_style("7+5=12\n#12")
+    assert not any(map(in_style, ("#9", "7+5=12-3=9\n#9", "7\n+5:12\n#12", "7,12,9\n#9", "7+5=12\n12-3=9", "7+5=12\nso\n#12", "")))
+
+
+def test_the_ten_class_toy():
+    """The student's family, its likelihood optimum and the controls; one seed of the real thing."""
+    teacher = gad_toy.teacher_of()
+    assert float(teacher.sum()) == pytest.approx(1) and float(teacher[:5].sum()) == pytest.approx(0.6, abs=0.01) and gad_toy.measure(teacher, teacher)["reverse"] == pytest.approx(0, abs=1e-9)
+    start = torch.tensor([5.5, 0.0], dtype=torch.float64)
+    ends = {kind: gad_toy.student_of(gad_toy.train(kind, teacher, start, 0, 1500)) for kind in ("seqkd", "gad", "shuffled", "no-update")}
+    numbers = {kind: gad_toy.measure(p, teacher) for kind, p in ends.items()}
+    assert torch.equal(ends["no-update"], gad_toy.student_of(start))
+    assert numbers["gad"]["mode"] > 0.95 > 0.5 > numbers["seqkd"]["mode"] and numbers["gad"]["valley"] < 0.05 < 0.4 < numbers["seqkd"]["valley"]
+    assert numbers["seqkd"]["forward"] < numbers["gad"]["forward"] and numbers["gad"]["reverse"] < numbers["seqkd"]["reverse"]
+    drift = {kind: 0.5 * float((p - gad_toy.student_of(start)).abs().sum()) for kind, p in ends.items()}
+    assert drift["shuffled"] < 0.5 * drift["gad"]
+
+
+MORE = {"sparse_to_dense": ledgers, "gad": order}  # what else a smoke run must have left behind
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_smoke_runs_every_arm_and_ends_in_claims(name, tmp_path):
-    done = subprocess.run([sys.executable, "-m", f"recipes.{name}", "--smoke", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
     recipe = importlib.import_module(f"recipes.{name}")
+    recipe.main(["--smoke", "--out", str(tmp_path)])
     rows = list(records.read(tmp_path / "results.jsonl", "results"))
     assert {r["arm"] for r in rows if r["final"]} == set(recipe.ARMS)
     report = (tmp_path / "report.md").read_text()  # answers of 8 tokens hold no loop whose advantage could be compared
