@@ -48,7 +48,7 @@ class Data:
             for name, kind in (("scores", "scores"), ("rewards", "rewards"), ("reference", "scores"), ("weights", "weights")))
         self.prompts = records.Table(args.prompts, "prompts") if args.prompts else None
         needs_tokens, path = self.prefix == "self" or self.scores or self.reference, args.data if given else args.rollouts
-        solutions = given and not needs_tokens and records.guess_kind(path) == "prompts"
+        solutions = self.prefix == "data" and not needs_tokens and records.guess_kind(path) == "prompts"
         self.rollouts = Solutions(path, "prompts") if solutions else records.Table(path, "rollouts" if needs_tokens else "answers")
         self.writers, self.scorers = {}, {}
         self.groups, self.retokenized, self.temperature, self.top_k = {}, set(), None, {}

@@ -18,7 +18,9 @@ the rollouts fail; most of the library are decoys (length, layout, opening), so 
 sees the `answer` field, but one predicate, `total_right`, redoes the sum of the question: an examiner who can do the task.
 `--without total_right` takes that one away.  `llm` asks a served model (judge.py).
 Graders: `check` evaluates the predicates; `judge` asks a served model, with --answers the teacher's in the same anonymous
-pool; `scalar` is the baseline without a rubric (one holistic 0-10 score); `answer` compares final answers (it reads `answer`).
+pool; `scalar` is the baseline without a rubric (one holistic 0-10 score); `answer` compares final answers (it reads `answer`; with
+--ledger it writes down which labels it spent on what, labels.py); `discriminator` takes the score of a trained one (discriminator.py), any number,
+and with --answers tells how often it scores them above the rollouts.
 
 A judgement that fails is null, never zero, never cached; train.py drops its group.  More than --max-failure-rate of them
 stop the stage.  Run it again to ask only for what failed.

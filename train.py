@@ -364,7 +364,7 @@ def main(argv=None):
     p.add_argument("--method", required=True, metavar="NAME", help="row of loss.METHODS: " + ", ".join(losses.METHODS))
     p.add_argument("--set", action="append", default=[], metavar="COLUMN=VALUE", help="change a column of that row for this run")
     p.add_argument("--model", required=True, help="folder or Hugging Face id of the policy to train")
-    p.add_argument("--rollouts", required=True, help="JSONL of rollouts, or of answers for methods on other people's texts")
+    p.add_argument("--rollouts", required=True, help="JSONL of rollouts, or of answers for methods on other people's texts (sft: or of prompts with a `solution`)")
     p.add_argument("--rewards", help="JSONL of rewards for these rollouts (rubric.py grade)")
     p.add_argument("--scores", help="JSONL of teacher scores for these rollouts (teacher.py score)")
     p.add_argument("--teacher", help="folder or Hugging Face id of a teacher to read in place of --scores: opd-full then sees its whole distribution")

@@ -364,6 +364,18 @@ def test_a_missing_record_is_named(world, tmp_path, capsys, method, flag):
     assert f"{path}: expected a record for id" in message and str(world.rollouts) in message
 
 
+def test_sft_takes_the_solutions_of_a_prompts_file(world, tmp_path):
+    """The same weights as from a file of answers that say the same, and a prompt without a solution is named."""
+    prompts = load(world.prompts)
+    answers = dump(tmp_path / "a.jsonl", [{"id": p["id"], "sample": 0, "policy": {"model": "solution"}, "messages": p["messages"], "text": p["solution"], "finish_reason": "stop"} for p in prompts])
+    for name, path in (("one", world.prompts), ("two", answers)):
+        train.main(argv(method="sft", model=world.base, rollouts=path, out=tmp_path / name, learning_rate=1e-3))
+    assert same_bits(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    bare = dump(tmp_path / "bare.jsonl", [prompts[0], {k: v for k, v in prompts[1].items() if k != "solution"}])
+    with pytest.raises(records.BadInput, match="bare.jsonl:2: solution: expected a text"):
+        train.main(argv(method="sft", model=world.base, rollouts=bare, out=tmp_path / "three", learning_rate=1e-3))
+
+
 def test_scores_without_a_distribution_are_refused_where_one_is_needed(world, tmp_path, capsys):
     path = dump(tmp_path / "s.jsonl", [{k: v for k, v in s.items() if k != "topk"} for s in load(world.scores)])
     assert "--top-k" in refused(world, tmp_path, capsys, method="opd-full", scores=path)
