@@ -79,7 +79,10 @@ def spelling(tokenizer):
 
 
 def shared_vocabulary(student, teacher):
-    """{student's id: teacher's id} of tokens that stand for the same bytes, each alone in its vocabulary."""
+    """{student's id: teacher's id} of tokens that stand for the same bytes, each alone in its vocabulary.  One and the same vocabulary is
+    shared whole, with its special tokens."""
+    if student.get_vocab() == teacher.get_vocab():
+        return {i: i for i in sorted(student.get_vocab().values())}
     def alone(tokenizer):
         ids = {}
         for i, piece in enumerate(spelling(tokenizer)):

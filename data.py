@@ -102,8 +102,18 @@ class Data:
         if self.prefix == "teacher" and None not in (scorer, sampler) and scorer != sampler:
             raise BadInput(f"{where}: policy.weights: expected {sampler}, the weights that wrote the answer, came {scorer}: prefix teacher means the "
                            "teacher's own answers; for those of others there is kd")
-        if self.method.support:
+        if self.method.coefficient == "unit":
+            self._check_units(score, rollout, where)
+        elif self.method.support:
             self._check_support(score, where, "teacher")
+
+    def _check_units(self, score, rollout, where):
+        """Units of a score that do not fit the rollout's tokens, or are no units at all, are refused."""
+        if any(field not in score for field in ("units", "unit_logprobs", "unit_logits", "unit_logz", "unit_topk", "prefixes")):
+            raise BadInput(f"{where}: units: expected text units of a teacher with another vocabulary, but the field is missing: run teacher.py units")
+        ends = [0] + [s1 for _, s1, _, _ in score["units"]]
+        if [s0 for s0, _, _, _ in score["units"]] != ends[:-1] or ends != sorted(set(ends)) or ends[-1] > len(rollout["response_ids"]):
+            raise BadInput(f"{where}: units: expected one after another within {len(rollout['response_ids'])} tokens, came {score['units']}")
 
     def _check_support(self, score, where, whose):
         """A score without a distribution, or with another number of tokens than the lines before, is refused."""
@@ -166,7 +176,9 @@ class Data:
         if self.scores is not None:
             score = records.partner(self.scores, rollout, self.rollouts)
             item["teacher_logp"] = np.asarray(score["logprobs"], np.float32)[trained]
-            if self.method.support:
+            if self.method.coefficient == "unit":
+                item |= self._units(score, self.scores.where(key), mask)
+            elif self.method.support:
                 item["support_ids"], item["support_logp"] = self._support(score, self.scores.where(key), trained)
             if "end_mass" in score:
                 item["teacher_end_mass"] = score["end_mass"]
@@ -180,6 +192,23 @@ class Data:
         if key in self.advantages:
             item["advantage"], item["reward"] = self.advantages[key]
         return item
+
+    def _units(self, score, where, mask):
+        """What loss.unit_divergence reads of the trained tokens; a unit with a masked token is left out whole."""
+        ids, logps = (records.unpack(score["unit_topk"][name]) for name in ("ids", "logprobs"))
+        if ids.max(initial=0) >= self.policy.vocabulary:
+            raise BadInput(f"{where}: unit_topk: expected ids in [0, {self.policy.vocabulary}), came {ids.max()}")
+        n, width = len(mask), ids.shape[1] if ids.ndim == 2 else 0
+        unit, support = np.zeros((n, 6), np.float32), {"support_ids": np.zeros((n, width), np.int64), "support_logp": np.zeros((n, width), np.float32), "prefix": np.zeros((n, width), np.float32)}
+        logit = self.method.span == "logit"
+        for row, (s0, s1, t0, t1) in enumerate(score["units"]):
+            if all(mask[s0:s1]):
+                unit[s0:s1, 1] = 1
+                unit[s0] = 1, 1, s1 - s0, t1 - t0, score["unit_logits" if logit else "unit_logprobs"][row], score["unit_logz"][row] if logit else 0
+                for name, values in zip(support, (ids, logps, records.unpack(score["prefixes"]))):
+                    support[name][s0] = values[row]
+        trained = np.flatnonzero(mask)
+        return {"unit": unit[trained]} | {name: values[trained] for name, values in support.items()}
 
     def _support(self, score, where, trained):
         """(ids [T, K], log-probs [T, K]) of the trained tokens' support."""

@@ -13,7 +13,7 @@ def files(method):
     if method.rewards:
         needs["--rewards"] = "rubric.py grade: one reward an answer"
     if method.teacher:
-        needs["--scores or --teacher"] = "teacher.py score: the teacher's log-prob of every token" + (", with --top-k its likeliest tokens" if method.support else "")
+        needs["--scores" if method.coefficient == "unit" else "--scores or --teacher"] = "teacher.py units: a teacher of another vocabulary" if method.coefficient == "unit" else "teacher.py score: the teacher's log-prob of every token" + (", with --top-k its likeliest tokens" if method.support else "")
     if method.token_weight == "file":
         needs["--token-weights"] = "weigh.py cut: a number for every token"
     if method.scalar:
@@ -39,6 +39,9 @@ def formula(method):
     text = {"token": "1 [a = y]", "score": "grad D(y) of the whole text, in the place of sum_t sum_a c_t(a) grad log pi(a)" + (": of its length alone" if method.view == "length" else ""), "reward": f"{ratio} A [a = y]", "k1": f"{importance('mu')} ({k1}{later}) [a = y]",
             "reward+k1": f"{ratio} (A + {method.teacher_weight:g} ({k1}{later})) [a = y]",
             "k2": ("" if method.ratio == "none" else "pi/mu ") + "(log p_T(y) - log pi(y)) [a = y]", "k3": "pi/mu (p_T(y)/pi(y) - 1) [a = y]",
+            "unit": "q(a) log(q_T(a) / q(a)) over the candidates a of the unit that y begins: shared tokens" + (
+                ", where both spell y alike, 0 elsewhere" if method.span == "none" else f" and the unit's text, scored by the {'sum' if method.span == 'sum' else 'mean'} of its "
+                f"{'logits' if method.span == 'logit' else 'log-probs'}" + ("; candidates that only begin that text are dropped" if method.prefixes == "drop" else "")),
             "full": f"pi(a) {parts.get(method.divergence)}" + (f"{later.replace(' + ', ' + [a = y] pi/mu ', 1)}" if later else "") + ",  u = p_T / pi"}[c]
     extra = [f"ratio clipped to [{1 - method.clip_low if method.clip_low else 0:g}, {1 + method.clip_high if method.clip_high else math.inf:g}]" if method.clip_low or method.clip_high else "",
              f"dual clip {method.dual_clip:g}" if method.dual_clip else "", "" if not method.tis_cap else f"pi/mu at most {method.tis_cap:g}" if c in ("k2", "k3") else f"times min(pi_old/mu, {method.tis_cap:g})",
@@ -82,7 +85,8 @@ def worked_token(method):
     logp, y = torch.log_softmax(logits, -1), 1
     own = logp[y].detach()[None]
     batch = {"behaviour_logp": own, "teacher_logp": p_t[y].log()[None], "advantage": torch.ones(1, dtype=torch.float64), "whole": True,
-             "support_logp": p_t.log()[None], "reference_logp": own, "token_weight": torch.ones(1, dtype=torch.float64), "sequence": torch.zeros(1, dtype=torch.int64)}
+             "support_logp": p_t.log()[None], "reference_logp": own, "token_weight": torch.ones(1, dtype=torch.float64), "sequence": torch.zeros(1, dtype=torch.int64),
+             "unit": torch.tensor([[1, 1, 1, 1, float(p_t[y].log()), 0]], dtype=torch.float64), "prefix": torch.zeros(1, 3), "raw": logp[y:y + 1]}  # one token on either side
     loss = losses.token_loss(method, torch.cat([logp[y:y + 1], logp])[None], -(logp.exp() * logp).sum()[None], batch)[0]
     pull = -torch.autograd.grad(loss, logits)[0]
     given = "; its answer has advantage 1" if method.advantage != "none" else "; omega = 1" if method.omega != "one" else ""

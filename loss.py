@@ -15,6 +15,7 @@ What c_t can be (`coefficient`):
     k1          pi/mu (log p_T - log mu) on the sampled token         OPD with one teacher number a token
     reward+k1   rho_t (A + teacher_weight (log p_T - log mu))         both at once
     k2, k3      pi/mu times the derivative of an estimator            the same gradients as reverse, forward KL, see below
+    unit        the same over text units of another tokenization      a teacher of another vocabulary (units.py, align.py)
     score       grad D(y) of a whole text in place of grad log pi     a discriminator, which learns rewards (discriminator.py)
     full        pi(a) g(p_T(a) / pi(a)) for every token a             the teacher's distribution: KD, GKD, OPD
                 g(u) = log u            reverse KL(pi || p_T)         `divergence` rkl
@@ -67,7 +68,7 @@ class Method:
     """One row.  `--set name=value` on train.py's command line changes a column for one run."""
     prefix: str                      # whose prefixes: "data", "teacher", "old", "self" or "mixed" (see above)
     signal: str                      # what must be on disk: "tokens", "reward" (--rewards), "teacher" (--scores, --teacher), "reward+teacher"
-    coefficient: str                 # c_t: "token", "reward", "k1", "reward+k1", "k2", "k3", "full" or "score"
+    coefficient: str                 # c_t: "token", "reward", "k1", "reward+k1", "k2", "k3", "full", "unit" or "score"
     divergence: str = "none"         # what the teacher's signal descends: "rkl", "fkl", "jsd" or "mix"
     interpolation: float = 0.5       # b of jsd and mix: towards 0 forward, towards 1 reverse KL
     omega: str = "one"               # weight of a sequence: "one", "informative", "accepted", "softmax", "preference" (sequence_weights), "bradley-terry" or "cross-entropy"
@@ -89,6 +90,8 @@ class Method:
     gold_weight: float = 0.0         # coefficient of -log pi of given answers to the same prompts (--data), with a token mean of its own
     token_weight: str = "one"        # "file": --token-weights multiplies c_t (weigh.py); the normaliser still counts tokens, not weights
     consistency: str = "any"         # "sft": the teacher must be the one whose answers this model was fine-tuned on
+    span: str = "mean"               # score of a unit of several tokens: their log-probs' "mean" (SimCT eq. 7), "sum", the "logit" mean (its code); "none" leaves it out
+    prefixes: str = "keep"           # in a unit of several tokens, shared tokens that only begin its text: "keep" them as rivals or "drop" them
     view: str = "text"               # what a discriminator sees of an answer: its "text" or, for a control, its "length"
     entropy_bonus: float = 0.0       # coefficient of the policy's entropy, added to the objective
     student_fraction: float = 1.0    # share of optimiser steps on rollouts, the others on --data (GKD's lambda)
@@ -110,7 +113,7 @@ class Method:
     @property
     def support(self):
         """Whether the teacher's distribution is read, not only its log-prob of the sampled token."""
-        return self.coefficient == "full" or self.baseline == "kl"
+        return self.coefficient in ("full", "unit") or self.baseline == "kl"
 
     @property
     def reference(self):
@@ -129,7 +132,7 @@ class Method:
     @property
     def separable(self):
         """Whether a token's loss needs no other token's log-prob, so that kernel.linear_token_loss may walk slices of tokens."""
-        return self.ratio != "sequence" and self.gamma == 0
+        return self.ratio != "sequence" and self.gamma == 0 and self.coefficient != "unit"
 
     def columns(self):
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "about"}
@@ -176,15 +179,18 @@ METHODS = {
     "release": Method("self", "teacher", "k1", "rkl", token_weight="file", about="on-policy distillation up to where the teacher's margin collapses: weigh.py cut (arXiv 2605.13643)"),
     "lightning": Method("self", "teacher", "k2", "rkl", ratio="none", norm="sequence", advantage_clip=10.0, consistency="sft",
                         about="offline on-policy distillation: answers and teacher numbers computed once, by the teacher of the fine-tuning (arXiv 2604.13010)"),
+    # ---- on-policy, from a teacher of another vocabulary; `opd` on the same scores is DPCA (arXiv 2606.09456)
+    "simct": Method("self", "teacher", "unit", "rkl", about="reverse KL over shared tokens and the text unit that was written (arXiv 2605.07711); --set span=logit is its released code's score"),
+    "simple-opd": Method("self", "teacher", "unit", "rkl", span="none", about="reverse KL over shared tokens where both tokenizers spell alike, nothing elsewhere (its baseline; arXiv 2610.08448 on 16 candidates)"),
     # ---- both
     "opd-verifier": Method(**PPO | dict(signal="reward+teacher", coefficient="reward+k1"), divergence="rkl", advantage="std", about="a verifier's group advantage plus the teacher's advantage of every token"),
     "rwopd": Method("self", "reward+teacher", "full", "rkl", omega="softmax", about="exact on-policy distillation, answers weighted by the softmax of their rewards"),
 }
 CHOICES = {"prefix": ("data", "teacher", "old", "self", "mixed"), "signal": ("tokens", "reward", "teacher", "reward+teacher"),
-           "coefficient": ("token", "reward", "k1", "reward+k1", "k2", "k3", "full", "score"), "divergence": ("none", "rkl", "fkl", "jsd", "mix"),
-           "omega": ("one", "informative", "accepted", "softmax", "preference", "bradley-terry", "cross-entropy"), "view": ("text", "length"), "ratio": ("token", "sequence", "none"), "reference_support": ("sample", "full"), "token_weight": ("one", "file"), "consistency": ("any", "sft"),
+           "coefficient": ("token", "reward", "k1", "reward+k1", "k2", "k3", "full", "unit", "score"), "divergence": ("none", "rkl", "fkl", "jsd", "mix"),
+           "omega": ("one", "informative", "accepted", "softmax", "preference", "bradley-terry", "cross-entropy"), "view": ("text", "length"), "span": ("mean", "sum", "logit", "none"), "prefixes": ("keep", "drop"), "ratio": ("token", "sequence", "none"), "reference_support": ("sample", "full"), "token_weight": ("one", "file"), "consistency": ("any", "sft"),
            "norm": ("token", "sequence", "batch", "sum"), "advantage": ("none", "mean", "std"), "future": ("sum", "mean"), "baseline": ("none", "kl")}
-DESCENDS = {"k1": ("rkl",), "reward+k1": ("rkl",), "k2": ("rkl",), "k3": ("fkl",), "full": ("rkl", "fkl", "jsd", "mix")}
+DESCENDS = {"k1": ("rkl",), "reward+k1": ("rkl",), "k2": ("rkl",), "k3": ("fkl",), "full": ("rkl", "fkl", "jsd", "mix"), "unit": ("rkl",)}
 REFUSED = {"k1-loss": "k1 differentiated as a loss has gradient 0 in expectation: use k1 (as an advantage), k2 (as a loss) or full",
            "k2-advantage": "k2 as an advantage is the gradient of no divergence here: use k1 (as an advantage) or k2 (as a loss)",
            "k3-advantage": "k3 as an advantage is reverse minus forward KL and vanishes near pi = p_T: use k1 or full"}
@@ -227,6 +233,8 @@ def check(method):
     if method.scalar != pairs or method.scalar and (method.norm, method.prefix) != ("sum", "data"):
         raise BadInput(f"coefficient score: goes with omega bradley-terry or cross-entropy, which is a mean over pairs (norm sum), and prefix data, came coefficient {c}, omega {method.omega}, "
                        f"norm {method.norm}, prefix {method.prefix}")
+    if (method.span != "mean" or method.prefixes != "keep") and c != "unit":
+        raise BadInput(f"span, prefixes: how units of several tokens are scored: go with coefficient unit, came {method.span}, {method.prefixes} with {c}")
     if method.view != "text" and not method.scalar:
         raise BadInput(f"view {method.view}: what a discriminator sees: goes with coefficient score, came {c}")
     if method.scalar and (method.entropy_bonus or method.token_weight != "one"):
@@ -466,6 +474,39 @@ def teacher_divergence(method, logp, batch, exact=None):
     return exact[0] if b == 1 else exact[1] if b == 0 else b * exact[0] + (1 - b) * exact[1]
 
 
+def unit_divergence(method, logp, batch):
+    """SimCT's loss: the reverse KL over each unit's candidates (eq. 6-9), at the unit's first token, 0 at all others, [N].
+
+    Candidates are the shared tokens of that place and, in a unit that is not one token on both sides, the unit's own text, scored by each
+    model's mean log-prob of its spelling; both sides are normalised over the candidates.  The gradient reaches every token of the unit.
+
+    logp [N, 1 + K]: column 0 the recorded token, then the candidates (of the unit's first token; elsewhere they are not looked at).  batch:
+      unit           [N, 6]: 1 at a unit's first token | 1 inside of a unit | its tokens here | the teacher's tokens | the teacher's score of its text
+                     | what is added to the teacher's candidates (0, or with span "logit" the log of the normaliser)
+      support_logp   [N, K] the teacher's log-probs of the candidates, -inf for what is none
+      prefix         [N, K] 1 where a candidate is a proper beginning of the unit's text
+      raw            [N] the recorded token's logit (span "logit" only)"""
+    first, inside, mine, theirs, score, shift = batch["unit"].T
+    rows, member = first.nonzero()[:, 0], inside.nonzero()[:, 0]
+    place = (first.cumsum(0) - 1).long()[member]
+    each = batch["raw"] if method.span == "logit" else logp[:, 0]
+    total = torch.zeros(len(rows), dtype=logp.dtype, device=logp.device).index_add(0, place, each[member])
+    several = (mine[rows] > 1) | (theirs[rows] > 1)
+    support, teacher = logp[rows, 1:1 + batch["support_logp"].shape[1]], batch["support_logp"][rows]
+    if method.span == "logit":
+        support, teacher = support + (batch["raw"] - logp[:, 0])[rows, None], teacher + shift[rows, None]
+    live = torch.isfinite(teacher)
+    if method.prefixes == "drop":
+        live = live & ~((batch["prefix"][rows] > 0) & several[:, None])
+    span, span_teacher = (total, score[rows]) if method.span == "sum" else (total / mine[rows], score[rows] / theirs[rows])
+    live = torch.cat([live, several[:, None]], 1)
+    q, p = (torch.log_softmax(torch.cat([a, b[:, None]], 1).masked_fill(~live, -torch.inf), -1).masked_fill(~live, 0) for a, b in ((support, span), (teacher, span_teacher)))
+    kl = (q.exp() * (q - p) * live).sum(-1)
+    if method.span == "none":
+        kl = kl.masked_fill(several, 0)
+    return torch.zeros_like(logp[:, 0]).index_add(0, rows, kl.masked_fill(~live.any(-1), 0))
+
+
 def token_loss(method, logp, entropy, batch, exact=None):
     """The loss of each trained token, [N], for any row of METHODS; sum(loss * batch["weight"]) is the step's loss.
 
@@ -480,16 +521,19 @@ def token_loss(method, logp, entropy, batch, exact=None):
       reference_logp  log pi_ref of the recorded token
       reference_support_logp  [N, R] log pi_ref of the leash's support, whose columns of logp stand last; `reference_whole` as `whole`
       token_weight    what multiplies c_t
+      unit, prefix, raw  of a teacher with another vocabulary: unit_divergence
       sequence        int64, which sequence a token belongs to (ratio "sequence", gamma)"""
     own, kl = logp[:, 0], None
     old = batch.get("old_logp", own.detach())
-    if method.support:
+    if method.coefficient == "unit":
+        kl = unit_divergence(method, logp, batch)
+    elif method.support:
         kl = teacher_divergence(method, logp, batch, exact)
     if method.coefficient in SURROGATE or method.gamma:
         advantage = sampled_advantage(method, batch, kl)
     if method.coefficient == "token":
         loss = -own
-    elif method.coefficient == "full":
+    elif method.coefficient in ("full", "unit"):
         loss = kl
         if method.gamma:
             loss = loss + clipped_surrogate(log_ratio(method, own, batch["behaviour_logp"], batch), advantage, method)

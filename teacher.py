@@ -9,7 +9,7 @@ temperature above 0: m copies of one answer teach a rubric nothing, so the share
 `score` writes, for every response token, the teacher's log-prob of exactly that token id after exactly that prefix, at
 temperature 1, and with --top-k the teacher's K likeliest tokens (K = vocabulary size: the whole distribution); with
 --top-k-of its log-probs of another model's likeliest tokens.  `end_mass` is its probability of ending where the last token
-stands.  `shuffle` deals a file's log-probs out at random: a null control.
+stands.  `shuffle` deals a file's log-probs out at random: a null control.  `units` is for a teacher of another vocabulary (units.py).
 
 Scoring starts with a self-test: one rollout is scored alone and again inside a padded batch.  The difference is the
 noise floor; a teacher-student gap below it is no signal.
@@ -26,6 +26,7 @@ import torch
 
 import records
 import served
+import units
 from kernel import linear_logp
 from records import BadInput
 from rollout import (add_model_flags, add_sampling_flags, answer_prompts, check_tokens, hidden_at, likeliest, load_policy, response_positions, served_policy,
@@ -223,7 +224,7 @@ def score(argv):
 
 
 def main(argv=None):
-    return records.dispatch(__doc__, {"answer": answer, "score": score, "shuffle": shuffle}, argv)
+    return records.dispatch(__doc__, {"answer": answer, "score": score, "shuffle": shuffle, "units": units.main}, argv)
 
 
 if __name__ == "__main__":

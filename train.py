@@ -41,6 +41,7 @@ from discriminator import load_scorer, weigh_scores
 from explain import explain as explain_row
 from kernel import KERNELS, linear_token_loss, token_numbers
 from records import BadInput
+from units import raw_logits
 from rollout import find_folder, hash_weights, hidden_at, likeliest, load_policy, response_positions, token_batches
 
 # ---------------------------------------------------------------------------------------------- one step
@@ -65,7 +66,7 @@ def known(items, device, vocabulary):
     """The constant per-token tensors of a micro-batch for loss.token_loss, in the order of `states`."""
     batch = {}
     for name in ("old_logp", "behaviour_logp", "teacher_logp", "support_logp", "reference_logp", "reference_support_logp", "token_weight", "weight",
-                 "share"):
+                 "share", "unit", "prefix"):
         if name in items[0]:
             batch[name] = torch.from_numpy(np.concatenate([s[name] for s in items]).astype(np.float32)).to(device)
     batch["sequence"] = torch.repeat_interleave(torch.tensor([s["length"] for s in items])).to(device)
@@ -180,6 +181,8 @@ def micro_batch(policy, data, items, args, sums, worst):
                 ids, batch["whole"] = torch.cat([ids, likeliest(data.teacher, t_hidden, args.teacher_top_k)], 1), args.teacher_top_k >= policy.vocabulary
         teacher = t_hidden, data.teacher.head, {k: data.teacher.head_options[k] for k in ("scale", "softcap")}
     width, ids = ids.shape[1], torch.cat([ids, leash], 1)
+    if method.span == "logit":
+        batch["raw"] = raw_logits(hidden, policy.head, ids[:, 0], **policy.head_options)
 
     def loss(cut, numbers):
         some = {k: v if isinstance(v, bool) else v[cut] for k, v in batch.items()}
@@ -220,7 +223,10 @@ def token_metrics(method, logp, entropy, batch, numbers, exact):
             out["policy/weight_gap"], out["policy/weight_square"] = gap, gap ** 2
     if numbers.reverse_kl is not None:
         out["kl/reverse"], out["kl/forward"] = numbers.reverse_kl.detach(), numbers.forward_kl.detach()
-    if "support_logp" in batch:
+    if "unit" in batch:
+        out["kl/units"], several = losses.unit_divergence(method, numbers.logp.detach(), batch).detach(), (batch["unit"][:, 2] > 1) | (batch["unit"][:, 3] > 1)
+        out["units/spans"], out["units/tokens_inside"] = several.float(), batch["unit"][:, 1]
+    elif "support_logp" in batch:
         out["kl/teacher_support_mass"] = batch["support_logp"].exp().sum(-1)
     if "reference_logp" in batch:
         out["kl/reference"] = logp - batch["reference_logp"]
@@ -332,6 +338,8 @@ def check_inputs(args, method):
         raise BadInput(f"{row}: --prompts is given, but rollouts bring their prompt's tokens along")
     if args.teacher_top_k is not None and not (args.teacher and method.support):
         raise BadInput("--teacher-top-k: how much of a --teacher's distribution is read: needs --teacher and a method that reads a distribution")
+    if args.teacher and method.coefficient == "unit":
+        raise BadInput(f"{row}: a teacher of another vocabulary is read from --scores (teacher.py units), came --teacher")
     if args.teacher and method.divergence == "jsd" and not args.teacher_top_k:
         raise BadInput("--teacher: a Jensen-Shannon divergence does not come out of the kernel's one pass: give --teacher-top-k (the vocabulary's size: exact)")
 

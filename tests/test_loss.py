@@ -519,14 +519,14 @@ def test_a_sequence_of_weight_0_leaves_the_normaliser():
 def test_explain_tells_the_row_and_its_worked_token_is_the_rows_gradient(name):
     text, method = explain(name), METHODS[name]
     assert text.startswith(f"{name}: ") and f"prefix={method.prefix}" in text and f"coefficient={method.coefficient}" in text
-    assert ("--rewards" in text) == method.rewards and ("--scores or --teacher" in text) == method.teacher and ("--reference" in text) == method.reference
+    assert ("--rewards" in text) == method.rewards and ("--scores or --teacher" in text or "--scores (teacher.py units" in text) == method.teacher and ("--reference" in text) == method.reference
     pull = [float(x) for x in re.findall(r"(?:yes|no|maybe) ([+-][0-9.]+)", text)]
     assert len(pull) == 3 and sum(pull) == pytest.approx(0, abs=2e-4), "a pull on logits sums to 0"
     p, q = [0.5, 0.3, 0.2], [0.2, 0.7, 0.1]
     own = [(a == 1) - p[a] for a in range(3)]
     u = [b / a for a, b in zip(p, q)]
     g = {"rkl": [math.log(x) for x in u], "fkl": u, "jsd": [0.5 * math.log(0.5 * x + 0.5) for x in u]}.get(method.divergence)
-    if method.coefficient == "full":
+    if method.coefficient in ("full", "unit"):
         c = [a * x for a, x in zip(p, g)]
         want = [c[a] - p[a] * sum(c) for a in range(3)]
     else:

@@ -45,6 +45,8 @@ def needs(world, method, overrides=()):
         flags["rewards"] = world.rewards
     if row.teacher:
         flags["scores"] = world.scores
+    if row.coefficient == "unit":
+        flags["scores"] = as_units(world.scores)
     if row.reference:
         flags["reference"] = world.scores  # any policy can be the reference; the teacher is a far one
     if row.prefix == "mixed":
@@ -61,6 +63,16 @@ def needs(world, method, overrides=()):
         author = load(world.scores)[0]["policy"]["weights"] if row.prefix == "teacher" else "0" * 12
         flags["rollouts"] = dump(world.rollouts.with_suffix(".by-teacher.jsonl"), [dict(r, policy=r["policy"] | {"weights": author}) for r in load(world.rollouts)])
     return flags
+
+
+def as_units(scores):
+    """The same scores as a teacher.py units file: every token a unit of its own, all tokens candidates."""
+    rows = []
+    for s in load(scores):
+        n = len(s["logprobs"])
+        rows.append(s | {"units": [[t, t + 1, t, t + 1] for t in range(n)], "unit_logprobs": s["logprobs"], "unit_logits": s["logprobs"], "unit_logz": [0.0] * n, "unit_topk": s["topk"],
+                         "prefixes": records.pack(np.zeros(records.unpack(s["topk"]["ids"]).shape, np.uint8)), "bytes": [n, n, n]})
+    return dump(scores.with_suffix(".units.jsonl"), rows)
 
 
 def token_weights(rollouts, weight, name="weights"):
@@ -218,7 +230,7 @@ def naive_gradient(model, row, rollouts, rewards=None, scores=None, reference=No
             a = advantage + (row.teacher_weight if row.coefficient == "reward+k1" else 1.0) * teacher_part
             if row.coefficient == "token":
                 value = own
-            elif row.coefficient == "full":
+            elif row.coefficient in ("full", "unit"):
                 value = -naive_divergence(row, table[t], full[t])
                 if row.gamma:
                     value = value + surrogate(row, own, against, r["logprobs"][t], a)
