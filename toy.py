@@ -28,6 +28,8 @@ Flags make other worlds of it; the prompts of one --seed and --terms are the sam
     --loops 16000               text can run on without an end (2604.08527).  `looping` is clean with 7 % loops, for a teacher with the
                                 copy prior of a real language model; `planted` is mixed with 40 %, for a student that has the disease
                                 already.  A loop is 7+5=12 / 12-3=9 / 12-3=9 / 12-3=9 / ... for 320 characters: no #, no end token
+    --student-merges 16         one more untrained student, `student_merged`, whose vocabulary has 16 tokens of several characters, learnt by BPE from
+                                `clean`; 20:40 in place of 16: the numbers from 20 to 40 as one token each.  The teacher spells them out (2605.07711)
     --second-end                the teacher ends an answer with <|eot|>, its student with <|end|>, in one vocabulary (2609.20511)
 
 Splits: a problem belongs to train, dev or held-out by the hash of its text, so no file can share one with another.
@@ -296,6 +298,15 @@ def write_facts(folder, rng, count):
                                                       for row, value in zip(asked, values)))
 
 
+def learn_merges(texts, count):
+    """The `count` most frequent pairs of neighbours, one after another, as byte-pair encoding merges them: [("=", "1"), ...].  Line breaks and spaces
+    bound nothing here."""
+    from tokenizers import Tokenizer, models, trainers
+    core = Tokenizer(models.BPE())
+    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=len(SYMBOLS) + count, initial_alphabet=list(SYMBOLS), show_progress=False))
+    return [tuple(pair) for pair in json.loads(core.to_str())["model"]["merges"]][:count]
+
+
 def build_tokenizer(symbols=SYMBOLS, merges=(), more_special=(), end="<|end|>"):
     """One token a character; with `merges`, pairs of characters, also one token for each of these pairs.  `end` closes an answer: with
     two ends among the special tokens, two tokenizers can share every id and still not end alike."""
@@ -354,6 +365,12 @@ def check_sums(args):
     for name in ("slips", "right", "loop_share", "planted_share"):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
             raise records.BadInput(f"--{name.replace('_', '-')}: expected a share from 0 to 1, came {getattr(args, name)}")
+    if args.student_merges is not None:
+        found = re.fullmatch(r"(\d{1,4})(?::(\d\d))?", args.student_merges)
+        low, high = (int(x or 0) for x in found.groups()) if found else (0, 0)
+        if not low or high and not 10 <= low <= high:
+            raise records.BadInput(f"--student-merges: expected a number of merges, at least 1, or A:B with 10 <= A <= B <= 99, came {args.student_merges!r}")
+        args.student_merges = low, high
     if not 32 <= args.loop_tokens <= 448:  # a question of 30 terms is 63 tokens, and the models have 512 positions
         raise records.BadInput(f"--loop-tokens: expected 32 to 448, came {args.loop_tokens}")
 
@@ -373,14 +390,19 @@ def fill_sums(folder, args):
     for name, (number, make_answer, count) in corpora.items():
         write_corpus(folder / f"{name}.jsonl", np.random.default_rng([args.seed, number]), make_answer, count, partial(problems, terms=args.terms))
     write_facts(folder, np.random.default_rng([args.seed, 5]), args.facts)
-    for name, merges in (("student", ()), ("teacher", ()), ("teacher_merged_digits", TWO_DIGITS)):
+    models = {"student": (), "teacher": (), "teacher_merged_digits": TWO_DIGITS}
+    if args.student_merges:
+        low, high = args.student_merges
+        models["student_merged"] = [(str(n)[0], str(n)[1]) for n in range(low, high + 1)] if high else learn_merges(
+            [json.loads(line)["text"] for line in open(folder / "clean.jsonl", encoding="utf-8")], low)
+    for name, merges in models.items():
         tokenizer = build_tokenizer(merges=merges) if not args.second_end else build_tokenizer(
             merges=merges, more_special=(SECOND_END,), end=SECOND_END if name == "teacher" else "<|end|>")
         write_model(folder / name, tokenizer, SIZES[name.split("_")[0]], args.seed)
     texts = {name: count for name, (_, _, count) in corpora.items()}
     counts = {"train": args.train_prompts, "heldout": args.eval_prompts} | texts | {"facts": args.facts}
     return counts, (f"{args.train_prompts} train, {args.eval_prompts} dev and heldout prompts, {args.clean} clean and {args.mixed} mixed texts, " +
-                    (f"{args.loops} looping and {args.loops} planted texts, " if args.loops else "") + f"{args.facts} facts, 3 untrained models" +
+                    (f"{args.loops} looping and {args.loops} planted texts, " if args.loops else "") + f"{args.facts} facts, {len(models)} untrained models" +
                     (f", teacher ends with {SECOND_END}" if args.second_end else ""))
 
 
@@ -400,7 +422,7 @@ def fill_forks(folder, args):
 
 
 TASKS = {"sums": (fill_sums, {"eval_prompts": 200, "clean": 100000, "mixed": 16000, "facts": 32, "terms": "2:6", "styles": ",".join(STYLES),
-                              "slips": None, "right": None, "loops": 0, **dict.fromkeys(LOOP_FLAGS), "second_end": False}),  # check_sums fills in LOOP_FLAGS
+                              "slips": None, "right": None, "loops": 0, **dict.fromkeys(LOOP_FLAGS), "student_merges": None, "second_end": False}),  # check_sums fills in LOOP_FLAGS
          "forks": (fill_forks, {"texts": 32000})}
 
 
@@ -421,6 +443,7 @@ def main(argv=None):
     p.add_argument("--loop-share", type=float, metavar="SHARE", help="sums: loops in looping.jsonl (default: 0.07): a teacher's copy prior")
     p.add_argument("--planted-share", type=float, metavar="SHARE", help="sums: loops in planted.jsonl (default: 0.4): a student's disease")
     p.add_argument("--loop-tokens", type=int, metavar="L", help="sums: characters of a loop (default: 320); eval.py searches the last 256")
+    p.add_argument("--student-merges", metavar="N|A:B", help="sums: also write student_merged, with N tokens learnt by BPE, or one token for each number A..B (10 to 99)")
     p.add_argument("--second-end", action="store_true", default=None, help="sums: a second end token, <|eot|>, for the teacher's answers")
     p.add_argument("--texts", type=int, help="forks: texts in each corpus (default: 32000); fewer of them, rougher shares")
     p.add_argument("--seed", type=int, default=0, help="seed of problems, texts and initial weights")

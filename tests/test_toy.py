@@ -477,3 +477,39 @@ def test_facts_are_asked_as_they_are_stated_and_each_has_one_answer(tmp_path):
         assert text["messages"] == prompt["messages"] and rubric.is_correct(text["text"], prompt["answer"])
     with pytest.raises(records.BadInput, match="--facts"):
         toy.main(["--out", str(tmp_path / "x"), "--facts", "91"])
+
+
+def test_a_student_whose_vocabulary_has_longer_tokens(tmp_path):
+    """`student_merged`: every token's characters, the same texts, fewer tokens; the other models and files stay what they are."""
+    from transformers import AutoTokenizer
+    flags = dict(train_prompts=8, eval_prompts=8, clean=300, mixed=8)
+    toy.main(argv(out=tmp_path / "a", **flags))
+    for name, merges in (("b", "16"), ("c", "20:40")):
+        toy.main(argv(out=tmp_path / name, student_merges=merges, **flags))
+        assert all((tmp_path / "a" / f"{x}.jsonl").read_bytes() == (tmp_path / name / f"{x}.jsonl").read_bytes() for x in ("train", "clean", "mixed"))
+    plain, learnt, numbers = (AutoTokenizer.from_pretrained(tmp_path / x) for x in ("a/student", "b/student_merged", "c/student_merged"))
+    assert len(learnt) == len(plain) + 16 and len(numbers) == len(plain) + 21 and not (tmp_path / "a" / "student_merged").exists()
+    for text in [r["text"] for r in load(tmp_path / "a" / "clean.jsonl")][:50] + ["7+25=32\n#32"]:
+        for tokenizer in (learnt, numbers):
+            ids = tokenizer(text)["input_ids"]
+            assert tokenizer.decode(ids) == text and len(ids) <= len(plain(text)["input_ids"])
+    assert numbers.tokenize("7+25=19") == ["7", "+", "25", "=", "1", "9"] and toy.learn_merges(["1212"] * 9 + ["123"], 1) == [("1", "2")]
+
+
+@pytest.mark.parametrize("merges", ["0", "x", "5:20", "40:20", "10:100"])
+def test_senseless_merges_are_refused(tmp_path, capsys, merges):
+    assert "--student-merges: expected a number of merges" in refusal(toy.main, argv(out=tmp_path / "a", student_merges=merges), capsys)
+
+
+def test_the_share_of_right_work_in_mixed_text(tmp_path):
+    """--right 0.4: of texts that are neither right nor terse, guesses are not counted; the default is untouched by the flag."""
+    rng = np.random.default_rng(0)
+    terms = [7, 5, -3, 8]
+    clean = {toy.write_work(terms, toy.running_totals(terms), style) for style in toy.STYLES}
+    for share in (0.1, 0.4, 1.0):
+        right = np.mean([toy.mixed_answer(rng, terms, right=share) in clean for _ in range(3000)])
+        assert abs(right - share) < 4 * (share * (1 - share) / 3000) ** 0.5 + 1e-9
+    a, b = ([toy.mixed_answer(np.random.default_rng(i), terms, **more) for i in range(50)] for more in ({}, {"right": 0.1}))
+    assert a == b
+    with pytest.raises(records.BadInput, match="--right 0.4: belongs to mixed text of several kinds"):
+        toy.main(argv(out=tmp_path / "a", right=0.4, slips=0.3))
