@@ -111,8 +111,8 @@ class Data:
         """Units of a score that do not fit the rollout's tokens, or are no units at all, are refused."""
         if any(field not in score for field in ("units", "unit_logprobs", "unit_logits", "unit_logz", "unit_topk", "prefixes")):
             raise BadInput(f"{where}: units: expected text units of a teacher with another vocabulary, but the field is missing: run teacher.py units")
-        ends = [0] + [s1 for _, s1, _, _ in score["units"]]
-        if [s0 for s0, _, _, _ in score["units"]] != ends[:-1] or ends != sorted(set(ends)) or ends[-1] > len(rollout["response_ids"]):
+        edges = [edge for s0, s1, _, _ in score["units"] for edge in (s0, s1)]
+        if edges != sorted(edges) or any(s0 == s1 for s0, s1, _, _ in score["units"]) or edges and edges[-1] > len(rollout["response_ids"]):
             raise BadInput(f"{where}: units: expected one after another within {len(rollout['response_ids'])} tokens, came {score['units']}")
 
     def _check_support(self, score, where, whose):

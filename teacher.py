@@ -224,7 +224,7 @@ def score(argv):
 
 
 def main(argv=None):
-    return records.dispatch(__doc__, {"answer": answer, "score": score, "shuffle": shuffle, "units": units.main}, argv)
+    return records.dispatch(__doc__, {"answer": answer, "score": score, "shuffle": shuffle, "units": units.main, "regroup": units.regroup}, argv)
 
 
 if __name__ == "__main__":

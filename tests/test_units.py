@@ -222,12 +222,70 @@ def test_a_masked_token_takes_its_unit_with_it(world, foreign, tmp_path):
     assert torch.equal(got, other)
 
 
+# ---------------------------------------------------------------------------------------------- controls
+
+
+def regrouped(world, foreign, out, **flags):
+    return teacher.main(argv("regroup", scores=foreign[2], rollouts=world.rollouts, out=out, **flags)), by_key(load(out)), by_key(load(foreign[2]))
+
+
+def is_span(unit):
+    return (unit[1] - unit[0], unit[3] - unit[2]) != (1, 1)
+
+
+def test_without_spans_simct_is_its_baseline(world, foreign, tmp_path):
+    done, _, _ = regrouped(world, foreign, tmp_path / "u.jsonl", drop_spans=1.0)
+    assert done["spans"] == 0
+    flags = dict(rollouts=world.rollouts)
+    got, _ = gradient(world, dict(flags, method="simct", scores=tmp_path / "u.jsonl"))
+    want, _ = gradient(world, dict(flags, method="simple-opd", scores=foreign[2]))
+    same_gradient(got, want, 1e-6)
+    half, _, _ = regrouped(world, foreign, tmp_path / "h.jsonl", drop_spans=0.5, seed=3)
+    whole = sum(is_span(u) for s in load(foreign[2]) for u in s["units"])
+    assert 0.2 * whole < half["spans"] < 0.8 * whole
+
+
+def test_coarsening_keeps_the_text_and_its_probability(world, foreign, tmp_path):
+    done, coarse, fine = regrouped(world, foreign, tmp_path / "u.jsonl", coarsen=0.5)
+    ids = {(r["id"], r["sample"]): r["response_ids"] for r in load(world.rollouts)}
+    joined = 0
+    for key, s in coarse.items():
+        before = fine[key]
+        assert [u[0] for u in s["units"]] == [0] * bool(s["units"]) + [u[1] for u in s["units"]][:-1] and s["units"][-1:] == before["units"][-1:], "no gap, and the end of a turn alone"
+        assert sum(s["unit_logprobs"]) == pytest.approx(sum(before["unit_logprobs"])) and sum(s["unit_logits"]) == pytest.approx(sum(before["unit_logits"]))
+        place = {u[0]: i for i, u in enumerate(before["units"])}
+        for i, u in enumerate(s["units"]):
+            j = place[u[0]]
+            assert records.unpack(s["unit_topk"]["logprobs"])[i].tolist() == records.unpack(before["unit_topk"]["logprobs"])[j].tolist() and s["unit_logz"][i] == before["unit_logz"][j]
+            if u != before["units"][j]:
+                marked = records.unpack(s["unit_topk"]["ids"])[i][records.unpack(s["prefixes"])[i] > 0].tolist()
+                assert marked in ([ids[key][u[0]]], []), "its first token begins it (a special one is no candidate)"
+                joined += 1
+    assert joined > 30 and done["spans"] == joined + sum(is_span(u) for s in fine.values() for u in s["units"])
+
+
+def test_shuffling_deals_the_spans_scores_among_the_spans(world, foreign, tmp_path):
+    _, dealt, before = regrouped(world, foreign, tmp_path / "u.jsonl", shuffle_spans=True)
+    means = [sorted(round(s["unit_logprobs"][i] / (u[3] - u[2]), 5) for s in some.values() for i, u in enumerate(s["units"]) if is_span(u)) for some in (dealt, before)]
+    assert means[0] == pytest.approx(means[1], abs=2e-5) and any(dealt[k]["unit_logprobs"] != before[k]["unit_logprobs"] for k in before)
+    for key in before:
+        assert all(a == b for a, b, u in zip(dealt[key]["unit_logprobs"], before[key]["unit_logprobs"], before[key]["units"]) if not is_span(u))
+
+
+def test_regroup_refuses_what_is_no_units_file(world, foreign, tmp_path, capsys):
+    flags = dict(rollouts=world.rollouts, out=tmp_path / "u.jsonl")
+    assert "run teacher.py units" in refusal(teacher.main, argv("regroup", scores=world.scores, **flags), capsys)
+    assert "--coarsen: expected a share" in refusal(teacher.main, argv("regroup", scores=foreign[2], coarsen=1.5, **flags), capsys)
+    other = dump(tmp_path / "r.jsonl", [r | {"text": r["text"] + "1"} for r in load(world.rollouts)])
+    assert "of another one" in refusal(teacher.main, argv("regroup", scores=foreign[2], **dict(flags, rollouts=other)), capsys)
+
+
 def test_what_does_not_fit_is_refused(world, foreign, tmp_path, capsys):
     def said(**flags):
         return refusal(train.main, argv(**dict(dict(method="simct", model=world.base, rollouts=world.rollouts, scores=foreign[2], out=tmp_path / "m", **FAST), **flags)), capsys)
     assert "run teacher.py units" in said(scores=world.scores)
     broken = load(foreign[2])
-    broken[3]["units"][0][1] += 1
+    broken[3]["units"][0][1] = broken[3]["units"][1][1]
     assert ":4: units: expected one after another" in said(scores=dump(tmp_path / "s.jsonl", broken))
     assert "is read from --scores (teacher.py units)" in said(scores=None, teacher=world.teacher)
     assert "go with coefficient unit" in said(method="opd", set="span=sum")
