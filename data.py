@@ -104,6 +104,9 @@ class Data:
                            "teacher's own answers; for those of others there is kd")
         if self.method.coefficient == "unit":
             self._check_units(score, rollout, where)
+        elif self.method.coefficient == "sorted":
+            if "sorted" not in score:
+                raise BadInput(f"{where}: sorted: expected the largest log-probs of every place, but the field is missing: run teacher.py units with --sorted K")
         elif self.method.support:
             self._check_support(score, where, "teacher")
 
@@ -178,6 +181,11 @@ class Data:
             item["teacher_logp"] = np.asarray(score["logprobs"], np.float32)[trained]
             if self.method.coefficient == "unit":
                 item |= self._units(score, self.scores.where(key), mask)
+            elif self.method.coefficient == "sorted":
+                here, best = np.zeros(len(mask), np.float32), records.unpack(score["sorted"])
+                here[:len(best)], padded = 1, np.zeros((len(mask), best.shape[1]), np.float32)
+                padded[:len(best)] = best
+                item["sorted_here"], item["sorted_logp"] = here[trained], padded[trained]
             elif self.method.support:
                 item["support_ids"], item["support_logp"] = self._support(score, self.scores.where(key), trained)
             if "end_mass" in score:

@@ -13,7 +13,7 @@ def files(method):
     if method.rewards:
         needs["--rewards"] = "rubric.py grade: one reward an answer"
     if method.teacher:
-        needs["--scores" if method.coefficient == "unit" else "--scores or --teacher"] = "teacher.py units: a teacher of another vocabulary" if method.coefficient == "unit" else "teacher.py score: the teacher's log-prob of every token" + (", with --top-k its likeliest tokens" if method.support else "")
+        needs["--scores" if method.coefficient in ("unit", "sorted") else "--scores or --teacher"] = "teacher.py units: a teacher of another vocabulary" if method.coefficient == "unit" else "teacher.py units --sorted: its largest log-probs" if method.coefficient == "sorted" else "teacher.py score: the teacher's log-prob of every token" + (", with --top-k its likeliest tokens" if method.support else "")
     if method.token_weight == "file":
         needs["--token-weights"] = "weigh.py cut: a number for every token"
     if method.scalar:
@@ -42,6 +42,7 @@ def formula(method):
             "unit": "q(a) log(q_T(a) / q(a)) over the candidates a of the unit that y begins: shared tokens" + (
                 ", where both spell y alike, 0 elsewhere" if method.span == "none" else f" and the unit's text, scored by the {'sum' if method.span == 'sum' else 'mean'} of its "
                 f"{'logits' if method.span == 'logit' else 'log-probs'}" + ("; candidates that only begin that text are dropped" if method.prefixes == "drop" else "")),
+            "sorted": "-sign(pi(a) - p_T at the same rank) pi(a), ranks of the K largest probabilities of either side at the same place",
             "full": f"pi(a) {parts.get(method.divergence)}" + (f"{later.replace(' + ', ' + [a = y] pi/mu ', 1)}" if later else "") + ",  u = p_T / pi"}[c]
     extra = [f"ratio clipped to [{1 - method.clip_low if method.clip_low else 0:g}, {1 + method.clip_high if method.clip_high else math.inf:g}]" if method.clip_low or method.clip_high else "",
              f"dual clip {method.dual_clip:g}" if method.dual_clip else "", "" if not method.tis_cap else f"pi/mu at most {method.tis_cap:g}" if c in ("k2", "k3") else f"times min(pi_old/mu, {method.tis_cap:g})",
@@ -86,8 +87,10 @@ def worked_token(method):
     own = logp[y].detach()[None]
     batch = {"behaviour_logp": own, "teacher_logp": p_t[y].log()[None], "advantage": torch.ones(1, dtype=torch.float64), "whole": True,
              "support_logp": p_t.log()[None], "reference_logp": own, "token_weight": torch.ones(1, dtype=torch.float64), "sequence": torch.zeros(1, dtype=torch.int64),
-             "unit": torch.tensor([[1, 1, 1, 1, float(p_t[y].log()), 0]], dtype=torch.float64), "prefix": torch.zeros(1, 3), "raw": logp[y:y + 1]}  # one token on either side
-    loss = losses.token_loss(method, torch.cat([logp[y:y + 1], logp])[None], -(logp.exp() * logp).sum()[None], batch)[0]
+             "unit": torch.tensor([[1, 1, 1, 1, float(p_t[y].log()), 0]], dtype=torch.float64), "prefix": torch.zeros(1, 3), "sorted_logp": p_t.sort(descending=True).values.log()[None],
+             "sorted_here": torch.ones(1, dtype=torch.float64), "raw": logp[y:y + 1]}  # one token on either side
+    candidates = logp.sort(descending=True).values if method.coefficient == "sorted" else logp
+    loss = losses.token_loss(method, torch.cat([logp[y:y + 1], candidates])[None], -(logp.exp() * logp).sum()[None], batch)[0]
     pull = -torch.autograd.grad(loss, logits)[0]
     given = "; its answer has advantage 1" if method.advantage != "none" else "; omega = 1" if method.omega != "one" else ""
     return [f"one token: the student says yes 0.5, no 0.3, maybe 0.2; the teacher 0.2, 0.7, 0.1; the recorded token is \"no\"{given}",

@@ -16,6 +16,7 @@ What c_t can be (`coefficient`):
     reward+k1   rho_t (A + teacher_weight (log p_T - log mu))         both at once
     k2, k3      pi/mu times the derivative of an estimator            the same gradients as reverse, forward KL, see below
     unit        the same over text units of another tokenization      a teacher of another vocabulary (units.py, align.py)
+    sorted      a distance of sorted probabilities, whatever tokens   ULD: place i of one tokenization against place i of the other
     score       grad D(y) of a whole text in place of grad log pi     a discriminator, which learns rewards (discriminator.py)
     full        pi(a) g(p_T(a) / pi(a)) for every token a             the teacher's distribution: KD, GKD, OPD
                 g(u) = log u            reverse KL(pi || p_T)         `divergence` rkl
@@ -68,7 +69,7 @@ class Method:
     """One row.  `--set name=value` on train.py's command line changes a column for one run."""
     prefix: str                      # whose prefixes: "data", "teacher", "old", "self" or "mixed" (see above)
     signal: str                      # what must be on disk: "tokens", "reward" (--rewards), "teacher" (--scores, --teacher), "reward+teacher"
-    coefficient: str                 # c_t: "token", "reward", "k1", "reward+k1", "k2", "k3", "full", "unit" or "score"
+    coefficient: str                 # c_t: "token", "reward", "k1", "reward+k1", "k2", "k3", "full", "unit", "sorted" or "score"
     divergence: str = "none"         # what the teacher's signal descends: "rkl", "fkl", "jsd" or "mix"
     interpolation: float = 0.5       # b of jsd and mix: towards 0 forward, towards 1 reverse KL
     omega: str = "one"               # weight of a sequence: "one", "informative", "accepted", "softmax", "preference" (sequence_weights), "bradley-terry" or "cross-entropy"
@@ -182,15 +183,16 @@ METHODS = {
     # ---- on-policy, from a teacher of another vocabulary; `opd` on the same scores is DPCA (arXiv 2606.09456)
     "simct": Method("self", "teacher", "unit", "rkl", about="reverse KL over shared tokens and the text unit that was written (arXiv 2605.07711); --set span=logit is its released code's score"),
     "simple-opd": Method("self", "teacher", "unit", "rkl", span="none", about="reverse KL over shared tokens where both tokenizers spell alike, nothing elsewhere (its baseline; arXiv 2610.08448 on 16 candidates)"),
+    "uld": Method("self", "teacher", "sorted", about="L1 distance of sorted probabilities, place by place, blind to which tokens they belong to (arXiv 2402.12030, without its cross-entropy)"),
     # ---- both
     "opd-verifier": Method(**PPO | dict(signal="reward+teacher", coefficient="reward+k1"), divergence="rkl", advantage="std", about="a verifier's group advantage plus the teacher's advantage of every token"),
     "rwopd": Method("self", "reward+teacher", "full", "rkl", omega="softmax", about="exact on-policy distillation, answers weighted by the softmax of their rewards"),
 }
 CHOICES = {"prefix": ("data", "teacher", "old", "self", "mixed"), "signal": ("tokens", "reward", "teacher", "reward+teacher"),
-           "coefficient": ("token", "reward", "k1", "reward+k1", "k2", "k3", "full", "unit", "score"), "divergence": ("none", "rkl", "fkl", "jsd", "mix"),
+           "coefficient": ("token", "reward", "k1", "reward+k1", "k2", "k3", "full", "unit", "sorted", "score"), "divergence": ("none", "rkl", "fkl", "jsd", "mix"),
            "omega": ("one", "informative", "accepted", "softmax", "preference", "bradley-terry", "cross-entropy"), "view": ("text", "length"), "span": ("mean", "sum", "logit", "none"), "prefixes": ("keep", "drop"), "ratio": ("token", "sequence", "none"), "reference_support": ("sample", "full"), "token_weight": ("one", "file"), "consistency": ("any", "sft"),
            "norm": ("token", "sequence", "batch", "sum"), "advantage": ("none", "mean", "std"), "future": ("sum", "mean"), "baseline": ("none", "kl")}
-DESCENDS = {"k1": ("rkl",), "reward+k1": ("rkl",), "k2": ("rkl",), "k3": ("fkl",), "full": ("rkl", "fkl", "jsd", "mix"), "unit": ("rkl",)}
+DESCENDS = {"k1": ("rkl",), "reward+k1": ("rkl",), "k2": ("rkl",), "k3": ("fkl",), "full": ("rkl", "fkl", "jsd", "mix"), "unit": ("rkl",), "sorted": ("none",)}
 REFUSED = {"k1-loss": "k1 differentiated as a loss has gradient 0 in expectation: use k1 (as an advantage), k2 (as a loss) or full",
            "k2-advantage": "k2 as an advantage is the gradient of no divergence here: use k1 (as an advantage) or k2 (as a loss)",
            "k3-advantage": "k3 as an advantage is reverse minus forward KL and vanishes near pi = p_T: use k1 or full"}
@@ -521,6 +523,7 @@ def token_loss(method, logp, entropy, batch, exact=None):
       reference_logp  log pi_ref of the recorded token
       reference_support_logp  [N, R] log pi_ref of the leash's support, whose columns of logp stand last; `reference_whole` as `whole`
       token_weight    what multiplies c_t
+      sorted_logp     [N, K] the teacher's K largest log-probs at the same place, best first (logp then holds the policy's); sorted_here  1 where it has one
       unit, prefix, raw  of a teacher with another vocabulary: unit_divergence
       sequence        int64, which sequence a token belongs to (ratio "sequence", gamma)"""
     own, kl = logp[:, 0], None
@@ -533,6 +536,8 @@ def token_loss(method, logp, entropy, batch, exact=None):
         advantage = sampled_advantage(method, batch, kl)
     if method.coefficient == "token":
         loss = -own
+    elif method.coefficient == "sorted":
+        loss = (logp[:, 1:1 + batch["sorted_logp"].shape[1]].exp() - batch["sorted_logp"].exp()).abs().sum(-1) * batch["sorted_here"]
     elif method.coefficient in ("full", "unit"):
         loss = kl
         if method.gamma:

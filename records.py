@@ -106,7 +106,7 @@ KINDS = {
                                     "top_p": "number"}, {"steps": "steps"}),
     "scores": (("id", "sample"), {"id": "id", "sample": "int", "policy": "policy", "rollout": "text",
                                   "logprobs": "logprobs"}, {"topk": "topk", "topk_of": "text", "end_mass": "number", "units": "units", "unit_logprobs": "logprobs", "unit_logits": "numbers",
-                                  "unit_logz": "numbers", "unit_topk": "topk", "prefixes": "packed", "bytes": "ids"}),
+                                  "unit_logz": "numbers", "unit_topk": "topk", "prefixes": "packed", "sorted": "packed", "bytes": "ids"}),
     # how much each response token of a rollout counts
     "weights": (("id", "sample"), {"id": "id", "sample": "int", "rollout": "text", "rule": "text", "weights": "weights"}, {}),
     "rubrics": (("id",), {"id": "id", "criteria": "criteria", "rubricator": "text"}, {}),

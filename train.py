@@ -66,7 +66,7 @@ def known(items, device, vocabulary):
     """The constant per-token tensors of a micro-batch for loss.token_loss, in the order of `states`."""
     batch = {}
     for name in ("old_logp", "behaviour_logp", "teacher_logp", "support_logp", "reference_logp", "reference_support_logp", "token_weight", "weight",
-                 "share", "unit", "prefix"):
+                 "share", "unit", "prefix", "sorted_logp", "sorted_here"):
         if name in items[0]:
             batch[name] = torch.from_numpy(np.concatenate([s[name] for s in items]).astype(np.float32)).to(device)
     batch["sequence"] = torch.repeat_interleave(torch.tensor([s["length"] for s in items])).to(device)
@@ -180,6 +180,10 @@ def micro_batch(policy, data, items, args, sums, worst):
             if args.teacher_top_k:
                 ids, batch["whole"] = torch.cat([ids, likeliest(data.teacher, t_hidden, args.teacher_top_k)], 1), args.teacher_top_k >= policy.vocabulary
         teacher = t_hidden, data.teacher.head, {k: data.teacher.head_options[k] for k in ("scale", "softcap")}
+    if method.coefficient == "sorted":  # the policy's own largest, as many as the teacher's
+        with torch.no_grad():
+            ids = torch.cat([ids, likeliest(policy, hidden, batch["sorted_logp"].shape[1])], 1)
+        batch["sorted_logp"] = batch["sorted_logp"][:, :ids.shape[1] - 1]
     width, ids = ids.shape[1], torch.cat([ids, leash], 1)
     if method.span == "logit":
         batch["raw"] = raw_logits(hidden, policy.head, ids[:, 0], **policy.head_options)
@@ -338,7 +342,7 @@ def check_inputs(args, method):
         raise BadInput(f"{row}: --prompts is given, but rollouts bring their prompt's tokens along")
     if args.teacher_top_k is not None and not (args.teacher and method.support):
         raise BadInput("--teacher-top-k: how much of a --teacher's distribution is read: needs --teacher and a method that reads a distribution")
-    if args.teacher and method.coefficient == "unit":
+    if args.teacher and method.coefficient in ("unit", "sorted"):
         raise BadInput(f"{row}: a teacher of another vocabulary is read from --scores (teacher.py units), came --teacher")
     if args.teacher and method.divergence == "jsd" and not args.teacher_top_k:
         raise BadInput("--teacher: a Jensen-Shannon divergence does not come out of the kernel's one pass: give --teacher-top-k (the vocabulary's size: exact)")

@@ -14,6 +14,8 @@ holds, beside the fields of every score,
     unit_topk       where each unit begins, the teacher's log-probs of shared tokens, under the student's ids: of all of them, or, with
                     --top-k-of, of those among the student's own likeliest (others: -inf), which bounds the file
     prefixes        which of these tokens are a proper beginning of the unit's text: the teacher's first step into it, spelt its way
+    sorted          with --sorted K: the teacher's K largest log-probs, best first, at its place i for every token i of the student that has
+                    such a place (ULD, which aligns nothing)
     logprobs        each unit's log-prob dealt out among the student's tokens in proportion to the student's own (DPCA, arXiv 2606.09456): what
                     `--method opd` reads.  A token outside of any unit gets the student's own number: no advantage
 
@@ -31,7 +33,7 @@ import records
 from align import align, shared_vocabulary, spelling
 from kernel import linear_logp
 from records import BadInput
-from rollout import (add_model_flags, check_tokens, hidden_at, identity_of, load_policy, load_tokenizer, render, response_positions, token_batches, vocabulary_size)
+from rollout import (add_model_flags, check_tokens, hidden_at, identity_of, likeliest, load_policy, load_tokenizer, render, response_positions, token_batches, vocabulary_size)
 
 
 def raw_logits(hidden, head, ids, scale=1.0, softcap=None, vocabulary=None):
@@ -53,8 +55,8 @@ def deal(unit_logps, units, own):
 
 
 @torch.no_grad()
-def score_batch(policy, prompts, alignments, candidates):
-    """[(unit log-probs [U], unit logits [U], unit logz [U], candidates' log-probs [U, K])] of a batch of answers.
+def score_batch(policy, prompts, alignments, candidates, largest=0):
+    """[(unit log-probs [U], unit logits [U], unit logz [U], candidates' log-probs [U, K], K largest log-probs [T, K])] of a batch of answers.
 
     prompts: the teacher's ids of each prompt; candidates: [U, K] ids in its vocabulary, -1 for none."""
     found = [a.teacher_ids for a in alignments]
@@ -69,10 +71,11 @@ def score_batch(policy, prompts, alignments, candidates):
     wanted = torch.from_numpy(np.concatenate(candidates).astype(np.int64)).to(hidden.device)
     top, _ = linear_logp(hidden[starts], policy.head, wanted.clamp_min(0), **policy.head_options)
     top = top.masked_fill(wanted < 0, -torch.inf).cpu().numpy()
+    best = linear_logp(hidden, policy.head, likeliest(policy, hidden, largest), **policy.head_options)[0].cpu().numpy() if largest else np.zeros((len(own), 0), np.float32)
     logp, logit, out, offset, row = logp.double().cpu().numpy(), logit.double().cpu().numpy(), [], 0, 0
     for a, ids in zip(alignments, found):
         spans = [(offset + t0, offset + t1) for _, _, t0, t1 in a.units]
-        out.append(([logp[i:j].sum() for i, j in spans], [logit[i:j].sum() for i, j in spans], [logit[i] - logp[i] for i, _ in spans], top[row:row + len(spans)]))
+        out.append(([logp[i:j].sum() for i, j in spans], [logit[i:j].sum() for i, j in spans], [logit[i] - logp[i] for i, _ in spans], top[row:row + len(spans)], best[offset:offset + len(ids)]))
         offset, row = offset + len(ids), row + len(spans)
     return out
 
@@ -85,6 +88,7 @@ def main(argv):
     p.add_argument("--rollouts", required=True, help="JSONL of rollouts to score")
     p.add_argument("--out", required=True, help="JSONL to write; run again to complete an interrupted file")
     p.add_argument("--top-k-of", metavar="FILE", help="candidates: the student's own likeliest tokens (teacher.py score --top-k by the student) in place of all shared ones")
+    p.add_argument("--sorted", type=int, default=0, metavar="K", help="also keep the K largest log-probs of every place, for --method uld")
     p.add_argument("--ends", metavar="A=B", help="the student's token A ends a turn as the teacher's B does (default: both tokenizers' end tokens)")
     p.add_argument("--batch-tokens", type=int, default=16384, help="rows x longest row in one forward pass: memory against speed")
     add_model_flags(p)
@@ -107,7 +111,7 @@ def main(argv):
             raise BadInput(f"{others.where(key)}: topk: expected ids to score, but the field is missing: run teacher.py score with --top-k")
         lengths.append((key, len(rollout["prompt_ids"]) + 2 * len(rollout["response_ids"])))
     total, covered, strict, tokens, whole = 0, 0, 0, 0, 0
-    settings = {"policy": policy.identity, "student": identity["vocabulary"], "ends": ends, "dtype": args.dtype}
+    settings = {"policy": policy.identity, "student": identity["vocabulary"], "ends": ends, "sorted": args.sorted, "dtype": args.dtype}
     with records.Writer(args.out, "scores", settings, [args.rollouts, args.prompts] + [args.top_k_of] * bool(others), args.overwrite) as writer:
         todo = [pair for pair in lengths if pair[0] not in writer]
         for batch in records.progress([[todo[i][0] for i in b] for b in token_batches([n for _, n in todo], args.batch_tokens)], desc=Path(args.out).name):
@@ -121,7 +125,7 @@ def main(argv):
             ids = [x if len(x) else np.zeros((0, width), np.int64) for x in ids]
             theirs = [np.array([[shared.get(int(i), -1) for i in row] for row in x], np.int64).reshape(x.shape) for x in ids]
             asked = [render(policy.tokenizer, prompts[key[0]], policy.template_options) for key in batch]
-            for rollout, a, x, (logps, logits, logz, top) in zip(some, found, ids, score_batch(policy, asked, found, theirs)):
+            for rollout, a, x, (logps, logits, logz, top, best) in zip(some, found, ids, score_batch(policy, asked, found, theirs, args.sorted)):
                 texts = [b"".join(mine[i] or b"" for i in rollout["response_ids"][s0:s1]) for s0, s1, _, _ in a.units]
                 prefixes = np.array([[bool(pieces.get(int(i))) and len(pieces[int(i)]) < len(text) and text.startswith(pieces[int(i)]) for i in row] for row, text in zip(x, texts)], np.uint8).reshape(x.shape)
                 small = np.uint16 if x.max(initial=0) < 65536 else np.int32
@@ -129,7 +133,7 @@ def main(argv):
                               "logprobs": records.floats(np.minimum(deal(logps, a.units, rollout["logprobs"]), 0)), "units": [list(u) for u in a.units],
                               "unit_logprobs": records.floats(logps), "unit_logits": records.floats(logits), "unit_logz": records.floats(logz),
                               "unit_topk": {"ids": records.pack(x.astype(small)), "logprobs": records.pack(top.astype(np.float32))}, "prefixes": records.pack(prefixes),
-                              "bytes": [a.bytes, a.covered, a.strict]})
+                              "bytes": [a.bytes, a.covered, a.strict], **({"sorted": records.pack(best[:len(rollout["response_ids"])])} if args.sorted else {})})
     for line in records.read(args.out, "scores"):
         n, some, one = line["bytes"]
         total, covered, strict, tokens, whole = total + n, covered + some, strict + one, tokens + line["units"][-1][3] if line["units"] else tokens, whole + (n == some)

@@ -529,6 +529,9 @@ def test_explain_tells_the_row_and_its_worked_token_is_the_rows_gradient(name):
     if method.coefficient in ("full", "unit"):
         c = [a * x for a, x in zip(p, g)]
         want = [c[a] - p[a] * sum(c) for a in range(3)]
+    elif method.coefficient == "sorted":  # ranks: 0.5 against 0.7, 0.3 against 0.2, 0.2 against 0.1
+        c = [0.5, -0.3, -0.2]
+        want = [c[a] - p[a] * sum(c) for a in range(3)]
     else:
         scale = {"token": 1.0, "reward": 1.0, "k1": math.log(0.7 / 0.3), "k2": math.log(0.7 / 0.3), "reward+k1": 1 + math.log(0.7 / 0.3)}[method.coefficient]
         want = [scale * x for x in own]

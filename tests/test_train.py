@@ -45,7 +45,7 @@ def needs(world, method, overrides=()):
         flags["rewards"] = world.rewards
     if row.teacher:
         flags["scores"] = world.scores
-    if row.coefficient == "unit":
+    if row.coefficient in ("unit", "sorted"):
         flags["scores"] = as_units(world.scores)
     if row.reference:
         flags["reference"] = world.scores  # any policy can be the reference; the teacher is a far one
@@ -71,7 +71,7 @@ def as_units(scores):
     for s in load(scores):
         n = len(s["logprobs"])
         rows.append(s | {"units": [[t, t + 1, t, t + 1] for t in range(n)], "unit_logprobs": s["logprobs"], "unit_logits": s["logprobs"], "unit_logz": [0.0] * n, "unit_topk": s["topk"],
-                         "prefixes": records.pack(np.zeros(records.unpack(s["topk"]["ids"]).shape, np.uint8)), "bytes": [n, n, n]})
+                         "prefixes": records.pack(np.zeros(records.unpack(s["topk"]["ids"]).shape, np.uint8)), "bytes": [n, n, n], "sorted": records.pack(np.sort(records.unpack(s["topk"]["logprobs"]))[:, ::-1].copy())})
     return dump(scores.with_suffix(".units.jsonl"), rows)
 
 
@@ -230,6 +230,8 @@ def naive_gradient(model, row, rollouts, rewards=None, scores=None, reference=No
             a = advantage + (row.teacher_weight if row.coefficient == "reward+k1" else 1.0) * teacher_part
             if row.coefficient == "token":
                 value = own
+            elif row.coefficient == "sorted":
+                value = -(p.sort(descending=True).values - torch.tensor(sorted(math.exp(x) for x in full_table(scores[key])[t].tolist()), dtype=torch.float64).flip(0)).abs().sum()
             elif row.coefficient in ("full", "unit"):
                 value = -naive_divergence(row, table[t], full[t])
                 if row.gamma:
