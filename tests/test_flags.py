@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = ["toy.py", "rollout.py", "teacher.py", "rubric.py", "train.py", "eval.py", "support.py", "recipes/__init__.py", "recipes/ropd.py", "recipes/opd.py",
          "recipes/unified.py", "recipes/lightning.py", "recipes/prefix.py", "recipes/stable.py", "recipes/sparse_to_dense.py", "recipes/gad.py",
-         "recipes/gad_toy.py", "weigh.py", "align.py", "units.py"]
+         "recipes/gad_toy.py", "recipes/simct.py", "weigh.py", "align.py", "units.py"]
 # a flag may be read in a file that its stage hands `args` to
 READERS = {"rollout.py": ["served.py"], "teacher.py": ["rollout.py", "served.py"], "rubric.py": ["served.py"], "units.py": ["rollout.py"], "train.py": ["data.py"],
            "recipes/__init__.py": ["recipes/opd.py"], "recipes/opd.py": ["recipes/ropd.py"]}
