@@ -43,6 +43,10 @@ class Run:
         with contextlib.redirect_stdout(self.log):
             return importlib.import_module(name.removesuffix(".py")).main(argv)
 
+    def result(self, args, row):
+        """Adds a line to the results file, with what it was made by and with."""
+        append_result(args.results, row | {"settings": self.settings, "versions": versions(), "command": args.invocation})
+
     def concatenate(self, parts, out):
         """One file of several, as `cat` does it; returns its path."""
         self.commands.write(f"cat {' '.join(map(str, parts))} > {out}\n")

@@ -38,7 +38,7 @@ import sys
 import time
 
 import records
-from recipes import Claim, Run, add_eval_flags, add_run_flags, append_result, claims_table, last, report, run_arms, say, settle, versions
+from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, last, report, run_arms, say, settle
 from recipes.ropd import add_world_flags, build_world, spoil_student
 
 WARM = dict(start="warm", judge="warm")
@@ -195,7 +195,7 @@ def run_arm(run, args, world, folder, seed, arm):
                **signal, "paused": paused, **p.cost, "seconds": spent}
         if final:
             row["greedy"] = evaluate(world / "toy" / args.eval_split, 1, "--temperature 0")[0]["accuracy"]
-        append_result(args.results, row | {"settings": {k: getattr(args, k) for k in SHARED}, "versions": versions(), "command": args.invocation})
+        run.result(args, row)
 
     measure(0, "start" not in a)
     if "start" not in a:

@@ -40,7 +40,7 @@ import sys
 import time
 
 import records
-from recipes import Claim, Run, add_eval_flags, add_run_flags, append_result, claims_table, last, report, run_arms, say, settle, versions
+from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, last, report, run_arms, say, settle
 from recipes.ropd import add_world_flags, build_world, spoil_student
 
 STYLES = {"a": "lines", "b": "ledger"}
@@ -170,7 +170,7 @@ def run_arm(run, args, world, folder, seed, arm):
         if final:
             kl = run.stage(f"teacher.py score --model {teacher} --rollouts {place}/eval.rollouts.jsonl --out {place}/fresh.jsonl --overwrite")["kl_mean"]
             row |= {"kl": kl, "greedy": evaluate(1, "--temperature 0")["accuracy"]}
-        append_result(args.results, row | {"settings": {k: getattr(args, k) for k in SHARED}, "versions": versions(), "command": args.invocation})
+        run.result(args, row)
 
     def timed(name, line):
         started = time.time()

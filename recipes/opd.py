@@ -29,7 +29,7 @@ import sys
 import time
 
 import records
-from recipes import Claim, Run, add_eval_flags, add_run_flags, append_result, claims_table, last, report, run_arms, say, settle, versions
+from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, last, report, run_arms, say, settle
 from recipes.ropd import add_world_flags, build_world, spoil_student
 
 OWN = dict(source="own", teacher="world")
@@ -112,8 +112,7 @@ def run_arm(run, args, world, folder, seed, arm):
                "length_mean": score["length_mean"], "truncated": score["truncated_fraction"], **cost, "seconds": spent, "entropy": entropy}
         if final:
             row |= {"greedy": evaluate(args.eval_split, 1, "--temperature 0")["accuracy"], "facts": evaluate("facts_prompts", 4)["accuracy"]}
-        row |= {"settings": {k: getattr(args, k) for k in SHARED}, "versions": versions(), "command": args.invocation}
-        append_result(args.results, row)
+        run.result(args, row)
 
     def answers(number):
         """The teacher's answers to the problems of all rounds, sampled once a seed: (file, tokens)."""

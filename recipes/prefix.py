@@ -31,7 +31,7 @@ import sys
 import time
 
 import records
-from recipes import Claim, Run, add_eval_flags, add_run_flags, append_result, claims_table, last, report, run_arms, say, settle, versions
+from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, last, report, run_arms, say, settle
 from recipes.ropd import add_world_flags, build_world, spoil_student
 
 FIXED = (8, 16, 32, 48)
@@ -94,7 +94,7 @@ def run_arm(run, args, world, folder, seed, arm):
                "truncated": score["truncated_fraction"], **cost, "seconds": spent, **{name: sum(values) / len(values) for name, values in cuts.items()}, **(more or {})}
         if final:
             row |= {"dev_accuracy": evaluate("dev", n)["accuracy"], "greedy": evaluate(args.eval_split, 1, "--temperature 0")["accuracy"]}
-        append_result(args.results, row | {"settings": {k: getattr(args, k) for k in SHARED}, "versions": versions(), "command": args.invocation})
+        run.result(args, row)
 
     def sample(number, part):
         """Folder with rollouts of the model of the moment, its likeliest tokens where a cut is looked for, and what the teacher thinks of them."""

@@ -38,7 +38,7 @@ import time
 from pathlib import Path
 
 import records
-from recipes import Claim, Run, add_run_flags, append_result, claims_table, last, run_arms, say, settle, versions
+from recipes import Claim, Run, add_run_flags, claims_table, last, run_arms, say, settle
 
 ARMS = ("before", "sft", "scalar", "scalar-merits", "ropd", "ropd-paper", "ropd-m1", "ropd-flat", "ropd-unchecked", "shuffled", "answer", "teacher")
 SHARED = ("rounds", "prompts", "n", "updates", "learning_rate", "max_tokens", "verifier_noise", "base_steps", "teacher_steps",
@@ -113,10 +113,8 @@ def run_arm(run, args, world, folder, seed, arm):
         spent = round(time.time() - started, 2)
         score = evaluate(run, args, world, seed, model, place / "eval.jsonl")
         row = {"arm": arm, "seed": seed, "step": step, "final": final, "accuracy": score["accuracy"], f"pass@{args.eval_n}": score[f"pass@{args.eval_n}"],
-               "length_mean": score["length_mean"], "truncated": score["truncated_fraction"], **cost, "seconds": spent, **extra,
-               "settings": {k: getattr(args, k) for k in SHARED}, "versions": versions(),
-               "command": args.invocation}
-        append_result(args.results, row)
+               "length_mean": score["length_mean"], "truncated": score["truncated_fraction"], **cost, "seconds": spent, **extra}
+        run.result(args, row)
         return row
 
     if arm in ("before", "teacher"):

@@ -31,7 +31,7 @@ import sys
 import time
 
 import records
-from recipes import Claim, Run, add_eval_flags, add_run_flags, append_result, claims_table, last, report, run_arms, say, settle, versions
+from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, last, report, run_arms, say, settle
 
 VOCABULARIES = {"m16": "16", "m64": "64", "m4": "4", "m1": "1", "d20": "20:40", "m0": None}
 MAIN = "m16"
@@ -126,7 +126,7 @@ def run_arm(run, args, world, folder, seed, arm):
                **shares, **cost, "seconds": spent}
         if final:
             row["greedy"] = evaluate(1, "--temperature 0")["accuracy"]
-        append_result(args.results, row | {"settings": {k: getattr(args, k) for k in SHARED}, "versions": versions(), "command": args.invocation})
+        run.result(args, row)
 
     measure(0, not method)
     if not method:

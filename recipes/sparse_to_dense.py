@@ -43,7 +43,7 @@ import time
 import numpy as np
 
 import records
-from recipes import Claim, Run, add_eval_flags, add_run_flags, append_result, claims_table, last, report, run_arms, say, settle, versions
+from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, last, report, run_arms, say, settle
 
 BRIDGE = "bridge"
 ARMS = {  # model: what is trained; teacher: the arm that teaches; part: which labels or problems; share: of --rounds
@@ -179,7 +179,7 @@ def run_arm(run, args, world, folder, seed, arm):
             if teacher:
                 row["kl"] = run.stage(f"teacher.py score --model {teacher} --rollouts {place}/eval.rollouts.jsonl --out {place}/fresh.jsonl --overwrite")["kl_mean"]
             row["greedy"] = evaluate(1, "--temperature 0")["accuracy"]
-        append_result(args.results, row | {"settings": {k: getattr(args, k) for k in SHARED}, "versions": versions(), "command": args.invocation})
+        run.result(args, row)
 
     def train(number, method, flags, rate, fresh):
         """One call of train.py from `model`; the new weights are the model from then on."""

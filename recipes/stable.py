@@ -37,7 +37,7 @@ import sys
 import time
 
 import records
-from recipes import Claim, Run, add_eval_flags, add_run_flags, append_result, claims_table, last, report, run_arms, say, settle, versions
+from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, last, report, run_arms, say, settle
 
 ARMS = {
     "before": {},
@@ -171,8 +171,7 @@ def run_arm(run, args, world, folder, seed, arm):
         row |= {name: history[-1][f"rollout/{name}"] for name in ("student_end_mass", "teacher_end_mass") if history and f"rollout/{name}" in history[-1]}
         if final:
             row["greedy"] = evaluate(args.eval_split, 1, "--temperature 0")["accuracy"]
-        row |= {"settings": {k: getattr(args, k) for k in SHARED}, "versions": versions(), "command": args.invocation}
-        append_result(args.results, row)
+        run.result(args, row)
         rows.append(row)
         history.clear()
 

@@ -36,7 +36,7 @@ import sys
 import time
 
 import records
-from recipes import Claim, Run, add_run_flags, append_result, claims_table, last, report, run_arms, say, settle, versions
+from recipes import Claim, Run, add_run_flags, claims_table, last, report, run_arms, say, settle
 
 ARMS = {
     "before": (),
@@ -120,8 +120,7 @@ def run_arm(run, args, world, folder, seed, arm):
             row |= {"accuracy": exact["accuracy_after"], "pass@256": exact["pass@256_after"], "right_answers": exact["right_answers_after@0.0001"], "missed_mass": exact["missed_mass"],
                     **{f"{name}@{eps}": exact[f"{name}@{eps}"] for eps in EPS for name in ("expansion", "expansion_mass", "attrition", "attrition_mass", "moved")},
                     "recovery": sampled("corrupt", args.recovery_n)["accuracy"]}
-        row |= {"settings": {k: getattr(args, k) for k in SHARED}, "versions": versions(), "command": args.invocation}
-        append_result(args.results, row)
+        run.result(args, row)
 
     if not phases:
         measure(True)
