@@ -4,10 +4,11 @@
     python -m recipes.gad_toy --smoke
 
 The teacher is a mixture of two bumps over ten classes.  The student is one bump, softmax of -(class - mu)^2 / 2 sigma^2 with sigma below 1.5,
-so that it must choose: cover both bumps and the valley between them, or sit on one.  All that anybody sees of the teacher is samples.
+so that it must choose: cover both bumps and the valley between them, or sit on one.  All that anybody sees of the teacher is samples.  All
+arms start from one place between the bumps, another in every seed, and take as many steps.
 
     seqkd        maximum likelihood of the teacher's samples: forward KL, which covers
-    gad          from there: a table of ten scores learns by Bradley-Terry to tell the teacher's samples from the student's, and the student follows
+    gad          a table of ten scores learns by Bradley-Terry to tell the teacher's samples from the student's, and the student follows
                  it by REINFORCE with the group's mean as the baseline (the score's optimum is log p_T / p_S: reverse KL, which chooses)
     shuffled     control: gad whose pairs are swapped by a coin: the scores have nothing to learn, the student must stay where it was
     no-update    control: gad whose table is kept at zero
