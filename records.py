@@ -85,7 +85,7 @@ TYPES = {  # name -> (what an error message calls it, test)
              lambda x: type(x) is dict and _is_packed(x.get("ids")) and _is_packed(x.get("logprobs"))),
     "criteria": ('a non-empty list of {"id", "category", "criterion", "points" (integer 1-5)}',
                  lambda x: bool(x) and _is_list_of(_is_criterion)(x)),
-    "reward": ("a finite number or null", lambda x: x is None or _is_number(x)),
+    "reward": ("a number in [0, 1] or null", lambda x: x is None or _is_number(x)),
     "status": ('"ok" or "failed"', lambda x: x in ("ok", "failed")),
     "object": ("an object", lambda x: type(x) is dict),
     "any": ("any value", lambda x: True),

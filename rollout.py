@@ -219,7 +219,7 @@ def hidden_at(model, sequences, positions):
         ids[row, :len(sequence)] = torch.tensor(sequence)
         mask[row, :len(sequence)] = 1
     flat = torch.tensor([row * width + p for row, at in enumerate(positions) for p in at], dtype=torch.int64)
-    device = model.get_input_embeddings().weight.device
+    device = (model.get_output_embeddings() or model.get_input_embeddings()).weight.device  # a classifier has no output embeddings
     padded = None if bool(mask.all()) else mask.to(device)
     hidden = model.get_decoder()(input_ids=ids.to(device), attention_mask=padded, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1)[flat.to(device)]
