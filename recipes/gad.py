@@ -32,7 +32,8 @@ than any trained on.  `proxy` is the mean score of the last round's answers, `ma
 
 Not measured with five seeds yet, nor are its learning rates chosen.  A first look on dev (`--arms seqkd,gad,frozen,answer --eval-split dev --final-n 4 --learning-rate LR`,
 seed 0, results/gad_dev_lr*.jsonl): the warm-up leaves a student of 73 % in the teacher's style, of which the discriminator can tell next to nothing (it is
-right in 50 to 60 % of the pairs), and at 3e-4 its score leads away from there: gad 37 %, frozen 11 %, seqkd 86 %, answer 83 %.  A shorter warm-up and a smaller rate are next.
+right in 50 to 60 % of the pairs), and its score leads away from there: gad 37, 58 and 72 %, frozen 11, 45 and 74 % at 3e-4, 1e-4 and 3e-5, where seqkd has 86 % and answer 79 to 83 %.
+A shorter warm-up, after which there is something to tell apart, is next.
 """
 import re
 import shutil
