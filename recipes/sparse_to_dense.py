@@ -59,7 +59,7 @@ ARMS = {  # model: what is trained; teacher: the arm that teaches; part: which l
     "half-new": dict(model="half-bridge", stage="grpo", part="second", share=0.5), "half-replay": dict(model="half-bridge", stage="grpo", part="first", share=0.5, again=True),
 }
 PARENTS = {arm: tuple(a[k] for k in ("model", "teacher") if a.get(k) in ARMS and a[k] != arm) for arm, a in ARMS.items()}
-START = (0.05, 0.15)  # the student's pass@1 (paper sheet: at 0 nothing is sampled that could be rewarded; above, rewards are not sparse)
+START = (0.05, 0.15)  # the student's pass@1 (at 0 nothing is sampled that could be rewarded; above, rewards are not sparse)
 SHARED = ("rounds", "prompts", "n", "updates", "labels", "warm_share", "cached_n", "rl_learning_rate", "bridge_learning_rate", "reference_kl", "max_tokens", "terms", "right", "student_steps",
           "teacher_steps", "spoil_steps", "spoil_lr", "eval_prompts", "eval_every", "eval_n", "final_n", "eval_split")
 COLUMNS = ("pass@16", "greedy", "labels", "own_tokens", "upstream_tokens", "entropy", "kl", "flat_groups", "all_wrong", "all_right", "seconds")

@@ -1,4 +1,4 @@
-"""SimCT's loss: its fact sheet's numbers by hand, the same vocabulary as ordinary distillation, and a real pair of tokenizers in float64."""
+"""SimCT's loss: an example by hand, the same vocabulary as ordinary distillation, and a real pair of tokenizers in float64."""
 import math
 
 import numpy as np
@@ -32,7 +32,7 @@ def one_unit(student, teacher_, text, text_teacher, **changes):
     return losses.unit_divergence(method, torch.cat([own[:, None], support], 1), batch)
 
 
-def test_the_sheets_example():
+def test_two_spellings_of_one_opinion():
     """The teacher spells 1|2|3, the student 123: nearly one opinion, and yet 0.572 nats, for the token 1 rivals the text it begins."""
     case = ([0.01, 0.09], [0.9, 0.1], [0.90], [0.9, 0.95, 0.95])  # candidates: 1, and everything else
     assert float(one_unit(*case)[0]) == pytest.approx(0.572, abs=5e-4)
