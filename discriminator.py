@@ -21,10 +21,9 @@ import math
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from records import BadInput
-from rollout import Policy, find_folder, hash_weights, hidden_at, identity_of, load_tokenizer, token_batches, vocabulary_size
+from rollout import Policy, find_folder, hash_weights, hidden_at, identity_of, load_tokenizer, load_weights, token_batches, vocabulary_size
 
 VIEWS = ("text", "length")
 
@@ -73,11 +72,7 @@ def load_scorer(name, dtype="auto", device=None, template_options=None, weights=
 
     view: what it is to see; a folder that was trained with another view is refused."""
     import transformers
-    transformers.utils.logging.disable_progress_bar()
     folder = find_folder(name)
-    if not list(folder.glob("*.safetensors")):
-        raise BadInput(f"--model {name}: expected safetensors weights in {folder}, found none (pickled weights are never loaded)")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = transformers.AutoConfig.from_pretrained(folder)
     trained = any("SequenceClassification" in a for a in config.architectures or ())
     if not trained and seed is None:
@@ -87,10 +82,7 @@ def load_scorer(name, dtype="auto", device=None, template_options=None, weights=
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed or 0)
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True, **({} if trained else {"num_labels": 1})).to(device).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BadInput(f"--model {name}: could not be loaded as a sequence classifier: {error}") from None
+            model = load_weights(name, folder, "AutoModelForSequenceClassification", dtype, device, **({} if trained else {"num_labels": 1}))
     finally:
         transformers.utils.logging.set_verbosity(level)
     if type(getattr(model, "score", None)) is not torch.nn.Linear or model.score.out_features != 1 or model.score.bias is not None:

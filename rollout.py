@@ -66,18 +66,22 @@ def load_policy(name, dtype="auto", device=None, template_options=None, weights=
 
     dtype: "auto" (as stored), "float32", "bfloat16" or "float16"; device: "cpu", "cuda", ... (default: GPU if any);
     weights: the hash of its weight files, where the caller has computed it already."""
+    folder = find_folder(name)
+    model = load_weights(name, folder, "AutoModelForCausalLM", dtype, device)
+    return Policy(model, load_tokenizer(folder), name, weights or hash_weights(folder), template_options)
+
+
+def load_weights(name, folder, kind, dtype, device, **options):
+    """A transformers model of class `kind` from the safetensors of a folder, in evaluation mode; `name` is what an error calls it."""
     import transformers
     transformers.utils.logging.disable_progress_bar()
-    folder = find_folder(name)
     if not list(folder.glob("*.safetensors")):
         raise BadInput(f"--model {name}: expected safetensors weights in {folder}, found none (pickled weights are never loaded)")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                                                                  use_safetensors=True).to(device).eval()
+        return getattr(transformers, kind).from_pretrained(folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True, **options).to(device).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # truncated or foreign files, no such device
         raise BadInput(f"--model {name}: could not be loaded: {error}") from None
-    return Policy(model, load_tokenizer(folder), name, weights or hash_weights(folder), template_options)
 
 
 def load_tokenizer(name):

@@ -339,7 +339,7 @@ def grade(argv):
         raise BadInput("--verifier-noise: goes with --grader check or scalar, without a server")
     prompts = {str(r["id"]): r for r in records.read(args.prompts, "prompts")}
     rubrics = {str(r["id"]): r for r in records.read(args.rubrics, "rubrics")} if args.rubrics else {}
-    pool = by_prompt(args.answers, "answers") if args.answers else {}
+    pool = by_prompt(args.answers, "answers") if args.answers and not args.discriminator else {}  # a discriminator reads their tokens
     groups = {}
     rollouts = records.Table(args.rollouts, "rollouts")
     for key in rollouts.keys():

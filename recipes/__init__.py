@@ -54,6 +54,13 @@ class Run:
         return out
 
 
+def imitate(run, model, corpus, steps, rate, seed, out, more=""):
+    """A model of the world: `steps` of 64 texts of a corpus, from `model`, unless `out` is there already."""
+    if not out.exists():
+        run.stage(f"train.py --method sft --model {model} --rollouts {corpus} --out {out} --batch-size 64 --steps {steps} --learning-rate {rate} --adam-beta2 0.95 --seed {seed} "
+                  f"--micro-batch-tokens 4096 {more}")
+
+
 def append_result(path, row):
     """Adds one line to a results file, validated, whole or not at all."""
     problem = records.validate(row, "results")

@@ -38,7 +38,7 @@ import time
 from pathlib import Path
 
 import records
-from recipes import Claim, Run, add_run_flags, claims_table, last, run_arms, say, settle
+from recipes import Claim, Run, add_run_flags, claims_table, imitate, last, run_arms, say, settle
 
 ARMS = ("before", "sft", "scalar", "scalar-merits", "ropd", "ropd-paper", "ropd-m1", "ropd-flat", "ropd-unchecked", "shuffled", "answer", "teacher")
 SHARED = ("rounds", "prompts", "n", "updates", "learning_rate", "max_tokens", "verifier_noise", "base_steps", "teacher_steps",
@@ -89,9 +89,7 @@ def build_world(run, args, problems, more="", corpus="clean"):
 def spoil_student(run, args, world, seed):
     """This seed's folder with its student: the base, spoiled by careless text."""
     folder = run.out / f"seed{seed}"
-    if not (folder / "student").exists():
-        run.stage(f"train.py --method sft --model {world}/base --rollouts {world}/toy/mixed.jsonl --out {folder}/student --batch-size 64 "
-                  f"--steps {args.spoil_steps} --learning-rate {args.spoil_lr} --fresh-optimizer --adam-beta2 0.95 --seed {seed} --micro-batch-tokens 4096")
+    imitate(run, world / "base", world / "toy" / "mixed.jsonl", args.spoil_steps, args.spoil_lr, seed, folder / "student", "--fresh-optimizer")
     return folder
 
 

@@ -31,7 +31,7 @@ import sys
 import time
 
 import records
-from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, last, report, run_arms, say, settle
+from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, imitate, last, report, run_arms, say, settle
 
 VOCABULARIES = {"m16": "16", "m64": "64", "m4": "4", "m1": "1", "d20": "20:40", "m0": None}
 MAIN = "m16"
@@ -72,12 +72,6 @@ CLAIMS = [
     Claim("control: on one vocabulary there is no gap", "m0-simct − m0-simple", gap("m0-simct", "m0-simple"), "within", 0.02),
     Claim("control: ...and both are ordinary distillation", "m0-simct − m0-opd", gap("m0-simct", "m0-opd"), "within", 0.02),
 ]
-
-
-def imitate(run, model, corpus, steps, rate, seed, out, more=""):
-    if not out.exists():
-        run.stage(f"train.py --method sft --model {model} --rollouts {corpus} --out {out} --batch-size 64 --steps {steps} --learning-rate {rate} --adam-beta2 0.95 --seed {seed} "
-                  f"--micro-batch-tokens 4096 {more}")
 
 
 def build(run, args):

@@ -43,7 +43,7 @@ import time
 import numpy as np
 
 import records
-from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, last, report, run_arms, say, settle
+from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, imitate, last, report, run_arms, say, settle
 
 BRIDGE = "bridge"
 ARMS = {  # model: what is trained; teacher: the arm that teaches; part: which labels or problems; share: of --rounds
@@ -117,17 +117,11 @@ def build(run, args):
     return world
 
 
-def imitate(run, model, corpus, steps, rate, seed, out, more=""):
-    run.stage(f"train.py --method sft --model {model} --rollouts {corpus} --out {out} --batch-size 64 --steps {steps} --learning-rate {rate} --adam-beta2 0.95 --seed {seed} "
-              f"--micro-batch-tokens 4096 {more}")
-
-
 def prepare(run, args, world, seed):
     """This seed's folder with its student and teacher: both after a little text of mixed quality."""
     folder = run.out / f"seed{seed}"
     for name in ("student", "teacher"):
-        if not (folder / "start" / name).exists():
-            imitate(run, world / name, world / "toy" / "mixed.jsonl", args.spoil_steps, args.spoil_lr, seed, folder / "start" / name, "--fresh-optimizer")
+        imitate(run, world / name, world / "toy" / "mixed.jsonl", args.spoil_steps, args.spoil_lr, seed, folder / "start" / name, "--fresh-optimizer")
     if not (folder / "start" / "dev.jsonl").exists() and not args.smoke:
         check_start(run.stage(f"eval.py --model {folder}/start/student --prompts {world}/toy/dev.jsonl --n 8 --max-tokens {args.max_tokens} --seed {3 * 10**6 + seed} "
                               f"--out {folder}/start/dev.jsonl")["accuracy"], "dev", seed)
@@ -152,7 +146,8 @@ def run_arm(run, args, world, folder, seed, arm):
 
     def model_of(name):
         return folder / name / "model" if (folder / name / "model").exists() else folder / "start" / name
-    model, teacher, first, row, started = model_of(a["model"]), a.get("teacher") and model_of(a["teacher"]), None, None, time.time()
+    start, teacher, row, started = model_of(a["model"]), a.get("teacher") and model_of(a["teacher"]), None, time.time()
+    model = start
     own, ledger = {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0}, place / "labels.jsonl"
     upstream, spent = {}, 0  # arm -> its own tokens: what stands behind this arm, each once however often it is met
     for parent in PARENTS[arm]:
@@ -183,13 +178,13 @@ def run_arm(run, args, world, folder, seed, arm):
 
     def train(number, method, flags, rate, fresh):
         """One call of train.py from `model`; the new weights are the model from then on."""
-        nonlocal model, first
+        nonlocal model
         out = place / f"model{number}"
         done = run.stage(f"train.py --method {method} --model {model} --out {out} --learning-rate {rate} --seed {seed * 1000 + number} {'--fresh-optimizer' if fresh else ''} {flags}")
         own["trained_tokens"] += done["trained_tokens"]
-        if first:
+        if model != start:
             shutil.rmtree(model)  # the round before
-        model = first = out
+        model = out
 
     def rollouts(number, prompts):
         """The answers of this round's problems by the model of the moment."""
@@ -227,7 +222,7 @@ def run_arm(run, args, world, folder, seed, arm):
         size = max(1, args.prompts * args.n // args.updates // args.cached_n)  # as many answers an update as everywhere
         return f"--rollouts {place}/cache/answers.jsonl {f'--scores {place}/cache/scores.jsonl' if method == 'fkl' else ''} --batch-size {size} --steps {args.updates}"
 
-    start, stage, rounds = model, a.get("stage"), int(args.rounds * a.get("share", 1))
+    stage, rounds = a.get("stage"), int(args.rounds * a.get("share", 1))
     if not stage:
         measure(0, True)
         records.write_atomically(place / "tokens.json", json.dumps(upstream) + "\n")

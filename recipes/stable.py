@@ -37,7 +37,7 @@ import sys
 import time
 
 import records
-from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, last, report, run_arms, say, settle
+from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, imitate, last, report, run_arms, say, settle
 
 ARMS = {
     "before": {},
@@ -94,12 +94,6 @@ CLAIMS = [
     Claim("plant: a student that loops already is not healed by plain distillation", "repetition(planted-opd)", last("repetition", "planted-opd"), "above", 0.05),
     Claim("plant: it is with both additions", "repetition(planted-stable)", last("repetition", "planted-stable"), "below", 0.05),
 ]
-
-
-def imitate(run, model, corpus, steps, rate, seed, out, more):
-    if not out.exists():
-        run.stage(f"train.py --method sft --model {model} --rollouts {corpus} --out {out} --batch-size 64 --steps {steps} --learning-rate {rate} --adam-beta2 0.95 --seed {seed} "
-                  f"--micro-batch-tokens 4096 {more}")
 
 
 def build(run, args):

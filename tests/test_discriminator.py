@@ -109,7 +109,7 @@ def test_the_gradient_of_a_step_is_that_of_the_mean_over_pairs(world, pairs, kin
     (total / count).backward()
     want = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     got, numbers = one_step(world.rollouts, pairs.answers, pairs.d, overrides=(f"omega={kind}",))
-    assert float((got - want).norm() / want.norm()) < 2e-5 and numbers["train/loss"] == pytest.approx(float(total) / count, rel=1e-5)
+    assert float((got - want).norm() / want.norm()) < 2e-5 and numbers["train/loss"] == pytest.approx(total.item() / count, rel=1e-5)
     assert numbers["train/sequences"] == len(own) + len(given) and numbers["train/tokens"] == sum(len(r["response_ids"]) for r in own + given)
 
 
