@@ -168,6 +168,8 @@ class Data:
                 "length": sum(mask), "truncated": rollout["finish_reason"] == "length", "omega": self.omegas.get(key, 1.0),
                 "own": rollout["policy"].get("weights") == self.policy.identity["weights"]}
         item["tokens"] = item["length"]
+        if "calls" in rollout:
+            item["calls"], item["limited"] = [call["ok"] for call in rollout["calls"]], rollout["finish_reason"] == "tool_limit"
         if self.method.scalar:  # one number for the whole text
             return item | {"length": 1, "judged": self.policy.sees(rollout["prompt_ids"], rollout["response_ids"])}
         trained = np.flatnonzero(mask)

@@ -73,11 +73,13 @@ def interval(values):
 
 def grade(rollout, answer, tail):
     """One line of the output: the rollout (or API answer) held against the right final answer."""
-    from rubric import is_correct
-    ids = rollout.get("response_ids")
-    return {"id": rollout["id"], "sample": rollout["sample"], "text": rollout["text"],
-            "correct": bool(is_correct(rollout["text"], answer)), "length": None if ids is None else len(ids),
-            "truncated": rollout["finish_reason"] == "length", "repetition": round(repetition_ratio(rollout["text"], tail), 3)}
+    from rubric import answered, is_correct
+    row = {"id": rollout["id"], "sample": rollout["sample"], "text": rollout["text"],
+           "correct": bool(is_correct(answered(rollout), answer)), "length": records.written(rollout) if "response_ids" in rollout else None,
+           "truncated": rollout["finish_reason"] == "length", "repetition": round(repetition_ratio(rollout["text"], tail), 3)}
+    if "calls" in rollout:
+        row |= {"calls": [call["ok"] for call in rollout["calls"]], "tool_limit": rollout["finish_reason"] == "tool_limit"}
+    return row
 
 
 def summarise(evals, tail, threshold):
@@ -85,8 +87,10 @@ def summarise(evals, tail, threshold):
 
     Two prompts with right answers [1, 0, 0, 0] and [1, 1, 1, 1]: accuracy (0.25 + 1) / 2 = 0.625,
     pass@1 the same, pass@2 (0.5 + 1) / 2 = 0.75, pass@4 1.0 (the share of prompts solved at least once)."""
-    right, lengths, truncated, repetitive = {}, [], 0, 0
+    right, lengths, truncated, repetitive, episodes = {}, [], 0, 0, []
     for r in evals:
+        if "calls" in r:
+            episodes.append((r["calls"], r["correct"], r["tool_limit"]))
         right.setdefault(str(r["id"]), []).append(r["correct"])
         lengths += [] if r["length"] is None else [r["length"]]
         truncated += r["truncated"]
@@ -98,11 +102,23 @@ def summarise(evals, tail, threshold):
                "accuracy_high": min(1.0, accuracy + half) if half else None}
     for k in sorted({2**i for i in range(n.bit_length())} | {n}):
         summary[f"pass@{k}"] = float(np.mean([pass_at_k(len(r), sum(r), k) for r in right.values()]))
+    summary |= tool_use(episodes) if episodes else {}
     known = len(lengths) == answers  # an API may show no tokens: then no length is better than half of them
     return summary | {"length_mean": float(np.mean(lengths)) if known else None,
                       "length_max": max(lengths) if known else None,
                       "generated_tokens": sum(lengths) if known else None,
                       "truncated_fraction": truncated / answers, "repetition_rate": repetitive / answers}
+
+
+def tool_use(episodes):
+    """Of (how each call ended, whether the answer was right, whether the calls ran out): calls an episode, share of calls that failed, of episodes
+    with a failed call, accuracy of these and of the others (None where there are none), share that ran out of calls."""
+    failed = [(right, not all(calls)) for calls, right, _ in episodes]
+    every = [ok for calls, _, _ in episodes for ok in calls]
+    with_error, without = ([right for right, some in failed if some == kind] for kind in (True, False))
+    return {"calls": len(every) / len(episodes), "call_errors": every.count(False) / max(1, len(every)), "error_episodes": len(with_error) / len(episodes),
+            "accuracy_after_error": float(np.mean(with_error)) if with_error else None, "accuracy_without_error": float(np.mean(without)) if without else None,
+            "tool_limit": float(np.mean([limited for _, _, limited in episodes]))}
 
 
 def auc(values, right):
@@ -187,6 +203,10 @@ def evaluate(argv):
     print(f"eval.py: {args.out}: accuracy {summary['accuracy']:.3f}{span}, {summary['answers']} answers to {len(counts)} of "
           f"{len(prompts)} prompts, {pass_at}, mean length {length} tokens, truncated {summary['truncated_fraction']:.1%}, "
           f"repetitive {summary['repetition_rate']:.1%}")
+    if "calls" in summary:
+        after = summary["accuracy_after_error"]
+        print(f"eval.py: {args.out}: {summary['calls']:.2f} calls an episode, {summary['call_errors']:.1%} of them failed; {summary['error_episodes']:.1%} of the episodes have a failed call"
+              + (f", accuracy there {after:.3f}" if after is not None else ""))
     if args.rewards:
         shown = {name: "none" if value is None else f"{value:.3f}" for name, value in quality.items()}
         print(f"eval.py: {args.rewards}: AUC for correctness {shown['reward_auc']}, within a prompt {shown['reward_auc_within']}, "

@@ -14,8 +14,8 @@ def files(method):
         needs["--rewards"] = "rubric.py grade: one reward an answer"
     if method.teacher:
         needs["--scores" if method.coefficient in ("unit", "sorted") else "--scores or --teacher"] = "teacher.py units: a teacher of another vocabulary" if method.coefficient == "unit" else "teacher.py units --sorted: its largest log-probs" if method.coefficient == "sorted" else "teacher.py score: the teacher's log-prob of every token" + (", with --top-k its likeliest tokens" if method.support else "")
-    if method.token_weight == "file":
-        needs["--token-weights"] = "weigh.py cut: a number for every token"
+    if method.token_weight != "one":
+        needs["--token-weights"] = f"weigh.py {'steps' if method.token_weight == 'teacher' else 'cut'}: a number for every token"
     if method.scalar:
         needs["--data"] = "given answers to the same prompts, which are to score higher"
     if method.gold_weight:
@@ -37,7 +37,7 @@ def formula(method):
     k1 = "log p_T(y) - log mu(y)" + (" + KL(pi || p_T)" if method.baseline == "kl" else "")
     later = f" + {'mean' if method.future == 'mean' else 'sum'} over later tokens of gamma^k (log p_T - log mu), gamma = {method.gamma:g}" if method.gamma else ""
     text = {"token": "1 [a = y]", "score": "grad D(y) of the whole text, in the place of sum_t sum_a c_t(a) grad log pi(a)" + (": of its length alone" if method.view == "length" else ""), "reward": f"{ratio} A [a = y]", "k1": f"{importance('mu')} ({k1}{later}) [a = y]",
-            "reward+k1": f"{ratio} (A + {method.teacher_weight:g} ({k1}{later})) [a = y]",
+            "reward+k1": f"{ratio} (A + {method.teacher_weight:g} {'w ' if method.token_weight == 'teacher' else ''}({k1}{later})) [a = y]" + ", w the token's weight" * (method.token_weight == "teacher"),
             "k2": ("" if method.ratio == "none" else "pi/mu ") + "(log p_T(y) - log pi(y)) [a = y]", "k3": "pi/mu (p_T(y)/pi(y) - 1) [a = y]",
             "unit": "q(a) log(q_T(a) / q(a)) over the candidates a of the unit that y begins: shared tokens" + (
                 ", where both spell y alike, 0 elsewhere" if method.span == "none" else f" and the unit's text, scored by the {'sum' if method.span == 'sum' else 'mean'} of its "

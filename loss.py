@@ -39,7 +39,8 @@ gets depends on the estimator *and* on its use, and most pairs are traps:
 
 Beside the rows' own term stand three others, each with a column: `reference_kl` KL(pi || pi_ref), a leash to a reference policy;
 `gold_weight` -log pi of given answers (--data), a mean over their tokens, so that its meaning does not depend on how long rollouts have
-become; `entropy_bonus`.  With `token_weight` "file" c_t is multiplied by a number that a file has for every token (weigh.py).
+become; `entropy_bonus`.  With `token_weight` "file" c_t is multiplied by a number that a file has for every token (weigh.py), with "teacher" only the
+teacher's term in it.
 
 `k2` with ratio "none" forgets that its samples grow old: no importance weights.  Its gradient is that of the reverse KL while pi is mu, and
 later that of a least-squares regression of log pi onto log p_T at the tokens that mu sampled; advantage_clip makes it a Huber loss.
@@ -89,7 +90,7 @@ class Method:
     reference_kl: float = 0.0        # coefficient of KL(pi || pi_ref), needs --reference (scores by the reference policy)
     reference_support: str = "sample"  # "sample": from the sampled tokens (k2); "full": from the distributions that --reference holds
     gold_weight: float = 0.0         # coefficient of -log pi of given answers to the same prompts (--data), with a token mean of its own
-    token_weight: str = "one"        # "file": --token-weights multiplies c_t (weigh.py); the normaliser still counts tokens, not weights
+    token_weight: str = "one"        # "file": --token-weights multiplies c_t (weigh.py), "teacher": the teacher's term in it; the normaliser still counts tokens, not weights
     consistency: str = "any"         # "sft": the teacher must be the one whose answers this model was fine-tuned on
     span: str = "mean"               # score of a unit of several tokens: their log-probs' "mean" (SimCT eq. 7), "sum", the "logit" mean (its code); "none" leaves it out
     prefixes: str = "keep"           # in a unit of several tokens, shared tokens that only begin its text: "keep" them as rivals or "drop" them
@@ -186,11 +187,15 @@ METHODS = {
     "uld": Method("self", "teacher", "sorted", about="L1 distance of sorted probabilities, place by place, blind to which tokens they belong to (arXiv 2402.12030, without its cross-entropy)"),
     # ---- both
     "opd-verifier": Method(**PPO | dict(signal="reward+teacher", coefficient="reward+k1"), divergence="rkl", advantage="std", about="a verifier's group advantage plus the teacher's advantage of every token"),
+    "sod": Method(**PPO | dict(signal="reward+teacher", coefficient="reward+k1", clip_high=0.28), divergence="rkl", advantage="std", dual_clip=3.0, token_weight="teacher",
+                  about="step-wise distillation of agents: GRPO plus the teacher's advantage, faded where a step has drifted (arXiv 2605.07725); weights: weigh.py steps"),
+    "opd-grpo": Method(**PPO | dict(signal="reward+teacher", coefficient="reward+k1", clip_high=0.28), divergence="rkl", advantage="std", dual_clip=3.0,
+                       about="the same with every step's weight 1: GRPO plus on-policy distillation, SOD's baseline"),
     "rwopd": Method("self", "reward+teacher", "full", "rkl", omega="softmax", about="exact on-policy distillation, answers weighted by the softmax of their rewards"),
 }
 CHOICES = {"prefix": ("data", "teacher", "old", "self", "mixed"), "signal": ("tokens", "reward", "teacher", "reward+teacher"),
            "coefficient": ("token", "reward", "k1", "reward+k1", "k2", "k3", "full", "unit", "sorted", "score"), "divergence": ("none", "rkl", "fkl", "jsd", "mix"),
-           "omega": ("one", "informative", "accepted", "softmax", "preference", "bradley-terry", "cross-entropy"), "view": ("text", "length"), "span": ("mean", "sum", "logit", "none"), "prefixes": ("keep", "drop"), "ratio": ("token", "sequence", "none"), "reference_support": ("sample", "full"), "token_weight": ("one", "file"), "consistency": ("any", "sft"),
+           "omega": ("one", "informative", "accepted", "softmax", "preference", "bradley-terry", "cross-entropy"), "view": ("text", "length"), "span": ("mean", "sum", "logit", "none"), "prefixes": ("keep", "drop"), "ratio": ("token", "sequence", "none"), "reference_support": ("sample", "full"), "token_weight": ("one", "file", "teacher"), "consistency": ("any", "sft"),
            "norm": ("token", "sequence", "batch", "sum"), "advantage": ("none", "mean", "std"), "future": ("sum", "mean"), "baseline": ("none", "kl")}
 DESCENDS = {"k1": ("rkl",), "reward+k1": ("rkl",), "k2": ("rkl",), "k3": ("fkl",), "full": ("rkl", "fkl", "jsd", "mix"), "unit": ("rkl",), "sorted": ("none",)}
 REFUSED = {"k1-loss": "k1 differentiated as a loss has gradient 0 in expectation: use k1 (as an advantage), k2 (as a loss) or full",
@@ -239,6 +244,8 @@ def check(method):
         raise BadInput(f"span, prefixes: how units of several tokens are scored: go with coefficient unit, came {method.span}, {method.prefixes} with {c}")
     if method.view != "text" and not method.scalar:
         raise BadInput(f"view {method.view}: what a discriminator sees: goes with coefficient score, came {c}")
+    if method.token_weight == "teacher" and c != "reward+k1":
+        raise BadInput(f"token_weight teacher: weighs the teacher's term against the reward's: goes with coefficient reward+k1, came {c}: where there is no reward, it is file")
     if method.scalar and (method.entropy_bonus or method.token_weight != "one"):
         raise BadInput("entropy_bonus, token_weight: a discriminator has no tokens of its own, expected 0 and one")
     needs = {"reward": c in ("reward", "reward+k1") or method.omega != "one" and not pairs, "teacher": c in DESCENDS}
@@ -432,6 +439,8 @@ def sampled_advantage(method, batch, kl=None):
     advantage = teacher_advantage(method, batch, kl)
     if method.advantage_clip:
         advantage = advantage.clamp(-method.advantage_clip, method.advantage_clip)
+    if method.token_weight == "teacher":
+        advantage = batch["token_weight"] * advantage
     return batch["advantage"] + method.teacher_weight * advantage if method.coefficient == "reward+k1" else advantage
 
 

@@ -77,7 +77,8 @@ TYPES = {  # name -> (what an error message calls it, test)
     "mask": ("a list of 0 and 1", _is_list_of(lambda i: _is_int(i) and i in (0, 1))),
     "logprobs": ("a list of finite numbers <= 0", _is_list_of(lambda v: _is_number(v) and v <= 1e-4)),
     "weights": ("a list of finite numbers >= 0", _is_list_of(lambda v: _is_number(v) and v >= 0)),
-    "steps": ("a list of [start, end, ok]", _is_list_of(lambda s: type(s) is list and len(s) == 3 and _is_int(s[0]) and _is_int(s[1]))),
+    "steps": ("a list of [start, end, true, false or null]", _is_list_of(lambda s: type(s) is list and len(s) == 3 and _is_int(s[0]) and _is_int(s[1]) and s[2] in (True, False, None))),
+    "calls": ("a list of {..., \"output\": text, \"ok\": true or false}", _is_list_of(lambda c: type(c) is dict and type(c.get("output")) is str and type(c.get("ok")) is bool)),
     "units": ("a list of [s0, s1, t0, t1]", _is_list_of(lambda u: type(u) is list and len(u) == 4 and all(_is_int(i) and i >= 0 for i in u))),
     "numbers": ("a list of finite numbers", _is_list_of(_is_number)),
     "packed": ('a packed array', _is_packed),
@@ -92,8 +93,9 @@ TYPES = {  # name -> (what an error message calls it, test)
 }
 
 # kind -> (key fields, required fields, optional fields)
+_EPISODE = {"steps": "steps", "calls": "calls", "final": "text"}  # of one with tools
 _GENERATED = {"prompt_ids": "ids", "response_ids": "ids", "loss_mask": "mask", "logprobs": "logprobs",
-              "temperature": "number", "top_p": "number", "steps": "steps", "messages": "messages", "answer": "any"}
+              "temperature": "number", "top_p": "number", **_EPISODE, "messages": "messages", "answer": "any"}
 KINDS = {
     "prompts": (("id",), {"id": "id"}, {"messages": "messages", "prompt": "text", "answer": "any", "solution": "text"}),
     # a black-box answer: text only, as an API that shows no tokens returns it
@@ -103,7 +105,7 @@ KINDS = {
     "rollouts": (("id", "sample"), {"id": "id", "sample": "int", "policy": "policy", "text": "text",
                                     "finish_reason": "finish", "prompt_ids": "ids", "response_ids": "ids",
                                     "loss_mask": "mask", "logprobs": "logprobs", "temperature": "number",
-                                    "top_p": "number"}, {"steps": "steps"}),
+                                    "top_p": "number"}, _EPISODE),
     "scores": (("id", "sample"), {"id": "id", "sample": "int", "policy": "policy", "rollout": "text",
                                   "logprobs": "logprobs"}, {"topk": "topk", "topk_of": "text", "end_mass": "number", "units": "units", "unit_logprobs": "logprobs", "unit_logits": "numbers",
                                   "unit_logz": "numbers", "unit_topk": "topk", "prefixes": "packed", "sorted": "packed", "bytes": "ids"}),
@@ -140,6 +142,9 @@ def validate(record, kind):
         for field in ("loss_mask", "logprobs"):
             if field in record and len(record[field]) != len(record["response_ids"]):
                 return f"{field}: expected {len(record['response_ids'])} values, one per response token, came {len(record[field])}"
+        edges = [edge for start, end, _ in record.get("steps", ()) for edge in (start, end)]
+        if edges != sorted(edges) or edges and not 0 <= edges[0] <= edges[-1] <= len(record["response_ids"]):
+            return f"steps: expected one after another within {len(record['response_ids'])} response tokens, came {_show(record['steps'])}"
         if kind == "rollouts" and not record["prompt_ids"]:
             return "prompt_ids: expected at least one token, came an empty list"
     if kind == "rewards" and "discriminator" not in record and not 0 <= (record["reward"] or 0) <= 1:
@@ -164,6 +169,11 @@ def key_of(record, kind):
 def fingerprint(record):
     """12 hex digits that change when a rollout's text or tokens change: what a reward or score was made for."""
     return hashlib.sha256(json.dumps([record["text"], record.get("prompt_ids"), record.get("response_ids")]).encode()).hexdigest()[:12]
+
+
+def written(rollout):
+    """How many tokens the model wrote: all of a response but what tools said in it."""
+    return sum(end - start for start, end, _ in rollout["steps"]) if "steps" in rollout else len(rollout["response_ids"])
 
 
 def floats(values):

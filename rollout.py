@@ -2,6 +2,7 @@
 
     python rollout.py --model runs/toy/student --prompts runs/toy/train.jsonl --n 8 --out rollouts.jsonl
     python rollout.py --model NAME --tokenizer FOLDER --base-url http://localhost:8000/v1 --prompts P --n 8 --out rollouts.jsonl
+    python rollout.py --model M --prompts P --tools calculator --out rollouts.jsonl          # an agent: tools.py
 
 Reads prompts (`id`, `messages` or `prompt`), writes one rollout a line: the sampled token ids, their log-probs under
 the distribution they were sampled from, a loss mask, the text, and the policy (model, hash of weights and template).
@@ -15,8 +16,12 @@ What makes a rollout fit for training, and why each of these is recorded here an
 Every sample draws its own random numbers from (--seed, prompt id, sample number).  So the answers do not depend on
 batching, sharding, or on how often the run was interrupted (up to the last bit of a batched matrix product).
 
+With --tools an answer is an episode of several steps, with what the tools said between them.  `response_ids` then holds all of it, `loss_mask`
+is 0 on what the model has not written, `steps` says where it wrote and how each call ended ([start, end, true | false | null: no call]),
+`calls` what was asked and said, `final` is the text of the last step, which is the answer.
+
 Simplifications: 1. no prefix sharing between the n samples of a prompt; 2. no speculative decoding, no paged cache:
-for large models serve them with vLLM and use --base-url.
+for large models serve them with vLLM and use --base-url; 3. every step of an episode reads its whole context anew.
 """
 import hashlib
 import json
@@ -31,6 +36,7 @@ import records
 import served
 from kernel import all_logits
 from records import BadInput
+from tools import FORMATS, Toolbox
 
 # ---------------------------------------------------------------------------------------------- a policy in memory
 
@@ -273,7 +279,7 @@ def pick(logits, uniform, temperature, top_p):
 def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
     """Answers for a batch of token-id prompts: a list of (response_ids, logprobs, finish_reason, mass on ending at the last token).
 
-    draws [B, max_tokens] of uniforms.  Prompts are padded on the left; a row leaves the batch when it stops."""
+    draws [B, longest] of uniforms; max_tokens: a number, or one a row.  Prompts are padded on the left; a row leaves the batch when it stops."""
     model, device = policy.model, policy.device
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.int64)
@@ -286,7 +292,8 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
     out = [([], [], "length", None) for _ in prompts]
     rows, cache = np.arange(len(prompts)), None  # rows: which answer each row of the shrinking batch belongs to
     stops = torch.tensor([i for i in policy.stop_ids if i < policy.vocabulary], dtype=torch.int64, device=device)
-    for t in range(max_tokens):
+    limits = torch.tensor([max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens, device=device)
+    for t in range(int(limits.max())):
         step = model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=position, cache=cache, use_cache=True)
         cache = step.cache
         last = all_logits(step.last_hidden_state[:, -1], policy.head, **policy.head_options)  # float32, as the trainer computes them
@@ -299,38 +306,83 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
             out[row][0].append(token)
             out[row][1].append(logp)
             out[row] = (*out[row][:2], "stop" if stop else "length", end)
+        stopped |= limits <= t + 1
         if stopped.any():
             going = (~stopped).nonzero()[:, 0]
             if not len(going):
                 break
             cache.batch_select_indices(going)
-            tokens, mask, position, rows = tokens[going], mask[going], position[going], rows[going.cpu().numpy()]
+            tokens, mask, position, limits, rows = tokens[going], mask[going], position[going], limits[going], rows[going.cpu().numpy()]
         ids = tokens[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         position = position[:, -1:] + 1
     return out
 
 
-def generate(policy, jobs, *, max_tokens, temperature, top_p, seed, batch_tokens):
+def sample_episodes(policy, prompts, draws, toolbox, names, *, max_tokens, temperature, top_p):
+    """Like sample_batch, step by step with tools between: a list of dicts for rollout_record.
+
+    names: one a row, which the keys of its calls begin with.  max_tokens bounds the whole response, with the tools' text; an output that would
+    not fit is left out and the episode ends there.  draws are of sampled tokens only."""
+    episodes = [{"response_ids": [], "logprobs": [], "loss_mask": [], "steps": [], "calls": []} for _ in prompts]
+    going = list(range(len(prompts)))
+    while going:
+        limits, parts = [max_tokens - len(episodes[i]["response_ids"]) for i in going], []
+        for i, limit in zip(going, limits):
+            used = sum(episodes[i]["loss_mask"])
+            parts.append(np.pad(draws[i, used:used + limit], (0, max(limits) - limit)))
+        answers = sample_batch(policy, [prompts[i] + episodes[i]["response_ids"] for i in going], np.stack(parts), max_tokens=limits, temperature=temperature, top_p=top_p)
+        again = []
+        for i, (ids, logps, reason, mass) in zip(going, answers):
+            e = episodes[i]
+            start, call = len(e["response_ids"]), toolbox.find(policy.tokenizer.decode(ids)) if reason == "stop" else None
+            e["response_ids"] += ids
+            e["logprobs"] += logps
+            e["loss_mask"] += [1] * len(ids)
+            e["steps"].append([start, len(e["response_ids"]), None])
+            e |= {"finish_reason": reason, "end_mass": mass, "final": policy.tokenizer.decode(ids, skip_special_tokens=True)}
+            if call and len(e["calls"]) == toolbox.most_calls:
+                e["finish_reason"] = "tool_limit"
+            elif call:
+                output, ok = toolbox.run(call, f"{names[i]}|{len(e['calls'])}")
+                turn = toolbox.turn(policy, output)
+                if len(e["response_ids"]) + len(turn) >= max_tokens:
+                    e["finish_reason"] = "length"
+                    continue
+                e["response_ids"] += turn
+                e["logprobs"] += [0.0] * len(turn)  # nobody sampled these
+                e["loss_mask"] += [0] * len(turn)
+                e["steps"][-1][2] = ok
+                e["calls"].append(call | {"output": output, "ok": ok})
+                again.append(i)
+        going = again
+    return episodes
+
+
+def generate(policy, jobs, *, max_tokens, temperature, top_p, seed, batch_tokens, toolbox=None):
     """Yields lists of rollout records, a batch at a time.  jobs: list of (prompts record, sample number)."""
     limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
     for start in range(0, len(jobs), 4096):  # a block at a time, so that a million prompts are not rendered at once
         block, rendered = jobs[start:start + 4096], {}
         for prompt, _ in block:
             if prompt["id"] not in rendered:
-                rendered[prompt["id"]] = render(policy.tokenizer, prompt, policy.template_options)
+                asked = policy.tokenizer, prompt, policy.template_options
+                rendered[prompt["id"]] = toolbox.prompt(render, *asked) if toolbox else render(*asked)
                 if len(rendered[prompt["id"]]) + max_tokens > limit:
                     raise BadInput(f"prompt {prompt['id']!r}: its {len(rendered[prompt['id']])} tokens and --max-tokens {max_tokens} pass the model's "
                                    f"{limit} positions")
         for batch in token_batches([len(rendered[p["id"]]) + max_tokens for p, _ in block], batch_tokens):
             todo = [block[i] for i in batch]
             draws = np.stack([uniforms(seed, p["id"], sample, max_tokens) for p, sample in todo])
-            answers = sample_batch(policy, [rendered[p["id"]] for p, _ in todo], draws, max_tokens=max_tokens,
-                                   temperature=temperature, top_p=top_p)
-            yield [rollout_record(prompt, sample, policy.identity, dict(
-                        prompt_ids=rendered[prompt["id"]], response_ids=ids, logprobs=records.floats(logps), finish_reason=reason, end_mass=mass,
-                        text=policy.tokenizer.decode(ids, skip_special_tokens=True)), temperature, top_p)
-                   for (prompt, sample), (ids, logps, reason, mass) in zip(todo, answers)]
+            how = dict(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+            if toolbox:
+                answers = sample_episodes(policy, [rendered[p["id"]] for p, _ in todo], draws, toolbox, [f"{seed}|{p['id']}|{sample}" for p, sample in todo], **how)
+            else:
+                sampled = sample_batch(policy, [rendered[p["id"]] for p, _ in todo], draws, **how)
+                answers = [dict(zip(("response_ids", "logprobs", "finish_reason", "end_mass"), answer)) for answer in sampled]
+            yield [rollout_record(prompt, sample, policy.identity,
+                                  answer | {"prompt_ids": rendered[prompt["id"]], "text": policy.tokenizer.decode(answer["response_ids"], skip_special_tokens=True)}, temperature, top_p)
+                   for (prompt, sample), answer in zip(todo, answers)]
 
 
 def rollout_record(prompt, sample, identity, answer, temperature, top_p):
@@ -340,6 +392,7 @@ def rollout_record(prompt, sample, identity, answer, temperature, top_p):
     if "response_ids" in answer:
         record |= {"prompt_ids": answer["prompt_ids"], "response_ids": answer["response_ids"],
                    "loss_mask": [1] * len(answer["response_ids"]), "logprobs": records.floats(np.minimum(answer["logprobs"], 0))}
+    record |= {name: answer[name] for name in ("loss_mask", "steps", "calls", "final") if "steps" in answer}
     if answer.get("end_mass") is not None:  # how likely it was to end where its last token stands; a server does not say
         record["end_mass"] = float(f"{answer['end_mass']:.6g}")
     return record
@@ -359,9 +412,29 @@ def add_sampling_flags(p, n):
     p.add_argument("--top-p", type=float, default=1.0, help="nucleus mass; below 1 is for evaluation only")
     p.add_argument("--seed", type=int, default=0, help="with the prompt id and sample number, fixes every answer")
     p.add_argument("--batch-tokens", type=int, default=16384, help="rows x (prompt + max-tokens) held at once: memory against speed")
+    p.add_argument("--tools", metavar="NAME,...", help="calculator, or MODULE:CLASS of your own: the model may call them and goes on with what they say (tools.py)")
+    p.add_argument("--tool-options", type=json.loads, metavar="JSON", help="""keyword arguments of the first tool, e.g. '{"outage": 0.2}'""")
+    p.add_argument("--call-format", choices=FORMATS, help="how the model writes a call (default: hermes)")
+    p.add_argument("--max-calls", type=int, help="calls of an episode; one more ends it in finish_reason `tool_limit` (default: 16)")
     add_model_flags(p)
     p.add_argument("--overwrite", action="store_true", help="begin the output anew")
     served.add_flags(p)
+
+
+def toolbox_of(args):
+    """The Toolbox of --tools, or None; flags that belong to it go with it only."""
+    own = {"--tool-options": args.tool_options, "--call-format": args.call_format, "--max-calls": args.max_calls}
+    if not args.tools:
+        for flag, value in own.items():
+            if value is not None:
+                raise BadInput(f"{flag} {value}: goes with --tools")
+        return None
+    if args.base_url:
+        raise BadInput("--tools: run beside weights that are loaded here, expected no --base-url with it")
+    options = {} if args.tool_options is None else args.tool_options
+    if not isinstance(options, dict):
+        raise BadInput(f"--tool-options: expected a JSON object, came {options!r}")
+    return Toolbox(args.tools, options, args.call_format or "hermes", 16 if args.max_calls is None else args.max_calls)
 
 
 def add_model_flags(p):
@@ -411,7 +484,7 @@ def answer_prompts(args, kind, need_tokens):
         raise BadInput("--n and --max-tokens must be at least 1, --temperature at least 0, --top-p in (0, 1]")
     if not isinstance(args.template_options, dict):
         raise BadInput(f"--template-options: expected a JSON object, came {args.template_options!r}")
-    prompts = select_prompts(args)
+    prompts, toolbox = select_prompts(args), toolbox_of(args)
     if args.base_url:
         policy, (tokenizer, identity) = None, served_policy(args)
         if need_tokens and tokenizer is None:
@@ -422,13 +495,15 @@ def answer_prompts(args, kind, need_tokens):
         identity = policy.identity
     settings = {"policy": who(identity), "temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens,
                 "seed": args.seed, "dtype": args.dtype, "served": bool(args.base_url)}
+    if toolbox:
+        settings["tools"] = [args.tools, args.tool_options or {}, toolbox.form, toolbox.most_calls]
     total, failures = len(prompts) * args.n, []
     with records.Writer(args.out, kind, settings, [args.prompts], args.overwrite) as writer:
         jobs = [(p, s) for p in prompts for s in range(args.n) if (str(p["id"]), s) not in writer]
         with records.progress(total=total, initial=total - len(jobs), desc=Path(args.out).name) as bar:
             if policy:
                 batches = generate(policy, jobs, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p,
-                                   seed=args.seed, batch_tokens=args.batch_tokens)
+                                   seed=args.seed, batch_tokens=args.batch_tokens, toolbox=toolbox)
             else:
                 batches = generate_served(args, jobs, identity, tokenizer if need_tokens else None)
             for batch in batches:
@@ -470,13 +545,19 @@ def main(argv=None):
     add_sampling_flags(p, n=8)
     args = p.parse_args(argv)
     summary = answer_prompts(args, "rollouts", need_tokens=True)
-    lengths, cut = [], 0  # of the whole file, also what an earlier run has written
+    lengths, cut, calls, limited = [], 0, [], 0  # of the whole file, also what an earlier run has written
     for r in records.read(args.out, "rollouts"):
-        lengths.append(len(r["response_ids"]))
+        lengths.append(records.written(r))
         cut += r["finish_reason"] == "length"
+        limited += r["finish_reason"] == "tool_limit"
+        calls += [call["ok"] for call in r.get("calls", ())]
     summary |= {"generated_tokens": sum(lengths), "length_mean": float(np.mean(lengths)), "truncated": cut / len(lengths)}
+    more = ""
+    if args.tools:
+        summary |= {"calls": len(calls) / len(lengths), "call_errors": calls.count(False) / max(1, len(calls)), "tool_limit": limited / len(lengths)}
+        more = f"; {summary['calls']:.2f} calls an episode, {summary['call_errors']:.1%} of them failed, {summary['tool_limit']:.1%} of the episodes ended at the last call"
     print(f"rollout.py: {args.out}: {summary['records']} rollouts, mean length {summary['length_mean']:.1f} tokens, "
-          f"{summary['truncated']:.1%} cut at {args.max_tokens}")
+          f"{summary['truncated']:.1%} cut at {args.max_tokens}{more}")
     return summary
 
 

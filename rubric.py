@@ -70,6 +70,18 @@ def is_correct(text, answer):
     return given == wanted
 
 
+def answered(rollout):
+    """The text that a final answer is looked for in: all of it or, of an episode with tools, the last step."""
+    return rollout.get("final", rollout["text"])
+
+
+def outcome(rollout, answer, shape=False):
+    """1 for a right final answer, else 0; shape: a wrong one earns 0.05 a tool call, at most 0.2, as in SOD's released code (there -1 to -0.6 of +-1)."""
+    if is_correct(answered(rollout), answer):
+        return 1.0
+    return min(0.2, 0.05 * len(rollout.get("calls", ()))) if shape else 0.0
+
+
 def question_of(prompt):
     """What the judge is shown as the question: the prompt's text, or its messages other than the system's."""
     if "prompt" in prompt:
@@ -325,6 +337,7 @@ def grade(argv):
     p.add_argument("--scalar-view", default="all", choices=("all", "merits"), help="scalar without server: properties it votes on")
     p.add_argument("--frozen-rubrics", action="store_true", help="accept rubrics that were drawn from other rollouts than these")
     p.add_argument("--shuffle", action="store_true", help="null control: deal each group's rewards out among its rollouts at random")
+    p.add_argument("--shape-calls", action="store_true", help="answer: a wrong answer earns a little for every tool call, as in SOD's released code: pays for calling, not for being right")
     p.add_argument("--ledger", metavar="FILE", help="answer: JSONL that keeps which labels were spent on what; a label that was spent on something else is refused")
     p.add_argument("--spend", metavar="PURPOSE", help="answer, with --ledger: what these labels are spent on, a name like teacher-rl")
     p.add_argument("--spend-again", action="store_true", help="answer, with --ledger: take labels that were spent on something else, and write that down")
@@ -332,6 +345,8 @@ def grade(argv):
     args = p.parse_args(argv)
     if bool(args.ledger) != bool(args.spend) or (args.spend_again and not args.ledger) or (args.ledger and args.grader != "answer"):
         raise BadInput("--ledger, --spend: expected both, with --grader answer, and --spend-again only beside them: only that grader spends labels")
+    if args.shape_calls and args.grader != "answer":
+        raise BadInput(f"--shape-calls: goes with --grader answer, came {args.grader}")
     needs_rubric = args.grader in ("check", "judge")
     if needs_rubric != bool(args.rubrics):
         raise BadInput(f"--grader {args.grader}: expected {'--rubrics FILE' if needs_rubric else 'no --rubrics'}")
@@ -369,7 +384,7 @@ def grade(argv):
         """[(reward or None, verdicts or the reason of a failure)] for the group's rollouts, and the teacher's rewards."""
         question, mine = question_of(prompts[prompt_id]), [rollouts[key]["text"] for key in groups[prompt_id]]
         if args.grader == "answer":
-            return [(float(is_correct(t, prompts[prompt_id]["answer"])), None) for t in mine], []
+            return [(outcome(rollouts[key], prompts[prompt_id]["answer"], args.shape_calls), None) for key in groups[prompt_id]], []
         if scorer:
             return [(score, None) for score in scorer.judge(prompt_id)], []
         if args.grader == "scalar":
@@ -398,7 +413,7 @@ def grade(argv):
                 [s for s in scores[len(mine):] if s is not None])
 
     name += ", shuffled" if args.shuffle else ""
-    settings = {"grader": name, "mode": args.mode, "noise": args.verifier_noise, "view": args.scalar_view, "seed": args.seed} | judge_settings(args)
+    settings = {"grader": name, "mode": args.mode, "noise": args.verifier_noise, "view": args.scalar_view, "seed": args.seed} | judge_settings(args) | ({"shape_calls": True} if args.shape_calls else {})
     failures, teacher_scores, beaten = [], [], []
     inputs = [f for f in (args.prompts, args.rubrics, args.rollouts, args.answers) if f]
     with records.Writer(args.out, "rewards", settings, inputs, args.overwrite, retry=lambda r: r["status"] == "failed") as writer:

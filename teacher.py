@@ -46,7 +46,7 @@ def answer(argv):
         distinct += text not in seen
         seen.add(text)
         prompts.add(text[0])
-        tokens += len(r.get("response_ids", ()))
+        tokens += records.written(r) if "response_ids" in r else 0
     summary |= {"duplicates": 1 - distinct / summary["records"], "generated_tokens": tokens}
     print(f"teacher.py answer: {args.out}: {summary['records']} answers to {len(prompts)} prompts, {summary['duplicates']:.1%} repeat "
           "another answer to the same prompt")
@@ -214,7 +214,10 @@ def score(argv):
         print(f"{args.out}: {len(failures)} of {len(lengths)} rollouts could not be scored (first: {failures[0]}); run the same command again for them")
 
     for record in records.read(args.out, "scores"):  # log mu - log p_T on the sampled tokens: its mean estimates the reverse KL
-        gap = np.subtract(rollouts[records.key_of(record, "scores")]["logprobs"], record["logprobs"])
+        rollout = rollouts[records.key_of(record, "scores")]
+        gap = np.subtract(rollout["logprobs"], record["logprobs"])
+        if "steps" in rollout:  # what a tool said, nobody sampled
+            gap = np.concatenate([gap[start:end] for start, end, _ in rollout["steps"]])
         tokens, gap_sum, gap_max = tokens + len(gap), gap_sum + gap.sum(), max(gap_max, np.abs(gap).max(initial=0.0))
     summary = {"out": args.out, "records": len(lengths) - len(failures), "failed": len(failures), "teacher_tokens": tokens, "noise_floor": floor,
                "kl_mean": float(gap_sum / max(1, tokens)), "gap_max": float(gap_max)}

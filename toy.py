@@ -2,6 +2,7 @@
 
     python toy.py --out runs/toy
     python toy.py --task forks --out runs/forks
+    python toy.py --task tools --out runs/tools
 
 Writes prompts, text corpora and untrained models (transformers folders, Llama architecture).  Nothing is trained
 here: `train.py --method sft` does the pre-training on these corpora, like any other training.
@@ -67,13 +68,15 @@ import re
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
+import agents
 import records
 
 STYLES = ("lines", "chain", "totals", "ledger")
-SIZES = {"student": (64, 2, 4), "teacher": (96, 2, 4)}  # hidden width, layers, heads
+SIZES = {"student": (64, 2, 4), "teacher": (96, 2, 4), "large": (160, 3, 4)}  # hidden width, layers, heads
 SYMBOLS = "0123456789+-=?#,:\n "
 TWO_DIGITS = [(str(n)[0], str(n)[1]) for n in range(10, 41)]  # merged into one token each: a second, foreign vocabulary
 # pad, user, assistant and end are one token each; roles open with their mark and an answer closes with <|end|>
@@ -307,7 +310,7 @@ def learn_merges(texts, count):
     return [tuple(pair) for pair in json.loads(core.to_str())["model"]["merges"]][:count]
 
 
-def build_tokenizer(symbols=SYMBOLS, merges=(), more_special=(), end="<|end|>"):
+def build_tokenizer(symbols=SYMBOLS, merges=(), more_special=(), end="<|end|>", template=CHAT_TEMPLATE):
     """One token a character; with `merges`, pairs of characters, also one token for each of these pairs.  `end` closes an answer: with
     two ends among the special tokens, two tokenizers can share every id and still not end alike."""
     from tokenizers import Tokenizer, decoders, models
@@ -318,7 +321,7 @@ def build_tokenizer(symbols=SYMBOLS, merges=(), more_special=(), end="<|end|>"):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>", eos_token=end,
                                         additional_special_tokens=[t for t in (*SPECIAL[1:], *more_special) if t != end],
                                         clean_up_tokenization_spaces=False)
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = template
     return tokenizer
 
 
@@ -421,9 +424,50 @@ def fill_forks(folder, args):
                     f"{', '.join(FORK_CORPORA)}, 2 untrained models")
 
 
+def check_tools(args):
+    """Refuses flags of --task tools that cannot be."""
+    bounds = re.fullmatch(r"(\d+):(\d+)", args.terms)
+    args.terms = tuple(map(int, bounds.groups())) if bounds else (0, 0)
+    if not 1 <= args.terms[0] <= args.terms[1] <= 8:
+        raise records.BadInput(f"--terms: expected FEWEST:MOST operations with 1 <= FEWEST <= MOST <= 8, came {args.terms}")
+    if not 0 <= args.outage < 1:
+        raise records.BadInput(f"--outage: expected a share from 0 to below 1, came {args.outage}")
+
+
+def fill_tools(folder, args):
+    """Everything of --task tools; returns the same."""
+    from rollout import identity_of
+    from tools import Toolbox
+    tokenizer = build_tokenizer(agents.SYMBOLS, more_special=agents.MORE_SPECIAL, template=agents.TEMPLATE)
+    writer = SimpleNamespace(tokenizer=tokenizer, stop_ids=[tokenizer.eos_token_id], template_options={}, identity=identity_of("toy.py", None, tokenizer, {}))
+    toolbox = Toolbox("calculator", {"outage": args.outage}, "brackets", agents.MOST_STEPS)
+
+    def asked(name, number, split, count, unique=True):
+        rng, seen = np.random.default_rng([args.seed, number]), set()
+        source = agents.chains(rng, split, args.terms, split_of)
+        while count:
+            chain = next(source)
+            if not unique or ",".join(chain) not in seen:
+                seen.add(",".join(chain) if unique else "")
+                count -= 1
+                yield rng, chain, {"id": f"{name}{len(seen) if unique else count:06d}", "messages": [{"role": "user", "content": ",".join(chain) + "=?"}]}
+    files = (("train", args.train_prompts, "t"), ("dev", args.eval_prompts, "d"), ("heldout", args.eval_prompts, "h"))
+    for number, (split, count, prefix) in enumerate(files):
+        records.write_atomically(folder / f"{split}.jsonl", (json.dumps(prompt | {"answer": str(agents.result(chain))}) + "\n" for _, chain, prompt in asked(prefix, number, split, count)))
+    for number, name in enumerate(agents.STEPS, 3):
+        rows = (prompt | {"sample": 0, "policy": writer.identity | {"model": f"toy.py {name}"}} | agents.episode(rng, writer, toolbox, prompt, chain, agents.STEPS[name], prompt["id"])
+                for rng, chain, prompt in asked(name[0], number, "train", getattr(args, name), unique=False))
+        records.write_atomically(folder / f"{name}.jsonl", (json.dumps(row) + "\n" for row in rows))
+    for name, size in SIZES.items():
+        write_model(folder / name, tokenizer, size, args.seed)
+    counts = {"train": args.train_prompts, "heldout": args.eval_prompts} | {name: getattr(args, name) for name in agents.STEPS}
+    return counts, f"{args.train_prompts} train, {args.eval_prompts} dev and heldout prompts, {args.clean} clean and {args.mixed} mixed episodes, {len(SIZES)} untrained models"
+
+
 TASKS = {"sums": (fill_sums, {"eval_prompts": 200, "clean": 100000, "mixed": 16000, "facts": 32, "terms": "2:6", "styles": ",".join(STYLES),
                               "slips": None, "right": None, "loops": 0, **dict.fromkeys(LOOP_FLAGS), "student_merges": None, "second_end": False}),  # check_sums fills in LOOP_FLAGS
-         "forks": (fill_forks, {"texts": 32000})}
+         "forks": (fill_forks, {"texts": 32000}),
+         "tools": (fill_tools, {"eval_prompts": 200, "clean": 40000, "mixed": 16000, "terms": "2:5", "outage": 0.1})}
 
 
 def main(argv=None):
@@ -431,11 +475,11 @@ def main(argv=None):
     p.add_argument("--task", default="sums", choices=TASKS, help="the world to write, see above")
     p.add_argument("--out", default="runs/toy", help="folder to fill")
     p.add_argument("--train-prompts", type=int, default=1280, help="problems the student practises on; of forks: ids, for its 8 problems in turn")
-    p.add_argument("--eval-prompts", type=int, help="sums: problems in each of dev and heldout (default: 200); forks has 8")
-    p.add_argument("--clean", type=int, help="sums: right texts for pre-training (default: 100000)")
-    p.add_argument("--mixed", type=int, help="sums: careless texts that spoil the student's habits (default: 16000)")
+    p.add_argument("--eval-prompts", type=int, help="problems in each of dev and heldout (default: 200); forks has 8")
+    p.add_argument("--clean", type=int, help="right texts for pre-training (default: sums 100000, tools 40000)")
+    p.add_argument("--mixed", type=int, help="careless texts that spoil the student's habits (default: 16000)")
     p.add_argument("--facts", type=int, help="sums: facts to learn by heart (default: 32), at most 90")
-    p.add_argument("--terms", metavar="A:B", help="sums: fewest and most terms of a problem, in all files (default: 2:6), at most 30")
+    p.add_argument("--terms", metavar="A:B", help="fewest and most terms of a problem, in all files (default: sums 2:6, at most 30; tools: operations, 2:5, at most 8)")
     p.add_argument("--styles", metavar="STYLE,STYLE", help="sums: styles of the texts (default: all four); solutions of prompts stay in lines")
     p.add_argument("--slips", type=float, metavar="SHARE", help="sums: mixed is right work, with a slip in this share (default: mixed as above)")
     p.add_argument("--right", type=float, metavar="SHARE", help="sums: share of right work in mixed (default: 0.1)")
@@ -445,20 +489,21 @@ def main(argv=None):
     p.add_argument("--loop-tokens", type=int, metavar="L", help="sums: characters of a loop (default: 320); eval.py searches the last 256")
     p.add_argument("--student-merges", metavar="N|A:B", help="sums: also write student_merged, with N tokens learnt by BPE, or one token for each number A..B (10 to 99)")
     p.add_argument("--second-end", action="store_true", default=None, help="sums: a second end token, <|eot|>, for the teacher's answers")
+    p.add_argument("--outage", type=float, metavar="SHARE", help="tools: calls in the corpora that fail without being wrong (default: 0.1)")
     p.add_argument("--texts", type=int, help="forks: texts in each corpus (default: 32000); fewer of them, rougher shares")
     p.add_argument("--seed", type=int, default=0, help="seed of problems, texts and initial weights")
     p.add_argument("--overwrite", action="store_true", help="replace --out")
     args = p.parse_args(argv)
-    for task, (_, own_flags) in TASKS.items():
-        for name, default in own_flags.items():
-            came = getattr(args, name)
-            if task == args.task:
-                setattr(args, name, default if came is None else came)
-            elif came is not None:
-                given = f"--{name.replace('_', '-')}" + ("" if came is True else f" {came}")
-                raise records.BadInput(f"{given}: belongs to --task {task}, expected no such flag with --task {args.task}")
-    if args.task == "sums":
-        check_sums(args)
+    own = TASKS[args.task][1]
+    for name in dict.fromkeys(name for _, flags in TASKS.values() for name in flags):
+        came = getattr(args, name)
+        if name in own:
+            setattr(args, name, own[name] if came is None else came)
+        elif came is not None:
+            given, tasks = f"--{name.replace('_', '-')}" + ("" if came is True else f" {came}"), " or ".join(task for task, (_, flags) in TASKS.items() if name in flags)
+            raise records.BadInput(f"{given}: belongs to --task {tasks}, expected no such flag with --task {args.task}")
+    if args.task != "forks":
+        {"sums": check_sums, "tools": check_tools}[args.task](args)
     out, unfinished = Path(args.out), Path(f"{args.out}.partial")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.overwrite:
         raise records.BadInput(f"--out {out}: exists already: give another one, or --overwrite to replace it")

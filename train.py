@@ -255,6 +255,9 @@ def sequence_metrics(items):
     out = {"rollout/length_mean": float(np.mean([s["tokens"] for s in items])), "rollout/length_max": max(s["tokens"] for s in items),
            "rollout/truncated": float(np.mean([s["truncated"] for s in items])), "train/tokens": sum(s["tokens"] for s in items),
            "train/sequences": len(items), "rollout/on_policy_fraction": float(np.mean([s["own"] for s in items]))}
+    if "calls" in items[0]:
+        calls = [ok for s in items for ok in s["calls"]]
+        out |= {"rollout/calls": len(calls) / len(items), "rollout/call_errors": calls.count(False) / max(1, len(calls)), "rollout/tool_limit": float(np.mean([s["limited"] for s in items]))}
     if "reward" in items[0]:
         out["reward/mean"] = float(np.mean([s["reward"] for s in items]))
         out["reward/advantage_abs_mean"] = float(np.mean([abs(s["advantage"]) for s in items]))
@@ -328,7 +331,7 @@ def check_inputs(args, method):
     """The files a row reads are there, and none that it does not read."""
     row = f"--method {args.method}"
     for needed, flags in ((method.rewards, {"rewards": "FILE"}), (method.teacher, {"scores": "FILE", "teacher": "FOLDER"}), (method.reference, {"reference": "FILE"}),
-                          (method.token_weight == "file", {"token_weights": "FILE"}), (method.given, {"data": "FILE"}), (method.prefix == "mixed" and not args.teacher, {"data_scores": "FILE"})):
+                          (method.token_weight != "one", {"token_weights": "FILE"}), (method.given, {"data": "FILE"}), (method.prefix == "mixed" and not args.teacher, {"data_scores": "FILE"})):
         given = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag)]
         if needed and not given:
             raise BadInput(f"{row}: expected {' or '.join(f'--{k} {v}' for k, v in flags.items()).replace('_', '-')}, but it is missing")
@@ -384,7 +387,7 @@ def main(argv=None):
     p.add_argument("--teacher-top-k", type=int, metavar="K", help="read only the K likeliest tokens of --teacher (default: exact; the vocabulary's size is exact, too)")
     p.add_argument("--allow-template-mismatch", action="store_true", help="a --teacher with another chat template, off its own ground")
     p.add_argument("--reference", help="JSONL of reference-policy scores for the KL leash (teacher.py score --model START)")
-    p.add_argument("--token-weights", help="JSONL of a number for every token of these rollouts (weigh.py), for a method that reads them")
+    p.add_argument("--token-weights", help="JSONL of a number for every token of these rollouts (weigh.py), for a method that reads them (release, sod)")
     p.add_argument("--allow-teacher-mismatch", action="store_true", help="another teacher than that of the fine-tuning, for a method that wants the same")
     p.add_argument("--data", help="JSONL of given answers to the same prompts (gkd: in the rollouts' place; stable-opd: beside them), or of prompts with a `solution`")
     p.add_argument("--data-scores", help="JSONL of teacher scores for --data")

@@ -3,6 +3,7 @@
     python weigh.py cut  --rollouts R --scores S --model runs/toy/student --rule release --out weights.jsonl
     python weigh.py cut  --rollouts R --rule fixed --tokens 16 --out weights.jsonl
     python weigh.py null --rollouts R --scores S --model runs/toy/student --prompts P --out null.json --plot null.png
+    python weigh.py steps --rollouts R --scores S --rule sod --out weights.jsonl                  # of episodes with tools, and `drift`: stepweights.py
 
 Late in a rollout a strong teacher still disagrees with the student, but no longer prefers one of the student's own likely tokens to
 another: there is feedback and no contrast.  `cut` looks for the block after which that happens and writes kind "weights", one a response
@@ -466,7 +467,8 @@ def null(argv):
 
 
 def main(argv=None):
-    return records.dispatch(__doc__, {"cut": cut, "null": null}, argv)
+    import stepweights
+    return records.dispatch(__doc__, {"cut": cut, "null": null, "steps": stepweights.steps, "drift": stepweights.drift}, argv)
 
 
 if __name__ == "__main__":

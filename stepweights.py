@@ -1,0 +1,209 @@
+"""weigh.py steps and weigh.py drift: how much the teacher counts at each step of an episode with tools.  SOD (arXiv 2605.07725), its ablations, and a look.
+
+    python weigh.py steps --rollouts R --scores S --rule sod --out weights.jsonl
+    python weigh.py drift --rollouts R --scores S --out drift.json --plot drift.png
+
+A wrong call drops foreign text into the context, the following steps drift away from what the teacher knows, and its numbers there are no longer
+worth as much.  SOD measures the drift of step k by the sampled tokens alone and fades the teacher where it is larger than at the first step:
+
+    d_k = mean over the tokens of step k of |log mu(y_t) - log p_T(y_t)|                                          eq. 6, nats a token
+    w_k = min( prod_{u < k} (d_u + eps) / (d_{u+1} + eps),  1 + delta )  =  min( (d_1 + eps) / (d_k + eps), 1 + delta )      eq. 7, eps 1e-6, delta 0.2
+
+The product telescopes and the bound is put on its end, so no step's weight remembers the way to it; w_1 = 1.
+d [0.22, 0.44, 1.1, 0.11] -> w [1, 0.5, 0.2, 1.2].  log mu are the rollout's own log-probs or, where a server sampled in other precision, those that
+`teacher.py score --model STUDENT` computes: --own-scores.
+
+Rules: `sod` is that.  `uniform` is 1 everywhere.  `no-cap` leaves the bound out.  `mask` is 0 from the step after the first failed call on,
+`decay` 0.9^(steps since then): the paper's ablations.  Controls: `shuffled` deals sod's weights out among the steps of the same episode, `mean` gives
+every token the mean of sod's over the file's tokens: is it only a smaller coefficient?  `batch` measures d_k against the mean first step of the
+file, for an episode's own first step may be a few tokens of luck.
+
+train.py --method sod multiplies the teacher's term, not the reward's.  A masked token counts neither in d_k nor in the loss.
+"""
+import json
+
+import numpy as np
+
+import records
+from eval import COLOURS, claim
+from records import BadInput
+
+EPS, DELTA, DECAY = 1e-6, 0.2, 0.9
+RULES = ("sod", "uniform", "no-cap", "mask", "decay", "shuffled", "mean", "batch")
+
+
+def divergences(own, teacher, mask, steps):
+    """d_k of every step, [K]: own, teacher, mask [T]; steps [[start, end, ok]].  A step without a loss token has 0.
+
+    divergences([-1, -1, -2], [-2, -1, -2], [1, 1, 1], [[0, 2, True], [2, 3, None]]) -> [0.5, 0]"""
+    gap, mask = np.abs(np.subtract(own, teacher)), np.asarray(mask, bool)
+    return np.array([gap[start:end][mask[start:end]].mean() if mask[start:end].any() else 0.0 for start, end, _ in steps])
+
+
+def step_weights(d, first=None, delta=DELTA):
+    """w_k from d_k, [K] (eq. 7); first: what d_1 is replaced by; delta: None for no bound."""
+    d = np.asarray(d, np.float64)
+    w = ((d[0] if first is None else first) + EPS) / (d + EPS)
+    return w if delta is None else np.minimum(w, 1 + delta)
+
+
+def since_error(steps):
+    """Steps since the first failed call, 0 up to and with it.   [[0, 4, True], [9, 12, False], [40, 44, True], [50, 52, None]] -> [0, 0, 1, 2]"""
+    first = next((k for k, (_, _, ok) in enumerate(steps) if ok is False), len(steps))
+    return np.maximum(np.arange(len(steps)) - first, 0)
+
+
+def weigh(rule, d, steps, rng, first, mean):
+    """w_k of a rule, [K]; first: the file's mean d_1; mean: the mean of sod's weights over the file's tokens."""
+    after = since_error(steps)
+    if rule == "shuffled":
+        return rng.permutation(step_weights(d))
+    return {"sod": lambda: step_weights(d), "uniform": lambda: np.ones(len(d)), "no-cap": lambda: step_weights(d, delta=None), "mask": lambda: np.where(after > 0, 0.0, 1.0),
+            "decay": lambda: DECAY ** after, "mean": lambda: np.full(len(d), mean), "batch": lambda: step_weights(d, first)}[rule]()
+
+
+def reader(args, rollouts):
+    """measure(rollout) -> (steps, d [K], loss tokens of each step [K], its score)."""
+    scores, own = records.Table(args.scores, "scores"), records.Table(args.own_scores, "scores") if args.own_scores else None
+
+    def measure(rollout):
+        key = records.key_of(rollout, "rollouts")
+        score, mine = records.partner(scores, rollout, rollouts), records.partner(own, rollout, rollouts) if own else rollout
+        if own and mine["policy"].get("weights") != rollout["policy"].get("weights"):
+            raise BadInput(f"{own.where(key)}: policy.weights: expected {rollout['policy'].get('weights')}, the weights that wrote the rollout, came {mine['policy'].get('weights')}")
+        steps, mask = rollout.get("steps") or [[0, len(rollout["response_ids"]), None]], rollout["loss_mask"]  # without tools an answer is one step
+        return steps, divergences(mine["logprobs"], score["logprobs"], mask, steps), np.array([sum(mask[start:end]) for start, end, _ in steps]), score
+    return measure
+
+
+def add_flags(p):
+    p.add_argument("--rollouts", required=True, help="JSONL of rollouts, of episodes with tools")
+    p.add_argument("--scores", required=True, help="the teacher's scores of them (teacher.py score)")
+    p.add_argument("--own-scores", help="scores by the model that wrote them, in place of the log-probs that stand in the rollouts")
+    p.add_argument("--out", required=True, help="file to write")
+    p.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def steps(argv):
+    p = records.parser(__doc__)
+    add_flags(p)
+    p.add_argument("--rule", required=True, choices=RULES, help="see above")
+    p.add_argument("--seed", type=int, default=0, help="--rule shuffled: how the weights are dealt out")
+    args = p.parse_args(argv)
+    rollouts = records.Table(args.rollouts, "rollouts")
+    measure, firsts, total, tokens = reader(args, rollouts), [], 0.0, 0
+    for rollout in rollouts:  # what only the whole file can tell
+        _, d, sizes, _ = measure(rollout)
+        firsts.append(d[0])
+        total, tokens = total + step_weights(d) @ sizes, tokens + sizes.sum()
+    if not tokens:
+        raise BadInput(f"{args.rollouts}: loss_mask: expected rollouts with loss tokens, came none")
+    first, mean = float(np.mean(firsts)), float(total / tokens)
+    settings = {"rule": args.rule, "first": first, "mean": mean, "of_rollouts": len(rollouts)} | ({"seed": args.seed} if args.rule == "shuffled" else {})
+    with records.Writer(args.out, "weights", settings, [args.rollouts, args.scores] + [args.own_scores] * bool(args.own_scores), args.overwrite) as writer:
+        for number, key in enumerate(records.progress(rollouts.keys(), desc="weigh", unit="rollout")):
+            if key in writer:
+                continue
+            rollout = rollouts[key]
+            spans, d, _, _ = measure(rollout)
+            w, weights = weigh(args.rule, d, spans, np.random.default_rng([args.seed, number]), first, mean), np.zeros(len(rollout["response_ids"]))
+            for (start, end, _), each in zip(spans, w):
+                weights[start:end] = each
+            writer.write({"id": rollout["id"], "sample": rollout["sample"], "rollout": records.fingerprint(rollout), "rule": args.rule, "weights": [float(f"{x:.9g}") for x in weights],
+                          "d": records.floats(d), "w": records.floats(w)})
+    d, w = (np.concatenate([r[name] for r in records.read(args.out, "weights")]) for name in ("d", "w"))
+    summary = {"out": args.out, "records": len(rollouts), "d_first": first, "d_mean": float(d.mean()), "w_mean": float(w.mean()), "w_max": float(w.max()),
+               "w_low": float(np.mean(w < 0.5)), "w_capped": float(np.mean(w >= (1 + DELTA) * (1 - 1e-6)))}
+    print(f"weigh.py steps: {args.out}: {len(rollouts)} rollouts, rule {args.rule}: d_1 {first:.3f}, d {summary['d_mean']:.3f}; weight mean {summary['w_mean']:.3f}, "
+          f"below a half in {summary['w_low']:.1%} of the steps, at the bound in {summary['w_capped']:.1%}")
+    return summary
+
+
+# ---------------------------------------------------------------------------------------------- drift
+
+def kind_of(steps):
+    """What became of an episode's calls: "clean" (none failed), "recovered" (the last one worked) or "error"."""
+    oks = [ok for _, _, ok in steps if ok is not None]
+    return "clean" if all(oks) else "recovered" if oks[-1] else "error"
+
+
+def entropies(score, steps):
+    """Mean entropy of the teacher in every step, [K] nats, from all its log-probs; None unless the score has the whole distribution."""
+    if "topk" not in score:
+        return None
+    top = records.unpack(score["topk"]["logprobs"]).astype(np.float64)
+    if abs(np.exp(top).sum(1) - 1).max(initial=0) > 1e-3:
+        return None
+    each = -np.where(np.isfinite(top), np.exp(top) * top, 0).sum(1)
+    return [float(each[start:end].mean()) for start, end, _ in steps]
+
+
+def drift(argv):
+    p = records.parser("How far the teacher and the student are apart, step by step: d_k of clean, recovered and failed episodes, and by steps since the first failed call.\n"
+                       "With the teacher's whole distribution (score --top-k V) its entropy beside it.  For the placebo, right outputs of an error's length, sample with\n"
+                       "--tool-options '{\"pad\": 40}' and look at that file.\n\n"
+                       "    python weigh.py drift --rollouts R --scores S --out drift.json --plot drift.png")
+    add_flags(p)
+    p.add_argument("--plot", help="picture to write (.png, .svg, .pdf)")
+    args = p.parse_args(argv)
+    from weigh import by_offset, means
+    if not (args.plot or ".png").endswith((".png", ".svg", ".pdf")):
+        raise BadInput(f"--plot {args.plot}: expected a name that ends in .png, .svg or .pdf")
+    for path in (args.out, args.plot):
+        claim(path, args.overwrite)
+    rollouts = records.Table(args.rollouts, "rollouts")
+    measure, places, unsure, series, firsts, after = reader(args, rollouts), {}, {}, [], [], []
+    for rollout in records.progress(rollouts, desc="measure", unit="rollout", total=len(rollouts)):
+        spans, d, _, score = measure(rollout)
+        kind, entropy = kind_of(spans), entropies(score, spans)
+        places.setdefault(kind, []).extend(enumerate(d, 1))
+        if entropy:
+            unsure.setdefault(kind, []).extend(enumerate(entropy, 1))
+        series.append(d)
+        firsts.append(next((k for k, (_, _, ok) in enumerate(spans) if ok is False), None))
+        lengths = [b[0] - a[1] for a, b in zip(spans, spans[1:])]  # tokens between a step and the next
+        after += [(length, float(d[k + 1] - d[k]), spans[k][2]) for k, length in enumerate(lengths)]
+    result = {"rollouts": len(rollouts), "episodes": {kind: len([s for s in rollouts if kind_of(s.get("steps") or [[0, 1, None]]) == kind]) for kind in ("clean", "recovered", "error")},
+              "by_step": {kind: means(pairs) for kind, pairs in sorted(places.items())}, "entropy": {kind: means(pairs) for kind, pairs in sorted(unsure.items())},
+              "since_error": by_offset(series, firsts)}
+    for name, some in (("after_results", True), ("after_errors", False)):
+        rises = [(length, rise) for length, rise, ok in after if ok is some]
+        length, rise = np.array(rises, float).reshape(-1, 2).T
+        related = len(rises) > 2 and length.std() and rise.std()
+        result[name] = {"count": len(rises), "rise": float(rise.mean()) if rises else None, "length": float(length.mean()) if rises else None,
+                        "length_correlation": float(np.corrcoef(length, rise)[0, 1]) if related else None}
+    records.write_atomically(args.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    if args.plot:
+        figure(result).savefig(args.plot)
+
+    def show(x):
+        return "none" if x is None else f"{x:.3f}"
+    print(f"weigh.py drift: {args.out}: {result['episodes']}; d rises by {show(result['after_results']['rise'])} after a result and by {show(result['after_errors']['rise'])} after an "
+          f"error (correlation with its length {show(result['after_errors']['length_correlation'])})")
+    return result
+
+
+def figure(result):
+    """The matplotlib figure of `drift`: d by step, by steps since the first failed call, and the teacher's entropy where it is known."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise BadInput("plots need matplotlib: pip install matplotlib") from None
+    panels = [("step", result["by_step"], "d: |log μ − log p_T|, nats a token"), ("steps since the first failed call", None, "d: |log μ − log p_T|, nats a token")]
+    panels += [("step", result["entropy"], "the teacher's entropy, nats")] * bool(result["entropy"])
+    picture = Figure(figsize=(4.6 * len(panels), 3.9), dpi=150, layout="constrained")
+    for axes, (label, groups, unit) in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels):
+        lines = groups or {"episodes with an error": result["since_error"]}
+        for colour, (name, rows) in zip(COLOURS, lines.items()):
+            rows = [row for row in rows if row["count"] >= min(10, max(r["count"] for r in rows))]
+            at, mean, half = (np.array([row[field] for row in rows], float) for field in ("at", "mean", "half"))
+            axes.plot(at, mean, marker="o", markersize=4, linewidth=1.8, color=colour, label=name)
+            axes.fill_between(at, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
+            if groups is None:
+                axes.plot(at, np.array([row["no_slip"] for row in rows], float), color="0.35", linestyle="--", label="same steps without an error")
+                axes.axvline(0.5, color="0.6", linewidth=1)
+        axes.set(xlabel=label, ylabel=unit, ylim=(0, None))
+        axes.legend(frameon=False, fontsize=8)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return picture
