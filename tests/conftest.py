@@ -194,3 +194,26 @@ def drifted(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("drifted") / "m"
     train.main(argv(method="sft", model=world.base, rollouts=world.toy / "mixed.jsonl", out=out, steps=4, learning_rate=3e-3, fresh_optimizer=True))
     return out
+
+
+@pytest.fixture(scope="session")
+def agents(tmp_path_factory):
+    """A world with a calculator: toy, prompts, student (pre-trained for seconds: some calls are right, some malformed, some are none), teacher, and
+    of the student: rollouts (8 prompts x 4, a third of the calls in outage), scores (teacher, whole vocabulary), rewards."""
+    import rollout
+    import teacher
+    import toy
+    import train
+    root = tmp_path_factory.mktemp("agents")
+    toy.main(argv(task="tools", out=root / "toy", train_prompts=24, eval_prompts=8, clean=2600, mixed=640, terms="1:3"))
+    sft = dict(method="sft", batch_size=32, warmup_steps=5, adam_beta2=0.95)
+    train.main(argv(model=root / "toy" / "student", out=root / "base", steps=60, learning_rate=6e-3, rollouts=root / "toy" / "clean.jsonl", **sft))
+    train.main(argv(model=root / "base", out=root / "student", steps=10, learning_rate=2e-3, fresh_optimizer=True, rollouts=root / "toy" / "mixed.jsonl", **sft))
+    train.main(argv(model=root / "base", out=root / "teacher", steps=20, learning_rate=3e-3, seed=1, rollouts=root / "toy" / "clean.jsonl", **sft))
+    tools = dict(tools="calculator", call_format="brackets", max_calls=3, tool_options='{"outage": 0.3}', max_tokens=120)
+    w = types.SimpleNamespace(root=root, toy=root / "toy", prompts=root / "toy" / "train.jsonl", student=root / "student", teacher=root / "teacher", tools=tools,
+                              rollouts=root / "rollouts.jsonl", scores=root / "scores.jsonl", rewards=root / "rewards.jsonl")
+    rollout.main(argv(model=w.student, prompts=w.prompts, slice=":8", n=4, out=w.rollouts, **tools))
+    teacher.main(argv("score", model=w.teacher, rollouts=w.rollouts, out=w.scores, top_k=1000))
+    make_rewards(w.rollouts, w.rewards)
+    return w
