@@ -1,0 +1,241 @@
+"""stepweights.py and the row sod: weights by step, and what they do to a gradient (arXiv 2605.07725)."""
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import argv, by_key, dump, load, naive_logps, naive_model, refusal, same_bits, weights
+from hypothesis import given, settings, strategies as st
+
+import loss
+import records
+import stepweights
+import train
+import weigh
+from records import BadInput
+
+# ---------------------------------------------------------------------------------------------- the weights
+
+positive = st.lists(st.floats(0, 5), min_size=1, max_size=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(positive, st.floats(0, 1))
+def test_the_telescoped_form_is_the_papers_product(d, delta):
+    product, expected = 1.0, []
+    for k in range(len(d)):
+        if k:
+            product *= (d[k - 1] + 1e-6) / (d[k] + 1e-6)
+        expected.append(min(product, 1 + delta) if k else 1.0)  # the bound is put on the result, never on the running product
+    assert stepweights.step_weights(d, delta=delta) == pytest.approx(expected, rel=1e-6)
+    if len(d) == 1:
+        assert stepweights.step_weights(d).tolist() == [1.0]
+
+
+def test_the_papers_cases():
+    stable = [.22, .2, .22, .5, .18]
+    assert stepweights.step_weights(stable) == pytest.approx([1, 1.1, 1, .44, 1.2], rel=1e-4)
+    assert stepweights.step_weights([.218, .6, 1.284])[-1] == pytest.approx(0.17, abs=0.005)  # case B
+    assert stepweights.step_weights([0.0, 0.0, 0.0]).tolist() == [1, 1, 1]  # teacher == student: eps keeps it finite
+    assert stepweights.step_weights([1.0, 1e-9])[1] == pytest.approx(1.2) and stepweights.step_weights([1.0, 1e-9], delta=None)[1] > 1e5
+
+
+def test_divergence_is_a_mean_over_loss_tokens():
+    steps = [[0, 2, True], [4, 6, None]]
+    assert stepweights.divergences([-1, -2, 0, 0, -3, -1], [-2, -2, -9, -9, -1, -1], [1, 1, 0, 0, 1, 1], steps).tolist() == [0.5, 1.0]
+    assert stepweights.divergences([-1, -2, 0, 0, -3, -1], [-2, -2, -9, -9, -1, -1], [1, 1, 0, 0, 0, 1], steps).tolist() == [0.5, 0.0]
+
+
+STEPS, D = [[0, 4, True], [9, 12, False], [40, 44, True], [50, 52, None]], np.array([0.5, 1.0, 2.0, 0.25])
+
+
+@pytest.mark.parametrize("rule, expected", [("sod", [1, .5, .25, 1.2]), ("uniform", [1, 1, 1, 1]), ("no-cap", [1, .5, .25, 2]), ("mask", [1, 1, 0, 0]), ("decay", [1, 1, .9, .81]),
+                                            ("mean", [.7] * 4), ("batch", [.4, .2, .1, .8])])
+def test_rules(rule, expected):
+    assert stepweights.weigh(rule, D, STEPS, None, 0.2, 0.7) == pytest.approx(expected, rel=1e-4)
+
+
+def test_shuffled_keeps_an_episodes_weights_and_loses_their_places():
+    deals = {tuple(stepweights.weigh("shuffled", D, STEPS, np.random.default_rng(seed), 0, 0)) for seed in range(40)}
+    assert {tuple(sorted(deal)) for deal in deals} == {tuple(sorted(stepweights.step_weights(D)))} and len(deals) > 10
+
+
+# ---------------------------------------------------------------------------------------------- the stage
+
+
+def weighed(agents, path, rule, **flags):
+    weigh.main(argv("steps", rollouts=agents.rollouts, scores=agents.scores, rule=rule, out=path, **flags))
+    return by_key(load(path))
+
+
+@pytest.mark.parametrize("rule", stepweights.RULES)
+def test_weights_of_a_file_by_hand(agents, tmp_path, rule):
+    """Against a second computation, from plain transformers in float64."""
+    came, rollouts = weighed(agents, tmp_path / "w.jsonl", rule), by_key(load(agents.rollouts))
+    student, teacher, d = naive_model(agents.student), naive_model(agents.teacher), {}
+    with torch.no_grad():
+        for key, r in rollouts.items():
+            ids = torch.tensor(r["response_ids"])[:, None]
+            gap = (naive_logps(student, r["prompt_ids"], r["response_ids"]) - naive_logps(teacher, r["prompt_ids"], r["response_ids"])).gather(1, ids)[:, 0].abs()
+            d[key] = [float(gap[a:b].mean()) for a, b, _ in r["steps"]]
+    sod = {key: [min((v[0] + 1e-6) / (x + 1e-6), 1.2) for x in v] for key, v in d.items()}
+    sizes = {key: [b - a for a, b, _ in r["steps"]] for key, r in rollouts.items()}
+    mean = sum(np.dot(sod[k], sizes[k]) for k in d) / sum(map(sum, sizes.values()))
+    first = np.mean([v[0] for v in d.values()])
+    for key, r in rollouts.items():
+        w, failed = came[key]["w"], [ok is False for _, _, ok in r["steps"]]
+        after = [max(0, k - failed.index(True)) if any(failed) else 0 for k in range(len(failed))]
+        expected = {"sod": sod[key], "uniform": [1] * len(w), "no-cap": [(d[key][0] + 1e-6) / (x + 1e-6) for x in d[key]], "mask": [float(a == 0) for a in after],
+                    "decay": [0.9 ** a for a in after], "mean": [mean] * len(w), "batch": [min((first + 1e-6) / (x + 1e-6), 1.2) for x in d[key]]}
+        assert came[key]["d"] == pytest.approx(d[key], abs=1e-4)
+        assert sorted(w) == pytest.approx(sorted(sod[key]), rel=2e-3) if rule == "shuffled" else w == pytest.approx(expected[rule], rel=2e-3)
+        for (start, end, _), each in zip(r["steps"], w):
+            assert came[key]["weights"][start:end] == pytest.approx([each] * (end - start))
+        inside = {t for a, b, _ in r["steps"] for t in range(a, b)}
+        assert all(x == 0 for t, x in enumerate(came[key]["weights"]) if t not in inside)
+
+
+def test_an_answer_without_tools_is_one_step(world, tmp_path):
+    weigh.main(argv("steps", rollouts=world.rollouts, scores=world.scores, rule="sod", out=tmp_path / "w.jsonl"))
+    assert all(r["w"] == [1] and set(r["weights"]) == {1.0} for r in load(tmp_path / "w.jsonl"))
+
+
+def test_a_teacher_that_is_the_student_has_no_drift_and_no_pull(agents, tmp_path):
+    import teacher
+    teacher.main(argv("score", model=agents.student, rollouts=agents.rollouts, out=tmp_path / "own.jsonl"))
+    weigh.main(argv("steps", rollouts=agents.rollouts, scores=tmp_path / "own.jsonl", own_scores=tmp_path / "own.jsonl", rule="sod", out=tmp_path / "w.jsonl"))
+    rows = load(tmp_path / "w.jsonl")
+    assert all(set(r["d"]) == {0} and set(r["w"]) == {1} for r in rows)
+    from_rollouts = weighed(agents, tmp_path / "a.jsonl", "sod")
+    assert max(abs(x) for r in from_rollouts.values() for x in r["d"]) > 0.1  # the true teacher's is not 0
+
+
+def test_own_scores_must_be_the_writers(agents, tmp_path, capsys):
+    message = refusal(weigh.main, argv("steps", rollouts=agents.rollouts, scores=agents.scores, own_scores=agents.scores, rule="sod", out=tmp_path / "w.jsonl"), capsys)
+    assert "policy.weights: expected" in message and "the weights that wrote the rollout" in message
+
+
+# ---------------------------------------------------------------------------------------------- the row
+
+
+def trained(agents, out, method, **flags):
+    train.main(argv(method=method, model=agents.student, rollouts=agents.rollouts, rewards=agents.rewards, scores=agents.scores, out=out, learning_rate=1e-3, batch_size=4, **flags))
+    return weights(out)
+
+
+def test_weights_of_one_are_grpo_plus_opd_bit_for_bit(agents, tmp_path):
+    weighed(agents, tmp_path / "ones.jsonl", "uniform")
+    weighed(agents, tmp_path / "sod.jsonl", "sod")
+    ones = trained(agents, tmp_path / "a", "sod", token_weights=tmp_path / "ones.jsonl")
+    assert same_bits(ones, trained(agents, tmp_path / "b", "opd-grpo"))
+    assert not same_bits(ones, trained(agents, tmp_path / "c", "sod", token_weights=tmp_path / "sod.jsonl"))
+
+
+def test_rows_differ_in_their_weights_alone():
+    a, b = (dataclasses.asdict(loss.METHODS[name]) for name in ("sod", "opd-grpo"))
+    assert {k for k in a if a[k] != b[k]} == {"token_weight", "about"}
+    row = loss.METHODS["sod"]
+    assert (row.clip_low, row.clip_high, row.dual_clip, row.norm, row.advantage, row.teacher_weight, row.reference_kl) == (0.2, 0.28, 3.0, "token", "std", 1.0, 0.0)
+
+
+def test_the_gradient_of_one_token_by_hand():
+    """pi / pi_old = 1: c = A + w (log p_T - log mu), so dL/dlogit = -c (onehot - pi)."""
+    row, logits = loss.METHODS["sod"], torch.tensor([[0.3, -0.2, 0.1]], dtype=torch.float64, requires_grad=True)
+    logp = torch.log_softmax(logits, -1)
+    for w in (0.0, 0.4, 1.2):
+        batch = {"advantage": torch.tensor([0.7]).double(), "behaviour_logp": logp.detach()[:, 1], "teacher_logp": torch.tensor([-0.3]).double(), "token_weight": torch.tensor([w]).double()}
+        gradient, = torch.autograd.grad(loss.token_loss(row, logp[:, 1:2], torch.zeros(1), batch).sum(), logits, retain_graph=True)
+        c = 0.7 + w * (-0.3 - float(logp.detach()[0, 1]))
+        onehot = torch.tensor([0., 1, 0]).double()
+        assert torch.allclose(gradient[0], -c * (onehot - logp.detach().exp()[0]))
+
+
+def test_tools_text_has_no_gradient(agents, tmp_path):
+    """Changing what a method knows about a tool's tokens changes no bit of the new weights; changing a sampled token's does."""
+    weighed(agents, tmp_path / "w.jsonl", "sod")
+    spoilt, masks = {}, {key: r["loss_mask"] for key, r in by_key(load(agents.rollouts)).items()}
+    for name, where in (("tool", 0), ("own", 1)):
+        rows, weights_rows = load(agents.scores), load(tmp_path / "w.jsonl")
+        for r in rows:
+            r["logprobs"] = [x - 3.0 if m == where else x for x, m in zip(r["logprobs"], masks[r["id"], r["sample"]])]
+        for r in weights_rows:
+            r["weights"] = [x + 5.0 if m == where == 0 else x for x, m in zip(r["weights"], masks[r["id"], r["sample"]])]
+        dump(tmp_path / f"scores_{name}.jsonl", rows)
+        dump(tmp_path / f"w_{name}.jsonl", weights_rows)
+        train.main(argv(method="sod", model=agents.student, rollouts=agents.rollouts, rewards=agents.rewards, scores=tmp_path / f"scores_{name}.jsonl", token_weights=tmp_path / f"w_{name}.jsonl",
+                        out=tmp_path / name, learning_rate=1e-3))
+        spoilt[name] = weights(tmp_path / name)
+    train.main(argv(method="sod", model=agents.student, rollouts=agents.rollouts, rewards=agents.rewards, scores=agents.scores, token_weights=tmp_path / "w.jsonl", out=tmp_path / "plain", learning_rate=1e-3))
+    plain = weights(tmp_path / "plain")
+    assert same_bits(plain, spoilt["tool"]) and not same_bits(plain, spoilt["own"])
+    assert sum(m == 0 for r in load(agents.rollouts) for m in r["loss_mask"]) > 100  # there was something to leave alone
+
+
+def test_one_number_a_token_is_all_that_is_counted(agents, tmp_path):
+    weighed(agents, tmp_path / "w.jsonl", "sod")
+    train.main(argv(method="sod", model=agents.student, rollouts=agents.rollouts, rewards=agents.rewards, scores=agents.scores, token_weights=tmp_path / "w.jsonl", out=tmp_path / "m", batch_size=8))
+    rows, metrics = load(agents.rollouts), load(tmp_path / "m" / "metrics.jsonl")[-1]
+    assert metrics["train/tokens"] == sum(sum(r["loss_mask"]) for r in rows)
+    assert metrics["rollout/calls"] == np.mean([len(r["calls"]) for r in rows]) and metrics["weights/mean"] > 0
+
+
+@pytest.mark.parametrize("row, change, words", [("opd", "token_weight=teacher", "weighs the teacher's term against the reward's"), ("grpo", "token_weight=teacher", "token_weight teacher")])
+def test_a_weight_of_the_teachers_term_needs_both_terms(row, change, words):
+    with pytest.raises(BadInput, match=words):
+        loss.settings(row, [change])
+
+
+def test_sod_wants_its_weights(agents, tmp_path, capsys):
+    flags = dict(model=agents.student, rollouts=agents.rollouts, rewards=agents.rewards, scores=agents.scores, out=tmp_path / "m")
+    assert "--method sod: expected --token-weights FILE" in refusal(train.main, argv(method="sod", **flags), capsys)
+    weighed(agents, tmp_path / "w.jsonl", "sod")
+    assert "--token-weights is given, but this method does not read it" in refusal(train.main, argv(method="opd-grpo", token_weights=tmp_path / "w.jsonl", **flags), capsys)
+
+
+# ---------------------------------------------------------------------------------------------- drift
+
+
+def test_drift_by_hand(tmp_path):
+    """Three episodes whose drifts are written down."""
+    def episode(name, sample, oks, d, gaps):
+        steps, at = [], 0
+        for k, ok in enumerate([*oks, None]):
+            steps.append([at, at + 2, ok])
+            at += 2 + (gaps[k] if k < len(gaps) else 0)
+        length = steps[-1][1]
+        mask = [int(any(a <= t < b for a, b, _ in steps)) for t in range(length)]
+        rollout = {"id": name, "sample": sample, "policy": {"model": "m", "weights": "w"}, "text": "x", "finish_reason": "stop", "prompt_ids": [1], "response_ids": [2] * length, "loss_mask": mask,
+                   "logprobs": [-1.0 if m else 0.0 for m in mask], "temperature": 1, "top_p": 1, "steps": steps, "calls": [{"output": "", "ok": ok} for ok in oks], "final": "x"}
+        score = {"id": name, "sample": sample, "policy": {"model": "t", "weights": "t"}, "rollout": records.fingerprint(rollout), "logprobs": [-5.0] * length}
+        for (a, b, _), x in zip(steps, d):
+            score["logprobs"][a:b] = [-1.0 - x] * (b - a)
+        return rollout, score
+    pairs = [episode("a", 0, [True, True], [0.1, 0.2, 0.3], [3, 3]), episode("a", 1, [False, True], [0.1, 0.9, 0.4], [10, 3]), episode("b", 0, [True, False], [0.2, 0.2, 1.0], [3, 12])]
+    rollouts, scores = (dump(tmp_path / f"{name}.jsonl", rows) for name, rows in zip("rs", zip(*pairs)))
+    result = weigh.main(argv("drift", rollouts=rollouts, scores=scores, out=tmp_path / "d.json", plot=tmp_path / "d.png"))
+    assert result == json.loads((tmp_path / "d.json").read_text()) and (tmp_path / "d.png").stat().st_size > 1000
+    assert result["episodes"] == {"clean": 1, "recovered": 1, "error": 1}
+    assert [row["mean"] for row in result["by_step"]["recovered"]] == pytest.approx([0.1, 0.9, 0.4]) and [row["at"] for row in result["by_step"]["clean"]] == [1, 2, 3]
+    assert result["after_errors"]["count"] == 2 and result["after_errors"]["rise"] == pytest.approx((0.8 + 0.8) / 2) and result["after_errors"]["length"] == 11
+    assert result["after_results"]["count"] == 4 and result["after_results"]["rise"] == pytest.approx((0.1 + 0.1 - 0.5 + 0.0) / 4)
+    by_offset = {row["at"]: (row["mean"], row["no_slip"]) for row in result["since_error"]}
+    assert by_offset[1] == pytest.approx(((0.9 + 1.0) / 2, (0.2 + 0.3) / 2)) and by_offset[-1] == pytest.approx((0.2, 0.1))
+    with pytest.raises(BadInput, match="d.json"):  # exists
+        weigh.main(argv("drift", rollouts=rollouts, scores=scores, out=tmp_path / "d.json"))
+
+
+def test_entropy_is_the_teachers_and_needs_all_of_it(agents, tmp_path):
+    result = weigh.main(argv("drift", rollouts=agents.rollouts, scores=agents.scores, out=tmp_path / "d.json"))
+    teacher, sums = naive_model(agents.teacher), {}
+    with torch.no_grad():
+        for r in load(agents.rollouts):
+            logp = naive_logps(teacher, r["prompt_ids"], r["response_ids"])
+            entropy = -(logp.exp() * logp).sum(1)
+            for k, (a, b, _) in enumerate(r["steps"], 1):
+                sums.setdefault((stepweights.kind_of(r["steps"]), k), []).append(float(entropy[a:b].mean()))
+    for kind, rows in result["entropy"].items():
+        for row in rows:
+            assert row["mean"] == pytest.approx(np.mean(sums[kind, row["at"]]), abs=1e-4) and row["count"] == len(sums[kind, row["at"]])
+    rows = [{k: v for k, v in r.items() if k != "topk"} for r in load(agents.scores)]
+    assert weigh.main(argv("drift", rollouts=agents.rollouts, scores=dump(tmp_path / "plain.jsonl", rows), out=tmp_path / "p.json"))["entropy"] == {}
