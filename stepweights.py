@@ -138,10 +138,16 @@ def entropies(score, steps):
     return [float(each[start:end].mean()) for start, end, _ in steps]
 
 
+def events(steps):
+    """(what came before step k + 1, k) for k = 1..K-1: "result" of a call that worked, "error" of one that failed, "recovery": a result right after an error."""
+    return [("error" if steps[k][2] is False else "recovery" if k and steps[k - 1][2] is False else "result", k) for k in range(len(steps) - 1)]
+
+
 def drift(argv):
-    p = records.parser("How far the teacher and the student are apart, step by step: d_k of clean, recovered and failed episodes, and by steps since the first failed call.\n"
-                       "With the teacher's whole distribution (score --top-k V) its entropy beside it.  For the placebo, right outputs of an error's length, sample with\n"
-                       "--tool-options '{\"pad\": 40}' and look at that file.\n\n"
+    p = records.parser("How far the teacher and the student are apart, step by step: d_k of clean, recovered and failed episodes, by steps since the first failed call, and\n"
+                       "how d changes from a step to the next when there is a result, an error, or a result right after an error (recovery) between them.  With the\n"
+                       "teacher's whole distribution (score --top-k V) its entropy beside it.  For the placebo, right outputs of an error's length, sample with\n"
+                       "--tool-options '{\"pad\": 40}' and look at that file.  Read `by_outcome` first: d is also large where the student is wrong and the teacher is not.\n\n"
                        "    python weigh.py drift --rollouts R --scores S --out drift.json --plot drift.png")
     add_flags(p)
     p.add_argument("--plot", help="picture to write (.png, .svg, .pdf)")
@@ -152,34 +158,36 @@ def drift(argv):
     for path in (args.out, args.plot):
         claim(path, args.overwrite)
     rollouts = records.Table(args.rollouts, "rollouts")
-    measure, places, unsure, series, firsts, after = reader(args, rollouts), {}, {}, [], [], []
+    measure, count, places, unsure, series, firsts, changes, outcomes = reader(args, rollouts), dict.fromkeys(("clean", "recovered", "error"), 0), {}, {}, [], [], {}, {}
     for rollout in records.progress(rollouts, desc="measure", unit="rollout", total=len(rollouts)):
         spans, d, _, score = measure(rollout)
         kind, entropy = kind_of(spans), entropies(score, spans)
+        count[kind] += 1
         places.setdefault(kind, []).extend(enumerate(d, 1))
         if entropy:
             unsure.setdefault(kind, []).extend(enumerate(entropy, 1))
         series.append(d)
         firsts.append(next((k for k, (_, _, ok) in enumerate(spans) if ok is False), None))
-        lengths = [b[0] - a[1] for a, b in zip(spans, spans[1:])]  # tokens between a step and the next
-        after += [(length, float(d[k + 1] - d[k]), spans[k][2]) for k, length in enumerate(lengths)]
-    result = {"rollouts": len(rollouts), "episodes": {kind: len([s for s in rollouts if kind_of(s.get("steps") or [[0, 1, None]]) == kind]) for kind in ("clean", "recovered", "error")},
-              "by_step": {kind: means(pairs) for kind, pairs in sorted(places.items())}, "entropy": {kind: means(pairs) for kind, pairs in sorted(unsure.items())},
-              "since_error": by_offset(series, firsts)}
-    for name, some in (("after_results", True), ("after_errors", False)):
-        rises = [(length, rise) for length, rise, ok in after if ok is some]
-        length, rise = np.array(rises, float).reshape(-1, 2).T
-        related = len(rises) > 2 and length.std() and rise.std()
-        result[name] = {"count": len(rises), "rise": float(rise.mean()) if rises else None, "length": float(length.mean()) if rises else None,
-                        "length_correlation": float(np.corrcoef(length, rise)[0, 1]) if related else None}
+        for event, k in events(spans):
+            changes.setdefault(event, []).append((spans[k + 1][0] - spans[k][1], d[k + 1] - d[k], entropy[k + 1] - entropy[k] if entropy else np.nan))
+        for (_, _, ok), x in zip(spans, d):
+            outcomes.setdefault({True: "worked", False: "failed", None: "answer"}[ok], []).append(x)
+    result = {"rollouts": len(rollouts), "episodes": count, "by_step": {kind: means(pairs) for kind, pairs in sorted(places.items())},
+              "entropy": {kind: means(pairs) for kind, pairs in sorted(unsure.items())}, "since_error": by_offset(series, firsts),
+              "by_outcome": {name: float(np.mean(x)) for name, x in sorted(outcomes.items())}}
+    for event in ("result", "error", "recovery"):
+        length, rise, entropy = np.array(changes.get(event, []), float).reshape(-1, 3).T
+        related = len(rise) > 2 and length.std() and rise.std()
+        result[event] = {"count": len(rise), "rise": float(rise.mean()) if len(rise) else None, "length": float(length.mean()) if len(rise) else None,
+                         "length_correlation": float(np.corrcoef(length, rise)[0, 1]) if related else None, "entropy_rise": float(entropy.mean()) if len(rise) and np.isfinite(entropy).all() else None}
     records.write_atomically(args.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
     if args.plot:
         figure(result).savefig(args.plot)
 
     def show(x):
         return "none" if x is None else f"{x:.3f}"
-    print(f"weigh.py drift: {args.out}: {result['episodes']}; d rises by {show(result['after_results']['rise'])} after a result and by {show(result['after_errors']['rise'])} after an "
-          f"error (correlation with its length {show(result['after_errors']['length_correlation'])})")
+    print(f"weigh.py drift: {args.out}: {count['clean']} clean, {count['recovered']} recovered, {count['error']} failed episodes; d changes by {show(result['result']['rise'])} after a result, "
+          f"{show(result['error']['rise'])} after an error (correlation with its length {show(result['error']['length_correlation'])}), {show(result['recovery']['rise'])} after a recovery")
     return result
 
 

@@ -14,12 +14,14 @@ work, then text of which half is right, as its seed deals it.  A round is --prom
     simple              reverse KL where both spell alike, nothing elsewhere (strict shared vocabulary);  top16: on the student's 16 likeliest
     simct               the paper: and text units, scored by the mean log-prob of their spelling
     masked, sum, logit  tokens that only begin a unit's text dropped;  the whole log-prob in the mean's place;  raw logits, as released
+    masked-sum          both of the first two: the probability of a text is then the same however it is spelt
+    simple-slow, simct-slow   a third of the learning rate (on dev the best one of simct)
     dpca, uld           each unit's log-prob dealt out among its tokens as an advantage;  sorted probabilities, aligned by nothing
     drop25, 50, 75      simct with that share of the spans left out: what was recovered, given back
     coarse30, 70        simct with that share of neighbouring one-token units joined: opinions made coarser
     shuffled            simct with the spans' scores dealt out among the spans
-    VOCABULARY-before, -simple, -simct   the same three for the other vocabularies: the gap against the coverage
-    m0-...              control: one vocabulary on both sides, where all three are ordinary on-policy distillation
+    VOCABULARY-before, -simple, -simct, -masked   the same for the other vocabularies: the gap against the coverage
+    m0-...              control: one vocabulary on both sides, where all are ordinary on-policy distillation
 
 `strict` is the share of the answers' bytes in units of one token on either side, `covered` in units at all.
 
@@ -38,12 +40,13 @@ MAIN = "m16"
 VARIANTS = {
     "sft": dict(method="seqkd"), "simple": dict(method="simple-opd"), "top16": dict(method="simple-opd", top=16), "simct": dict(method="simct"),
     "masked": dict(method="simct", set="prefixes=drop"), "sum": dict(method="simct", set="span=sum"), "logit": dict(method="simct", set="span=logit"),
+    "masked-sum": dict(method="simct", set="prefixes=drop --set span=sum"), "simple-slow": dict(method="simple-opd", slow=True), "simct-slow": dict(method="simct", slow=True),
     "dpca": dict(method="opd"), "uld": dict(method="uld", sorted=True),
     "drop25": dict(method="simct", regroup="--drop-spans 0.25"), "drop50": dict(method="simct", regroup="--drop-spans 0.5"), "drop75": dict(method="simct", regroup="--drop-spans 0.75"),
     "coarse30": dict(method="simct", regroup="--coarsen 0.3"), "coarse70": dict(method="simct", regroup="--coarsen 0.7"), "shuffled": dict(method="simct", regroup="--shuffle-spans"),
 }
 ARMS = {"before": dict(vocabulary=MAIN), "teacher": dict(vocabulary="m0"), **{name: dict(how, vocabulary=MAIN) for name, how in VARIANTS.items()},
-        **{f"{v}-{name}": dict(VARIANTS.get(name, {}), vocabulary=v) for v in VOCABULARIES if v != MAIN for name in ("before", "simple", "simct")},
+        **{f"{v}-{name}": dict(VARIANTS.get(name, {}), vocabulary=v) for v in VOCABULARIES if v != MAIN for name in ("before", "simple", "simct", "masked")},
         "m0-opd": dict(vocabulary="m0", method="opd-full", ordinary=True)}
 SHARED = ("rounds", "prompts", "updates", "learning_rate", "sft_learning_rate", "max_tokens", "right", "base_steps", "teacher_steps", "spoil_steps", "spoil_lr", "eval_every", "eval_n", "final_n", "eval_split")
 COLUMNS = ("greedy", "strict", "covered", "whole", "spans", "length_mean", "truncated", "teacher_tokens", "trained_tokens", "seconds")
@@ -67,7 +70,11 @@ CLAIMS = [
     Claim("the student's 16 likeliest shared tokens are enough", "top16 − simple", gap("top16", "simple"), "within", 0.02),
     Claim("dealing a unit's log-prob out as an advantage does as well", "dpca − simct", gap("dpca", "simct"), "above", -0.02),
     Claim("sorted probabilities, aligned by nothing, lose", "uld − simple", gap("uld", "simple"), "below"),
+    Claim("the masked form adds to shared tokens", "masked − simple", gap("masked", "simple")),
+    Claim("...and so does the one that keeps probabilities", "masked-sum − simple", gap("masked-sum", "simple")),
+    Claim("at a third of the rate text units add to shared tokens", "simct-slow − simple-slow", gap("simct-slow", "simple-slow")),
     *(Claim(f"gap at another coverage: {v}", f"{v}-simct − {v}-simple", gap(f"{v}-simct", f"{v}-simple")) for v in ("m64", "m4", "m1", "d20")),
+    *(Claim(f"...of the masked form: {v}", f"{v}-masked − {v}-simple", gap(f"{v}-masked", f"{v}-simple")) for v in ("m64", "m4", "m1", "d20")),
     Claim("the gap grows with the mismatch", "(simct − simple) at m64 − at d20", lambda a: gap("m64-simct", "m64-simple")(a) - gap("d20-simct", "d20-simple")(a)),
     Claim("control: on one vocabulary there is no gap", "m0-simct − m0-simple", gap("m0-simct", "m0-simple"), "within", 0.02),
     Claim("control: ...and both are ordinary distillation", "m0-simct − m0-opd", gap("m0-simct", "m0-opd"), "within", 0.02),
@@ -132,7 +139,7 @@ def run_arm(run, args, world, folder, seed, arm):
             flags, rate = f"--prompts {prompts}", args.sft_learning_rate
         else:
             cost["generated_tokens"] += run.stage(f"rollout.py --model {model} {part} --out {at}/rollouts.jsonl")["generated_tokens"]
-            scores, rate, common = f"{at}/scores.jsonl", args.learning_rate, f"--rollouts {at}/rollouts.jsonl"
+            scores, rate, common = f"{at}/scores.jsonl", args.learning_rate / (3 if a.get("slow") else 1), f"--rollouts {at}/rollouts.jsonl"
             if a.get("ordinary"):
                 scored = run.stage(f"teacher.py score --model {teacher} {common} --out {scores} --top-k 1000")
             else:
@@ -165,7 +172,7 @@ def main(argv=None):
     p.add_argument("--rounds", type=int, default=20, help="rounds of an arm")
     p.add_argument("--prompts", type=int, default=128, help="problems a round, one answer each")
     p.add_argument("--updates", type=int, default=4, help="optimiser steps a round")
-    p.add_argument("--learning-rate", type=float, default=3e-4, help="of distillation")
+    p.add_argument("--learning-rate", type=float, default=1e-4, help="of distillation")
     p.add_argument("--sft-learning-rate", type=float, default=3e-4, help="of imitation of the teacher's texts")
     p.add_argument("--max-tokens", type=int, default=64, help="longest answer")
     p.add_argument("--right", type=float, default=0.5, help="share of right work in the text of mixed quality")

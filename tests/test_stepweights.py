@@ -217,8 +217,10 @@ def test_drift_by_hand(tmp_path):
     assert result == json.loads((tmp_path / "d.json").read_text()) and (tmp_path / "d.png").stat().st_size > 1000
     assert result["episodes"] == {"clean": 1, "recovered": 1, "error": 1}
     assert [row["mean"] for row in result["by_step"]["recovered"]] == pytest.approx([0.1, 0.9, 0.4]) and [row["at"] for row in result["by_step"]["clean"]] == [1, 2, 3]
-    assert result["after_errors"]["count"] == 2 and result["after_errors"]["rise"] == pytest.approx((0.8 + 0.8) / 2) and result["after_errors"]["length"] == 11
-    assert result["after_results"]["count"] == 4 and result["after_results"]["rise"] == pytest.approx((0.1 + 0.1 - 0.5 + 0.0) / 4)
+    assert result["error"]["count"] == 2 and result["error"]["rise"] == pytest.approx((0.8 + 0.8) / 2) and result["error"]["length"] == 11
+    assert result["result"]["count"] == 3 and result["result"]["rise"] == pytest.approx((0.1 + 0.1 + 0.0) / 3) and result["recovery"] == {
+        "count": 1, "rise": pytest.approx(-0.5), "length": 3, "length_correlation": None, "entropy_rise": None}
+    assert result["by_outcome"] == pytest.approx({"worked": (0.1 + 0.2 + 0.9 + 0.2) / 4, "failed": (0.1 + 0.2) / 2, "answer": (0.3 + 0.4 + 1.0) / 3})
     by_offset = {row["at"]: (row["mean"], row["no_slip"]) for row in result["since_error"]}
     assert by_offset[1] == pytest.approx(((0.9 + 1.0) / 2, (0.2 + 0.3) / 2)) and by_offset[-1] == pytest.approx((0.2, 0.1))
     with pytest.raises(BadInput, match="d.json"):  # exists
@@ -234,6 +236,7 @@ def test_entropy_is_the_teachers_and_needs_all_of_it(agents, tmp_path):
             entropy = -(logp.exp() * logp).sum(1)
             for k, (a, b, _) in enumerate(r["steps"], 1):
                 sums.setdefault((stepweights.kind_of(r["steps"]), k), []).append(float(entropy[a:b].mean()))
+    assert result["error"]["entropy_rise"] is not None
     for kind, rows in result["entropy"].items():
         for row in rows:
             assert row["mean"] == pytest.approx(np.mean(sums[kind, row["at"]]), abs=1e-4) and row["count"] == len(sums[kind, row["at"]])

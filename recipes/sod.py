@@ -1,0 +1,236 @@
+"""SOD (arXiv 2605.07725): agents with a tool, and a teacher that is faded at the steps that have drifted away from it.
+
+    python -m recipes.sod --seeds 5
+    python -m recipes.sod --arms uniform,sod,shuffled,mean
+    python -m recipes.sod --smoke
+    python -m recipes.sod --report results/sod.jsonl
+
+World: chains of operations to be worked out with a calculator (agents.py).  The teacher calls rightly and knows how to go on after an error; the student
+has learnt the same and then text in which three calls in ten are malformed and an error is followed by another, or by a guess.  A fifth of all calls
+fail for no fault of the model's: an outage, after which the same call again is right.  A round is 32 problems, 8 episodes each, in 4 updates:
+
+    rollout.py --tools calculator        episodes; a tool that broke would stop the stage, so no episode holds one
+    rubric.py grade --grader answer      1 for the right final answer
+    teacher.py score                     the teacher's log-prob of every token, the tool's among them, which nobody looks at
+    weigh.py steps --rule ...            a weight for every step
+    train.py --method sod                GRPO's advantage + weight x (log p_T - log mu), PPO's clip around the sum
+
+    before, teacher      as they start;  before is also looked at step by step (weigh.py drift), with a placebo: results as long as an error
+    sft                  imitation of as many of the teacher's episodes
+    grpo                 the reward alone;  opd: the teacher alone, every step alike;  opd-weighted: the teacher alone, weighted as sod
+    uniform              both, every step alike: what the paper calls OPD
+    sod                  both, weighted: the method
+    no-cap, mask, decay  its ablations: no bound; nothing after the first failed call; 0.9 to the power of the steps since then
+    shuffled, mean       its controls: the weights of an episode dealt out among its steps; one weight everywhere, sod's mean of the round
+    batch                d measured against the mean first step of the round
+    half, double         uniform with half and twice the weight of the teacher
+    shaped               sod, and a wrong answer earns a little for every call, as in the released code
+    large-teacher, large-uniform, large-sod      a teacher of seven times the student's weights in the other's place
+    calm-before, calm-uniform, calm-sod          no outages
+
+`d_first` and `w_mean` are of the last round; `after_error` is accuracy on episodes with a failed call.  `alarm` counts evaluations that found less than half of the
+calls that an arm started with: agents that stop calling were the collapse that users of the released code met.
+
+Not built: gradient variance by step.
+"""
+import json
+import shutil
+import sys
+import time
+
+import records
+from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, imitate, last, report, run_arms, say, settle
+
+ARMS = {  # method and what it reads; rule: how steps are weighted
+    "before": {}, "teacher": {}, "sft": dict(method="seqkd"), "grpo": dict(method="opd-grpo", set="teacher_weight=0"), "opd": dict(method="opd", rewards=False),
+    "opd-weighted": dict(method="opd", set="token_weight=file", rule="sod", rewards=False), "uniform": dict(method="opd-grpo"), "sod": dict(rule="sod"), "no-cap": dict(rule="no-cap"),
+    "mask": dict(rule="mask"), "decay": dict(rule="decay"), "shuffled": dict(rule="shuffled"), "mean": dict(rule="mean"), "batch": dict(rule="batch"),
+    "half": dict(method="opd-grpo", set="teacher_weight=0.5"), "double": dict(method="opd-grpo", set="teacher_weight=2"), "shaped": dict(rule="sod", shape=True),
+    "large-teacher": dict(large=True), "large-uniform": dict(method="opd-grpo", large=True), "large-sod": dict(rule="sod", large=True),
+    "calm-before": dict(calm=True), "calm-uniform": dict(method="opd-grpo", calm=True), "calm-sod": dict(rule="sod", calm=True),
+}
+SHARED = ("rounds", "prompts", "n", "updates", "learning_rate", "sft_learning_rate", "outage", "max_calls", "max_tokens", "pad", "base_steps", "teacher_steps", "spoil_steps", "spoil_lr", "eval_every",
+          "eval_n", "final_n", "eval_split")
+COLUMNS = ("greedy", "after_error", "without_error", "calls", "call_errors", "error_episodes", "tool_limit", "truncated", "length_mean", "d_first", "w_mean", "alarm", "trained_tokens", "seconds")
+DENSE = ("uniform", "sod", "no-cap", "mask", "decay", "shuffled", "mean", "batch")
+
+
+def gap(arm, other, metric="accuracy"):
+    return last(metric, arm, other)
+
+
+def look(field):
+    """A number that `before` was found to have by weigh.py drift, or the difference of two."""
+    one, _, other = field.partition(" - ")
+
+    def value(arms):
+        found = {name: x for name, x in arms["before"][-1]["drift"].items() if x is not None}  # an episode without errors has nothing to say of them
+        return found[one] - (found[other] if other else 0)
+    return value
+
+
+CLAIMS = [
+    Claim("stage 0: the teacher and the student drift apart after an error", "change of d", look("error")),
+    Claim("...more than after a result", "change after error − after result", look("error - result")),
+    Claim("...more than after a result as long as an error (placebo)", "change after error − after padded result", look("error - placebo")),
+    Claim("...the more the longer the error is", "correlation of length and change", look("length_correlation")),
+    Claim("...and come back after a recovery", "change of d", look("recovery"), "below"),
+    Claim("...the teacher itself grows unsure after an error", "change of its entropy (nats) − after result", look("error_entropy - result_entropy")),
+    Claim("d is larger at steps where the student is wrong, not the teacher lost", "d(failed calls) − d(calls that worked)", look("d_failed - d_worked")),
+    Claim("step weights help (the paper's claim)", "sod − uniform", gap("sod", "uniform")),
+    Claim("...without the reward, too", "opd-weighted − opd", gap("opd-weighted", "opd")),
+    Claim("...on episodes with a failed call", "after_error(sod) − after_error(uniform)", gap("sod", "uniform", "after_error")),
+    Claim("it is the steps: shuffled weights lose", "sod − shuffled", gap("sod", "shuffled")),
+    Claim("it is not only a smaller coefficient: one weight everywhere loses", "sod − mean", gap("sod", "mean")),
+    Claim("masking all that follows an error is the worst of the dense arms", "mask − lowest other", lambda a: gap("mask", "before")(a) - min(gap(x, "before")(a) for x in DENSE if x != "mask"), "below"),
+    Claim("the bound helps", "sod − no-cap", gap("sod", "no-cap")),
+    Claim("decay is below sod", "sod − decay", gap("sod", "decay")),
+    Claim("a batch's first step serves as well as an episode's own", "batch − sod", gap("batch", "sod"), "within", 0.03),
+    Claim("the teacher adds to the reward", "uniform − grpo", gap("uniform", "grpo")),
+    Claim("the reward adds to the teacher", "uniform − opd", gap("uniform", "opd")),
+    Claim("both beat imitation", "sod − sft", gap("sod", "sft")),
+    Claim("paying for calls adds calls", "calls(shaped) − calls(sod)", gap("shaped", "sod", "calls")),
+    Claim("...and no accuracy", "shaped − sod", gap("shaped", "sod"), "below", 0.02),
+    Claim("a larger teacher hurts uniform weights more", "(large-uniform − uniform) − (large-sod − sod)", lambda a: gap("large-uniform", "uniform")(a) - gap("large-sod", "sod")(a), "below"),
+    Claim("without outages the gap closes", "(calm-sod − calm-uniform) − (sod − uniform)", lambda a: gap("calm-sod", "calm-uniform")(a) - gap("sod", "uniform")(a), "within", 0.03),
+    Claim("sod's agent goes on calling", "calls(sod) / calls(before)", lambda a: a["sod"][-1]["calls"] / max(a["before"][-1]["calls"], 1e-9), "above", 0.5),
+]
+
+
+def build(run, args):
+    """Problems, corpora, the teachers, and the base model that every seed's student is made from."""
+    world, texts = run.out / "world", 64 * args.base_steps
+    if not (world / "toy").exists():
+        run.stage(f"toy.py --task tools --out {world}/toy --train-prompts {args.prompts * args.rounds} --clean {texts} --mixed {64 * args.spoil_steps} --outage {args.outage} --eval-prompts {8 if args.smoke else 200}")
+    for name, source, steps, out in (("student", "student", args.base_steps, "base"), ("teacher", "teacher", args.teacher_steps, "teacher"), ("large teacher", "large", args.teacher_steps, "large")):
+        if not (world / out).exists():
+            say(f"pre-training the {name}: {steps} steps of 64 episodes")
+        imitate(run, world / "toy" / source, world / "toy" / "clean.jsonl", steps, 4e-3, 0, world / out, "--warmup-steps 20 --schedule linear --save-every 200")
+    return world
+
+
+def prepare(run, args, world, seed):
+    folder = run.out / f"seed{seed}"
+    imitate(run, world / "base", world / "toy" / "mixed.jsonl", args.spoil_steps, args.spoil_lr, seed, folder / "student", "--fresh-optimizer")
+    return folder
+
+
+def tools(args, calm=False, **options):
+    """The flags of rollout.py that give an agent its calculator."""
+    options = ({} if calm else {"outage": args.outage}) | options
+    return f"--tools calculator --call-format brackets --max-calls {args.max_calls} --max-tokens {args.max_tokens} --tool-options '{json.dumps(options)}'"
+
+
+def look_at(run, args, world, folder, seed):
+    """Stage 0: what weigh.py drift finds in the student's own episodes, and with results padded to an error's length."""
+    found = {}
+    for name, options in (("plain", {}), ("placebo", {"pad": args.pad})):
+        at = folder / "drift" / name
+        run.stage(f"rollout.py --model {folder}/student --prompts {world}/toy/{args.eval_split}.jsonl --n {args.eval_n} --seed {seed} {tools(args, **options)} --out {at}/rollouts.jsonl")
+        run.stage(f"teacher.py score --model {world}/teacher --rollouts {at}/rollouts.jsonl --top-k 1000 --out {at}/scores.jsonl")
+        found[name] = run.stage(f"weigh.py drift --rollouts {at}/rollouts.jsonl --scores {at}/scores.jsonl --out {at}/drift.json --plot {at}/drift.png --overwrite")
+    plain = found["plain"]
+    return {"error": plain["error"]["rise"], "result": plain["result"]["rise"], "recovery": plain["recovery"]["rise"], "placebo": found["placebo"]["result"]["rise"],
+            "length_correlation": plain["error"]["length_correlation"], "error_length": plain["error"]["length"], "placebo_length": found["placebo"]["result"]["length"],
+            "error_entropy": plain["error"]["entropy_rise"], "result_entropy": plain["result"]["entropy_rise"], "d_failed": plain["by_outcome"].get("failed"), "d_worked": plain["by_outcome"].get("worked")}
+
+
+def run_arm(run, args, world, folder, seed, arm):
+    """One arm of one seed; appends a result line at every evaluation.  Returns the last one."""
+    a, place = ARMS[arm], folder / arm
+    shutil.rmtree(place, ignore_errors=True)  # an interrupted arm is begun again
+    place.mkdir(parents=True)
+    teacher, prompts, calm = world / ("large" if a.get("large") else "teacher"), world / "toy" / "train.jsonl", a.get("calm", False)
+    method = a.get("method", "sod" if "rule" in a else None)
+    model = student = teacher if arm in ("teacher", "large-teacher") else folder / "student"
+    row, signal, started, calls, alarm = None, {}, time.time(), None, 0
+    cost = {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0}
+    drift = {"drift": look_at(run, args, world, folder, seed)} if arm == "before" else {}
+
+    def measure(step, final):
+        nonlocal row, calls, alarm
+        spent = round(time.time() - started, 2)
+
+        def evaluate(n, more=""):
+            return run.stage(f"eval.py --model {model} --prompts {world}/toy/{args.eval_split}.jsonl --n {n} {tools(args, calm)} --seed {2 * 10**6 + seed} --out {place}/eval.jsonl --overwrite {more}")
+        n = args.final_n if final else args.eval_n
+        score = evaluate(n)
+        calls = score["calls"] if calls is None else calls
+        alarm += score["calls"] < calls / 2
+        row = {"arm": arm, "seed": seed, "step": step, "final": final, "accuracy": score["accuracy"], "samples": n, "after_error": score["accuracy_after_error"],
+               "without_error": score["accuracy_without_error"], **{name: score[name] for name in ("calls", "call_errors", "error_episodes", "tool_limit", "length_mean")},
+               "truncated": score["truncated_fraction"], "alarm": alarm, **signal, **drift, **cost, "seconds": spent}
+        if final:
+            row["greedy"] = evaluate(1, "--temperature 0")["accuracy"]
+        run.result(args, {name: value for name, value in row.items() if value is not None})
+
+    measure(0, not method)
+    if not method:
+        return row
+    for number in records.progress(range(args.rounds), desc=f"seed {seed} {arm}", unit="round"):
+        at = place / f"round{number}"
+        part = f"--prompts {prompts} --slice {number * args.prompts}:{(number + 1) * args.prompts} --n {args.n} --seed {seed * 1000 + number} {tools(args, calm)} --out {at}/rollouts.jsonl"
+        rollouts, flags, rate = f"--rollouts {at}/rollouts.jsonl", "", args.learning_rate
+        if method == "seqkd":
+            cost["teacher_tokens"] += run.stage(f"teacher.py answer --model {teacher} {part}")["generated_tokens"]
+            rate = args.sft_learning_rate
+        else:
+            cost["generated_tokens"] += run.stage(f"rollout.py --model {model} {part}")["generated_tokens"]
+            scored = run.stage(f"teacher.py score --model {teacher} {rollouts} --out {at}/scores.jsonl")
+            cost["teacher_tokens"] += scored["teacher_tokens"]
+            flags = f"--scores {at}/scores.jsonl"
+            if a.get("rewards", True):
+                run.stage(f"rubric.py grade --grader answer --prompts {prompts} {rollouts} --out {at}/rewards.jsonl" + " --shape-calls" * a.get("shape", False))
+                flags += f" --rewards {at}/rewards.jsonl"
+            if "rule" in a:
+                weights = run.stage(f"weigh.py steps {rollouts} --scores {at}/scores.jsonl --rule {a['rule']} --seed {seed * 1000 + number} --out {at}/weights.jsonl")
+                signal = {name: weights[name] for name in ("d_first", "w_mean", "w_low", "w_capped")}
+                flags += f" --token-weights {at}/weights.jsonl"
+        done = run.stage(f"train.py --method {method} --model {model} {rollouts} {flags} --out {at}/model --batch-size {args.prompts // args.updates} --learning-rate {rate} --seed {seed}"
+                         + (f" --set {a['set']}" if "set" in a else "") + " --fresh-optimizer" * (number == 0))
+        cost["trained_tokens"] += done["trained_tokens"]
+        if model != student:
+            shutil.rmtree(model)  # the round before
+        model = at / "model"
+        if number + 1 == args.rounds or (number + 1) % args.eval_every == 0:
+            measure((number + 1) * args.updates, number + 1 == args.rounds)
+    return row
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    p = records.parser(__doc__)
+    add_run_flags(p, "sod")
+    p.add_argument("--rounds", type=int, default=20, help="rounds of an arm")
+    p.add_argument("--prompts", type=int, default=32, help="problems a round")
+    p.add_argument("--n", type=int, default=8, help="episodes a problem")
+    p.add_argument("--updates", type=int, default=4, help="optimiser steps a round, as in the released scripts")
+    p.add_argument("--learning-rate", type=float, default=3e-4, help="of all arms but sft")
+    p.add_argument("--sft-learning-rate", type=float, default=3e-4, help="of imitation")
+    p.add_argument("--outage", type=float, default=0.2, help="share of calls that fail without being wrong, but in the calm arms")
+    p.add_argument("--pad", type=int, default=45, help="placebo: characters of a padded result, about those of an error")
+    p.add_argument("--max-calls", type=int, default=10, help="calls of an episode")
+    p.add_argument("--max-tokens", type=int, default=256, help="longest episode, with the tool's text")
+    p.add_argument("--base-steps", type=int, default=650, help="pre-training steps of 64 right episodes of the student")
+    p.add_argument("--teacher-steps", type=int, default=1000, help="of the teachers")
+    p.add_argument("--spoil-steps", type=int, default=100, help="steps of 64 careless episodes for a student")
+    p.add_argument("--spoil-lr", type=float, default=1e-3, help="learning rate of those steps")
+    add_eval_flags(p, every=5, n=2, final_n=8)
+    args = p.parse_args(argv)
+    if args.report:
+        print(claims_table(args.report, CLAIMS))
+        return None
+    if args.smoke:
+        for name, value in dict(rounds=1, prompts=4, n=2, updates=2, max_tokens=48, max_calls=2, base_steps=4, teacher_steps=4, spoil_steps=1, eval_every=1, eval_n=1, final_n=1).items():
+            setattr(args, name, value)
+    arms = settle(args, argv, "sod", ARMS)
+    run = Run(args.out, {k: getattr(args, k) for k in SHARED})
+    say(f"agents with a calculator; {len(arms)} arms; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
+    world = build(run, args)
+    run_arms(run, args, arms, lambda seed: prepare(run, args, world, seed), lambda *which: run_arm(run, args, world, *which),
+             lambda row: f"{args.eval_split} accuracy {row['accuracy']:.1%}, {row['calls']:.2f} calls an episode, {row['call_errors']:.0%} of them failed")
+    return report(run, args, CLAIMS, COLUMNS)
+
+
+if __name__ == "__main__":
+    records.run(main)
