@@ -5,6 +5,7 @@
     python eval.py --rollouts R --prompts P --rewards W --partial --out E      # does a reward rank right answers above wrong ones?
     python eval.py table results/ropd.jsonl --out results/ropd.md
     python eval.py plot results/ropd.jsonl --x generated_tokens --out results/ropd.png
+    python eval.py gaps results/simct.jsonl --arms simct,masked --against simple --at strict --out results/simct_gap.png
     python eval.py support --before M0 --after M1 --prompts runs/forks/heldout.jsonl --max-tokens 5 --out support.jsonl
 
 Reads prompts that have an `answer`, and rollouts or answers: those of --rollouts, or those it samples from --model with
@@ -328,7 +329,7 @@ def claim(out, overwrite):
 
 AXIS = {"accuracy": "accuracy on held-out prompts (0-1)", "length_mean": "mean answer length (tokens)", "seconds": "time (s)",
         "step": "training step", "route_b": "share of answers by the route that the student lacked",
-        "generated_tokens": "tokens the student has generated"}
+        "strict": "share of the answers' bytes that both tokenizers spell alike", "generated_tokens": "tokens the student has generated"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#8C6D31")  # safe for the colour-blind
 
 
@@ -413,14 +414,71 @@ def write_plot(argv):
     return {"out": args.out, "lines": lines, "left_out": left_out}
 
 
+def paired_gaps(rows, arms, against, metric, at):
+    """{arm: [(prefix, at, mean, half), ...]}: what `PREFIX-arm` has more than `PREFIX-against` at the end, seed by seed, with half of its 95 % t-interval
+    (None for one seed), at the mean last `at` of the latter; "" is the prefix of `arm` itself.  In order of `at`."""
+    last = {}
+    for row in sorted((row for row in rows if row.get("final")), key=lambda row: row["step"]):
+        last.setdefault(row["arm"], {})[row["seed"]] = row
+    found = {arm: [] for arm in arms}
+    for name, base in last.items():
+        prefix = "" if name == against else name.removesuffix(f"-{against}") if name.endswith(f"-{against}") else None
+        for arm in arms if prefix is not None else ():
+            other = last.get(f"{prefix}-{arm}" if prefix else arm, {})
+            if seeds := sorted(base.keys() & other.keys()):
+                mean, half = interval([other[seed][metric] - base[seed][metric] for seed in seeds])
+                found[arm].append((prefix, float(np.mean([base[seed][at] for seed in seeds])), mean, half))
+    return {arm: sorted(points, key=lambda point: point[1]) for arm, points in found.items()}
+
+
+def write_gaps(argv):
+    p = records.parser("A picture of paired differences: how much an arm has more than another one, against a number that differs between groups of arms.\n\n"
+                       "    python eval.py gaps results/simct.jsonl --arms simct,masked --against simple --at strict --out results/simct_gap.png\n\n"
+                       "Groups are prefixes of arm names: m64-simct is held against m64-simple, simct against simple.")
+    p.add_argument("file", metavar="FILE", help="results JSONL")
+    p.add_argument("--arms", required=True, help="comma-separated arms, a series each")
+    p.add_argument("--against", required=True, help="the arm that is subtracted")
+    p.add_argument("--at", required=True, help="the number on the horizontal axis, of the arm that is subtracted")
+    p.add_argument("--metric", default="accuracy", help="what is compared")
+    p.add_argument("--out", required=True, help="picture to write (.png, .svg, .pdf)")
+    p.add_argument("--overwrite", action="store_true", help="replace --out")
+    args = p.parse_args(argv)
+    if not args.out.endswith((".png", ".svg", ".pdf")):
+        p.error(f"--out: expected a name that ends in .png, .svg or .pdf, came {args.out}")
+    claim(args.out, args.overwrite)
+    found = paired_gaps([row for row in records.read(args.file, "results") if args.at in row], args.arms.split(","), args.against, args.metric, args.at)
+    for arm, points in found.items():
+        if not points:
+            raise BadInput(f"{args.file}: expected final lines with {args.at!r} of arm {arm!r} and of {args.against!r} for a common seed, came none")
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise BadInput("plots need matplotlib: pip install matplotlib") from None
+    picture = Figure(figsize=(8, 4.6), dpi=150, layout="constrained")
+    axes = picture.add_subplot()
+    span = max(at for points in found.values() for _, at, _, _ in points) - min(at for points in found.values() for _, at, _, _ in points) or 1.0
+    for i, (arm, points) in enumerate(found.items()):
+        names, at, mean, half = zip(*points)
+        axes.errorbar(np.array(at) + (i - (len(found) - 1) / 2) * 0.012 * span, mean, yerr=[h or 0 for h in half], color=COLOURS[i % 8], marker="os^D"[i % 4], capsize=3, linewidth=1.6, label=f"{arm} - {args.against}")
+    for name, at, *_ in next(iter(found.values())):
+        axes.annotate(name or "no prefix", (at, axes.get_ylim()[1]), ha="center", va="bottom", fontsize=8, color="0.35", annotation_clip=False)
+    axes.axhline(0, color="0.35", linewidth=1)
+    axes.set(xlabel=AXIS.get(args.at, args.at), ylabel=f"difference of {args.metric}, mean and 95 % interval")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    picture.savefig(args.out)
+    print(f"eval.py gaps: {args.out}: " + "; ".join(f"{arm}: " + ", ".join(f"{name or "no prefix"} at {at:.3g} {mean:+.3f}" + ("" if half is None else f" ± {half:.3f}") for name, at, mean, half in points) for arm, points in found.items()))
+    return found
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["support"]:
         import support
         return support.main(argv[1:])
-    if argv[:1] == ["table"]:
-        return write_table(argv[1:])
-    return write_plot(argv[1:]) if argv[:1] == ["plot"] else evaluate(argv)
+    command = {"table": write_table, "plot": write_plot, "gaps": write_gaps}.get(*argv[:1] or [None])
+    return command(argv[1:]) if command else evaluate(argv)
 
 
 if __name__ == "__main__":

@@ -472,3 +472,19 @@ def test_rewards_are_joined_by_rollout_and_failed_ones_left_out(tmp_path):
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.raises(BadInput, match="other rollouts"):
         evaluation.main([*arguments, "--out", str(tmp_path / "e2.jsonl")])
+
+
+def test_gaps_are_paired_by_seed_within_a_prefix(tmp_path):
+    """a - b is 0.1 and 0.3 at 0.5, x-a - x-b is -0.2 in the one seed both have, at the mean of x-b in that seed; seeds differ by more than the arms."""
+    rows = [{"arm": arm, "seed": seed, "step": step, "final": step == 4, "accuracy": value if step == 4 else 0.0, "share": share}
+            for arm, seed, value, share in (("b", 0, 0.2, 0.4), ("b", 1, 0.6, 0.6), ("a", 0, 0.3, 0), ("a", 1, 0.9, 0), ("x-b", 1, 0.5, 0.9), ("x-b", 2, 0.1, 0.1), ("x-a", 1, 0.3, 0), ("y-a", 1, 0.3, 0))
+            for step in (4, 0)]
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = evaluation.main(["gaps", str(path), "--arms", "a", "--against", "b", "--at", "share", "--out", str(tmp_path / "g.png")])
+    (name, at, mean, half), (other, far, gap, none) = found["a"]
+    assert (name, other, none) == ("", "x", None) and (at, mean, far, gap) == pytest.approx((0.5, 0.2, 0.9, -0.2)) and half == pytest.approx(12.7062 * np.std([0.1, 0.3], ddof=1) / 2**0.5)
+    assert (tmp_path / "g.png").read_bytes()[:4] == b"\x89PNG"
+    for wrong, words in ((["--arms", "z", "--against", "b"], "'z'"), (["--arms", "a", "--against", "z"], "'z'")):
+        with pytest.raises(BadInput, match=words):
+            evaluation.main(["gaps", str(path), *wrong, "--at", "share", "--out", str(tmp_path / "h.png")])
