@@ -468,7 +468,9 @@ def write_gaps(argv):
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     picture.savefig(args.out)
-    print(f"eval.py gaps: {args.out}: " + "; ".join(f"{arm}: " + ", ".join(f"{name or "no prefix"} at {at:.3g} {mean:+.3f}" + ("" if half is None else f" ± {half:.3f}") for name, at, mean, half in points) for arm, points in found.items()))
+    def told(name, at, mean, half):
+        return f"{name or 'no prefix'} at {at:.3g} {mean:+.3f}" + ("" if half is None else f" ± {half:.3f}")
+    print(f"eval.py gaps: {args.out}: " + "; ".join(f"{arm}: " + ", ".join(told(*point) for point in points) for arm, points in found.items()))
     return found
 
 
