@@ -77,7 +77,7 @@ TYPES = {  # name -> (what an error message calls it, test)
     "mask": ("a list of 0 and 1", _is_list_of(lambda i: _is_int(i) and i in (0, 1))),
     "logprobs": ("a list of finite numbers <= 0", _is_list_of(lambda v: _is_number(v) and v <= 1e-4)),
     "weights": ("a list of finite numbers >= 0", _is_list_of(lambda v: _is_number(v) and v >= 0)),
-    "steps": ("a list of [start, end, true, false or null]", _is_list_of(lambda s: type(s) is list and len(s) == 3 and _is_int(s[0]) and _is_int(s[1]) and s[2] in (True, False, None))),
+    "steps": ("a list of [start, end, true, false or null]", _is_list_of(lambda s: type(s) is list and len(s) == 3 and _is_int(s[0]) and _is_int(s[1]) and (s[2] is None or type(s[2]) is bool))),
     "calls": ("a list of {..., \"output\": text, \"ok\": true or false}", _is_list_of(lambda c: type(c) is dict and type(c.get("output")) is str and type(c.get("ok")) is bool)),
     "units": ("a list of [s0, s1, t0, t1]", _is_list_of(lambda u: type(u) is list and len(u) == 4 and all(_is_int(i) and i >= 0 for i in u))),
     "numbers": ("a list of finite numbers", _is_list_of(_is_number)),

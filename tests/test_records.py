@@ -26,7 +26,7 @@ ROLLOUT = {"id": "p1", "sample": 0, "policy": POLICY, "text": "#2", "finish_reas
 GOOD = {
     "prompts": {"id": 7, "messages": [{"role": "user", "content": "1+1?"}], "answer": 2, "solution": "#2"},
     "answers": {"id": 7, "sample": 0, "policy": POLICY, "text": "", "finish_reason": "length"},
-    "rollouts": ROLLOUT | {"steps": [[0, 2, True]]},
+    "rollouts": ROLLOUT | {"steps": [[0, 1, True], [1, 2, None]], "calls": [{"name": "calculator", "output": "2", "ok": True}], "final": "#2"},
     "scores": {"id": "p1", "sample": 0, "policy": POLICY, "rollout": "0123456789ab", "logprobs": [-1, -2.5],
                "topk": {"ids": PACKED, "logprobs": PACKED}, "topk_of": "abc", "end_mass": 0.5,
                "units": [[0, 2, 0, 1]], "unit_logprobs": [-2.0], "unit_logits": [3.5], "unit_logz": [5], "unit_topk": {"ids": PACKED, "logprobs": PACKED}, "prefixes": PACKED, "sorted": PACKED,
@@ -54,7 +54,8 @@ BAD = {  # type name -> values that are not of it
     "numbers": [None, ["1"], [float("nan")], [None], [True], 1.0],
     "units": [None, [[0, 1]], [[0, 1, 0, -1]], [[0, 1, 0, 1.0]], [1], "x", {}],
     "packed": [None, {}, {"dtype": "float32"}, [1], "x"],
-    "steps": [None, [[0, 1]], [1], "x", {}, [["0", 1, True]], [[0, None, True]]],
+    "steps": [None, [[0, 1]], [1], "x", {}, [["0", 1, True]], [[0, None, True]], [[0, 1, 1]], [[0, 1, "ok"]]],
+    "calls": [None, {}, ["x"], [{"output": "2"}], [{"ok": True}], [{"output": 2, "ok": True}], [{"output": "2", "ok": 1}]],
     "topk": [None, {}, {"ids": PACKED}, {"ids": [1], "logprobs": [2]}, {"ids": PACKED, "logprobs": {"dtype": "float32"}}],
     "criteria": [None, [], {}, ["c"], [{"id": "c", "category": "a", "criterion": "b"}]]
                 + [[GOOD["rubrics"]["criteria"][0] | change] for change in
@@ -130,6 +131,7 @@ def test_a_line_must_be_an_object(tmp_path, line):
 
 
 @pytest.mark.parametrize("change,field", [
+    ({"steps": [[0, 3, None]]}, "steps"), ({"steps": [[1, 2, True], [0, 1, None]]}, "steps"), ({"steps": [[0, 2, True], [1, 2, None]]}, "steps"), ({"steps": [[-1, 2, None]]}, "steps"),
     ({"loss_mask": [1]}, "loss_mask"), ({"logprobs": [-1.0] * 3}, "logprobs"), ({"prompt_ids": []}, "prompt_ids"),
     ({"response_ids": []}, "loss_mask")])
 def test_per_token_lists_have_one_value_a_token(tmp_path, change, field):
