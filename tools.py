@@ -211,8 +211,8 @@ FORMATS = {"hermes": hermes, "brackets": brackets}
 TOOLS = {"calculator": Calculator}
 TOLD = """You can call functions. Their signatures are:
 {schemas}
-To call one, write its name and arguments as JSON, between marks and nothing after them:
-<tool_call>{{"name": "calculator", "arguments": {{"expression": "37*4"}}}}</tool_call>
+To call one, write its name and arguments as JSON between these marks, and nothing after them:
+<tool_call>{example}</tool_call>
 You will then be given what it returns."""
 
 
@@ -265,7 +265,9 @@ class Toolbox:
         told = render(tokenizer, prompt, options | {"tools": schemas})
         if told != plain:
             return told
-        told, messages = TOLD.format(schemas="\n".join(map(json.dumps, schemas))), prompt["messages"]
+        function = schemas[0]["function"]
+        example = {"name": function["name"], "arguments": {name: "..." for name in function["parameters"]["properties"]}}
+        told, messages = TOLD.format(schemas="\n".join(map(json.dumps, schemas)), example=json.dumps(example)), prompt["messages"]
         if messages and messages[0]["role"] == "system":
             messages = [messages[0] | {"content": messages[0]["content"] + "\n\n" + told}, *messages[1:]]
         else:

@@ -59,7 +59,10 @@ it generalises.
 
 Every file has random numbers of its own, so asking for more of one changes no other.
 
-Simplifications: 1. two tasks; 2. answers are 2-60 characters (30 terms: up to 250; a loop: 320); 3. the "web" is a script; 4. totals stay in 0..40.
+--task tools is for agents: chains of operations to be worked out with a calculator, as token records with the calculator's answers in them (agents.py).
+Its `clean` teaches to call, to go on after an error and to try again in an --outage; `mixed` to call badly.  A third model, `large`, is a larger teacher.
+
+Simplifications: 1. three tasks; 2. answers are 2-60 characters (30 terms: up to 250; a loop: 320); 3. the "web" is a script; 4. totals stay in 0..40.
 """
 import hashlib
 import itertools
