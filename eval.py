@@ -328,7 +328,7 @@ def claim(out, overwrite):
 # ---------------------------------------------------------------------------------------------- results: plot
 
 AXIS = {"accuracy": "accuracy on held-out prompts (0-1)", "length_mean": "mean answer length (tokens)", "seconds": "time (s)",
-        "step": "training step", "route_b": "share of answers by the route that the student lacked",
+        "step": "training step", "proxy": "mean score of the discriminator", "judge_accuracy": "pairs in which the discriminator prefers the teacher's text", "route_b": "share of answers by the route that the student lacked",
         "strict": "share of the answers' bytes that both tokenizers spell alike", "generated_tokens": "tokens the student has generated"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#8C6D31")  # safe for the colour-blind
 
@@ -401,12 +401,18 @@ def write_plot(argv):
     if not args.out.endswith((".png", ".svg", ".pdf")):
         p.error(f"--out: expected a name that ends in .png, .svg or .pdf, came {args.out}")
     claim(args.out, args.overwrite)
-    rows = read_results(args.file, [args.metric, args.x])
+    rows = read_results(args.file, [args.x])
     chosen = args.arms.split(",") if args.arms else [row["arm"] for row in rows]
     if missing := [arm for arm in chosen if arm not in {row["arm"] for row in rows}]:
         raise BadInput(f"--arms: expected arms of {args.file}, came {missing[0]!r}")
     rows = [row for row in rows if row["arm"] in chosen]
+    having = [row for row in rows if args.metric in row]  # a reward is known after the first round, not before
+    without = sorted({(row["arm"], row["step"]) for row in rows if args.metric not in row})
+    if bad := [row for row in having if not is_number(row[args.metric])] or (not having and rows):
+        raise BadInput(f"{args.file}: arm {bad[0]['arm']!r}, seed {bad[0]['seed']}, step {bad[0]['step']}: {args.metric}: expected a finite number, came {bad[0].get(args.metric)!r}")
+    rows = having
     lines, left_out = curves(rows, args.metric, args.x)
+    left_out += [f"arm {arm!r}, step {step}: no {args.metric}" for arm, step in without]
     seeds = len({row["seed"] for row in rows})
     title = f"{Path(args.file).stem}: " + ("one seed" if seeds == 1 else f"mean over {seeds} seeds, band = min to max") + "; legend: last value"
     figure(lines, args.metric, args.x, title).savefig(args.out)

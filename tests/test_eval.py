@@ -418,6 +418,17 @@ def test_plot_leaves_out_checkpoints_that_some_seed_has_not_reached(tmp_path, ca
     assert axes.lines[3].get_linestyle() == "-", "one checkpoint left of a curve is a point, not a level"
 
 
+def test_plot_leaves_out_lines_without_the_metric_and_says_so(tmp_path, capsys):
+    rows = [row if row["arm"] != "ropd" or row["step"] == 0 else row | {"proxy": row["step"] / 10} for row in CURVES]
+    path = write_lines(tmp_path / "x.jsonl", rows)
+    summary = evaluation.main(["plot", path, "--metric", "proxy", "--arms", "ropd,sft", "--out", str(tmp_path / "x.png")])
+    assert [(at, mean) for at, mean, *_ in summary["lines"]["ropd"]] == [(20, 2), (40, 4)] and "sft" not in summary["lines"]
+    assert "left out: arm 'ropd', step 0: no proxy" in capsys.readouterr().out
+    for metric, changed in (("nothing", rows), ("proxy", [row | {"proxy": "high"} for row in rows])):
+        with pytest.raises(BadInput, match=f"{metric}: expected a finite number"):
+            evaluation.main(["plot", write_lines(tmp_path / "y.jsonl", changed), "--metric", metric, "--out", str(tmp_path / "y.png")])
+
+
 def test_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     path = write_lines(tmp_path / "x.jsonl", CURVES)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
