@@ -1,6 +1,6 @@
 """The world of `toy.py --task tools`: chains of operations that are worked out with a calculator, call by call.
 
-    7,*43,-58,*2=?   ->   [7*43]   301   [301-58]   243   [243*2]   486   #486
+    43,*7,-58,*2=?   ->   [43*7]   301   [301-58]   243   [243*2]   486   #486
 
 A question is a number and what is done to it, in order; an answer is a call for every operation, what the calculator says between them, and
 `#` with the last number.  No model of this size multiplies in its head: it must call, copy what comes back, and go on.
@@ -45,7 +45,7 @@ def result(chain):
 
 
 def malformed(rng, call):
-    """A call that the calculator cannot read: "37*4" -> "37*", "*4", "37 4", "37**4)" or, unclosed, "37*4" without its bracket."""
+    """A call that the calculator cannot read: "37*4" -> "37*", "*4", "37 4", "37*4)" or, unclosed, "37*4" without its bracket."""
     at = next(i for i, c in enumerate(call) if c in "+-*" and i)
     left, sign, right = call[:at], call[at], call[at + 1:]
     return [f"[{left}{sign}]", f"[*{right}]", f"[{left} {right}]", f"[{left}{sign}{right})]", f"[{left}{sign}{right}"][int(rng.integers(5))]
@@ -98,13 +98,13 @@ def episode(rng, policy, toolbox, prompt, chain, next_step, key):
         call = toolbox.find(text)
         if not call or len(steps) == MOST_STEPS or len(ids) > MOST_TOKENS:
             break
-        output, ok = toolbox.run(call, f"{key}|{len(calls)}")
-        turn = toolbox.turn(policy, output)
-        steps[-1][2] = ok
-        calls.append(call | {"output": output, "ok": ok})
-        ids, mask, failed = ids + turn, mask + [0] * len(turn), not ok
-        if ok:
-            total, done = int(output), done + 1
+        call = toolbox.run(call, f"{key}|{len(calls)}")
+        turn = toolbox.turn(policy, call)
+        steps[-1][2] = call["ok"]
+        calls.append(call)
+        ids, mask, failed = ids + turn, mask + [0] * len(turn), not call["ok"]
+        if call["ok"]:
+            total, done = int(call["output"]), done + 1
     return {"prompt_ids": list(text_ids), "response_ids": ids, "loss_mask": mask, "steps": steps, "calls": calls, "final": text,
             "text": policy.tokenizer.decode(ids, skip_special_tokens=True), "finish_reason": "tool_limit" if call else "stop"}
 

@@ -176,7 +176,8 @@ class Data:
         if "end_mass" in rollout:
             item["student_end_mass"] = rollout["end_mass"]
         if self.prefix == "self":
-            item["repetitive"] = len(rollout["text"]) >= self.tail and repetition_ratio(rollout["text"], self.tail) > self.threshold
+            text = rollout.get("final", rollout["text"])
+            item["repetitive"] = len(text) >= self.tail and repetition_ratio(text, self.tail) > self.threshold
             item["behaviour_logp"] = np.asarray(rollout["logprobs"], np.float32)[trained]
         if self.scores is not None:
             score = records.partner(self.scores, rollout, self.rollouts)
@@ -232,6 +233,8 @@ class Data:
         tokenizer, out = self.policy.tokenizer, []
         responses = tokenizer([a["text"] for a in answers], add_special_tokens=False)["input_ids"] if answers else []
         for answer, key, response in zip(answers, keys, responses):
+            if "steps" in answer:  # its text is the tools' words as well as the model's
+                raise BadInput(f"{self.rollouts.where(key)}: policy: expected the vocabulary and template of this model, came others: an episode with tools cannot be told in other tokens")
             if "messages" in answer:
                 prompt = answer
             elif self.prompts is not None and (key[0],) in self.prompts:

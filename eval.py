@@ -75,9 +75,10 @@ def interval(values):
 def grade(rollout, answer, tail):
     """One line of the output: the rollout (or API answer) held against the right final answer."""
     from rubric import answered, is_correct
+    text = answered(rollout)  # of an episode with tools the last step: what tools say is no loop of the model's
     row = {"id": rollout["id"], "sample": rollout["sample"], "text": rollout["text"],
-           "correct": bool(is_correct(answered(rollout), answer)), "length": records.written(rollout) if "response_ids" in rollout else None,
-           "truncated": rollout["finish_reason"] == "length", "repetition": round(repetition_ratio(rollout["text"], tail), 3)}
+           "correct": bool(is_correct(text, answer)), "length": records.written(rollout) if "response_ids" in rollout else None,
+           "truncated": rollout["finish_reason"] == "length", "repetition": round(repetition_ratio(text, tail), 3)}
     if "calls" in rollout:
         row |= {"calls": [call["ok"] for call in rollout["calls"]], "tool_limit": rollout["finish_reason"] == "tool_limit"}
     return row

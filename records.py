@@ -142,9 +142,13 @@ def validate(record, kind):
         for field in ("loss_mask", "logprobs"):
             if field in record and len(record[field]) != len(record["response_ids"]):
                 return f"{field}: expected {len(record['response_ids'])} values, one per response token, came {len(record[field])}"
-        edges = [edge for start, end, _ in record.get("steps", ()) for edge in (start, end)]
-        if edges != sorted(edges) or edges and not 0 <= edges[0] <= edges[-1] <= len(record["response_ids"]):
-            return f"steps: expected one after another within {len(record['response_ids'])} response tokens, came {_show(record['steps'])}"
+        if "steps" in record:
+            edges = [edge for start, end, _ in record["steps"] for edge in (start, end)]
+            if not edges or edges != sorted(edges) or not 0 <= edges[0] <= edges[-1] <= len(record["response_ids"]):
+                return f"steps: expected at least one, one after another within {len(record['response_ids'])} response tokens, came {_show(record['steps'])}"
+            outside = record["loss_mask"][:edges[0]] + [m for (_, a, _), (b, _, _) in zip(record["steps"], record["steps"][1:]) for m in record["loss_mask"][a:b]] + record["loss_mask"][edges[-1]:]
+            if any(outside):
+                return "loss_mask: expected 0 outside of `steps`, where the model has written nothing, came 1"
         if kind == "rollouts" and not record["prompt_ids"]:
             return "prompt_ids: expected at least one token, came an empty list"
     if kind == "rewards" and "discriminator" not in record and not 0 <= (record["reward"] or 0) <= 1:

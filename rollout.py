@@ -17,8 +17,8 @@ Every sample draws its own random numbers from (--seed, prompt id, sample number
 batching, sharding, or on how often the run was interrupted (up to the last bit of a batched matrix product).
 
 With --tools an answer is an episode of several steps, with what the tools said between them.  `response_ids` then holds all of it, `loss_mask`
-is 0 on what the model has not written, `steps` says where it wrote and how each call ended ([start, end, true | false | null: no call]),
-`calls` what was asked and said, `final` is the text of the last step, which is the answer.
+is 0 on what the model has not written, `steps` says where it wrote and whether the call there had a result ([start, end, true | false | null: no
+call, or none that was answered]), `calls` what was asked and said, `final` is the text of the last step, which is the answer.
 
 Simplifications: 1. no prefix sharing between the n samples of a prompt; 2. no speculative decoding, no paged cache:
 for large models serve them with vLLM and use --base-url; 3. every step of an episode reads its whole context anew.
@@ -344,16 +344,16 @@ def sample_episodes(policy, prompts, draws, toolbox, names, *, max_tokens, tempe
             if call and len(e["calls"]) == toolbox.most_calls:
                 e["finish_reason"] = "tool_limit"
             elif call:
-                output, ok = toolbox.run(call, f"{names[i]}|{len(e['calls'])}")
-                turn = toolbox.turn(policy, output)
+                call = toolbox.run(call, f"{names[i]}|{len(e['calls'])}")
+                turn = toolbox.turn(policy, call)
                 if len(e["response_ids"]) + len(turn) >= max_tokens:
                     e["finish_reason"] = "length"
                     continue
                 e["response_ids"] += turn
                 e["logprobs"] += [0.0] * len(turn)  # nobody sampled these
                 e["loss_mask"] += [0] * len(turn)
-                e["steps"][-1][2] = ok
-                e["calls"].append(call | {"output": output, "ok": ok})
+                e["steps"][-1][2] = call["ok"]
+                e["calls"].append(call)
                 again.append(i)
         going = again
     return episodes
@@ -407,7 +407,7 @@ def add_sampling_flags(p, n):
     p.add_argument("--out", required=True, help="JSONL to write; run again to complete an interrupted file")
     p.add_argument("--slice", default=":", metavar="A:B", help="only these prompts of the file, as in Python (0:32)")
     p.add_argument("--shard", default="0/1", metavar="I/N", help="only every N-th prompt starting at I: N machines, N files")
-    p.add_argument("--max-tokens", type=int, default=512, help="longest answer; a cut one ends in finish_reason `length`")
+    p.add_argument("--max-tokens", type=int, default=512, help="longest answer, with --tools what they say counts, too; a cut one ends in finish_reason `length`")
     p.add_argument("--temperature", type=float, default=1.0, help="1 is what the losses assume; 0 is greedy (evaluation)")
     p.add_argument("--top-p", type=float, default=1.0, help="nucleus mass; below 1 is for evaluation only")
     p.add_argument("--seed", type=int, default=0, help="with the prompt id and sample number, fixes every answer")

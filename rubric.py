@@ -75,6 +75,14 @@ def answered(rollout):
     return rollout.get("final", rollout["text"])
 
 
+def one_piece(rollout, path):
+    """The rollout; raises BadInput for an episode with tools: a criterion could be met by a tool's words, and a tool could speak to the judge."""
+    if len(rollout.get("steps", ())) > 1:
+        raise BadInput(f"{path}: id {rollout['id']!r}: steps: expected an answer in one piece, came an episode with tools: rubrics and judges would read the tools' words as the model's; "
+                       "use --grader answer or discriminator")
+    return rollout
+
+
 def outcome(rollout, answer, shape=False):
     """1 for a right final answer, else 0; shape: a wrong one earns 0.05 a tool call, at most 0.2, as in SOD's released code (there -1 to -0.6 of +-1)."""
     if is_correct(answered(rollout), answer):
@@ -239,7 +247,7 @@ def by_prompt(path, kind, limit=None):
     """{prompt id: [(text, fingerprint) in sample order]}, at most `limit` a prompt."""
     found = {}
     for r in records.read(path, kind):
-        found.setdefault(str(r["id"]), []).append((r["sample"], r["text"], records.fingerprint(r)))
+        found.setdefault(str(r["id"]), []).append((r["sample"], one_piece(r, path)["text"], records.fingerprint(r)))
     return {key: [(text, mark) for _, text, mark in sorted(triples)][:limit] for key, triples in found.items()}
 
 
@@ -382,11 +390,11 @@ def grade(argv):
 
     def grade_group(prompt_id):
         """[(reward or None, verdicts or the reason of a failure)] for the group's rollouts, and the teacher's rewards."""
-        question, mine = question_of(prompts[prompt_id]), [rollouts[key]["text"] for key in groups[prompt_id]]
         if args.grader == "answer":
             return [(outcome(rollouts[key], prompts[prompt_id]["answer"], args.shape_calls), None) for key in groups[prompt_id]], []
         if scorer:
             return [(score, None) for score in scorer.judge(prompt_id)], []
+        question, mine = question_of(prompts[prompt_id]), [one_piece(rollouts[key], args.rollouts)["text"] for key in groups[prompt_id]]
         if args.grader == "scalar":
             def one(key, text):
                 if server:

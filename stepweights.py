@@ -10,17 +10,21 @@ worth as much.  SOD measures the drift of step k by the sampled tokens alone and
     w_k = min( prod_{u < k} (d_u + eps) / (d_{u+1} + eps),  1 + delta )  =  min( (d_1 + eps) / (d_k + eps), 1 + delta )      eq. 7, eps 1e-6, delta 0.2
 
 The product telescopes and the bound is put on its end, so no step's weight remembers the way to it; w_1 = 1.
-d [0.22, 0.44, 1.1, 0.11] -> w [1, 0.5, 0.2, 1.2].  log mu are the rollout's own log-probs or, where a server sampled in other precision, those that
-`teacher.py score --model STUDENT` computes: --own-scores.
+d [0.22, 0.44, 1.1, 0.11] -> w [1, 0.5, 0.2, 1.2].  log mu are the rollout's own log-probs or, where they were computed in another precision than
+the teacher's, those that `teacher.py score --model STUDENT` computes: --own-scores.
 
-Rules: `sod` is that.  `uniform` is 1 everywhere.  `no-cap` leaves the bound out.  `mask` is 0 from the step after the first failed call on,
+Rules: `sod` is that.  `uniform` is 1 everywhere.  `no-cap` leaves the bound out.  `mask` is 0 from the step after the first mistake on,
 `decay` 0.9^(steps since then): the paper's ablations.  Controls: `shuffled` deals sod's weights out among the steps of the same episode, `mean` gives
 every token the mean of sod's over the file's tokens: is it only a smaller coefficient?  `batch` measures d_k against the mean first step of the
-file, for an episode's own first step may be a few tokens of luck.
+file, for an episode's own first step may be a few tokens of luck.  A mistake is a call that the tool could not read; one that met an outage is none.
 
 train.py --method sod multiplies the teacher's term, not the reward's.  A masked token counts neither in d_k nor in the loss.
+
+Simplifications, and differences from the released code: 1. a malformed call is answered by an error, there it ends the episode; 2. a tool's text is cut at its end, there
+in its middle, at 256 characters; 3. no penalty on overlong episodes; 4. log mu is the sampler's, there the actor computes it anew; 5. `drift` holds a number a step in memory.
 """
 import json
+from pathlib import Path
 
 import numpy as np
 
@@ -47,15 +51,27 @@ def step_weights(d, first=None, delta=DELTA):
     return w if delta is None else np.minimum(w, 1 + delta)
 
 
-def since_error(steps):
-    """Steps since the first failed call, 0 up to and with it.   [[0, 4, True], [9, 12, False], [40, 44, True], [50, 52, None]] -> [0, 0, 1, 2]"""
-    first = next((k for k, (_, _, ok) in enumerate(steps) if ok is False), len(steps))
-    return np.maximum(np.arange(len(steps)) - first, 0)
+def outcomes(rollout):
+    """What came of every step: "result", "mistake" or "outage" of its call, "answer", or "cut": a call that was not answered, or no end."""
+    calls = iter(rollout.get("calls", ()))
+    last = "answer" if rollout["finish_reason"] == "stop" else "cut"
+    return [last if ok is None else {True: "result", False: "outage" if next_call.get("outage") else "mistake"}[ok]
+            for _, _, ok in whole(rollout) for next_call in [{} if ok is None else next(calls)]]
 
 
-def weigh(rule, d, steps, rng, first, mean):
-    """w_k of a rule, [K]; first: the file's mean d_1; mean: the mean of sod's weights over the file's tokens."""
-    after = since_error(steps)
+def whole(rollout):
+    """The steps of a rollout; without tools an answer is one step."""
+    return rollout.get("steps") or [[0, len(rollout["response_ids"]), None]]
+
+
+def since_mistake(came):
+    """Steps since the first mistake, 0 up to and with it.   ["result", "mistake", "result", "answer"] -> [0, 0, 1, 2]"""
+    return np.maximum(np.arange(len(came)) - (came.index("mistake") if "mistake" in came else len(came)), 0)
+
+
+def weigh(rule, d, came, rng, first, mean):
+    """w_k of a rule, [K]; came: `outcomes`; first: the file's mean d_1; mean: the mean of sod's weights over the file's tokens."""
+    after = since_mistake(came)
     if rule == "shuffled":
         return rng.permutation(step_weights(d))
     return {"sod": lambda: step_weights(d), "uniform": lambda: np.ones(len(d)), "no-cap": lambda: step_weights(d, delta=None), "mask": lambda: np.where(after > 0, 0.0, 1.0),
@@ -63,7 +79,7 @@ def weigh(rule, d, steps, rng, first, mean):
 
 
 def reader(args, rollouts):
-    """measure(rollout) -> (steps, d [K], loss tokens of each step [K], its score)."""
+    """measure(rollout) -> (steps, d [K], loss tokens of each step [K], its score); raises BadInput at file:line."""
     scores, own = records.Table(args.scores, "scores"), records.Table(args.own_scores, "scores") if args.own_scores else None
 
     def measure(rollout):
@@ -71,7 +87,9 @@ def reader(args, rollouts):
         score, mine = records.partner(scores, rollout, rollouts), records.partner(own, rollout, rollouts) if own else rollout
         if own and mine["policy"].get("weights") != rollout["policy"].get("weights"):
             raise BadInput(f"{own.where(key)}: policy.weights: expected {rollout['policy'].get('weights')}, the weights that wrote the rollout, came {mine['policy'].get('weights')}")
-        steps, mask = rollout.get("steps") or [[0, len(rollout["response_ids"]), None]], rollout["loss_mask"]  # without tools an answer is one step
+        if not own and rollout["temperature"] != 1:
+            raise BadInput(f"{rollouts.where(key)}: temperature: expected 1, as scores are, came {rollout['temperature']}: its log-probs are of another distribution; give --own-scores")
+        steps, mask = whole(rollout), rollout["loss_mask"]
         return steps, divergences(mine["logprobs"], score["logprobs"], mask, steps), np.array([sum(mask[start:end]) for start, end, _ in steps]), score
     return measure
 
@@ -106,25 +124,25 @@ def steps(argv):
                 continue
             rollout = rollouts[key]
             spans, d, _, _ = measure(rollout)
-            w, weights = weigh(args.rule, d, spans, np.random.default_rng([args.seed, number]), first, mean), np.zeros(len(rollout["response_ids"]))
+            w, weights = weigh(args.rule, d, outcomes(rollout), np.random.default_rng([args.seed, number]), first, mean), np.zeros(len(rollout["response_ids"]))
             for (start, end, _), each in zip(spans, w):
                 weights[start:end] = each
             writer.write({"id": rollout["id"], "sample": rollout["sample"], "rollout": records.fingerprint(rollout), "rule": args.rule, "weights": [float(f"{x:.9g}") for x in weights],
                           "d": records.floats(d), "w": records.floats(w)})
     d, w = (np.concatenate([r[name] for r in records.read(args.out, "weights")]) for name in ("d", "w"))
     summary = {"out": args.out, "records": len(rollouts), "d_first": first, "d_mean": float(d.mean()), "w_mean": float(w.mean()), "w_max": float(w.max()),
-               "w_low": float(np.mean(w < 0.5)), "w_capped": float(np.mean(w >= (1 + DELTA) * (1 - 1e-6)))}
+               "w_low": float(np.mean(w < 0.5)), "w_bound": float(np.mean(w >= (1 + DELTA) * (1 - 1e-6)))}
     print(f"weigh.py steps: {args.out}: {len(rollouts)} rollouts, rule {args.rule}: d_1 {first:.3f}, d {summary['d_mean']:.3f}; weight mean {summary['w_mean']:.3f}, "
-          f"below a half in {summary['w_low']:.1%} of the steps, at the bound in {summary['w_capped']:.1%}")
+          f"below a half in {summary['w_low']:.1%} of the steps, {1 + DELTA:g} and more in {summary['w_bound']:.1%}")
     return summary
 
 
 # ---------------------------------------------------------------------------------------------- drift
 
-def kind_of(steps):
-    """What became of an episode's calls: "clean" (none failed), "recovered" (the last one worked) or "error"."""
-    oks = [ok for _, _, ok in steps if ok is not None]
-    return "clean" if all(oks) else "recovered" if oks[-1] else "error"
+def kind_of(came):
+    """What became of an episode's calls: "clean" (all had results), "recovered" (the last one had) or "error"."""
+    calls = [x for x in came if x in ("result", "mistake", "outage")]
+    return "clean" if set(calls) <= {"result"} else "recovered" if calls[-1] == "result" else "error"
 
 
 def entropies(score, steps):
@@ -138,19 +156,39 @@ def entropies(score, steps):
     return [float(each[start:end].mean()) for start, end, _ in steps]
 
 
-def events(steps):
-    """(what came before step k + 1, k) for k = 1..K-1: "result" of a call that worked, "error" of one that failed, "recovery": a result right after an error."""
-    return [("error" if steps[k][2] is False else "recovery" if k and steps[k - 1][2] is False else "result", k) for k in range(len(steps) - 1)]
+EVENTS = ("result", "mistake", "outage", "recovery")
+
+
+def events(came):
+    """What stood between step k + 1 and the next, for k = 0..K-2: the outcome of step k + 1; "recovery" for a result right after a mistake or an outage.
+
+    ["result", "mistake", "result", "answer"] -> ["result", "mistake", "recovery"]"""
+    return ["recovery" if x == "result" and k and came[k - 1] in ("mistake", "outage") else x for k, x in enumerate(came[:-1])]
+
+
+def summary_of(changes):
+    """Of [tokens between two steps, change of d, d above that of clean episodes at the same step, change of entropy] rows (NaN: not known): their means, and
+    the correlation of the first with the third."""
+    length, change, above, entropy = np.array(changes, float).reshape(-1, 4).T
+
+    def mean(x):
+        return float(x[np.isfinite(x)].mean()) if np.isfinite(x).any() else None
+    known = np.isfinite(above)
+    related = known.sum() > 2 and length[known].std() and above[known].std()
+    return {"count": len(change), "length": mean(length), "change": mean(change), "above": mean(above), "entropy_change": mean(entropy),
+            "length_correlation": float(np.corrcoef(length[known], above[known])[0, 1]) if related else None}
 
 
 def drift(argv):
-    p = records.parser("How far the teacher and the student are apart, step by step: d_k of clean, recovered and failed episodes, by steps since the first failed call, and\n"
-                       "how d changes from a step to the next when there is a result, an error, or a result right after an error (recovery) between them.  With the\n"
-                       "teacher's whole distribution (score --top-k V) its entropy beside it.  For the placebo, right outputs of an error's length, sample with\n"
-                       "--tool-options '{\"pad\": 40}' and look at that file.  Read `by_outcome` first: d is also large where the student is wrong and the teacher is not.\n\n"
+    p = records.parser("How far the teacher and the student are apart, step by step: d_k of clean, recovered and failed episodes, by steps since the first mistake, and of the step\n"
+                       "after a result, a mistake, an outage, or a recovery (a result right after one of these): how much it is above the same step of clean episodes, and how it\n"
+                       "has changed from the step before.  With the teacher's whole distribution (score --top-k V) its entropy beside it.  For the placebo, right outputs of an\n"
+                       "error's length, sample with --tool-options '{\"pad\": 40}' and look at that file --against the first look.  Read `by_outcome` first: d is also large where the student is wrong and\n"
+                       "the teacher is not.\n\n"
                        "    python weigh.py drift --rollouts R --scores S --out drift.json --plot drift.png")
     add_flags(p)
     p.add_argument("--plot", help="picture to write (.png, .svg, .pdf)")
+    p.add_argument("--against", metavar="JSON", help="an earlier look, whose clean episodes are the level that d is held against (default: this file's own)")
     args = p.parse_args(argv)
     from weigh import by_offset, means
     if not (args.plot or ".png").endswith((".png", ".svg", ".pdf")):
@@ -158,57 +196,59 @@ def drift(argv):
     for path in (args.out, args.plot):
         claim(path, args.overwrite)
     rollouts = records.Table(args.rollouts, "rollouts")
-    measure, count, places, unsure, series, firsts, changes, outcomes = reader(args, rollouts), dict.fromkeys(("clean", "recovered", "error"), 0), {}, {}, [], [], {}, {}
+    measure, episodes = reader(args, rollouts), []
     for rollout in records.progress(rollouts, desc="measure", unit="rollout", total=len(rollouts)):
         spans, d, _, score = measure(rollout)
-        kind, entropy = kind_of(spans), entropies(score, spans)
-        count[kind] += 1
-        places.setdefault(kind, []).extend(enumerate(d, 1))
-        if entropy:
-            unsure.setdefault(kind, []).extend(enumerate(entropy, 1))
-        series.append(d)
-        firsts.append(next((k for k, (_, _, ok) in enumerate(spans) if ok is False), None))
-        for event, k in events(spans):
-            changes.setdefault(event, []).append((spans[k + 1][0] - spans[k][1], d[k + 1] - d[k], entropy[k + 1] - entropy[k] if entropy else np.nan))
-        for (_, _, ok), x in zip(spans, d):
-            outcomes.setdefault({True: "worked", False: "failed", None: "answer"}[ok], []).append(x)
-    result = {"rollouts": len(rollouts), "episodes": count, "by_step": {kind: means(pairs) for kind, pairs in sorted(places.items())},
-              "entropy": {kind: means(pairs) for kind, pairs in sorted(unsure.items())}, "since_error": by_offset(series, firsts),
-              "by_outcome": {name: float(np.mean(x)) for name, x in sorted(outcomes.items())}}
-    for event in ("result", "error", "recovery"):
-        length, rise, entropy = np.array(changes.get(event, []), float).reshape(-1, 3).T
-        related = len(rise) > 2 and length.std() and rise.std()
-        result[event] = {"count": len(rise), "rise": float(rise.mean()) if len(rise) else None, "length": float(length.mean()) if len(rise) else None,
-                         "length_correlation": float(np.corrcoef(length, rise)[0, 1]) if related else None, "entropy_rise": float(entropy.mean()) if len(rise) and np.isfinite(entropy).all() else None}
+        episodes.append((outcomes(rollout), d, entropies(score, spans), [b[0] - a[1] for a, b in zip(spans, spans[1:])]))
+    places, unsure, outcome, changes = {}, {}, {}, {event: [] for event in EVENTS}
+    for came, d, entropy, _ in episodes:
+        places.setdefault(kind_of(came), []).extend(enumerate(d, 1))
+        unsure.setdefault(kind_of(came), []).extend(enumerate(entropy, 1) if entropy else ())
+        for name, x in zip(came, d):
+            outcome.setdefault(name, []).append(x)
+    try:
+        level = json.loads(Path(args.against).read_text())["by_step"].get("clean", ()) if args.against else means(places.get("clean", ()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"--against {args.against}: expected what weigh.py drift writes, came {type(error).__name__}: {error}") from None
+    clean = {row["at"]: row["mean"] for row in level}
+    for came, d, entropy, lengths in episodes:
+        for k, event in enumerate(events(came)):
+            if event in changes:
+                changes[event].append((lengths[k], d[k + 1] - d[k], d[k + 1] - clean.get(k + 2, np.nan), entropy[k + 1] - entropy[k] if entropy else np.nan))
+    firsts = [came.index("mistake") if "mistake" in came else None for came, *_ in episodes]
+    result = {"rollouts": len(rollouts), "episodes": {kind: sum(kind_of(came) == kind for came, *_ in episodes) for kind in ("clean", "recovered", "error")},
+              "by_step": {kind: means(pairs) for kind, pairs in sorted(places.items())}, "entropy": {kind: means(pairs) for kind, pairs in sorted(unsure.items()) if pairs},
+              "since_mistake": by_offset([d for _, d, *_ in episodes], firsts), "by_outcome": {name: float(np.mean(x)) for name, x in sorted(outcome.items())},
+              "after": {event: summary_of(rows) for event, rows in changes.items()}}
     records.write_atomically(args.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
     if args.plot:
         figure(result).savefig(args.plot)
 
     def show(x):
-        return "none" if x is None else f"{x:.3f}"
-    print(f"weigh.py drift: {args.out}: {count['clean']} clean, {count['recovered']} recovered, {count['error']} failed episodes; d changes by {show(result['result']['rise'])} after a result, "
-          f"{show(result['error']['rise'])} after an error (correlation with its length {show(result['error']['length_correlation'])}), {show(result['recovery']['rise'])} after a recovery")
+        return "none" if x is None else f"{x:+.3f}"
+    print(f"weigh.py drift: {args.out}: {', '.join(f'{n} {kind}' for kind, n in result['episodes'].items())} episodes; d above that of clean episodes at the same step: "
+          + ", ".join(f"{show(found['above'])} after {found['count']} {event}{'s' * (found['count'] != 1)}" for event, found in result["after"].items()).replace("recoverys", "recoveries"))
     return result
 
 
 def figure(result):
-    """The matplotlib figure of `drift`: d by step, by steps since the first failed call, and the teacher's entropy where it is known."""
+    """The matplotlib figure of `drift`: d by step, by steps since the first mistake, and the teacher's entropy where it is known."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise BadInput("plots need matplotlib: pip install matplotlib") from None
-    panels = [("step", result["by_step"], "d: |log μ − log p_T|, nats a token"), ("steps since the first failed call", None, "d: |log μ − log p_T|, nats a token")]
+    panels = [("step", result["by_step"], "d: |log μ − log p_T|, nats a token"), ("steps since the first mistake", None, "d: |log μ − log p_T|, nats a token")]
     panels += [("step", result["entropy"], "the teacher's entropy, nats")] * bool(result["entropy"])
     picture = Figure(figsize=(4.6 * len(panels), 3.9), dpi=150, layout="constrained")
     for axes, (label, groups, unit) in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels):
-        lines = groups or {"episodes with an error": result["since_error"]}
+        lines = groups or {"episodes with a mistake": result["since_mistake"]}
         for colour, (name, rows) in zip(COLOURS, lines.items()):
             rows = [row for row in rows if row["count"] >= min(10, max(r["count"] for r in rows))]
             at, mean, half = (np.array([row[field] for row in rows], float) for field in ("at", "mean", "half"))
             axes.plot(at, mean, marker="o", markersize=4, linewidth=1.8, color=colour, label=name)
             axes.fill_between(at, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
             if groups is None:
-                axes.plot(at, np.array([row["no_slip"] for row in rows], float), color="0.35", linestyle="--", label="same steps without an error")
+                axes.plot(at, np.array([row["no_slip"] for row in rows], float), color="0.35", linestyle="--", label="same steps of episodes without one")
                 axes.axvline(0.5, color="0.6", linewidth=1)
         axes.set(xlabel=label, ylabel=unit, ylim=(0, None))
         axes.legend(frameon=False, fontsize=8)

@@ -106,7 +106,7 @@ def shuffle(argv):
     p = records.parser("The same log-probs, dealt out at random among all tokens of the file: a teacher that knows nothing.\n\n"
                        "    python teacher.py shuffle --scores scores.jsonl --out null.jsonl")
     p.add_argument("--scores", required=True, help="JSONL of scores")
-    p.add_argument("--out", required=True, help="JSONL to write; top-k fields are left out")
+    p.add_argument("--out", required=True, help="JSONL to write; top-k fields are left out; of episodes with tools the tools' tokens are dealt out, too")
     p.add_argument("--seed", type=int, default=0, help="of the permutation")
     p.add_argument("--overwrite", action="store_true", help="begin the output anew")
     args = p.parse_args(argv)

@@ -11,15 +11,16 @@ after another and never decoded and encoded again.
     hermes    <tool_call>{"name": "calculator", "arguments": {"expression": "37*4"}}</tool_call>     as Qwen, Hermes and others write it
     brackets  [37*4]                                                                                 what stands inside is the first tool's only argument
 
-Only the first call of a step runs.  A malformed one is answered by an error that the model can read, like a wrong expression.
+Only the first call of a step runs, and none that stands in a model's <think>.  A malformed one is answered by an error that the model can read, like a wrong expression.
 
-A tool is any object with `schema` (a function in transformers' tool format) and `__call__(arguments, key) -> (output, ok)`.  It answers
-whatever a model asks, ok false where that was wrong, and must depend on nothing but its two arguments: `key` names the call (seed, prompt,
-sample, number), for tools that want randomness.  One that raises is broken, which is no fault of the model's: the stage stops and nothing
-is written of that batch, so that a finished file never holds an answer to a tool that did not work.
+A tool is any object with `schema` (a function in transformers' tool format) and `__call__(arguments, key) -> (output, ok)`.  It answers whatever
+a model asks: ok is true for a result, false where the model was wrong, None where it was not and there is no result all the same (an outage).
+It must depend on nothing but its two arguments: `key` names the call (seed, prompt, sample, number), for tools that want randomness.  One that
+raises is broken, which is no fault of the model's: the stage stops and nothing is written of that batch, so that a finished file never holds
+an answer to a tool that did not work.  MODULE must be importable: beside the stages, or on PYTHONPATH.
 
 The calculator parses with the grammar below: no eval, exact fractions, powers and lengths bounded, so that no text takes more than a
-moment.  Its options: `outage`, the share of calls that fail without being wrong; `pad` and `pad_errors`, a least number of characters of
+moment.  Its options: `outage`, the share of calls that have no result without being wrong; `pad` and `pad_errors`, a least number of characters of
 its results and of its errors, for controls.
 
 Simplifications: 1. tools run one after another in this process, without a time limit; 2. a tool has no memory; 3. no tools beside a
@@ -164,7 +165,7 @@ class Calculator:
     def __call__(self, arguments, key):
         expression = arguments.get("expression")
         if self.outage and chance("outage", key) < self.outage:
-            output, ok = "error: no answer, try again", False
+            output, ok = "error: no answer, try again", None
         elif type(expression) is not str:
             output, ok = "error: expected a string named expression", False
         else:
@@ -187,6 +188,7 @@ def hermes(text, _):
         return {"problem": "expected </tool_call> at the end of the call"}
     try:
         call = json.loads(body)
+        json.dumps(call, allow_nan=False)  # NaN and 1e999 are no JSON, and could not be recorded
     except (ValueError, RecursionError):
         return {"problem": "expected the call as JSON"}
     call = call[0] if type(call) is list and len(call) == 1 else call
@@ -230,28 +232,32 @@ class Toolbox:
             make = TOOLS.get(name) or found(name)
             try:
                 tool = make(**options if not self.tools else {})
-                self.tools[tool.schema["function"]["name"]] = tool
+                known_as = tool.schema["function"]["name"]
                 next(iter(tool.schema["function"]["parameters"]["properties"]))
             except (TypeError, KeyError, AttributeError, StopIteration) as error:
                 raise BadInput(f"--tools {name}: expected a tool with a `schema` in transformers' format, made with {options}, came {type(error).__name__}: {error}") from None
+            if known_as in self.tools:
+                raise BadInput(f"--tools {name}: expected tools of different names, came {known_as} twice")
+            self.tools[known_as] = tool
 
     def find(self, text):
-        """The first call of a step's text, or None: then the step was the answer."""
-        return FORMATS[self.form](text, self.tools)
+        """The first call of a step's text outside of <think>, or None: then the step was the answer."""
+        return FORMATS[self.form](text.rpartition("</think>")[2].partition("<think>")[0], self.tools)
 
     def run(self, call, key):
-        """(output, ok) of a call; raises BadInput if the tool itself breaks."""
+        """The call with its `output` and `ok`, and `outage` where the tool says so; raises BadInput if the tool itself breaks."""
         if "problem" in call:
-            return f"error: {call['problem']}", False
+            return call | {"output": f"error: {call['problem']}", "ok": False}
         if call["name"] not in self.tools:
-            return f"error: expected one of the functions {', '.join(self.tools)}", False
+            return call | {"output": f"error: expected one of the functions {', '.join(self.tools)}", "ok": False}
         try:
             output, ok = self.tools[call["name"]](call["arguments"], key)
-            if type(output) is not str or type(ok) is not bool:
-                raise TypeError(f"expected (text, true or false), came {output!r:.60}, {ok!r:.60}")
+            if type(output) is not str or not (ok is None or type(ok) is bool):
+                raise TypeError(f"expected (text, true, false or None), came {output!r:.60}, {ok!r:.60}")
         except Exception as error:  # whatever it is, the model did not do it
             raise BadInput(f"tool {call['name']}: broke on {json.dumps(call['arguments'])[:200]} ({type(error).__name__}: {error}): nothing of this batch was written") from error
-        return (output if len(output) <= MOST_OUTPUT else output[:MOST_OUTPUT] + " (cut)"), ok
+        output = output.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+        return call | {"output": output if len(output) <= MOST_OUTPUT else output[:MOST_OUTPUT] + " (cut)", "ok": bool(ok)} | ({"outage": True} if ok is None else {})
 
     def prompt(self, render, tokenizer, prompt, options):
         """The ids of a prompt that tells of the tools: in the chat template's own way or, where it has none, in a system message.
@@ -274,22 +280,30 @@ class Toolbox:
             messages = [{"role": "system", "content": told}, *messages]
         return render(tokenizer, prompt | {"messages": messages}, options)
 
-    def turn(self, policy, output):
+    def turn(self, policy, call):
         """The ids between a step and the next: what the chat template writes around a tool's output, and the output, in which nothing is taken
-        for a special token.  The end token of the step is not among them, the model has written it."""
+        for one of the tokenizer's marks.  The end token of the step is not among them, the model has written it."""
         tokenizer = policy.tokenizer
-        if id(tokenizer) not in self.frames:
-            said, came = "(what it said)", "(what came)"
-            messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}, {"role": "tool", "name": next(iter(self.tools)), "content": came}]
+        name = call.get("name", next(iter(self.tools)))
+        frame = id(tokenizer), name
+        if frame not in self.frames:
+            said, came = "(what it said)", '(what "came"\nof it)'  # must come out as it is
+            messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}, {"role": "tool", "name": name, "content": came}]
             try:
                 text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **policy.template_options)
                 before, after = text.split(said)[1].split(came)
             except Exception as error:  # templates raise what they like
                 raise BadInput(f"{policy.identity['model']}: its chat template has no place for a tool's output ({type(error).__name__}: {error})") from None
             before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
-            self.frames[id(tokenizer)] = before[1:] if before and before[0] in policy.stop_ids else before, after
-        before, after = self.frames[id(tokenizer)]
-        return before + tokenizer(output, add_special_tokens=False, split_special_tokens=True)["input_ids"] + after
+            marks = "|".join(sorted((re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True))
+            self.frames[frame] = before[1:] if before and before[0] in policy.stop_ids else before, re.compile(marks or "(?!)"), after
+        before, marks, after = self.frames[frame]
+        ids, rest = list(before), call["output"]
+        while rest:  # a mark is cut behind its first character, and neither part is one
+            found = marks.search(rest)
+            piece = rest[:found.start() + 1] if found else rest
+            ids, rest = ids + tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"], rest[len(piece):]
+        return ids + after
 
 
 def found(name):

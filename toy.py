@@ -430,9 +430,10 @@ def fill_forks(folder, args):
 def check_tools(args):
     """Refuses flags of --task tools that cannot be."""
     bounds = re.fullmatch(r"(\d+):(\d+)", args.terms)
-    args.terms = tuple(map(int, bounds.groups())) if bounds else (0, 0)
-    if not 1 <= args.terms[0] <= args.terms[1] <= 8:
+    lengths = tuple(map(int, bounds.groups())) if bounds else (0, 0)
+    if not 1 <= lengths[0] <= lengths[1] <= 8:
         raise records.BadInput(f"--terms: expected FEWEST:MOST operations with 1 <= FEWEST <= MOST <= 8, came {args.terms}")
+    args.terms = lengths
     if not 0 <= args.outage < 1:
         raise records.BadInput(f"--outage: expected a share from 0 to below 1, came {args.outage}")
 
@@ -446,14 +447,19 @@ def fill_tools(folder, args):
     toolbox = Toolbox("calculator", {"outage": args.outage}, "brackets", agents.MOST_STEPS)
 
     def asked(name, number, split, count, unique=True):
-        rng, seen = np.random.default_rng([args.seed, number]), set()
+        rng, seen, repeats = np.random.default_rng([args.seed, number]), set(), 0
         source = agents.chains(rng, split, args.terms, split_of)
         while count:
             chain = next(source)
-            if not unique or ",".join(chain) not in seen:
-                seen.add(",".join(chain) if unique else "")
-                count -= 1
-                yield rng, chain, {"id": f"{name}{len(seen) if unique else count:06d}", "messages": [{"role": "user", "content": ",".join(chain) + "=?"}]}
+            if unique and ",".join(chain) in seen:
+                repeats += 1
+                if repeats == 10000:
+                    flag = "--train-prompts" if split == "train" else "--eval-prompts"
+                    raise records.BadInput(f"{flag}: problems of --terms {args.terms[0]}:{args.terms[1]} that belong to {split} are hardly more than {len(seen)}: expected no more, or longer --terms")
+                continue
+            repeats, count = 0, count - 1
+            seen.add(",".join(chain) if unique else "")
+            yield rng, chain, {"id": f"{name}{len(seen) if unique else count:06d}", "messages": [{"role": "user", "content": ",".join(chain) + "=?"}]}
     files = (("train", args.train_prompts, "t"), ("dev", args.eval_prompts, "d"), ("heldout", args.eval_prompts, "h"))
     for number, (split, count, prefix) in enumerate(files):
         records.write_atomically(folder / f"{split}.jsonl", (json.dumps(prompt | {"answer": str(agents.result(chain))}) + "\n" for _, chain, prompt in asked(prefix, number, split, count)))

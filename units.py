@@ -105,6 +105,8 @@ def main(argv):
     for key in rollouts.keys():
         rollout = rollouts[key]
         check_tokens(rollout, rollouts.where(key), identity, vocabulary_size(student), ("vocabulary",))
+        if len(rollout.get("steps", ())) > 1:
+            raise BadInput(f"{rollouts.where(key)}: steps: expected an answer in one piece, came an episode with tools: its turns have no common spelling in two chat templates")
         if key[0] not in prompts:
             raise BadInput(f"{rollouts.where(key)}: id: expected one of the ids in {args.prompts}, came {key[0]!r}")
         if others and "topk" not in records.partner(others, rollout, rollouts):

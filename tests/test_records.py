@@ -131,7 +131,7 @@ def test_a_line_must_be_an_object(tmp_path, line):
 
 
 @pytest.mark.parametrize("change,field", [
-    ({"steps": [[0, 3, None]]}, "steps"), ({"steps": [[1, 2, True], [0, 1, None]]}, "steps"), ({"steps": [[0, 2, True], [1, 2, None]]}, "steps"), ({"steps": [[-1, 2, None]]}, "steps"),
+    ({"steps": [[0, 3, None]]}, "steps"), ({"steps": [[1, 2, True], [0, 1, None]]}, "steps"), ({"steps": [[0, 2, True], [1, 2, None]]}, "steps"), ({"steps": [[-1, 2, None]]}, "steps"), ({"steps": []}, "steps"), ({"steps": [[0, 1, None]]}, "loss_mask"), ({"steps": [[1, 2, None]]}, "loss_mask"),
     ({"loss_mask": [1]}, "loss_mask"), ({"logprobs": [-1.0] * 3}, "logprobs"), ({"prompt_ids": []}, "prompt_ids"),
     ({"response_ids": []}, "loss_mask")])
 def test_per_token_lists_have_one_value_a_token(tmp_path, change, field):

@@ -47,17 +47,28 @@ def test_divergence_is_a_mean_over_loss_tokens():
     assert stepweights.divergences([-1, -2, 0, 0, -3, -1], [-2, -2, -9, -9, -1, -1], [1, 1, 0, 0, 0, 1], steps).tolist() == [0.5, 0.0]
 
 
-STEPS, D = [[0, 4, True], [9, 12, False], [40, 44, True], [50, 52, None]], np.array([0.5, 1.0, 2.0, 0.25])
+CAME, D = ["result", "mistake", "result", "answer"], np.array([0.5, 1.0, 2.0, 0.25])
 
 
 @pytest.mark.parametrize("rule, expected", [("sod", [1, .5, .25, 1.2]), ("uniform", [1, 1, 1, 1]), ("no-cap", [1, .5, .25, 2]), ("mask", [1, 1, 0, 0]), ("decay", [1, 1, .9, .81]),
                                             ("mean", [.7] * 4), ("batch", [.4, .2, .1, .8])])
 def test_rules(rule, expected):
-    assert stepweights.weigh(rule, D, STEPS, None, 0.2, 0.7) == pytest.approx(expected, rel=1e-4)
+    assert stepweights.weigh(rule, D, CAME, None, 0.2, 0.7) == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_outage_is_no_mistake():
+    calm = ["result", "outage", "result", "answer"]
+    for rule in ("mask", "decay"):
+        assert stepweights.weigh(rule, D, calm, None, 0, 0).tolist() == [1, 1, 1, 1]
+    rollout = {"response_ids": [1] * 9, "finish_reason": "stop", "steps": [[0, 2, True], [3, 4, False], [5, 6, False], [7, 9, None]],
+               "calls": [{"ok": True}, {"ok": False, "outage": True}, {"ok": False}]}
+    assert stepweights.outcomes(rollout) == ["result", "outage", "mistake", "answer"]
+    assert stepweights.outcomes(rollout | {"finish_reason": "tool_limit"})[-1] == stepweights.outcomes({"response_ids": [1], "finish_reason": "length"})[0] == "cut"
+    assert stepweights.events(["result", "mistake", "result", "outage", "result", "result", "answer"]) == ["result", "mistake", "recovery", "outage", "recovery", "result"]
 
 
 def test_shuffled_keeps_an_episodes_weights_and_loses_their_places():
-    deals = {tuple(stepweights.weigh("shuffled", D, STEPS, np.random.default_rng(seed), 0, 0)) for seed in range(40)}
+    deals = {tuple(stepweights.weigh("shuffled", D, CAME, np.random.default_rng(seed), 0, 0)) for seed in range(40)}
     assert {tuple(sorted(deal)) for deal in deals} == {tuple(sorted(stepweights.step_weights(D)))} and len(deals) > 10
 
 
@@ -84,7 +95,7 @@ def test_weights_of_a_file_by_hand(agents, tmp_path, rule):
     mean = sum(np.dot(sod[k], sizes[k]) for k in d) / sum(map(sum, sizes.values()))
     first = np.mean([v[0] for v in d.values()])
     for key, r in rollouts.items():
-        w, failed = came[key]["w"], [ok is False for _, _, ok in r["steps"]]
+        w, failed = came[key]["w"], [not c["ok"] and "no answer, try again" not in c["output"] for c in r["calls"]] + [False]
         after = [max(0, k - failed.index(True)) if any(failed) else 0 for k in range(len(failed))]
         expected = {"sod": sod[key], "uniform": [1] * len(w), "no-cap": [(d[key][0] + 1e-6) / (x + 1e-6) for x in d[key]], "mask": [float(a == 0) for a in after],
                     "decay": [0.9 ** a for a in after], "mean": [mean] * len(w), "batch": [min((first + 1e-6) / (x + 1e-6), 1.2) for x in d[key]]}
@@ -196,35 +207,68 @@ def test_sod_wants_its_weights(agents, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------- drift
 
 
+def episode(name, sample, calls, d, gaps):
+    """(rollout, score) of an episode whose calls end as said (True, False, "outage") and whose drifts are d; gaps: tokens between the steps."""
+    steps, at = [], 0
+    for k, call in enumerate([*calls, None]):
+        steps.append([at, at + 2, call if call in (True, None) else False])
+        at += 2 + (gaps[k] if k < len(gaps) else 0)
+    length = steps[-1][1]
+    mask = [int(any(a <= t < b for a, b, _ in steps)) for t in range(length)]
+    rollout = {"id": name, "sample": sample, "policy": {"model": "m", "weights": "w"}, "text": "x", "finish_reason": "stop", "prompt_ids": [1], "response_ids": [2] * length, "loss_mask": mask,
+               "logprobs": [-1.0 if m else 0.0 for m in mask], "temperature": 1, "top_p": 1, "steps": steps, "final": "x",
+               "calls": [{"output": "", "ok": call is True} | ({"outage": True} if call == "outage" else {}) for call in calls]}
+    score = {"id": name, "sample": sample, "policy": {"model": "t", "weights": "t"}, "rollout": records.fingerprint(rollout), "logprobs": [-5.0] * length}
+    for (a, b, _), x in zip(steps, d):
+        score["logprobs"][a:b] = [-1.0 - x] * (b - a)
+    return rollout, score
+
+
+def looked_at(tmp_path, pairs, name="d", **flags):
+    rollouts, scores = (dump(tmp_path / f"{name}.{kind}.jsonl", rows) for kind, rows in zip("rs", zip(*pairs)))
+    return weigh.main(argv("drift", rollouts=rollouts, scores=scores, out=tmp_path / f"{name}.json", **flags))
+
+
 def test_drift_by_hand(tmp_path):
-    """Three episodes whose drifts are written down."""
-    def episode(name, sample, oks, d, gaps):
-        steps, at = [], 0
-        for k, ok in enumerate([*oks, None]):
-            steps.append([at, at + 2, ok])
-            at += 2 + (gaps[k] if k < len(gaps) else 0)
-        length = steps[-1][1]
-        mask = [int(any(a <= t < b for a, b, _ in steps)) for t in range(length)]
-        rollout = {"id": name, "sample": sample, "policy": {"model": "m", "weights": "w"}, "text": "x", "finish_reason": "stop", "prompt_ids": [1], "response_ids": [2] * length, "loss_mask": mask,
-                   "logprobs": [-1.0 if m else 0.0 for m in mask], "temperature": 1, "top_p": 1, "steps": steps, "calls": [{"output": "", "ok": ok} for ok in oks], "final": "x"}
-        score = {"id": name, "sample": sample, "policy": {"model": "t", "weights": "t"}, "rollout": records.fingerprint(rollout), "logprobs": [-5.0] * length}
-        for (a, b, _), x in zip(steps, d):
-            score["logprobs"][a:b] = [-1.0 - x] * (b - a)
-        return rollout, score
-    pairs = [episode("a", 0, [True, True], [0.1, 0.2, 0.3], [3, 3]), episode("a", 1, [False, True], [0.1, 0.9, 0.4], [10, 3]), episode("b", 0, [True, False], [0.2, 0.2, 1.0], [3, 12])]
-    rollouts, scores = (dump(tmp_path / f"{name}.jsonl", rows) for name, rows in zip("rs", zip(*pairs)))
-    result = weigh.main(argv("drift", rollouts=rollouts, scores=scores, out=tmp_path / "d.json", plot=tmp_path / "d.png"))
+    """Four episodes whose drifts are written down; the clean one has 0.1, 0.2, 0.3."""
+    pairs = [episode("a", 0, [True, True], [0.1, 0.2, 0.3], [3, 3]), episode("a", 1, [False, True], [0.1, 0.9, 0.4], [10, 3]), episode("b", 0, [True, False], [0.2, 0.2, 1.0], [3, 12]),
+             episode("b", 1, ["outage"], [0.3, 0.4], [5])]
+    result = looked_at(tmp_path, pairs, plot=tmp_path / "d.png")
     assert result == json.loads((tmp_path / "d.json").read_text()) and (tmp_path / "d.png").stat().st_size > 1000
-    assert result["episodes"] == {"clean": 1, "recovered": 1, "error": 1}
+    assert result["episodes"] == {"clean": 1, "recovered": 1, "error": 2}
     assert [row["mean"] for row in result["by_step"]["recovered"]] == pytest.approx([0.1, 0.9, 0.4]) and [row["at"] for row in result["by_step"]["clean"]] == [1, 2, 3]
-    assert result["error"]["count"] == 2 and result["error"]["rise"] == pytest.approx((0.8 + 0.8) / 2) and result["error"]["length"] == 11
-    assert result["result"]["count"] == 3 and result["result"]["rise"] == pytest.approx((0.1 + 0.1 + 0.0) / 3) and result["recovery"] == {
-        "count": 1, "rise": pytest.approx(-0.5), "length": 3, "length_correlation": None, "entropy_rise": None}
-    assert result["by_outcome"] == pytest.approx({"worked": (0.1 + 0.2 + 0.9 + 0.2) / 4, "failed": (0.1 + 0.2) / 2, "answer": (0.3 + 0.4 + 1.0) / 3})
-    by_offset = {row["at"]: (row["mean"], row["no_slip"]) for row in result["since_error"]}
-    assert by_offset[1] == pytest.approx(((0.9 + 1.0) / 2, (0.2 + 0.3) / 2)) and by_offset[-1] == pytest.approx((0.2, 0.1))
+    after = result["after"]
+    assert after["mistake"] == {"count": 2, "length": 11, "change": pytest.approx((0.8 + 0.8) / 2), "above": pytest.approx((0.9 - 0.2 + 1.0 - 0.3) / 2), "entropy_change": None, "length_correlation": None}
+    assert after["outage"]["count"] == 1 and after["outage"]["above"] == pytest.approx(0.4 - 0.2) and after["outage"]["change"] == pytest.approx(0.1)
+    assert after["result"]["count"] == 3 and after["result"]["change"] == pytest.approx((0.1 + 0.1 + 0.0) / 3) and after["result"]["above"] == pytest.approx(0)
+    assert after["recovery"]["count"] == 1 and after["recovery"]["change"] == pytest.approx(-0.5) and after["recovery"]["above"] == pytest.approx(0.1)
+    assert result["by_outcome"] == pytest.approx({"result": (0.1 + 0.2 + 0.9 + 0.2) / 4, "mistake": (0.1 + 0.2) / 2, "outage": 0.3, "answer": (0.3 + 0.4 + 1.0 + 0.4) / 4})
+    by_offset = {row["at"]: (row["mean"], row["no_slip"]) for row in result["since_mistake"]}
+    assert by_offset[1] == pytest.approx(((0.9 + 1.0) / 2, ((0.2 + 0.4) / 2 + 0.3) / 2)) and by_offset[-1] == pytest.approx((0.2, 0.2))
     with pytest.raises(BadInput, match="d.json"):  # exists
-        weigh.main(argv("drift", rollouts=rollouts, scores=scores, out=tmp_path / "d.json"))
+        looked_at(tmp_path, pairs)
+
+
+def test_a_placebo_is_held_against_the_first_look(tmp_path):
+    looked_at(tmp_path, [episode("a", 0, [True], [0.1, 0.2], [3])], "plain")
+    padded = [episode("a", 0, [True], [0.1, 0.7], [30])]
+    assert looked_at(tmp_path, padded, "own")["after"]["result"]["above"] == pytest.approx(0)
+    assert looked_at(tmp_path, padded, "placebo", against=tmp_path / "plain.json")["after"]["result"]["above"] == pytest.approx(0.5)
+    (tmp_path / "no.json").write_text("[1]")
+    for wrong in ("no.json", "nothing.json"):
+        with pytest.raises(BadInput, match="--against .*expected what weigh.py drift writes"):
+            looked_at(tmp_path, padded, f"x{wrong}", against=tmp_path / wrong)
+
+
+def test_longer_errors_and_larger_drifts(tmp_path):
+    pairs = [episode("c", 0, [True], [0.1, 0.1], [3])] + [episode("e", i, [False], [0.1, 0.1 * i], [10 * i]) for i in range(1, 5)]
+    assert looked_at(tmp_path, pairs)["after"]["mistake"]["length_correlation"] == pytest.approx(1)
+
+
+def test_log_probs_at_another_temperature_are_no_drift(tmp_path):
+    rollout, score = episode("a", 0, [True], [0.1, 0.2], [3])
+    with pytest.raises(BadInput, match="temperature: expected 1, as scores are, came 0.7"):
+        looked_at(tmp_path, [(rollout | {"temperature": 0.7}, score)])
 
 
 def test_entropy_is_the_teachers_and_needs_all_of_it(agents, tmp_path):
@@ -235,8 +279,9 @@ def test_entropy_is_the_teachers_and_needs_all_of_it(agents, tmp_path):
             logp = naive_logps(teacher, r["prompt_ids"], r["response_ids"])
             entropy = -(logp.exp() * logp).sum(1)
             for k, (a, b, _) in enumerate(r["steps"], 1):
-                sums.setdefault((stepweights.kind_of(r["steps"]), k), []).append(float(entropy[a:b].mean()))
-    assert result["error"]["entropy_rise"] is not None
+                oks = [c["ok"] for c in r["calls"]]
+                sums.setdefault(("clean" if all(oks) else "recovered" if oks[-1] else "error", k), []).append(float(entropy[a:b].mean()))
+    assert result["after"]["mistake"]["entropy_change"] is not None
     for kind, rows in result["entropy"].items():
         for row in rows:
             assert row["mean"] == pytest.approx(np.mean(sums[kind, row["at"]]), abs=1e-4) and row["count"] == len(sums[kind, row["at"]])
