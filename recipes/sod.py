@@ -98,12 +98,14 @@ CLAIMS = [
 ]
 
 
-def build(run, args):
+def build(run, args, arms):
     """Problems, corpora, the teachers, and the base model that every seed's student is made from."""
     world, texts = run.out / "world", 64 * args.base_steps
     if not (world / "toy").exists():
         run.stage(f"toy.py --task tools --out {world}/toy --train-prompts {args.prompts * args.rounds} --clean {texts} --mixed {64 * args.spoil_steps} --outage {args.outage} --eval-prompts {8 if args.smoke else 200}")
     for name, source, steps, out in (("student", "student", args.base_steps, "base"), ("teacher", "teacher", args.teacher_steps, "teacher"), ("large teacher", "large", args.teacher_steps, "large")):
+        if out == "large" and not any(ARMS[arm].get("large") for arm in arms):
+            continue
         if not (world / out).exists():
             say(f"pre-training the {name}: {steps} steps of 64 episodes")
         imitate(run, world / "toy" / source, world / "toy" / "clean.jsonl", steps, 4e-3, 0, world / out, "--warmup-steps 20 --schedule linear --save-every 200")
@@ -229,7 +231,7 @@ def main(argv=None):
     arms = settle(args, argv, "sod", ARMS)
     run = Run(args.out, {k: getattr(args, k) for k in SHARED})
     say(f"agents with a calculator; {len(arms)} arms; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
-    world = build(run, args)
+    world = build(run, args, arms)
     run_arms(run, args, arms, lambda seed: prepare(run, args, world, seed), lambda *which: run_arm(run, args, world, *which),
              lambda row: f"{args.eval_split} accuracy {row['accuracy']:.1%}, {row['calls']:.2f} calls an episode, {row['call_errors']:.0%} of them failed")
     return report(run, args, CLAIMS, COLUMNS)
