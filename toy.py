@@ -79,7 +79,7 @@ import agents
 import records
 
 STYLES = ("lines", "chain", "totals", "ledger")
-SIZES = {"student": (64, 2, 4), "teacher": (96, 2, 4), "large": (160, 3, 4)}  # hidden width, layers, heads
+SIZES = {"student": (64, 2, 4), "teacher": (96, 2, 4), "large": (160, 2, 4)}  # hidden width, layers, heads
 SYMBOLS = "0123456789+-=?#,:\n "
 TWO_DIGITS = [(str(n)[0], str(n)[1]) for n in range(10, 41)]  # merged into one token each: a second, foreign vocabulary
 # pad, user, assistant and end are one token each; roles open with their mark and an answer closes with <|end|>

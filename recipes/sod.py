@@ -25,7 +25,7 @@ fail for no fault of the model's: an outage, after which the same call again is 
     batch                d measured against the mean first step of the round
     half, double         uniform with half and twice the weight of the teacher
     shaped               sod, and a wrong answer earns a little for every call, as in the released code
-    large-teacher, large-uniform, large-sod      a larger teacher (1.0 M weights; the other has 0.25 M, the student 0.11 M)
+    large-teacher, large-uniform, large-sod      a larger teacher (0.69 M weights; the other has 0.25 M, the student 0.11 M)
     calm-before, calm-uniform, calm-sod          no outages
 
 `d_first` and `w_mean` are of the last round; `after_error` is accuracy on episodes with a failed call.  `alarm` counts evaluations that found less than half of the
@@ -50,7 +50,7 @@ ARMS = {  # method and what it reads; rule: how steps are weighted
     "large-teacher": dict(large=True), "large-uniform": dict(method="opd-grpo", large=True), "large-sod": dict(rule="sod", large=True),
     "calm-before": dict(calm=True), "calm-uniform": dict(method="opd-grpo", calm=True), "calm-sod": dict(rule="sod", calm=True),
 }
-SHARED = ("rounds", "prompts", "n", "updates", "learning_rate", "sft_learning_rate", "outage", "max_calls", "max_tokens", "pad", "base_steps", "teacher_steps", "spoil_steps", "spoil_lr", "eval_every",
+SHARED = ("rounds", "prompts", "n", "updates", "learning_rate", "sft_learning_rate", "outage", "max_calls", "max_tokens", "terms", "pad", "base_steps", "teacher_steps", "spoil_steps", "spoil_lr", "eval_every",
           "eval_n", "final_n", "eval_split")
 COLUMNS = ("greedy", "after_error", "without_error", "calls", "call_errors", "error_episodes", "tool_limit", "truncated", "length_mean", "d_first", "w_mean", "alarm", "trained_tokens", "seconds")
 DENSE = ("uniform", "sod", "no-cap", "mask", "decay", "shuffled", "mean", "batch")
@@ -102,7 +102,7 @@ def build(run, args, arms):
     """Problems, corpora, the teachers, and the base model that every seed's student is made from."""
     world, texts = run.out / "world", 64 * args.base_steps
     if not (world / "toy").exists():
-        run.stage(f"toy.py --task tools --out {world}/toy --train-prompts {args.prompts * args.rounds} --clean {texts} --mixed {64 * args.spoil_steps} --outage {args.outage} --eval-prompts {8 if args.smoke else 200}")
+        run.stage(f"toy.py --task tools --terms {args.terms} --out {world}/toy --train-prompts {args.prompts * args.rounds} --clean {texts} --mixed {64 * args.spoil_steps} --outage {args.outage} --eval-prompts {8 if args.smoke else 200}")
     for name, source, steps, out in (("student", "student", args.base_steps, "base"), ("teacher", "teacher", args.teacher_steps, "teacher"), ("large teacher", "large", args.teacher_steps, "large")):
         if out == "large" and not any(ARMS[arm].get("large") for arm in arms):
             continue
@@ -206,18 +206,19 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     p = records.parser(__doc__)
     add_run_flags(p, "sod")
-    p.add_argument("--rounds", type=int, default=20, help="rounds of an arm")
+    p.add_argument("--rounds", type=int, default=15, help="rounds of an arm")
     p.add_argument("--prompts", type=int, default=32, help="problems a round")
     p.add_argument("--n", type=int, default=8, help="episodes a problem")
     p.add_argument("--updates", type=int, default=4, help="optimiser steps a round, as in the released scripts")
     p.add_argument("--learning-rate", type=float, default=3e-4, help="of all arms but sft")
     p.add_argument("--sft-learning-rate", type=float, default=3e-4, help="of imitation")
     p.add_argument("--outage", type=float, default=0.2, help="share of calls that fail without being wrong, but in the calm arms")
+    p.add_argument("--terms", default="2:4", help="fewest and most operations of a problem")
     p.add_argument("--pad", type=int, default=45, help="placebo: characters of a padded result, about those of an error")
     p.add_argument("--max-calls", type=int, default=10, help="calls of an episode")
     p.add_argument("--max-tokens", type=int, default=256, help="longest episode, with the tool's text")
-    p.add_argument("--base-steps", type=int, default=650, help="pre-training steps of 64 right episodes of the student")
-    p.add_argument("--teacher-steps", type=int, default=1000, help="of the teachers")
+    p.add_argument("--base-steps", type=int, default=900, help="pre-training steps of 64 right episodes of the student")
+    p.add_argument("--teacher-steps", type=int, default=1500, help="of the teachers")
     p.add_argument("--spoil-steps", type=int, default=100, help="steps of 64 careless episodes for a student")
     p.add_argument("--spoil-lr", type=float, default=1e-3, help="learning rate of those steps")
     add_eval_flags(p, every=5, n=2, final_n=8)
