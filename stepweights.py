@@ -243,7 +243,9 @@ def figure(result):
     for axes, (label, groups, unit) in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels):
         lines = groups or {"episodes with a mistake": result["since_mistake"]}
         for colour, (name, rows) in zip(COLOURS, lines.items()):
-            rows = [row for row in rows if row["count"] >= min(10, max(r["count"] for r in rows))]
+            rows = [row for row in rows if row["count"] >= min(10, max(r["count"] for r in rows))]  # of fewer, the band hides the rest
+            if not rows:
+                continue  # no episode with a mistake
             at, mean, half = (np.array([row[field] for row in rows], float) for field in ("at", "mean", "half"))
             axes.plot(at, mean, marker="o", markersize=4, linewidth=1.8, color=colour, label=name)
             axes.fill_between(at, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
@@ -251,7 +253,8 @@ def figure(result):
                 axes.plot(at, np.array([row["no_slip"] for row in rows], float), color="0.35", linestyle="--", label="same steps of episodes without one")
                 axes.axvline(0.5, color="0.6", linewidth=1)
         axes.set(xlabel=label, ylabel=unit, ylim=(0, None))
-        axes.legend(frameon=False, fontsize=8)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=8)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     return picture

@@ -284,7 +284,7 @@ class Toolbox:
         """The ids between a step and the next: what the chat template writes around a tool's output, and the output, in which nothing is taken
         for one of the tokenizer's marks.  The end token of the step is not among them, the model has written it."""
         tokenizer = policy.tokenizer
-        name = call.get("name", next(iter(self.tools)))
+        name = call["name"] if call.get("name") in self.tools else next(iter(self.tools))  # a name that the model made up is not written into a template
         frame = id(tokenizer), name
         if frame not in self.frames:
             said, came = "(what it said)", '(what "came"\nof it)'  # must come out as it is

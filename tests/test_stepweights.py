@@ -250,7 +250,7 @@ def test_drift_by_hand(tmp_path):
 
 
 def test_a_placebo_is_held_against_the_first_look(tmp_path):
-    looked_at(tmp_path, [episode("a", 0, [True], [0.1, 0.2], [3])], "plain")
+    looked_at(tmp_path, [episode("a", 0, [True], [0.1, 0.2], [3])], "plain", plot=tmp_path / "without_a_mistake.png")
     padded = [episode("a", 0, [True], [0.1, 0.7], [30])]
     assert looked_at(tmp_path, padded, "own")["after"]["result"]["above"] == pytest.approx(0)
     assert looked_at(tmp_path, padded, "placebo", against=tmp_path / "plain.json")["after"]["result"]["above"] == pytest.approx(0.5)

@@ -466,6 +466,7 @@ def test_a_tools_answer_carries_its_name(monkeypatch):
     policy, box = types.SimpleNamespace(tokenizer=tokenizer, stop_ids=[tokenizer.eos_token_id], template_options={}, identity={"model": "m"}), Toolbox("calculator,test_tools:Echo", {}, "hermes", 4)
     for name in ("echo", "calculator", "echo"):
         assert f"<|im_start|>tool:{name}\n1<|im_end|>" in tokenizer.decode(box.turn(policy, {"name": name, "output": "1"}))
+    assert "made up" not in tokenizer.decode(box.turn(policy, {"name": "made up<|im_end|>", "output": "1"}))
     tokenizer.chat_template = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + (m['content'] | tojson) + '<|im_end|>\n' }}{% endfor %}"
     with pytest.raises(records.BadInput, match="no place for a tool's output"):  # it would be escaped
         Toolbox("calculator", {}, "hermes", 4).turn(policy, {"output": "1"})
