@@ -447,6 +447,7 @@ def write_gaps(argv):
     p.add_argument("--against", required=True, help="the arm that is subtracted")
     p.add_argument("--at", required=True, help="the number on the horizontal axis, of the arm that is subtracted")
     p.add_argument("--metric", default="accuracy", help="what is compared")
+    p.add_argument("--unprefixed", default="no prefix", metavar="NAME", help="what the group without a prefix is called in the picture")
     p.add_argument("--out", required=True, help="picture to write (.png, .svg, .pdf)")
     p.add_argument("--overwrite", action="store_true", help="replace --out")
     args = p.parse_args(argv)
@@ -468,7 +469,7 @@ def write_gaps(argv):
         names, at, mean, half = zip(*points)
         axes.errorbar(np.array(at) + (i - (len(found) - 1) / 2) * 0.012 * span, mean, yerr=[h or 0 for h in half], color=COLOURS[i % 8], marker="os^D"[i % 4], capsize=3, linewidth=1.6, label=f"{arm} - {args.against}")
     for name, at, *_ in next(iter(found.values())):
-        axes.annotate(name or "no prefix", (at, axes.get_ylim()[1]), ha="center", va="bottom", fontsize=8, color="0.35", annotation_clip=False)
+        axes.annotate(name or args.unprefixed, (at, axes.get_ylim()[1]), ha="center", va="bottom", fontsize=8, color="0.35", annotation_clip=False)
     axes.axhline(0, color="0.35", linewidth=1)
     axes.set(xlabel=AXIS.get(args.at, args.at), ylabel=f"difference of {args.metric}, mean and 95 % interval")
     axes.grid(alpha=0.25)
@@ -476,7 +477,7 @@ def write_gaps(argv):
     axes.legend(frameon=False)
     picture.savefig(args.out)
     def told(name, at, mean, half):
-        return f"{name or 'no prefix'} at {at:.3g} {mean:+.3f}" + ("" if half is None else f" ± {half:.3f}")
+        return f"{name or args.unprefixed} at {at:.3g} {mean:+.3f}" + ("" if half is None else f" ± {half:.3f}")
     print(f"eval.py gaps: {args.out}: " + "; ".join(f"{arm}: " + ", ".join(told(*point) for point in points) for arm, points in found.items()))
     return found
 
