@@ -55,7 +55,7 @@ def needs(world, method, overrides=()):
         flags["data"] = world.prompts  # their solutions
     if row.scalar:
         flags["data"] = world.prompts
-    if row.token_weight == "file":
+    if row.token_weight != "one":
         flags["token_weights"] = token_weights(world.rollouts, lambda r, t: (0, 1, 2.5)[(t + 2 * r["sample"] + int(r["id"][1:])) % 3])
     if row.consistency == "sft":
         flags["allow_teacher_mismatch"] = True  # the world's base model was fine-tuned on nobody's answers
@@ -227,6 +227,8 @@ def naive_gradient(model, row, rollouts, rewards=None, scores=None, reference=No
                     teacher_part += float((p * (table[t] - full[t])).sum().detach())
                 if row.advantage_clip:
                     teacher_part = max(-row.advantage_clip, min(row.advantage_clip, teacher_part))
+            if row.token_weight == "teacher":
+                teacher_part *= token_weights[key]["weights"][t]
             a = advantage + (row.teacher_weight if row.coefficient == "reward+k1" else 1.0) * teacher_part
             if row.coefficient == "token":
                 value = own
