@@ -75,7 +75,7 @@ CLAIMS = [
     Claim("...than after a result as long as an error (placebo)", "after a mistake − after a padded result", look("mistake - placebo")),
     Claim("...also after an outage, where the student was right", "d above clean episodes at the same step", look("outage")),
     Claim("...the more the longer the error is", "correlation of length and d above clean", look("length_correlation")),
-    Claim("...and come back after a recovery", "change of d", look("recovery"), "below"),
+    Claim("...and come back after a recovery", "after a recovery − after a mistake", look("recovery - mistake"), "below"),
     Claim("...the teacher itself is unsure after a mistake", "change of its entropy − after a result", look("mistake_entropy - result_entropy")),
     Claim("d is larger at mistakes, where it is the student who is wrong", "d(mistakes) − d(calls with results)", look("d_mistake - d_result")),
     Claim("step weights help (the paper's claim)", "sod − uniform", gap("sod", "uniform")),
@@ -134,7 +134,7 @@ def look_at(run, args, world, folder, seed):
         found[name] = run.stage(f"weigh.py drift --rollouts {at}/rollouts.jsonl --scores {at}/scores.jsonl --out {at}/drift.json --plot {at}/drift.png --overwrite"
                                 + (f" --against {folder}/drift/plain/drift.json" if name == "placebo" else ""))
     plain, after = found["plain"], found["plain"]["after"]
-    seen = {event: after[event]["above"] for event in ("mistake", "outage")} | {"recovery": after["recovery"]["change"], "placebo": found["placebo"]["after"]["result"]["above"]}
+    seen = {event: after[event]["above"] for event in ("mistake", "outage", "recovery")} | {"placebo": found["placebo"]["after"]["result"]["above"]}
     seen |= {"length_correlation": after["mistake"]["length_correlation"], "mistake_length": after["mistake"]["length"], "placebo_length": found["placebo"]["after"]["result"]["length"]}
     seen |= {f"{event}_entropy": after[event]["entropy_change"] for event in ("mistake", "outage", "result")}
     return seen | {f"d_{name}": plain["by_outcome"].get(name) for name in ("mistake", "outage", "result", "answer")}
