@@ -31,7 +31,7 @@ fail for no fault of the model's: an outage, after which the same call again is 
 `d_first` and `w_mean` are of the last round; `after_error` is accuracy on episodes with a failed call.  `alarm` counts evaluations that found less than half of the
 calls that an arm started with: agents that stop calling were the collapse that users of the released code met.
 
-Not built: gradient variance by step.
+The learning rate was chosen on dev, one seed (`--arms sft,grpo,uniform,sod --eval-split dev --final-n 4`, results/sod_dev_lr*.jsonl): 3e-4 is best for all four.  Not built: gradient variance by step.
 """
 import json
 import shutil
