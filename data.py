@@ -176,7 +176,7 @@ class Data:
         if "end_mass" in rollout:
             item["student_end_mass"] = rollout["end_mass"]
         if self.prefix == "self":
-            text = rollout.get("final", rollout["text"])
+            text = records.answered(rollout)
             item["repetitive"] = len(text) >= self.tail and repetition_ratio(text, self.tail) > self.threshold
             item["behaviour_logp"] = np.asarray(rollout["logprobs"], np.float32)[trained]
         if self.scores is not None:

@@ -74,8 +74,8 @@ def interval(values):
 
 def grade(rollout, answer, tail):
     """One line of the output: the rollout (or API answer) held against the right final answer."""
-    from rubric import answered, is_correct
-    text = answered(rollout)  # of an episode with tools the last step: what tools say is no loop of the model's
+    from rubric import is_correct
+    text = records.answered(rollout)  # of an episode with tools the last step: what tools say is no loop of the model's
     row = {"id": rollout["id"], "sample": rollout["sample"], "text": rollout["text"],
            "correct": bool(is_correct(text, answer)), "length": records.written(rollout) if "response_ids" in rollout else None,
            "truncated": rollout["finish_reason"] == "length", "repetition": round(repetition_ratio(text, tail), 3)}
@@ -115,12 +115,11 @@ def summarise(evals, tail, threshold):
 def tool_use(episodes):
     """Of (how each call ended, whether the answer was right, whether the calls ran out): calls an episode, share of calls that failed, of episodes
     with a failed call, accuracy of these and of the others (None where there are none), share that ran out of calls."""
-    failed = [(right, not all(calls)) for calls, right, _ in episodes]
-    every = [ok for calls, _, _ in episodes for ok in calls]
-    with_error, without = ([right for right, some in failed if some == kind] for kind in (True, False))
-    return {"calls": len(every) / len(episodes), "call_errors": every.count(False) / max(1, len(every)), "error_episodes": len(with_error) / len(episodes),
-            "accuracy_after_error": float(np.mean(with_error)) if with_error else None, "accuracy_without_error": float(np.mean(without)) if without else None,
-            "tool_limit": float(np.mean([limited for _, _, limited in episodes]))}
+    from tools import call_use
+    with_error, without = ([right for calls, right, _ in episodes if all(calls) != kind] for kind in (True, False))
+    return call_use([calls for calls, *_ in episodes], [limited for *_, limited in episodes]) | {
+        "error_episodes": len(with_error) / len(episodes), "accuracy_after_error": float(np.mean(with_error)) if with_error else None,
+        "accuracy_without_error": float(np.mean(without)) if without else None}
 
 
 def auc(values, right):
@@ -355,14 +354,30 @@ def curves(rows, metric, x):
     return lines, left_out
 
 
-def figure(lines, metric, x, title):
-    """The matplotlib figure of `curves`: a line with a band an arm, a dashed level for an arm measured once."""
+def new_picture(width, height):
+    """An empty matplotlib figure, inches."""
     try:
         from matplotlib.figure import Figure  # no pyplot: a Figure draws with Agg, whatever the machine's display
-        from matplotlib.ticker import EngFormatter
     except ModuleNotFoundError:
         raise BadInput("plots need matplotlib: pip install matplotlib") from None
-    picture = Figure(figsize=(9, 4.8), dpi=150, layout="constrained")
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def tidy(axes):
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def claim_picture(p, args):
+    """Refuses an --out that is no picture's name, or is there already."""
+    if not args.out.endswith((".png", ".svg", ".pdf")):
+        p.error(f"--out: expected a name that ends in .png, .svg or .pdf, came {args.out}")
+    claim(args.out, args.overwrite)
+
+
+def figure(lines, metric, x, title):
+    """The matplotlib figure of `curves`: a line with a band an arm, a dashed level for an arm measured once."""
+    picture = new_picture(9, 4.8)
     axes = picture.add_subplot()
     levels = [arm for arm, points in lines.items() if points and points[0][0] is None]
     curved = [arm for arm in lines if arm not in levels]  # the ninth arm has the first one's colour, but squares and dashes
@@ -382,9 +397,9 @@ def figure(lines, metric, x, title):
     axes.set(xlabel=AXIS.get(x, x), ylabel=AXIS.get(metric, metric))
     axes.set_title(title, loc="left", fontsize=11)
     if axes.get_xlim()[1] >= 10000:
+        from matplotlib.ticker import EngFormatter
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 50k
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     picture.legend(loc="outside right upper", frameon=False)
     return picture
 
@@ -399,22 +414,19 @@ def write_plot(argv):
     p.add_argument("--out", required=True, help="picture to write (.png, .svg, .pdf)")
     p.add_argument("--overwrite", action="store_true", help="replace --out")
     args = p.parse_args(argv)
-    if not args.out.endswith((".png", ".svg", ".pdf")):
-        p.error(f"--out: expected a name that ends in .png, .svg or .pdf, came {args.out}")
-    claim(args.out, args.overwrite)
+    claim_picture(p, args)
     rows = read_results(args.file, [args.x])
     chosen = args.arms.split(",") if args.arms else [row["arm"] for row in rows]
     if missing := [arm for arm in chosen if arm not in {row["arm"] for row in rows}]:
         raise BadInput(f"--arms: expected arms of {args.file}, came {missing[0]!r}")
     rows = [row for row in rows if row["arm"] in chosen]
-    having = [row for row in rows if args.metric in row]  # a reward is known after the first round, not before
-    without = sorted({(row["arm"], row["step"]) for row in rows if args.metric not in row})
-    if bad := [row for row in having if not is_number(row[args.metric])] or (not having and rows):
+    without = sorted({(row["arm"], row["step"]) for row in rows if args.metric not in row})  # a reward is known after the first round, not before
+    having = [row for row in rows if args.metric in row]
+    if bad := [row for row in having or rows if not is_number(row.get(args.metric))]:
         raise BadInput(f"{args.file}: arm {bad[0]['arm']!r}, seed {bad[0]['seed']}, step {bad[0]['step']}: {args.metric}: expected a finite number, came {bad[0].get(args.metric)!r}")
-    rows = having
-    lines, left_out = curves(rows, args.metric, args.x)
+    lines, left_out = curves(having, args.metric, args.x)
     left_out += [f"arm {arm!r}, step {step}: no {args.metric}" for arm, step in without]
-    seeds = len({row["seed"] for row in rows})
+    seeds = len({row["seed"] for row in having})
     title = f"{Path(args.file).stem}: " + ("one seed" if seeds == 1 else f"mean over {seeds} seeds, band = min to max") + "; legend: last value"
     figure(lines, args.metric, args.x, title).savefig(args.out)
     print(f"eval.py: {args.out}: {len(lines)} arms" + "".join(f"\nleft out: {sentence}" for sentence in left_out))
@@ -451,18 +463,12 @@ def write_gaps(argv):
     p.add_argument("--out", required=True, help="picture to write (.png, .svg, .pdf)")
     p.add_argument("--overwrite", action="store_true", help="replace --out")
     args = p.parse_args(argv)
-    if not args.out.endswith((".png", ".svg", ".pdf")):
-        p.error(f"--out: expected a name that ends in .png, .svg or .pdf, came {args.out}")
-    claim(args.out, args.overwrite)
+    claim_picture(p, args)
     found = paired_gaps([row for row in records.read(args.file, "results") if args.at in row], args.arms.split(","), args.against, args.metric, args.at)
     for arm, points in found.items():
         if not points:
             raise BadInput(f"{args.file}: expected final lines with {args.at!r} of arm {arm!r} and of {args.against!r} for a common seed, came none")
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise BadInput("plots need matplotlib: pip install matplotlib") from None
-    picture = Figure(figsize=(8, 4.6), dpi=150, layout="constrained")
+    picture = new_picture(8, 4.6)
     axes = picture.add_subplot()
     span = max(at for points in found.values() for _, at, _, _ in points) - min(at for points in found.values() for _, at, _, _ in points) or 1.0
     for i, (arm, points) in enumerate(found.items()):
@@ -472,8 +478,7 @@ def write_gaps(argv):
         axes.annotate(name or args.unprefixed, (at, axes.get_ylim()[1]), ha="center", va="bottom", fontsize=8, color="0.35", annotation_clip=False)
     axes.axhline(0, color="0.35", linewidth=1)
     axes.set(xlabel=AXIS.get(args.at, args.at), ylabel=f"difference of {args.metric}, mean and 95 % interval")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.legend(frameon=False)
     picture.savefig(args.out)
     def told(name, at, mean, half):

@@ -175,6 +175,11 @@ def fingerprint(record):
     return hashlib.sha256(json.dumps([record["text"], record.get("prompt_ids"), record.get("response_ids")]).encode()).hexdigest()[:12]
 
 
+def answered(rollout):
+    """The text that an answer is looked for in: all of it or, of an episode with tools, the last step."""
+    return rollout.get("final", rollout["text"])
+
+
 def written(rollout):
     """How many tokens the model wrote: all of a response but what tools said in it."""
     return sum(end - start for start, end, _ in rollout["steps"]) if "steps" in rollout else len(rollout["response_ids"])

@@ -36,7 +36,7 @@ import records
 import served
 from kernel import all_logits
 from records import BadInput
-from tools import FORMATS, Toolbox
+from tools import FORMATS, Toolbox, call_use
 
 # ---------------------------------------------------------------------------------------------- a policy in memory
 
@@ -545,16 +545,16 @@ def main(argv=None):
     add_sampling_flags(p, n=8)
     args = p.parse_args(argv)
     summary = answer_prompts(args, "rollouts", need_tokens=True)
-    lengths, cut, calls, limited = [], 0, [], 0  # of the whole file, also what an earlier run has written
+    lengths, cut, calls, limited = [], 0, [], []  # of the whole file, also what an earlier run has written
     for r in records.read(args.out, "rollouts"):
         lengths.append(records.written(r))
         cut += r["finish_reason"] == "length"
-        limited += r["finish_reason"] == "tool_limit"
-        calls += [call["ok"] for call in r.get("calls", ())]
+        limited.append(r["finish_reason"] == "tool_limit")
+        calls.append([call["ok"] for call in r.get("calls", ())])
     summary |= {"generated_tokens": sum(lengths), "length_mean": float(np.mean(lengths)), "truncated": cut / len(lengths)}
     more = ""
     if args.tools:
-        summary |= {"calls": len(calls) / len(lengths), "call_errors": calls.count(False) / max(1, len(calls)), "tool_limit": limited / len(lengths)}
+        summary |= call_use(calls, limited)
         more = f"; {summary['calls']:.2f} calls an episode, {summary['call_errors']:.1%} of them failed, {summary['tool_limit']:.1%} of the episodes ended at the last call"
     print(f"rollout.py: {args.out}: {summary['records']} rollouts, mean length {summary['length_mean']:.1f} tokens, "
           f"{summary['truncated']:.1%} cut at {args.max_tokens}{more}")

@@ -70,11 +70,6 @@ def is_correct(text, answer):
     return given == wanted
 
 
-def answered(rollout):
-    """The text that a final answer is looked for in: all of it or, of an episode with tools, the last step."""
-    return rollout.get("final", rollout["text"])
-
-
 def one_piece(rollout, path):
     """The rollout; raises BadInput for an episode with tools: a criterion could be met by a tool's words, and a tool could speak to the judge."""
     if len(rollout.get("steps", ())) > 1:
@@ -85,7 +80,7 @@ def one_piece(rollout, path):
 
 def outcome(rollout, answer, shape=False):
     """1 for a right final answer, else 0; shape: a wrong one earns 0.05 a tool call, at most 0.2, as in SOD's released code (there -1 to -0.6 of +-1)."""
-    if is_correct(answered(rollout), answer):
+    if is_correct(records.answered(rollout), answer):
         return 1.0
     return min(0.2, 0.05 * len(rollout.get("calls", ()))) if shape else 0.0
 

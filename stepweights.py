@@ -21,7 +21,7 @@ file, for an episode's own first step may be a few tokens of luck.  A mistake is
 train.py --method sod multiplies the teacher's term, not the reward's.  A masked token counts neither in d_k nor in the loss.
 
 Simplifications, and differences from the released code: 1. a malformed call is answered by an error, there it ends the episode; 2. a tool's text is cut at its end, there
-in its middle, at 256 characters; 3. no penalty on overlong episodes; 4. log mu is the sampler's, there the actor computes it anew; 5. `drift` holds a number a step in memory.
+in its middle, at 256 characters; 3. no penalty on overlong episodes; 4. log mu is the sampler's, there the actor computes it anew; 5. a number a step is held in memory.
 """
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 import records
-from eval import COLOURS, claim
+from eval import COLOURS, claim, new_picture, tidy
 from records import BadInput
 
 EPS, DELTA, DECAY = 1e-6, 0.2, 0.9
@@ -109,23 +109,21 @@ def steps(argv):
     p.add_argument("--seed", type=int, default=0, help="--rule shuffled: how the weights are dealt out")
     args = p.parse_args(argv)
     rollouts = records.Table(args.rollouts, "rollouts")
-    measure, firsts, total, tokens = reader(args, rollouts), [], 0.0, 0
-    for rollout in rollouts:  # what only the whole file can tell
-        _, d, sizes, _ = measure(rollout)
-        firsts.append(d[0])
-        total, tokens = total + step_weights(d) @ sizes, tokens + sizes.sum()
+    measure, drifts, total, tokens = reader(args, rollouts), {}, 0.0, 0
+    for key in rollouts.keys():  # what only the whole file can tell
+        _, drifts[key], sizes, _ = measure(rollouts[key])
+        total, tokens = total + step_weights(drifts[key]) @ sizes, tokens + sizes.sum()
     if not tokens:
         raise BadInput(f"{args.rollouts}: loss_mask: expected rollouts with loss tokens, came none")
-    first, mean = float(np.mean(firsts)), float(total / tokens)
+    first, mean = float(np.mean([d[0] for d in drifts.values()])), float(total / tokens)
     settings = {"rule": args.rule, "first": first, "mean": mean, "of_rollouts": len(rollouts)} | ({"seed": args.seed} if args.rule == "shuffled" else {})
     with records.Writer(args.out, "weights", settings, [args.rollouts, args.scores] + [args.own_scores] * bool(args.own_scores), args.overwrite) as writer:
         for number, key in enumerate(records.progress(rollouts.keys(), desc="weigh", unit="rollout")):
             if key in writer:
                 continue
-            rollout = rollouts[key]
-            spans, d, _, _ = measure(rollout)
+            rollout, d = rollouts[key], drifts[key]
             w, weights = weigh(args.rule, d, outcomes(rollout), np.random.default_rng([args.seed, number]), first, mean), np.zeros(len(rollout["response_ids"]))
-            for (start, end, _), each in zip(spans, w):
+            for (start, end, _), each in zip(whole(rollout), w):
                 weights[start:end] = each
             writer.write({"id": rollout["id"], "sample": rollout["sample"], "rollout": records.fingerprint(rollout), "rule": args.rule, "weights": [float(f"{x:.9g}") for x in weights],
                           "d": records.floats(d), "w": records.floats(w)})
@@ -233,28 +231,20 @@ def drift(argv):
 
 def figure(result):
     """The matplotlib figure of `drift`: d by step, by steps since the first mistake, and the teacher's entropy where it is known."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise BadInput("plots need matplotlib: pip install matplotlib") from None
-    panels = [("step", result["by_step"], "d: |log μ − log p_T|, nats a token"), ("steps since the first mistake", None, "d: |log μ − log p_T|, nats a token")]
+    from weigh import band
+    nats = "d: |log μ − log p_T|, nats a token"
+    panels = [("step", result["by_step"], nats), ("steps since the first mistake", {"episodes with a mistake": result["since_mistake"]}, nats)]
     panels += [("step", result["entropy"], "the teacher's entropy, nats")] * bool(result["entropy"])
-    picture = Figure(figsize=(4.6 * len(panels), 3.9), dpi=150, layout="constrained")
+    picture = new_picture(4.6 * len(panels), 3.9)
     for axes, (label, groups, unit) in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels):
-        lines = groups or {"episodes with a mistake": result["since_mistake"]}
-        for colour, (name, rows) in zip(COLOURS, lines.items()):
-            rows = [row for row in rows if row["count"] >= min(10, max(r["count"] for r in rows))]  # of fewer, the band hides the rest
-            if not rows:
-                continue  # no episode with a mistake
-            at, mean, half = (np.array([row[field] for row in rows], float) for field in ("at", "mean", "half"))
-            axes.plot(at, mean, marker="o", markersize=4, linewidth=1.8, color=colour, label=name)
-            axes.fill_between(at, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
-            if groups is None:
-                axes.plot(at, np.array([row["no_slip"] for row in rows], float), color="0.35", linestyle="--", label="same steps of episodes without one")
-                axes.axvline(0.5, color="0.6", linewidth=1)
+        since = label != "step"
+        for colour, (name, rows) in zip(COLOURS, groups.items()):
+            if rows:  # there may be no episode with a mistake
+                band(axes, rows, colour, name, "same steps of episodes without one" if since else None)
+        if since:
+            axes.axvline(0.5, color="0.6", linewidth=1)
         axes.set(xlabel=label, ylabel=unit, ylim=(0, None))
-        if axes.lines:
+        if any(groups.values()):
             axes.legend(frameon=False, fontsize=8)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     return picture

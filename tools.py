@@ -306,6 +306,14 @@ class Toolbox:
         return ids + after
 
 
+def call_use(calls, limited):
+    """calls: of each episode, whether its calls had results; limited: of each, whether the calls ran out.  Calls an episode, share that failed, share that ran out.
+
+    call_use([[True, False], []], [False, True]) -> calls 1.0, call_errors 0.5, tool_limit 0.5"""
+    every = [ok for each in calls for ok in each]
+    return {"calls": len(every) / len(calls), "call_errors": every.count(False) / max(1, len(every)), "tool_limit": sum(limited) / len(calls)}
+
+
 def found(name):
     """The class `module:Name`."""
     module, _, attribute = name.partition(":")

@@ -41,6 +41,7 @@ from discriminator import load_scorer, weigh_scores
 from explain import explain as explain_row
 from kernel import KERNELS, linear_token_loss, token_numbers
 from records import BadInput
+from tools import call_use
 from units import raw_logits
 from rollout import find_folder, hash_weights, hidden_at, likeliest, load_policy, response_positions, token_batches
 
@@ -256,8 +257,7 @@ def sequence_metrics(items):
            "rollout/truncated": float(np.mean([s["truncated"] for s in items])), "train/tokens": sum(s["tokens"] for s in items),
            "train/sequences": len(items), "rollout/on_policy_fraction": float(np.mean([s["own"] for s in items]))}
     if "calls" in items[0]:
-        calls = [ok for s in items for ok in s["calls"]]
-        out |= {"rollout/calls": len(calls) / len(items), "rollout/call_errors": calls.count(False) / max(1, len(calls)), "rollout/tool_limit": float(np.mean([s["limited"] for s in items]))}
+        out |= {f"rollout/{name}": value for name, value in call_use([s["calls"] for s in items], [s["limited"] for s in items]).items()}
     if "reward" in items[0]:
         out["reward/mean"] = float(np.mean([s["reward"] for s in items]))
         out["reward/advantage_abs_mean"] = float(np.mean([abs(s["advantage"]) for s in items]))

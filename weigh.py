@@ -39,7 +39,7 @@ import re
 import numpy as np
 
 import records
-from eval import COLOURS, claim, interval
+from eval import COLOURS, claim, interval, new_picture, tidy
 from records import BadInput
 from rubric import question_of, steps_of, terms_of
 
@@ -377,22 +377,24 @@ def about_slips(series, sizes, slips, guard, seed, draws=1000, deals=8):
     return {"slips": len(rows), "cuts": cuts} | {name: float(x) if math.isfinite(x) else None for name, x in found.items()}
 
 
+def band(axes, rows, colour, label, level=None):
+    """Draws rows of `means` with their intervals; level: also `no_slip` of `by_offset`, dashed, under this name."""
+    rows = [row for row in rows if row["count"] >= min(10, max(row["count"] for row in rows))]  # of fewer, the band hides the rest
+    at, mean, half, alike = (np.array([row.get(field) for row in rows], float) for field in ("at", "mean", "half", "no_slip"))
+    axes.plot(at, mean, color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
+    axes.fill_between(at, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
+    if level:
+        axes.plot(at, alike, color="0.35", linestyle="--", label=level)
+
+
 def figure(result):
     """The matplotlib figure of `null`: S by block, by blocks since the first slip (with --prompts), cut rates beside those of the nulls."""
-    try:
-        from matplotlib.figure import Figure  # no pyplot: a Figure draws with Agg, whatever the machine's display
-    except ModuleNotFoundError:
-        raise BadInput("plots need matplotlib: pip install matplotlib") from None
     curves = {"block": result["by_block"]} | ({"blocks since the first slip": result["slip"]["by_offset"]} if "slip" in result else {})
-    picture = Figure(figsize=(4.6 * (len(curves) + 1), 3.9), dpi=150, layout="constrained")
+    picture = new_picture(4.6 * (len(curves) + 1), 3.9)
     *panels, bars = picture.subplots(1, len(curves) + 1)
     for axes, (label, rows) in zip(panels, curves.items()):
-        rows = [row for row in rows if row["count"] >= min(10, max(row["count"] for row in rows))]  # of fewer, the band hides the rest
-        at, mean, half, alike = (np.array([row.get(field) for row in rows], float) for field in ("at", "mean", "half", "no_slip"))
-        axes.plot(at, mean, color=COLOURS[0], marker="o", markersize=4, linewidth=1.8, label="rollouts with a slip")
-        axes.fill_between(at, mean - half, mean + half, color=COLOURS[0], alpha=0.15, linewidth=0)
+        band(axes, rows, COLOURS[0], "rollouts with a slip", "same blocks of rollouts without" if label != "block" else None)
         if label != "block":
-            axes.plot(at, alike, color="0.35", linestyle="--", label="same blocks of rollouts without")
             axes.axvline(-0.5, color="0.6", linewidth=1)
             axes.legend(frameon=False, fontsize=8)
         axes.set(xlabel=label, ylabel={"margin": "log(1 + mean teacher margin)", "spread": "std of the teacher's advantage (nats)"}[result["signal"]])
@@ -407,8 +409,7 @@ def figure(result):
     bars.set_title("cuts; nulls: mean, min to max", loc="left", fontsize=11)
     bars.legend(frameon=False, fontsize=8)
     for axes in (*panels, bars):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     return picture
 
 
