@@ -1,7 +1,7 @@
 """weigh.py steps and weigh.py drift: how much the teacher counts at each step of an episode with tools.  SOD (arXiv 2605.07725), its ablations, and a look.
 
     python weigh.py steps --rollouts R --scores S --rule sod --out weights.jsonl
-    python weigh.py drift --rollouts R --scores S --out drift.json --plot drift.png
+    python weigh.py drift --rollouts R --scores S --out drift.json --plot drift.png --model STUDENT
 
 A wrong call drops foreign text into the context, the following steps drift away from what the teacher knows, and its numbers there are no longer
 worth as much.  SOD measures the drift of step k by the sampled tokens alone and fades the teacher where it is larger than at the first step:
@@ -20,6 +20,11 @@ file, for an episode's own first step may be a few tokens of luck.  A mistake is
 
 train.py --method sod multiplies the teacher's term, not the reward's.  A masked token counts neither in d_k nor in the loss.
 
+`drift --model STUDENT` asks what the weights are for: whether the teacher's gradient is more noise after an error (Prop. 2) and less in what the
+weights leave of it (Prop. 3).  Of a group's gradients g_i of (log p_T - log mu) log pi(y_t), summed over a step's or an episode's tokens:
+
+    signal |E g|^2 = mean of g_i . g_j over i != j        noise E|g|^2 - |E g|^2        snr signal / noise, of one step or episode
+
 Simplifications, and differences from the released code: 1. a malformed call is answered by an error, there it ends the episode; 2. a tool's text is cut at its end, there
 in its middle, at 256 characters; 3. no penalty on overlong episodes; 4. log mu is the sampler's, there the actor computes it anew; 5. a number a step is held in memory.
 """
@@ -27,10 +32,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import records
 from eval import COLOURS, claim, new_picture, tidy
+from kernel import linear_logp
 from records import BadInput
+from rollout import hidden_at, load_policy, response_positions
 
 EPS, DELTA, DECAY = 1e-6, 0.2, 0.9
 RULES = ("sod", "uniform", "no-cap", "mask", "decay", "shuffled", "mean", "batch")
@@ -177,16 +185,70 @@ def summary_of(changes):
             "length_correlation": float(np.corrcoef(length[known], above[known])[0, 1]) if related else None}
 
 
+class Spread:
+    """Signal and noise of gradients that are added one by one, without keeping them."""
+
+    def __init__(self):
+        self.total, self.squares, self.count = 0.0, 0.0, 0
+
+    def add(self, gradient):
+        self.total, self.squares, self.count = self.total + gradient, self.squares + float(gradient.double() @ gradient.double()), self.count + 1
+
+    def numbers(self):
+        """`signal`: squared norm of the mean gradient, without bias: the mean of g_i . g_j over i != j, which can come out below 0 where there is little;
+        `noise`: mean squared norm minus that; `snr`: their ratio.  None of fewer than two, or where nothing varies."""
+        found = {"count": self.count, "signal": None, "noise": None, "snr": None}
+        if self.count > 1:
+            total = self.total.double()
+            signal = (float(total @ total) - self.squares) / (self.count * (self.count - 1))
+            noise = self.squares / self.count - signal
+            found |= {"signal": signal, "noise": noise, "snr": signal / noise if noise > 0 else None}
+        return found
+
+
+def step_gradients(policy, rollout, score, spans):
+    """[K] flat gradients [P] of the teacher's term, one a step: sum over its loss tokens of (log p_T - log pi) grad log pi(y_t); zeros where it has none."""
+    mask, weights = np.array(rollout["loss_mask"], bool), list(policy.model.parameters())
+    hidden = hidden_at(policy.model, [rollout["prompt_ids"] + rollout["response_ids"]], [response_positions(rollout["prompt_ids"], mask)])
+    ids = torch.tensor(rollout["response_ids"], device=hidden.device)[mask, None]
+    logp = linear_logp(hidden, policy.head, ids, **policy.head_options)[0][:, 0]
+    terms = (torch.tensor(score["logprobs"], dtype=torch.float32, device=hidden.device)[mask] - logp.detach()) * logp
+    for start, end, _ in spans:
+        first, last = int(mask[:start].sum()), int(mask[:end].sum())
+        grads = torch.autograd.grad(terms[first:last].sum(), weights, retain_graph=True, allow_unused=True)
+        yield torch.cat([torch.zeros(w.numel()) if g is None else g.flatten().float().cpu() for w, g in zip(weights, grads)])
+
+
+def signal_to_noise(policy, episodes):
+    """`Spread.numbers` of the teacher's gradient: of steps by what stood before them ("start", else `events`) and by what came of them, of whole
+    episodes by the rule that weights their steps.   episodes: (rollout, its score, its steps, d, outcomes), twice iterable."""
+    after, outcome, rules = {}, {}, {}
+    first = float(np.mean([d[0] for *_, d, _ in episodes]))
+    for number, (rollout, score, spans, d, came) in enumerate(records.progress(episodes, desc="gradients", unit="rollout")):
+        weights = {rule: weigh(rule, d, came, np.random.default_rng([0, number]), first, 1.0) for rule in RULES if rule != "mean"}  # of a mean the ratio is uniform's
+        sums = dict.fromkeys(weights, 0.0)
+        for k, (event, gradient) in enumerate(zip(["start", *events(came)], step_gradients(policy, rollout, score, spans))):
+            after.setdefault(event, Spread()).add(gradient)
+            outcome.setdefault(came[k], Spread()).add(gradient)
+            for rule, w in weights.items():
+                sums[rule] = sums[rule] + float(w[k]) * gradient
+        for rule, gradient in sums.items():
+            rules.setdefault(rule, Spread()).add(gradient)
+    return {name: {group: spread.numbers() for group, spread in sorted(groups.items())} for name, groups in (("after", after), ("outcome", outcome), ("rule", rules))}
+
+
 def drift(argv):
     p = records.parser("How far the teacher and the student are apart, step by step: d_k of clean, recovered and failed episodes, by steps since the first mistake, and of the step\n"
                        "after a result, a mistake, an outage, or a recovery (a result right after one of these): how much it is above the same step of clean episodes, and how it\n"
                        "has changed from the step before.  With the teacher's whole distribution (score --top-k V) its entropy beside it.  For the placebo, right outputs of an\n"
                        "error's length, sample with --tool-options '{\"pad\": 40}' and look at that file --against the first look.  Read `by_outcome` first: d is also large where the student is wrong and\n"
-                       "the teacher is not.\n\n"
+                       "the teacher is not.  --model, the student: how much of the teacher's gradient of a step, or of an episode under each rule, is the same for all, and how much differs.\n\n"
                        "    python weigh.py drift --rollouts R --scores S --out drift.json --plot drift.png")
     add_flags(p)
     p.add_argument("--plot", help="picture to write (.png, .svg, .pdf)")
     p.add_argument("--against", metavar="JSON", help="an earlier look, whose clean episodes are the level that d is held against (default: this file's own)")
+    p.add_argument("--model", metavar="STUDENT", help="the model that wrote the rollouts: signal and noise of the teacher's gradient (one backward pass a step; holds some 25 copies of its weights)")
+    p.add_argument("--device", help="of --model (default: a GPU if there is one)")
     args = p.parse_args(argv)
     from weigh import by_offset, means
     if not (args.plot or ".png").endswith((".png", ".svg", ".pdf")):
@@ -194,10 +256,16 @@ def drift(argv):
     for path in (args.out, args.plot):
         claim(path, args.overwrite)
     rollouts = records.Table(args.rollouts, "rollouts")
-    measure, episodes = reader(args, rollouts), []
+    measure, episodes, whole_episodes = reader(args, rollouts), [], []
+    policy = load_policy(args.model, "float32", args.device) if args.model else None
     for rollout in records.progress(rollouts, desc="measure", unit="rollout", total=len(rollouts)):
         spans, d, _, score = measure(rollout)
         episodes.append((outcomes(rollout), d, entropies(score, spans), [b[0] - a[1] for a, b in zip(spans, spans[1:])]))
+        if policy:
+            if rollout["policy"].get("weights") != policy.identity["weights"]:
+                raise BadInput(f"{rollouts.where(records.key_of(rollout, 'rollouts'))}: policy.weights: expected {policy.identity['weights']}, the weights of {args.model}, "
+                               f"came {rollout['policy'].get('weights')}: --model is the model that wrote the rollouts")
+            whole_episodes.append((rollout, {"logprobs": score["logprobs"]}, spans, d, outcomes(rollout)))
     places, unsure, outcome, changes = {}, {}, {}, {event: [] for event in EVENTS}
     for came, d, entropy, _ in episodes:
         places.setdefault(kind_of(came), []).extend(enumerate(d, 1))
@@ -217,13 +285,15 @@ def drift(argv):
     result = {"rollouts": len(rollouts), "episodes": {kind: sum(kind_of(came) == kind for came, *_ in episodes) for kind in ("clean", "recovered", "error")},
               "by_step": {kind: means(pairs) for kind, pairs in sorted(places.items())}, "entropy": {kind: means(pairs) for kind, pairs in sorted(unsure.items()) if pairs},
               "since_mistake": by_offset([d for _, d, *_ in episodes], firsts), "by_outcome": {name: float(np.mean(x)) for name, x in sorted(outcome.items())},
-              "after": {event: summary_of(rows) for event, rows in changes.items()}}
+              "after": {event: summary_of(rows) for event, rows in changes.items()}} | ({"gradient": signal_to_noise(policy, whole_episodes)} if policy else {})
     records.write_atomically(args.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
     if args.plot:
         figure(result).savefig(args.plot)
 
     def show(x):
         return "none" if x is None else f"{x:+.3f}"
+    if policy:
+        print("weigh.py drift: signal to noise of an episode's gradient: " + ", ".join(f"{show(found['snr'])} {rule}" for rule, found in result["gradient"]["rule"].items()))
     print(f"weigh.py drift: {args.out}: {', '.join(f'{n} {kind}' for kind, n in result['episodes'].items())} episodes; d above that of clean episodes at the same step: "
           + ", ".join(f"{show(found['above'])} after {found['count']} {event}{'s' * (found['count'] != 1)}" for event, found in result["after"].items()).replace("recoverys", "recoveries"))
     return result

@@ -15,7 +15,8 @@ fail for no fault of the model's: an outage, after which the same call again is 
     weigh.py steps --rule ...            a weight for every step
     train.py --method sod                GRPO's advantage + weight x (log p_T - log mu), PPO's clip around the sum
 
-    before, teacher      as they start;  before is also looked at step by step (weigh.py drift), with a placebo: results as long as an error
+    before, teacher      as they start;  before is also looked at step by step (weigh.py drift), with a placebo: results as long as an error,
+                         and with signal and noise of the teacher's gradient
     sft                  imitation of as many of the teacher's episodes
     grpo                 the reward alone;  opd: the teacher alone, every step alike;  opd-weighted: the teacher alone, weighted as sod
     uniform              both, every step alike: what the paper calls OPD
@@ -31,7 +32,7 @@ fail for no fault of the model's: an outage, after which the same call again is 
 `d_first` and `w_mean` are of the last round; `after_error` is accuracy on episodes with a failed call.  `alarm` counts evaluations that found less than half of the
 calls that an arm started with: agents that stop calling were the collapse that users of the released code met.
 
-The learning rate was chosen on dev, one seed (`--arms sft,grpo,uniform,sod --eval-split dev --final-n 4`, results/sod_dev_lr*.jsonl): 3e-4 is best for all four.  Not built: gradient variance by step.
+The learning rate was chosen on dev, one seed (`--arms sft,grpo,uniform,sod --eval-split dev --final-n 4`, results/sod_dev_lr*.jsonl): 3e-4 is best for all four.
 """
 import json
 import shutil
@@ -39,6 +40,7 @@ import sys
 import time
 
 import records
+import stepweights
 from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, imitate, last, report, run_arms, say, settle
 
 CLIP = "clip_low=0.2 --set clip_high=0.28 --set dual_clip=3"  # as the row sod has it: what differs is then the reward alone
@@ -78,6 +80,10 @@ CLAIMS = [
     Claim("...and come back after a recovery", "after a recovery − after a mistake", look("recovery - mistake"), "below"),
     Claim("...the teacher itself is unsure after a mistake", "change of its entropy − after a result", look("mistake_entropy - result_entropy")),
     Claim("d is larger at mistakes, where it is the student who is wrong", "d(mistakes) − d(calls with results)", look("d_mistake - d_result")),
+    Claim("the teacher's gradient has less signal to noise after a mistake (Prop. 2)", "snr after a mistake − after a result", look("snr_after_mistake - snr_after_result"), "below"),
+    Claim("...and at a mistake", "snr of mistakes − of calls with results", look("snr_at_mistake - snr_at_result"), "below"),
+    Claim("step weights raise it (Prop. 3)", "snr of an episode's gradient, sod − uniform", look("snr_sod - snr_uniform")),
+    Claim("...more than the same weights shuffled", "snr(sod) − snr(shuffled)", look("snr_sod - snr_shuffled")),
     Claim("step weights help (the paper's claim)", "sod − uniform", gap("sod", "uniform")),
     Claim("...without the reward, too", "opd-weighted − opd", gap("opd-weighted", "opd")),
     Claim("...on episodes with a failed call", "after_error(sod) − after_error(uniform)", gap("sod", "uniform", "after_error")),
@@ -132,12 +138,15 @@ def look_at(run, args, world, folder, seed):
         run.stage(f"rollout.py --model {folder}/student --prompts {world}/toy/{args.eval_split}.jsonl --n {args.eval_n} --seed {seed} {tools(args, **options)} --out {at}/rollouts.jsonl")
         run.stage(f"teacher.py score --model {world}/teacher --rollouts {at}/rollouts.jsonl --top-k 1000 --out {at}/scores.jsonl")
         found[name] = run.stage(f"weigh.py drift --rollouts {at}/rollouts.jsonl --scores {at}/scores.jsonl --out {at}/drift.json --plot {at}/drift.png --overwrite"
-                                + (f" --against {folder}/drift/plain/drift.json" if name == "placebo" else ""))
+                                + (f" --against {folder}/drift/plain/drift.json" if name == "placebo" else f" --model {folder}/student"))
     plain, after = found["plain"], found["plain"]["after"]
     seen = {event: after[event]["above"] for event in ("mistake", "outage", "recovery")} | {"placebo": found["placebo"]["after"]["result"]["above"]}
     seen |= {"length_correlation": after["mistake"]["length_correlation"], "mistake_length": after["mistake"]["length"], "placebo_length": found["placebo"]["after"]["result"]["length"]}
     seen |= {f"{event}_entropy": after[event]["entropy_change"] for event in ("mistake", "outage", "result")}
-    return seen | {f"d_{name}": plain["by_outcome"].get(name) for name in ("mistake", "outage", "result", "answer")}
+    seen |= {f"d_{name}": plain["by_outcome"].get(name) for name in ("mistake", "outage", "result", "answer")}
+    snr = {group: {name: numbers["snr"] for name, numbers in table.items()} for group, table in plain["gradient"].items()}
+    return seen | {f"snr_{at}{name}": snr[group].get(name) for group, at, names in (("after", "after_", stepweights.EVENTS), ("outcome", "at_", ("mistake", "outage", "result", "answer")),
+                                                                                     ("rule", "", ("uniform", "sod", "no-cap", "mask", "decay", "shuffled", "batch"))) for name in names}
 
 
 def run_arm(run, args, world, folder, seed, arm):

@@ -287,3 +287,56 @@ def test_entropy_is_the_teachers_and_needs_all_of_it(agents, tmp_path):
             assert row["mean"] == pytest.approx(np.mean(sums[kind, row["at"]]), abs=1e-4) and row["count"] == len(sums[kind, row["at"]])
     rows = [{k: v for k, v in r.items() if k != "topk"} for r in load(agents.scores)]
     assert weigh.main(argv("drift", rollouts=agents.rollouts, scores=dump(tmp_path / "plain.jsonl", rows), out=tmp_path / "p.json"))["entropy"] == {}
+
+
+# ---------------------------------------------------------------------------------------------- signal and noise
+
+
+def test_signal_and_noise_against_products_of_all_pairs(agents, tmp_path):
+    """A float64 model of plain transformers, one gradient a step and episode kept in memory, and the mean of g_i . g_j over all i != j."""
+    result = weigh.main(argv("drift", rollouts=agents.rollouts, scores=agents.scores, out=tmp_path / "d.json", model=agents.student))
+    assert result == json.loads((tmp_path / "d.json").read_text())
+    student, scores, groups = naive_model(agents.student), by_key(load(agents.scores)), {}
+    sod, mask = (weighed(agents, tmp_path / f"{rule}.jsonl", rule) for rule in ("sod", "mask"))
+    for key, r in by_key(load(agents.rollouts)).items():
+        own = naive_logps(student, r["prompt_ids"], r["response_ids"]).gather(1, torch.tensor(r["response_ids"])[:, None])[:, 0]
+        term = (torch.tensor(scores[key]["logprobs"], dtype=torch.float64) - own.detach()) * own * torch.tensor(r["loss_mask"])
+        steps = [torch.cat([g.flatten() for g in torch.autograd.grad(term[a:b].sum(), list(student.parameters()), retain_graph=True)]) for a, b, _ in r["steps"]]
+        failed = [("outage" if c.get("outage") else "mistake") if not c["ok"] else None for c in r["calls"]]
+        for k, g in enumerate(steps):
+            before = "start" if not k else failed[k - 1] or ("recovery" if k > 1 and failed[k - 2] else "result")
+            groups.setdefault(("after", before), []).append(g)
+            last = "answer" if r["finish_reason"] == "stop" else "cut"
+            groups.setdefault(("outcome", last if k == len(r["calls"]) else failed[k] or "result"), []).append(g)
+        for rule, w in (("uniform", [1] * len(steps)), ("sod", sod[key]["w"]), ("mask", mask[key]["w"])):
+            groups.setdefault(("rule", rule), []).append(sum(x * g for x, g in zip(w, steps)))
+    assert {group for kind, group in groups if kind == "after"} == set(result["gradient"]["after"]) >= {"start", "result", "mistake"}
+    for (kind, group), rows in groups.items():
+        products, found = torch.stack(rows) @ torch.stack(rows).T, result["gradient"][kind][group]
+        assert found["count"] == len(rows)
+        if len(rows) > 1:
+            signal = float((products.sum() - products.trace()) / (len(rows) * (len(rows) - 1)))
+            total = float(products.trace()) / len(rows)
+            assert found["signal"] == pytest.approx(signal, rel=1e-3, abs=1e-4 * total) and found["noise"] == pytest.approx(total - signal, rel=1e-3)
+            assert found["snr"] == pytest.approx(signal / (total - signal), rel=2e-3, abs=2e-4)
+
+
+def test_signal_is_without_bias_and_a_constant_has_no_noise():
+    random, signals = np.random.default_rng(0), []
+    for _ in range(400):
+        spread = stepweights.Spread()
+        for _ in range(4):
+            spread.add(torch.tensor([1.0, 0, 0] + random.normal(0, 2, 3)))
+        signals.append(spread.numbers()["signal"])
+    assert abs(np.mean(signals) - 1) < 4 * np.std(signals) / 20 and np.std(signals) / 20 < 0.3  # |E g|^2 = 1, whatever the noise of 12 around it
+    spread = stepweights.Spread()
+    assert spread.numbers() == {"count": 0, "signal": None, "noise": None, "snr": None}
+    for _ in range(3):
+        spread.add(torch.tensor([3.0, 4.0]))
+    assert spread.numbers() == {"count": 3, "signal": 25.0, "noise": 0.0, "snr": None}
+
+
+def test_signal_and_noise_are_of_the_writers(agents, tmp_path):
+    with pytest.raises(BadInput, match="policy.weights: expected .*--model is the model that wrote the rollouts"):
+        weigh.main(argv("drift", rollouts=agents.rollouts, scores=agents.scores, out=tmp_path / "d.json", model=agents.teacher))
+    assert not (tmp_path / "d.json").exists()
