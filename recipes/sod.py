@@ -41,6 +41,7 @@ import time
 
 import records
 import stepweights
+from eval import interval
 from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, imitate, last, report, run_arms, say, settle
 
 CLIP = "clip_low=0.2 --set clip_high=0.28 --set dual_clip=3"  # as the row sod has it: what differs is then the reward alone
@@ -102,6 +103,16 @@ CLAIMS = [
     Claim("without outages there is no gap", "calm-sod − calm-uniform", gap("calm-sod", "calm-uniform"), "within", 0.03),
     Claim("sod's agent goes on calling", "calls(sod) / calls(before)", lambda a: a["sod"][-1]["calls"] / max(a["before"][-1]["calls"], 1e-9), "above", 0.5),
 ]
+
+
+def look_table(path):
+    """Markdown: every number of stage 0, mean over seeds, with half of its 95 % t-interval."""
+    seen = {}
+    for row in records.read(path, "results"):
+        for name, x in row.get("drift", {}).items():
+            seen.setdefault(name, []).extend([] if x is None else [x])
+    each = {name: interval(values) for name, values in seen.items() if values}
+    return "| stage 0 | mean over seeds |\n| --- | --- |\n" + "".join(f"| {name} | {mean:.4f}" + (f" ± {half:.4f}" if half is not None else "") + " |\n" for name, (mean, half) in each.items())
 
 
 def build(run, args, arms):
@@ -233,7 +244,7 @@ def main(argv=None):
     add_eval_flags(p, every=5, n=2, final_n=8)
     args = p.parse_args(argv)
     if args.report:
-        print(claims_table(args.report, CLAIMS))
+        print(claims_table(args.report, CLAIMS) + "\n" + look_table(args.report))
         return None
     if args.smoke:
         for name, value in dict(rounds=1, prompts=4, n=2, updates=2, max_tokens=48, max_calls=2, base_steps=4, teacher_steps=4, spoil_steps=1, eval_every=1, eval_n=1, final_n=1).items():

@@ -1,6 +1,5 @@
 """tools.py, agents.py and the episodes of rollout.py: what is run, what is masked, what the model has read."""
 import ast
-import json
 import os
 import random
 import time
