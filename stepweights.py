@@ -15,8 +15,10 @@ the teacher's, those that `teacher.py score --model STUDENT` computes: --own-sco
 
 Rules: `sod` is that.  `uniform` is 1 everywhere.  `no-cap` leaves the bound out.  `mask` is 0 from the step after the first mistake on,
 `decay` 0.9^(steps since then): the paper's ablations.  Controls: `shuffled` deals sod's weights out among the steps of the same episode, `mean` gives
-every token the mean of sod's over the file's tokens: is it only a smaller coefficient?  `batch` measures d_k against the mean first step of the
-file, for an episode's own first step may be a few tokens of luck.  A mistake is a call that the tool could not read; one that met an outage is none.
+every token the mean of sod's over the file's tokens: is it only a smaller coefficient?  `amount` gives every token the share of the teacher's term
+that sod leaves of it, sum w_k d_k n_k / sum d_k n_k over the file, n_k tokens: is it only less of the teacher?  For w_k d_k = min(d_1, (1 + delta) d_k):
+under sod no step's term is larger than the first step's.  `batch` measures d_k against the mean first step of the file, for an episode's own
+may be a few tokens of luck.  A mistake is a call that the tool could not read; one that met an outage is none.
 
 train.py --method sod multiplies the teacher's term, not the reward's.  A masked token counts neither in d_k nor in the loss.
 
@@ -30,6 +32,7 @@ in its middle, at 256 characters; 3. no penalty on overlong episodes; 4. log mu 
 """
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +44,7 @@ from records import BadInput
 from rollout import hidden_at, load_policy, response_positions
 
 EPS, DELTA, DECAY = 1e-6, 0.2, 0.9
-RULES = ("sod", "uniform", "no-cap", "mask", "decay", "shuffled", "mean", "batch")
+RULES = ("sod", "uniform", "no-cap", "mask", "decay", "shuffled", "mean", "amount", "batch")
 
 
 def divergences(own, teacher, mask, steps):
@@ -77,13 +80,32 @@ def since_mistake(came):
     return np.maximum(np.arange(len(came)) - (came.index("mistake") if "mistake" in came else len(came)), 0)
 
 
-def weigh(rule, d, came, rng, first, mean):
-    """w_k of a rule, [K]; came: `outcomes`; first: the file's mean d_1; mean: the mean of sod's weights over the file's tokens."""
+class File(NamedTuple):
+    """What a rule may ask of the whole file: its mean d_1; the mean of sod's weights over its tokens; the share of the teacher's term that they leave."""
+    first: float
+    mean: float
+    amount: float
+
+
+def of_file(episodes):
+    """`File` of (d [K], loss tokens of each step [K]) pairs; None without a loss token.
+
+    d [1, 3] of [1, 1] tokens: sod's weights [1, 1/3], so mean 2/3 and amount (1 + 1) / (1 + 3) = 1/2"""
+    firsts, weight, term, left, tokens = [], 0.0, 0.0, 0.0, 0
+    for d, sizes in episodes:
+        w = step_weights(d)
+        firsts.append(d[0])
+        weight, left, term, tokens = weight + w @ sizes, left + (w * d) @ sizes, term + d @ sizes, tokens + sizes.sum()
+    return File(float(np.mean(firsts)), float(weight / tokens), float(left / term) if term else 1.0) if tokens else None
+
+
+def weigh(rule, d, came, rng, file):
+    """w_k of a rule, [K]; came: `outcomes`; file: `File`."""
     after = since_mistake(came)
     if rule == "shuffled":
         return rng.permutation(step_weights(d))
     return {"sod": lambda: step_weights(d), "uniform": lambda: np.ones(len(d)), "no-cap": lambda: step_weights(d, delta=None), "mask": lambda: np.where(after > 0, 0.0, 1.0),
-            "decay": lambda: DECAY ** after, "mean": lambda: np.full(len(d), mean), "batch": lambda: step_weights(d, first)}[rule]()
+            "decay": lambda: DECAY ** after, "mean": lambda: np.full(len(d), file.mean), "amount": lambda: np.full(len(d), file.amount), "batch": lambda: step_weights(d, file.first)}[rule]()
 
 
 def reader(args, rollouts):
@@ -117,28 +139,25 @@ def steps(argv):
     p.add_argument("--seed", type=int, default=0, help="--rule shuffled: how the weights are dealt out")
     args = p.parse_args(argv)
     rollouts = records.Table(args.rollouts, "rollouts")
-    measure, drifts, total, tokens = reader(args, rollouts), {}, 0.0, 0
-    for key in rollouts.keys():  # what only the whole file can tell
-        _, drifts[key], sizes, _ = measure(rollouts[key])
-        total, tokens = total + step_weights(drifts[key]) @ sizes, tokens + sizes.sum()
-    if not tokens:
+    measure = reader(args, rollouts)
+    drifts = {key: measure(rollouts[key])[1:3] for key in rollouts.keys()}  # of all: what only the whole file can tell
+    if not (file := of_file(drifts.values())):
         raise BadInput(f"{args.rollouts}: loss_mask: expected rollouts with loss tokens, came none")
-    first, mean = float(np.mean([d[0] for d in drifts.values()])), float(total / tokens)
-    settings = {"rule": args.rule, "first": first, "mean": mean, "of_rollouts": len(rollouts)} | ({"seed": args.seed} if args.rule == "shuffled" else {})
+    settings = {"rule": args.rule} | file._asdict() | {"of_rollouts": len(rollouts)} | ({"seed": args.seed} if args.rule == "shuffled" else {})
     with records.Writer(args.out, "weights", settings, [args.rollouts, args.scores] + [args.own_scores] * bool(args.own_scores), args.overwrite) as writer:
         for number, key in enumerate(records.progress(rollouts.keys(), desc="weigh", unit="rollout")):
             if key in writer:
                 continue
-            rollout, d = rollouts[key], drifts[key]
-            w, weights = weigh(args.rule, d, outcomes(rollout), np.random.default_rng([args.seed, number]), first, mean), np.zeros(len(rollout["response_ids"]))
+            rollout, d = rollouts[key], drifts[key][0]
+            w, weights = weigh(args.rule, d, outcomes(rollout), np.random.default_rng([args.seed, number]), file), np.zeros(len(rollout["response_ids"]))
             for (start, end, _), each in zip(whole(rollout), w):
                 weights[start:end] = each
             writer.write({"id": rollout["id"], "sample": rollout["sample"], "rollout": records.fingerprint(rollout), "rule": args.rule, "weights": [float(f"{x:.9g}") for x in weights],
                           "d": records.floats(d), "w": records.floats(w)})
     d, w = (np.concatenate([r[name] for r in records.read(args.out, "weights")]) for name in ("d", "w"))
-    summary = {"out": args.out, "records": len(rollouts), "d_first": first, "d_mean": float(d.mean()), "w_mean": float(w.mean()), "w_max": float(w.max()),
+    summary = {"out": args.out, "records": len(rollouts), "d_first": file.first, "d_mean": float(d.mean()), "w_mean": float(w.mean()), "w_max": float(w.max()),
                "w_low": float(np.mean(w < 0.5)), "w_bound": float(np.mean(w >= (1 + DELTA) * (1 - 1e-6)))}
-    print(f"weigh.py steps: {args.out}: {len(rollouts)} rollouts, rule {args.rule}: d_1 {first:.3f}, d {summary['d_mean']:.3f}; weight mean {summary['w_mean']:.3f}, "
+    print(f"weigh.py steps: {args.out}: {len(rollouts)} rollouts, rule {args.rule}: d_1 {file.first:.3f}, d {summary['d_mean']:.3f}; weight mean {summary['w_mean']:.3f}, "
           f"below a half in {summary['w_low']:.1%} of the steps, {1 + DELTA:g} and more in {summary['w_bound']:.1%}")
     return summary
 
@@ -219,14 +238,18 @@ def step_gradients(policy, rollout, score, spans):
         yield torch.cat([torch.zeros(w.numel()) if g is None else g.flatten().float().cpu() for w, g in zip(weights, grads)])
 
 
-def signal_to_noise(policy, episodes):
+def all_weights(episodes):
+    """{rule: w [K]} of every episode; episodes: (d [K], loss tokens [K], outcomes)."""
+    file = of_file((d, sizes) for d, sizes, _ in episodes)
+    return [{rule: weigh(rule, d, came, np.random.default_rng([0, number]), file) for rule in RULES} for number, (d, _, came) in enumerate(episodes)]
+
+
+def signal_to_noise(policy, rollouts, scores, outcomes_and_weights):
     """`Spread.numbers` of the teacher's gradient: of steps by what stood before them ("start", else `events`) and by what came of them, of whole
-    episodes by the rule that weights their steps.   episodes: (rollout, its score, its steps, d, outcomes), twice iterable."""
+    episodes by the rule that weights their steps.   outcomes_and_weights: of each rollout its outcomes and `all_weights`."""
     after, outcome, rules = {}, {}, {}
-    first = float(np.mean([d[0] for *_, d, _ in episodes]))
-    for number, (rollout, score, spans, d, came) in enumerate(records.progress(episodes, desc="gradients", unit="rollout")):
-        weights = {rule: weigh(rule, d, came, np.random.default_rng([0, number]), first, 1.0) for rule in RULES if rule != "mean"}  # of a mean the ratio is uniform's
-        sums = dict.fromkeys(weights, 0.0)
+    for rollout, (came, weights) in zip(records.progress(rollouts, desc="gradients", unit="rollout", total=len(rollouts)), outcomes_and_weights):
+        score, spans, sums = scores[records.key_of(rollout, "rollouts")], whole(rollout), dict.fromkeys(weights, 0.0)
         for k, (event, gradient) in enumerate(zip(["start", *events(came)], step_gradients(policy, rollout, score, spans))):
             after.setdefault(event, Spread()).add(gradient)
             outcome.setdefault(came[k], Spread()).add(gradient)
@@ -256,18 +279,18 @@ def drift(argv):
     for path in (args.out, args.plot):
         claim(path, args.overwrite)
     rollouts = records.Table(args.rollouts, "rollouts")
-    measure, episodes, whole_episodes = reader(args, rollouts), [], []
+    measure, episodes = reader(args, rollouts), []
     policy = load_policy(args.model, "float32", args.device) if args.model else None
     for rollout in records.progress(rollouts, desc="measure", unit="rollout", total=len(rollouts)):
-        spans, d, _, score = measure(rollout)
-        episodes.append((outcomes(rollout), d, entropies(score, spans), [b[0] - a[1] for a, b in zip(spans, spans[1:])]))
-        if policy:
-            if rollout["policy"].get("weights") != policy.identity["weights"]:
-                raise BadInput(f"{rollouts.where(records.key_of(rollout, 'rollouts'))}: policy.weights: expected {policy.identity['weights']}, the weights of {args.model}, "
-                               f"came {rollout['policy'].get('weights')}: --model is the model that wrote the rollouts")
-            whole_episodes.append((rollout, {"logprobs": score["logprobs"]}, spans, d, outcomes(rollout)))
+        spans, d, sizes, score = measure(rollout)
+        if policy and rollout["policy"].get("weights") != policy.identity["weights"]:
+            raise BadInput(f"{rollouts.where(records.key_of(rollout, 'rollouts'))}: policy.weights: expected {policy.identity['weights']}, the weights of {args.model}, "
+                           f"came {rollout['policy'].get('weights')}: --model is the model that wrote the rollouts")
+        episodes.append((outcomes(rollout), d, entropies(score, spans), [b[0] - a[1] for a, b in zip(spans, spans[1:])], sizes))
+    if not sum(sizes.sum() for *_, sizes in episodes):
+        raise BadInput(f"{args.rollouts}: loss_mask: expected rollouts with loss tokens, came none")
     places, unsure, outcome, changes = {}, {}, {}, {event: [] for event in EVENTS}
-    for came, d, entropy, _ in episodes:
+    for came, d, entropy, *_ in episodes:
         places.setdefault(kind_of(came), []).extend(enumerate(d, 1))
         unsure.setdefault(kind_of(came), []).extend(enumerate(entropy, 1) if entropy else ())
         for name, x in zip(came, d):
@@ -277,21 +300,28 @@ def drift(argv):
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"--against {args.against}: expected what weigh.py drift writes, came {type(error).__name__}: {error}") from None
     clean = {row["at"]: row["mean"] for row in level}
-    for came, d, entropy, lengths in episodes:
+    for came, d, entropy, lengths, _ in episodes:
         for k, event in enumerate(events(came)):
             if event in changes:
                 changes[event].append((lengths[k], d[k + 1] - d[k], d[k + 1] - clean.get(k + 2, np.nan), entropy[k + 1] - entropy[k] if entropy else np.nan))
-    firsts = [came.index("mistake") if "mistake" in came else None for came, *_ in episodes]
+    weights, firsts = all_weights([(d, sizes, came) for came, d, *_, sizes in episodes]), np.array([d[0] for _, d, *_ in episodes])
+    term = sum(d @ sizes for _, d, *_, sizes in episodes)
+    left = {rule: float(sum((w[rule] * d) @ sizes for w, (_, d, *_, sizes) in zip(weights, episodes)) / term) if term else None for rule in RULES}
+    slips = [came.index("mistake") if "mistake" in came else None for came, *_ in episodes]
     result = {"rollouts": len(rollouts), "episodes": {kind: sum(kind_of(came) == kind for came, *_ in episodes) for kind in ("clean", "recovered", "error")},
               "by_step": {kind: means(pairs) for kind, pairs in sorted(places.items())}, "entropy": {kind: means(pairs) for kind, pairs in sorted(unsure.items()) if pairs},
-              "since_mistake": by_offset([d for _, d, *_ in episodes], firsts), "by_outcome": {name: float(np.mean(x)) for name, x in sorted(outcome.items())},
-              "after": {event: summary_of(rows) for event, rows in changes.items()}} | ({"gradient": signal_to_noise(policy, whole_episodes)} if policy else {})
+              "since_mistake": by_offset([d for _, d, *_ in episodes], slips), "by_outcome": {name: float(np.mean(x)) for name, x in sorted(outcome.items())},
+              "after": {event: summary_of(rows) for event, rows in changes.items()}, "first": {"mean": float(firsts.mean()), "median": float(np.median(firsts))}, "left": left}
+    if policy:
+        result["gradient"] = signal_to_noise(policy, rollouts, records.Table(args.scores, "scores"), zip([came for came, *_ in episodes], weights))
     records.write_atomically(args.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
     if args.plot:
         figure(result).savefig(args.plot)
 
     def show(x):
         return "none" if x is None else f"{x:+.3f}"
+    print(f"weigh.py drift: d_1 mean {result['first']['mean']:.3f}, median {result['first']['median']:.3f}; left of the teacher's term: "
+          + ", ".join(f"{'none' if x is None else f'{x:.0%}'} {rule}" for rule, x in left.items()))
     if policy:
         print("weigh.py drift: signal to noise of an episode's gradient: " + ", ".join(f"{show(found['snr'])} {rule}" for rule, found in result["gradient"]["rule"].items()))
     print(f"weigh.py drift: {args.out}: {', '.join(f'{n} {kind}' for kind, n in result['episodes'].items())} episodes; d above that of clean episodes at the same step: "

@@ -23,6 +23,7 @@ fail for no fault of the model's: an outage, after which the same call again is 
     sod                  both, weighted: the method
     no-cap, mask, decay  its ablations: no bound; nothing after the first mistake; 0.9 to the power of the steps since then
     shuffled, mean       its controls: the weights of an episode dealt out among its steps; one weight everywhere, sod's mean of the round
+    amount               one weight everywhere: the share of the teacher's term that sod leaves of it
     batch                d measured against the mean first step of the round
     half, double         uniform with half and twice the weight of the teacher
     shaped               sod, and a wrong answer earns a little for every call, as in the released code
@@ -48,7 +49,7 @@ CLIP = "clip_low=0.2 --set clip_high=0.28 --set dual_clip=3"  # as the row sod h
 ARMS = {  # method and what it reads; rule: how steps are weighted
     "before": {}, "teacher": {}, "sft": dict(method="seqkd"), "grpo": dict(method="opd-grpo", set="teacher_weight=0"), "opd": dict(method="opd", set=CLIP, rewards=False),
     "opd-weighted": dict(method="opd", set=CLIP + " --set token_weight=file", rule="sod", rewards=False), "uniform": dict(method="opd-grpo"), "sod": dict(rule="sod"), "no-cap": dict(rule="no-cap"),
-    "mask": dict(rule="mask"), "decay": dict(rule="decay"), "shuffled": dict(rule="shuffled"), "mean": dict(rule="mean"), "batch": dict(rule="batch"),
+    "mask": dict(rule="mask"), "decay": dict(rule="decay"), "shuffled": dict(rule="shuffled"), "mean": dict(rule="mean"), "amount": dict(rule="amount"), "batch": dict(rule="batch"),
     "half": dict(method="opd-grpo", set="teacher_weight=0.5"), "double": dict(method="opd-grpo", set="teacher_weight=2"), "shaped": dict(rule="sod", shape=True),
     "large-teacher": dict(large=True), "large-uniform": dict(method="opd-grpo", large=True), "large-sod": dict(rule="sod", large=True),
     "calm-before": dict(calm=True), "calm-uniform": dict(method="opd-grpo", calm=True), "calm-sod": dict(rule="sod", calm=True),
@@ -56,7 +57,7 @@ ARMS = {  # method and what it reads; rule: how steps are weighted
 SHARED = ("rounds", "prompts", "n", "updates", "learning_rate", "sft_learning_rate", "outage", "max_calls", "max_tokens", "terms", "pad", "base_steps", "teacher_steps", "spoil_steps", "spoil_lr", "eval_every",
           "eval_n", "final_n", "eval_split")
 COLUMNS = ("greedy", "after_error", "without_error", "calls", "call_errors", "error_episodes", "tool_limit", "truncated", "length_mean", "d_first", "w_mean", "alarm", "trained_tokens", "seconds")
-DENSE = ("uniform", "sod", "no-cap", "mask", "decay", "shuffled", "mean", "batch")
+DENSE = ("uniform", "sod", "no-cap", "mask", "decay", "shuffled", "mean", "amount", "batch")
 
 
 def gap(arm, other, metric="accuracy"):
@@ -90,6 +91,7 @@ CLAIMS = [
     Claim("...on episodes with a failed call", "after_error(sod) − after_error(uniform)", gap("sod", "uniform", "after_error")),
     Claim("it is the steps: shuffled weights lose", "sod − shuffled", gap("sod", "shuffled")),
     Claim("it is not only a smaller coefficient: one weight everywhere loses", "sod − mean", gap("sod", "mean")),
+    Claim("nor only less of the teacher: as little of it everywhere loses", "sod − amount", gap("sod", "amount")),
     Claim("masking all that follows an error is the worst of the dense arms", "mask − lowest other", lambda a: gap("mask", "before")(a) - min(gap(x, "before")(a) for x in DENSE if x != "mask"), "below"),
     Claim("the bound helps", "sod − no-cap", gap("sod", "no-cap")),
     Claim("decay is below sod", "sod − decay", gap("sod", "decay")),
@@ -157,7 +159,8 @@ def look_at(run, args, world, folder, seed):
     seen |= {f"d_{name}": plain["by_outcome"].get(name) for name in ("mistake", "outage", "result", "answer")}
     snr = {group: {name: numbers["snr"] for name, numbers in table.items()} for group, table in plain["gradient"].items()}
     return seen | {f"snr_{at}{name}": snr[group].get(name) for group, at, names in (("after", "after_", stepweights.EVENTS), ("outcome", "at_", ("mistake", "outage", "result", "answer")),
-                                                                                     ("rule", "", ("uniform", "sod", "no-cap", "mask", "decay", "shuffled", "batch"))) for name in names}
+                                                                                     ("rule", "", ("uniform", "sod", "no-cap", "mask", "decay", "shuffled", "batch"))) for name in names} \
+        | {"d_first": plain["first"]["mean"], "d_first_median": plain["first"]["median"]} | {f"left_{rule}": x for rule, x in plain["left"].items()}
 
 
 def run_arm(run, args, world, folder, seed, arm):

@@ -51,15 +51,22 @@ CAME, D = ["result", "mistake", "result", "answer"], np.array([0.5, 1.0, 2.0, 0.
 
 
 @pytest.mark.parametrize("rule, expected", [("sod", [1, .5, .25, 1.2]), ("uniform", [1, 1, 1, 1]), ("no-cap", [1, .5, .25, 2]), ("mask", [1, 1, 0, 0]), ("decay", [1, 1, .9, .81]),
-                                            ("mean", [.7] * 4), ("batch", [.4, .2, .1, .8])])
+                                            ("mean", [.7] * 4), ("amount", [.3] * 4), ("batch", [.4, .2, .1, .8])])
 def test_rules(rule, expected):
-    assert stepweights.weigh(rule, D, CAME, None, 0.2, 0.7) == pytest.approx(expected, rel=1e-4)
+    assert stepweights.weigh(rule, D, CAME, None, stepweights.File(0.2, 0.7, 0.3)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_a_rule_asks_of_the_file():
+    one, two = np.array([1, 1]), np.array([2, 2])
+    assert stepweights.of_file([(np.array([1.0, 3.0]), one)]) == pytest.approx((1, 2 / 3, 1 / 2), rel=1e-5)
+    assert stepweights.of_file([(np.array([1.0, 3.0]), one), (np.array([0.5, 0.25]), two)]) == pytest.approx((0.75, (1 + 1 / 3 + 2 + 2.4) / 6, (1 + 1 + 1 + 0.6) / (4 + 1 + 0.5)), rel=1e-5)
+    assert stepweights.of_file([(np.array([0.0]), one[:1])]).amount == 1 and stepweights.of_file([(np.array([0.0]), np.array([0]))]) is None
 
 
 def test_an_outage_is_no_mistake():
     calm = ["result", "outage", "result", "answer"]
     for rule in ("mask", "decay"):
-        assert stepweights.weigh(rule, D, calm, None, 0, 0).tolist() == [1, 1, 1, 1]
+        assert stepweights.weigh(rule, D, calm, None, None).tolist() == [1, 1, 1, 1]
     rollout = {"response_ids": [1] * 9, "finish_reason": "stop", "steps": [[0, 2, True], [3, 4, False], [5, 6, False], [7, 9, None]],
                "calls": [{"ok": True}, {"ok": False, "outage": True}, {"ok": False}]}
     assert stepweights.outcomes(rollout) == ["result", "outage", "mistake", "answer"]
@@ -68,7 +75,7 @@ def test_an_outage_is_no_mistake():
 
 
 def test_shuffled_keeps_an_episodes_weights_and_loses_their_places():
-    deals = {tuple(stepweights.weigh("shuffled", D, CAME, np.random.default_rng(seed), 0, 0)) for seed in range(40)}
+    deals = {tuple(stepweights.weigh("shuffled", D, CAME, np.random.default_rng(seed), None)) for seed in range(40)}
     assert {tuple(sorted(deal)) for deal in deals} == {tuple(sorted(stepweights.step_weights(D)))} and len(deals) > 10
 
 
@@ -93,12 +100,13 @@ def test_weights_of_a_file_by_hand(agents, tmp_path, rule):
     sod = {key: [min((v[0] + 1e-6) / (x + 1e-6), 1.2) for x in v] for key, v in d.items()}
     sizes = {key: [b - a for a, b, _ in r["steps"]] for key, r in rollouts.items()}
     mean = sum(np.dot(sod[k], sizes[k]) for k in d) / sum(map(sum, sizes.values()))
+    left = sum(np.dot(np.multiply(sod[k], d[k]), sizes[k]) for k in d) / sum(np.dot(d[k], sizes[k]) for k in d)
     first = np.mean([v[0] for v in d.values()])
     for key, r in rollouts.items():
         w, failed = came[key]["w"], [not c["ok"] and "no answer, try again" not in c["output"] for c in r["calls"]] + [False]
         after = [max(0, k - failed.index(True)) if any(failed) else 0 for k in range(len(failed))]
         expected = {"sod": sod[key], "uniform": [1] * len(w), "no-cap": [(d[key][0] + 1e-6) / (x + 1e-6) for x in d[key]], "mask": [float(a == 0) for a in after],
-                    "decay": [0.9 ** a for a in after], "mean": [mean] * len(w), "batch": [min((first + 1e-6) / (x + 1e-6), 1.2) for x in d[key]]}
+                    "decay": [0.9 ** a for a in after], "mean": [mean] * len(w), "amount": [left] * len(w), "batch": [min((first + 1e-6) / (x + 1e-6), 1.2) for x in d[key]]}
         assert came[key]["d"] == pytest.approx(d[key], abs=1e-4)
         assert sorted(w) == pytest.approx(sorted(sod[key]), rel=2e-3) if rule == "shuffled" else w == pytest.approx(expected[rule], rel=2e-3)
         for (start, end, _), each in zip(r["steps"], w):
@@ -243,6 +251,9 @@ def test_drift_by_hand(tmp_path):
     assert after["result"]["count"] == 3 and after["result"]["change"] == pytest.approx((0.1 + 0.1 + 0.0) / 3) and after["result"]["above"] == pytest.approx(0)
     assert after["recovery"]["count"] == 1 and after["recovery"]["change"] == pytest.approx(-0.5) and after["recovery"]["above"] == pytest.approx(0.1)
     assert result["by_outcome"] == pytest.approx({"result": (0.1 + 0.2 + 0.9 + 0.2) / 4, "mistake": (0.1 + 0.2) / 2, "outage": 0.3, "answer": (0.3 + 0.4 + 1.0 + 0.4) / 4})
+    assert result["first"] == pytest.approx({"mean": 0.7 / 4, "median": 0.15})
+    left = {"uniform": 1, "sod": 1.8 / 4.1, "no-cap": 1.8 / 4.1, "amount": 1.8 / 4.1, "mask": (0.6 + 0.1 + 1.4 + 0.7) / 4.1, "mean": (1 + 1 / 2 + 1 / 3 + 1 + 1 / 9 + 1 / 4 + 1 + 1 + 0.2 + 1 + 0.75) / 11}
+    assert {rule: result["left"][rule] for rule in left} == pytest.approx(left, rel=1e-4)  # w_k d_k = d_1 where no bound is met
     by_offset = {row["at"]: (row["mean"], row["no_slip"]) for row in result["since_mistake"]}
     assert by_offset[1] == pytest.approx(((0.9 + 1.0) / 2, ((0.2 + 0.4) / 2 + 0.3) / 2)) and by_offset[-1] == pytest.approx((0.2, 0.2))
     with pytest.raises(BadInput, match="d.json"):  # exists
