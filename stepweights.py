@@ -305,13 +305,18 @@ def drift(argv):
             if event in changes:
                 changes[event].append((lengths[k], d[k + 1] - d[k], d[k + 1] - clean.get(k + 2, np.nan), entropy[k + 1] - entropy[k] if entropy else np.nan))
     weights, firsts = all_weights([(d, sizes, came) for came, d, *_, sizes in episodes]), np.array([d[0] for _, d, *_ in episodes])
-    term = sum(d @ sizes for _, d, *_, sizes in episodes)
-    left = {rule: float(sum((w[rule] * d) @ sizes for w, (_, d, *_, sizes) in zip(weights, episodes)) / term) if term else None for rule in RULES}
+    quiet = firsts <= np.median(firsts)  # half of the episodes
+
+    def left(chosen):  # of the teacher's term: sum of w_k d_k n_k over some episodes, in terms of that of d_k n_k
+        terms = [(w, d * sizes) for w, (_, d, *_, sizes), here in zip(weights, episodes, chosen) if here]
+        total = sum(term.sum() for _, term in terms)
+        return {rule: float(sum(w[rule] @ term for w, term in terms) / total) if total else None for rule in RULES}
     slips = [came.index("mistake") if "mistake" in came else None for came, *_ in episodes]
     result = {"rollouts": len(rollouts), "episodes": {kind: sum(kind_of(came) == kind for came, *_ in episodes) for kind in ("clean", "recovered", "error")},
               "by_step": {kind: means(pairs) for kind, pairs in sorted(places.items())}, "entropy": {kind: means(pairs) for kind, pairs in sorted(unsure.items()) if pairs},
               "since_mistake": by_offset([d for _, d, *_ in episodes], slips), "by_outcome": {name: float(np.mean(x)) for name, x in sorted(outcome.items())},
-              "after": {event: summary_of(rows) for event, rows in changes.items()}, "first": {"mean": float(firsts.mean()), "median": float(np.median(firsts))}, "left": left}
+              "after": {event: summary_of(rows) for event, rows in changes.items()}, "first": {"mean": float(firsts.mean()), "median": float(np.median(firsts))},
+              "left": left(np.ones(len(episodes), bool)), "left_quiet": left(quiet)}
     if policy:
         result["gradient"] = signal_to_noise(policy, rollouts, records.Table(args.scores, "scores"), zip([came for came, *_ in episodes], weights))
     records.write_atomically(args.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
@@ -320,8 +325,11 @@ def drift(argv):
 
     def show(x):
         return "none" if x is None else f"{x:+.3f}"
-    print(f"weigh.py drift: d_1 mean {result['first']['mean']:.3f}, median {result['first']['median']:.3f}; left of the teacher's term: "
-          + ", ".join(f"{'none' if x is None else f'{x:.0%}'} {rule}" for rule, x in left.items()))
+
+    def share(x):
+        return "none" if x is None else f"{x:.0%}"
+    print(f"weigh.py drift: d_1 mean {result['first']['mean']:.3f}, median {result['first']['median']:.3f}; left of the teacher's term, and in the half of the episodes with the smaller d_1: "
+          + ", ".join(f"{rule} {share(x)} and {share(result['left_quiet'][rule])}" for rule, x in result["left"].items()))
     if policy:
         print("weigh.py drift: signal to noise of an episode's gradient: " + ", ".join(f"{show(found['snr'])} {rule}" for rule, found in result["gradient"]["rule"].items()))
     print(f"weigh.py drift: {args.out}: {', '.join(f'{n} {kind}' for kind, n in result['episodes'].items())} episodes; d above that of clean episodes at the same step: "

@@ -86,6 +86,8 @@ CLAIMS = [
     Claim("...and at a mistake", "snr of mistakes − of calls with results", look("snr_at_mistake - snr_at_result"), "below"),
     Claim("step weights raise it (Prop. 3)", "snr of an episode's gradient, sod − uniform", look("snr_sod - snr_uniform")),
     Claim("...more than the same weights shuffled", "snr(sod) − snr(shuffled)", look("snr_sod - snr_shuffled")),
+    Claim("step weights leave as much of the teacher in episodes with a quiet first step", "share left in the quieter half − in all", look("left_quiet_sod - left_sod"), "within", 0.05),
+    Claim("...held against the file's mean first step they do", "the same of batch", look("left_quiet_batch - left_batch"), "within", 0.05),
     Claim("step weights help (the paper's claim)", "sod − uniform", gap("sod", "uniform")),
     Claim("...without the reward, too", "opd-weighted − opd", gap("opd-weighted", "opd")),
     Claim("...on episodes with a failed call", "after_error(sod) − after_error(uniform)", gap("sod", "uniform", "after_error")),
@@ -160,7 +162,7 @@ def look_at(run, args, world, folder, seed):
     snr = {group: {name: numbers["snr"] for name, numbers in table.items()} for group, table in plain["gradient"].items()}
     return seen | {f"snr_{at}{name}": snr[group].get(name) for group, at, names in (("after", "after_", stepweights.EVENTS), ("outcome", "at_", ("mistake", "outage", "result", "answer")),
                                                                                      ("rule", "", ("uniform", "sod", "no-cap", "mask", "decay", "shuffled", "batch"))) for name in names} \
-        | {"d_first": plain["first"]["mean"], "d_first_median": plain["first"]["median"]} | {f"left_{rule}": x for rule, x in plain["left"].items()}
+        | {"d_first": plain["first"]["mean"], "d_first_median": plain["first"]["median"]} | {f"{name}_{rule}": x for name in ("left", "left_quiet") for rule, x in plain[name].items()}
 
 
 def run_arm(run, args, world, folder, seed, arm):

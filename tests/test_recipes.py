@@ -131,7 +131,7 @@ def test_the_ten_class_toy():
 
 
 LOOKS = ("mistake", "outage", "recovery", "placebo", "length_correlation", "mistake_entropy", "result_entropy", "d_mistake", "d_result",
-         "snr_after_mistake", "snr_after_result", "snr_at_mistake", "snr_at_result", "snr_sod", "snr_uniform", "snr_shuffled")  # of sod's weigh.py drift
+         "snr_after_mistake", "snr_after_result", "snr_at_mistake", "snr_at_result", "snr_sod", "snr_uniform", "snr_shuffled", "left_sod", "left_quiet_sod", "left_batch", "left_quiet_batch")  # of sod's weigh.py drift
 MORE = {"sparse_to_dense": ledgers, "gad": order}  # what else a smoke run must have left behind
 
 

@@ -252,8 +252,9 @@ def test_drift_by_hand(tmp_path):
     assert after["recovery"]["count"] == 1 and after["recovery"]["change"] == pytest.approx(-0.5) and after["recovery"]["above"] == pytest.approx(0.1)
     assert result["by_outcome"] == pytest.approx({"result": (0.1 + 0.2 + 0.9 + 0.2) / 4, "mistake": (0.1 + 0.2) / 2, "outage": 0.3, "answer": (0.3 + 0.4 + 1.0 + 0.4) / 4})
     assert result["first"] == pytest.approx({"mean": 0.7 / 4, "median": 0.15})
-    left = {"uniform": 1, "sod": 1.8 / 4.1, "no-cap": 1.8 / 4.1, "amount": 1.8 / 4.1, "mask": (0.6 + 0.1 + 1.4 + 0.7) / 4.1, "mean": (1 + 1 / 2 + 1 / 3 + 1 + 1 / 9 + 1 / 4 + 1 + 1 + 0.2 + 1 + 0.75) / 11}
+    left = {"uniform": 1, "sod": 1.8 / 4.1, "no-cap": 1.8 / 4.1, "amount": 1.8 / 4.1, "mask": (0.6 + 0.1 + 0.4 + 0.7) / 4.1, "mean": (1 + 1 / 2 + 1 / 3 + 1 + 1 / 9 + 1 / 4 + 1 + 1 + 0.2 + 1 + 0.75) / 11}
     assert {rule: result["left"][rule] for rule in left} == pytest.approx(left, rel=1e-4)  # w_k d_k = d_1 where no bound is met
+    assert {rule: result["left_quiet"][rule] for rule in ("sod", "uniform")} == pytest.approx({"sod": 0.6 / 2, "uniform": 1}, rel=1e-4)  # of the two that begin with 0.1
     by_offset = {row["at"]: (row["mean"], row["no_slip"]) for row in result["since_mistake"]}
     assert by_offset[1] == pytest.approx(((0.9 + 1.0) / 2, ((0.2 + 0.4) / 2 + 0.3) / 2)) and by_offset[-1] == pytest.approx((0.2, 0.2))
     with pytest.raises(BadInput, match="d.json"):  # exists
