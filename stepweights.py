@@ -238,22 +238,63 @@ def step_gradients(policy, rollout, score, spans):
         yield torch.cat([torch.zeros(w.numel()) if g is None else g.flatten().float().cpu() for w, g in zip(weights, grads)])
 
 
+class Episode(NamedTuple):
+    """What `drift` keeps of a rollout, of its K steps: outcomes, d_k, loss tokens, the teacher's entropy (or None), and the tokens between steps [K - 1]."""
+    came: list
+    d: np.ndarray
+    sizes: np.ndarray
+    entropy: list | None
+    gaps: list
+
+
 def all_weights(episodes):
-    """{rule: w [K]} of every episode; episodes: (d [K], loss tokens [K], outcomes)."""
-    file = of_file((d, sizes) for d, sizes, _ in episodes)
-    return [{rule: weigh(rule, d, came, np.random.default_rng([0, number]), file) for rule in RULES} for number, (d, _, came) in enumerate(episodes)]
+    """{rule: w [K]} of every episode."""
+    file = of_file((e.d, e.sizes) for e in episodes)
+    return [{rule: weigh(rule, e.d, e.came, np.random.default_rng([0, number]), file) for rule in RULES} for number, e in enumerate(episodes)]
 
 
-def signal_to_noise(policy, rollouts, scores, outcomes_and_weights):
+def left_of(episodes, weights):
+    """{rule: sum of w_k d_k n_k / sum of d_k n_k}: how much of the teacher's term its weights leave; None where there is no term."""
+    terms = [e.d * e.sizes for e in episodes]
+    total = sum(term.sum() for term in terms)
+    return {rule: float(sum(w[rule] @ term for w, term in zip(weights, terms)) / total) if total else None for rule in RULES}
+
+
+def look(episodes, weights, level=None):
+    """What `drift` finds in episodes and their `all_weights`; level: `by_step` of the clean episodes that d is held against (default: their own)."""
+    from weigh import by_offset, means
+    places, unsure, outcome, changes = {}, {}, {}, {event: [] for event in EVENTS}
+    for e in episodes:
+        places.setdefault(kind_of(e.came), []).extend(enumerate(e.d, 1))
+        unsure.setdefault(kind_of(e.came), []).extend(enumerate(e.entropy, 1) if e.entropy else ())
+        for name, x in zip(e.came, e.d):
+            outcome.setdefault(name, []).append(x)
+    by_step = {kind: means(pairs) for kind, pairs in sorted(places.items())}
+    clean = {row["at"]: row["mean"] for row in (by_step.get("clean", ()) if level is None else level)}
+    for e in episodes:
+        for k, event in enumerate(events(e.came)):
+            if event in changes:
+                changes[event].append((e.gaps[k], e.d[k + 1] - e.d[k], e.d[k + 1] - clean.get(k + 2, np.nan), e.entropy[k + 1] - e.entropy[k] if e.entropy else np.nan))
+    slips = [e.came.index("mistake") if "mistake" in e.came else None for e in episodes]
+    firsts = np.array([e.d[0] for e in episodes])
+    quiet = [i for i, first in enumerate(firsts) if first <= np.median(firsts)]  # half of the episodes
+    return {"rollouts": len(episodes), "episodes": {kind: sum(kind_of(e.came) == kind for e in episodes) for kind in ("clean", "recovered", "error")},
+            "by_step": by_step, "entropy": {kind: means(pairs) for kind, pairs in sorted(unsure.items()) if pairs},
+            "since_mistake": by_offset([e.d for e in episodes], slips), "by_outcome": {name: float(np.mean(x)) for name, x in sorted(outcome.items())},
+            "after": {event: summary_of(rows) for event, rows in changes.items()}, "first": {"mean": float(firsts.mean()), "median": float(np.median(firsts))},
+            "left": left_of(episodes, weights), "left_quiet": left_of([episodes[i] for i in quiet], [weights[i] for i in quiet])}
+
+
+def signal_to_noise(policy, rollouts, scores, episodes, weights):
     """`Spread.numbers` of the teacher's gradient: of steps by what stood before them ("start", else `events`) and by what came of them, of whole
-    episodes by the rule that weights their steps.   outcomes_and_weights: of each rollout its outcomes and `all_weights`."""
+    episodes by the rule that weights their steps."""
     after, outcome, rules = {}, {}, {}
-    for rollout, (came, weights) in zip(records.progress(rollouts, desc="gradients", unit="rollout", total=len(rollouts)), outcomes_and_weights):
-        score, spans, sums = scores[records.key_of(rollout, "rollouts")], whole(rollout), dict.fromkeys(weights, 0.0)
-        for k, (event, gradient) in enumerate(zip(["start", *events(came)], step_gradients(policy, rollout, score, spans))):
+    for rollout, e, each in zip(records.progress(rollouts, desc="gradients", unit="rollout", total=len(rollouts)), episodes, weights):
+        score, sums = scores[records.key_of(rollout, "rollouts")], dict.fromkeys(each, 0.0)
+        for k, (event, gradient) in enumerate(zip(["start", *events(e.came)], step_gradients(policy, rollout, score, whole(rollout)))):
             after.setdefault(event, Spread()).add(gradient)
-            outcome.setdefault(came[k], Spread()).add(gradient)
-            for rule, w in weights.items():
+            outcome.setdefault(e.came[k], Spread()).add(gradient)
+            for rule, w in each.items():
                 sums[rule] = sums[rule] + float(w[k]) * gradient
         for rule, gradient in sums.items():
             rules.setdefault(rule, Spread()).add(gradient)
@@ -265,7 +306,8 @@ def drift(argv):
                        "after a result, a mistake, an outage, or a recovery (a result right after one of these): how much it is above the same step of clean episodes, and how it\n"
                        "has changed from the step before.  With the teacher's whole distribution (score --top-k V) its entropy beside it.  For the placebo, right outputs of an\n"
                        "error's length, sample with --tool-options '{\"pad\": 40}' and look at that file --against the first look.  Read `by_outcome` first: d is also large where the student is wrong and\n"
-                       "the teacher is not.  --model, the student: how much of the teacher's gradient of a step, or of an episode under each rule, is the same for all, and how much differs.\n\n"
+                       "the teacher is not.  --model, the student: how much of the teacher's gradient of a step, or of an episode under each rule, is the same for all, and how much differs.\n"
+                       "`left` is how much of the teacher's term sum |log mu - log p_T| each rule leaves, `left_quiet` the same of the half of the episodes with the smaller d_1.\n\n"
                        "    python weigh.py drift --rollouts R --scores S --out drift.json --plot drift.png")
     add_flags(p)
     p.add_argument("--plot", help="picture to write (.png, .svg, .pdf)")
@@ -273,7 +315,6 @@ def drift(argv):
     p.add_argument("--model", metavar="STUDENT", help="the model that wrote the rollouts: signal and noise of the teacher's gradient (one backward pass a step; holds some 25 copies of its weights)")
     p.add_argument("--device", help="of --model (default: a GPU if there is one)")
     args = p.parse_args(argv)
-    from weigh import by_offset, means
     if not (args.plot or ".png").endswith((".png", ".svg", ".pdf")):
         raise BadInput(f"--plot {args.plot}: expected a name that ends in .png, .svg or .pdf")
     for path in (args.out, args.plot):
@@ -286,39 +327,17 @@ def drift(argv):
         if policy and rollout["policy"].get("weights") != policy.identity["weights"]:
             raise BadInput(f"{rollouts.where(records.key_of(rollout, 'rollouts'))}: policy.weights: expected {policy.identity['weights']}, the weights of {args.model}, "
                            f"came {rollout['policy'].get('weights')}: --model is the model that wrote the rollouts")
-        episodes.append((outcomes(rollout), d, entropies(score, spans), [b[0] - a[1] for a, b in zip(spans, spans[1:])], sizes))
-    if not sum(sizes.sum() for *_, sizes in episodes):
+        episodes.append(Episode(outcomes(rollout), d, sizes, entropies(score, spans), [b[0] - a[1] for a, b in zip(spans, spans[1:])]))
+    if not sum(e.sizes.sum() for e in episodes):
         raise BadInput(f"{args.rollouts}: loss_mask: expected rollouts with loss tokens, came none")
-    places, unsure, outcome, changes = {}, {}, {}, {event: [] for event in EVENTS}
-    for came, d, entropy, *_ in episodes:
-        places.setdefault(kind_of(came), []).extend(enumerate(d, 1))
-        unsure.setdefault(kind_of(came), []).extend(enumerate(entropy, 1) if entropy else ())
-        for name, x in zip(came, d):
-            outcome.setdefault(name, []).append(x)
+    weights = all_weights(episodes)
     try:
-        level = json.loads(Path(args.against).read_text())["by_step"].get("clean", ()) if args.against else means(places.get("clean", ()))
+        level = [{"at": row["at"], "mean": row["mean"]} for row in json.loads(Path(args.against).read_text())["by_step"].get("clean", ())] if args.against else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"--against {args.against}: expected what weigh.py drift writes, came {type(error).__name__}: {error}") from None
-    clean = {row["at"]: row["mean"] for row in level}
-    for came, d, entropy, lengths, _ in episodes:
-        for k, event in enumerate(events(came)):
-            if event in changes:
-                changes[event].append((lengths[k], d[k + 1] - d[k], d[k + 1] - clean.get(k + 2, np.nan), entropy[k + 1] - entropy[k] if entropy else np.nan))
-    weights, firsts = all_weights([(d, sizes, came) for came, d, *_, sizes in episodes]), np.array([d[0] for _, d, *_ in episodes])
-    quiet = firsts <= np.median(firsts)  # half of the episodes
-
-    def left(chosen):  # of the teacher's term: sum of w_k d_k n_k over some episodes, in terms of that of d_k n_k
-        terms = [(w, d * sizes) for w, (_, d, *_, sizes), here in zip(weights, episodes, chosen) if here]
-        total = sum(term.sum() for _, term in terms)
-        return {rule: float(sum(w[rule] @ term for w, term in terms) / total) if total else None for rule in RULES}
-    slips = [came.index("mistake") if "mistake" in came else None for came, *_ in episodes]
-    result = {"rollouts": len(rollouts), "episodes": {kind: sum(kind_of(came) == kind for came, *_ in episodes) for kind in ("clean", "recovered", "error")},
-              "by_step": {kind: means(pairs) for kind, pairs in sorted(places.items())}, "entropy": {kind: means(pairs) for kind, pairs in sorted(unsure.items()) if pairs},
-              "since_mistake": by_offset([d for _, d, *_ in episodes], slips), "by_outcome": {name: float(np.mean(x)) for name, x in sorted(outcome.items())},
-              "after": {event: summary_of(rows) for event, rows in changes.items()}, "first": {"mean": float(firsts.mean()), "median": float(np.median(firsts))},
-              "left": left(np.ones(len(episodes), bool)), "left_quiet": left(quiet)}
+    result = look(episodes, weights, level)
     if policy:
-        result["gradient"] = signal_to_noise(policy, rollouts, records.Table(args.scores, "scores"), zip([came for came, *_ in episodes], weights))
+        result["gradient"] = signal_to_noise(policy, rollouts, records.Table(args.scores, "scores"), episodes, weights)
     records.write_atomically(args.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
     if args.plot:
         figure(result).savefig(args.plot)
