@@ -184,7 +184,27 @@ def add_eval_flags(p, every, n, final_n):
     p.add_argument("--eval-split", default="heldout", choices=("heldout", "dev"), help="dev is for choosing settings")
 
 
-def settle(args, argv, name, arms, parents=None, default=None):
+def parse(p, argv, claims, smoke, resampled=False, more=None):
+    """Arguments of a recipe, with the values of `smoke` under --smoke; None after --report, which prints the claims of a results file (and more(file))."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = p.parse_args(argv)
+    args.argv = argv
+    if args.report:
+        print(claims_table(args.report, claims, resampled) + ("\n" + more(args.report) if more else ""))
+        return None
+    if args.smoke:
+        vars(args).update(smoke)
+    return args
+
+
+def begin(args, about, arms, shared):
+    """The Run of a recipe, its settings those arguments that all arms share, and a line of what is to come."""
+    run = Run(args.out, {name: getattr(args, name) for name in shared})
+    say(f"{about}; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
+    return run
+
+
+def settle(args, name, arms, parents=None, default=None):
     """Defaults that depend on other flags; returns the arms to run, in the recipe's order: those asked for (or `default`, or all), those
     whose result they start from (`parents`: {arm: other ones}, and theirs), and `before`, which tables compare with."""
     chosen = {"before", *args.arms.split(",")} if args.arms else set(default or arms)
@@ -196,7 +216,7 @@ def settle(args, argv, name, arms, parents=None, default=None):
     if len(shlex.split(args.out)) != 1:
         raise records.BadInput(f"--out {args.out!r}: expected a path without spaces or quotes, for it stands in command lines")
     args.results = args.results or f"{args.out}/results.jsonl"
-    args.invocation = f"python -m recipes.{name} {' '.join(argv)}".strip()
+    args.invocation = f"python -m recipes.{name} {' '.join(args.argv)}".strip()
     if args.prompts % args.updates:
         raise records.BadInput(f"--updates {args.updates}: expected a divisor of --prompts {args.prompts}: every update takes the same number of problems")
     return [arm for arm in arms if arm in chosen]

@@ -36,11 +36,10 @@ How long to warm up and how fast to learn was chosen on dev (`--arms seqkd,gad,f
 """
 import re
 import shutil
-import sys
 import time
 
 import records
-from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, last, report, run_arms, say, settle
+from recipes import Claim, add_eval_flags, add_run_flags, begin, last, parse, report, run_arms, say, settle
 from recipes.ropd import add_world_flags, build_world, spoil_student
 
 WARM = dict(start="warm", judge="warm")
@@ -53,6 +52,7 @@ ARMS = {  # start: which student; judge: which discriminator; reward: what the s
 }
 SHARED = ("rounds", "warm_rounds", "judge_rounds", "prompts", "n", "updates", "learning_rate", "warm_learning_rate", "judge_learning_rate", "reference_kl", "grad_clip", "pause_judge", "pause_student",
           "max_tokens", "base_steps", "teacher_steps", "style_steps", "spoil_steps", "spoil_lr", "eval_every", "eval_n", "final_n", "eval_split")
+SMOKE = dict(rounds=2, warm_rounds=2, judge_rounds=1, prompts=2, n=2, updates=1, max_tokens=8, base_steps=2, teacher_steps=4, style_steps=2, spoil_steps=2, eval_every=2, eval_n=1, final_n=1)
 COLUMNS = ("ood", "style", "length_mean", "length_gap", "truncated", "proxy", "margin", "judge_accuracy", "length_correlation", "score_std", "flat_groups", "paused", "seconds")
 
 
@@ -249,7 +249,6 @@ def prepare(run, args, world, seed):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     p = records.parser(__doc__)
     add_run_flags(p, "gad")
     p.add_argument("--rounds", type=int, default=20, help="rounds after the warm-up")
@@ -269,19 +268,12 @@ def main(argv=None):
     p.add_argument("--style-steps", type=int, default=300, help="steps of 64 texts of one style that the teacher is made with")
     add_world_flags(p, teacher_steps=1300)
     add_eval_flags(p, every=5, n=2, final_n=8)
-    args = p.parse_args(argv)
-    if args.report:
-        print(claims_table(args.report, CLAIMS))
+    if not (args := parse(p, argv, CLAIMS, SMOKE)):
         return None
-    if args.smoke:
-        for name, value in dict(rounds=2, warm_rounds=2, judge_rounds=1, prompts=2, n=2, updates=1, max_tokens=8, base_steps=2, teacher_steps=4, style_steps=2, spoil_steps=2, eval_every=2, eval_n=1,
-                                final_n=1).items():
-            setattr(args, name, value)
-    arms = settle(args, argv, "gad", ARMS)
+    arms = settle(args, "gad", ARMS)
     if not 0 <= args.judge_rounds < args.warm_rounds:
         raise records.BadInput(f"--judge-rounds {args.judge_rounds}: expected fewer than --warm-rounds {args.warm_rounds}, in the others the student learns, too")
-    run = Run(args.out, {k: getattr(args, k) for k in SHARED})
-    say(f"a discriminator as the reward; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
+    run = begin(args, "a discriminator as the reward", arms, SHARED)
     world = build(run, args)
     run_arms(run, args, arms, lambda seed: prepare(run, args, world, seed), lambda *which: run_arm(run, args, world, *which),
              lambda row: f"{args.eval_split} accuracy {row['accuracy']:.1%}, longer problems {row['ood']:.1%}, teacher's style {row['style']:.0%}, {row['length_mean']:.0f} tokens")

@@ -36,11 +36,10 @@ in place of 0.09) was looked at first, on dev, too (results/lightning_dev_short_
 """
 import json
 import shutil
-import sys
 import time
 
 import records
-from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, last, report, run_arms, say, settle
+from recipes import Claim, add_eval_flags, add_run_flags, begin, last, parse, report, run_arms, say, settle
 from recipes.ropd import add_world_flags, build_world, spoil_student
 
 STYLES = {"a": "lines", "b": "ledger"}
@@ -57,6 +56,7 @@ ARMS = {
 }
 SHARED = ("rounds", "prompts", "updates", "long", "learning_rate", "sft_prompts", "sft_n", "sft_learning_rate", "max_tokens", "base_steps", "teacher_steps", "style_steps", "spoil_steps",
           "spoil_lr", "eval_every", "eval_n", "final_n", "eval_split")
+SMOKE = dict(rounds=2, prompts=4, updates=2, long=2, sft_prompts=4, sft_n=2, base_steps=2, teacher_steps=4, style_steps=2, spoil_steps=2, eval_every=2, eval_n=1, final_n=1, max_tokens=8)
 COLUMNS = ("greedy", "kl", "style_a", "weight_std", "ess", "generated_tokens", "scored_tokens", "trained_tokens", "generate_seconds", "score_seconds", "train_seconds")
 
 
@@ -240,7 +240,6 @@ def prepare(run, args, world, seed):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     p = records.parser(__doc__)
     add_run_flags(p, "lightning")
     p.add_argument("--rounds", type=int, default=16, help="rounds of a distillation arm")
@@ -255,17 +254,10 @@ def main(argv=None):
     p.add_argument("--style-steps", type=int, default=300, help="steps of 64 clean texts in its own style that make each of the two teachers out of one")
     add_world_flags(p, teacher_steps=2000)
     add_eval_flags(p, every=8, n=4, final_n=8)
-    args = p.parse_args(argv)
-    if args.report:
-        print(claims_table(args.report, CLAIMS))
+    if not (args := parse(p, argv, CLAIMS, SMOKE)):
         return None
-    if args.smoke:
-        for name, value in dict(rounds=2, prompts=4, updates=2, long=2, sft_prompts=4, sft_n=2, base_steps=2, teacher_steps=4, style_steps=2, spoil_steps=2, eval_every=2, eval_n=1, final_n=1,
-                                max_tokens=8).items():
-            setattr(args, name, value)
-    arms = settle(args, argv, "lightning", ARMS)
-    run = Run(args.out, {k: getattr(args, k) for k in SHARED})
-    say(f"offline on-policy distillation on running sums; {len(arms)} arms; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
+    arms = settle(args, "lightning", ARMS)
+    run = begin(args, "offline on-policy distillation on running sums", arms, SHARED)
     world = build_teachers(run, args)
     run_arms(run, args, arms, lambda seed: prepare(run, args, world, seed), lambda *which: run_arm(run, args, world, *which),
              lambda row: f"{args.eval_split} accuracy {row['accuracy']:.1%}, KL {row['kl']:.3f}, style A {row['style_a']:.0%}, {row['seconds']:.1f} s of stages")

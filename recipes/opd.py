@@ -25,11 +25,10 @@ on the way is measured with 4 samples a problem, at the end of an arm with 16.
 """
 import json
 import shutil
-import sys
 import time
 
 import records
-from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, last, report, run_arms, say, settle
+from recipes import Claim, add_eval_flags, add_run_flags, begin, last, parse, report, run_arms, settle
 from recipes.ropd import add_world_flags, build_world, spoil_student
 
 OWN = dict(source="own", teacher="world")
@@ -56,6 +55,7 @@ ARMS = {
 }
 SHARED = ("rounds", "rl_rounds", "prompts", "n", "updates", "rl_learning_rate", "opd_learning_rate", "sft_learning_rate", "facts_learning_rate", "facts_epochs", "max_tokens",
           "base_steps", "teacher_steps", "spoil_steps", "spoil_lr", "eval_every", "eval_n", "final_n", "eval_split")
+SMOKE = dict(rounds=1, rl_rounds=1, prompts=4, n=2, updates=2, base_steps=2, teacher_steps=4, spoil_steps=2, eval_every=1, eval_n=1, final_n=1, facts_epochs=1, max_tokens=8)
 COLUMNS = ("greedy", "pass@n", "facts", "entropy", "length_mean", "trained_tokens", "generated_tokens", "teacher_tokens", "seconds")
 
 
@@ -173,7 +173,6 @@ def run_arm(run, args, world, folder, seed, arm):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     p = records.parser(__doc__)
     add_run_flags(p, "opd")
     p.add_argument("--rounds", type=int, default=20, help="rounds of a distillation arm")
@@ -189,17 +188,10 @@ def main(argv=None):
     p.add_argument("--max-tokens", type=int, default=64, help="longest answer")
     add_world_flags(p, teacher_steps=2000)
     add_eval_flags(p, every=4, n=4, final_n=16)
-    args = p.parse_args(argv)
-    if args.report:
-        print(claims_table(args.report, CLAIMS))
+    if not (args := parse(p, argv, CLAIMS, SMOKE)):
         return None
-    if args.smoke:
-        for name, value in dict(rounds=1, rl_rounds=1, prompts=4, n=2, updates=2, base_steps=2, teacher_steps=4, spoil_steps=2, eval_every=1, eval_n=1, final_n=1,
-                                facts_epochs=1, max_tokens=8).items():
-            setattr(args, name, value)
-    arms = settle(args, argv, "opd", ARMS, {"rl-opd": ("rl",), "facts-opd": ("facts",), "facts-sft": ("facts",)})
-    run = Run(args.out, {k: getattr(args, k) for k in SHARED})
-    say(f"on-policy distillation on running sums; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
+    arms = settle(args, "opd", ARMS, {"rl-opd": ("rl",), "facts-opd": ("facts",), "facts-sft": ("facts",)})
+    run = begin(args, "on-policy distillation on running sums", arms, SHARED)
     world = build_world(run, args, problems=args.prompts * max(args.rounds, args.rl_rounds))
     run_arms(run, args, arms, lambda seed: spoil_student(run, args, world, seed), lambda *which: run_arm(run, args, world, *which),
              lambda row: f"{args.eval_split} accuracy {row['accuracy']:.1%}, greedy {row['greedy']:.1%}, facts {row['facts']:.1%}")

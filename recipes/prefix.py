@@ -27,11 +27,10 @@ random order, whole or in runs, and its cuts against the first slip.  Stage 1, a
 What the paper's own decomposition says in advance: a gap like its +0.7 over a tuned fixed prefix cannot be resolved here.  The learning rate was chosen on dev with `full` (results/prefix_dev_lr*.jsonl: of 1e-4, 3e-4 and 1e-3 the first).
 """
 import shutil
-import sys
 import time
 
 import records
-from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, last, report, run_arms, say, settle
+from recipes import Claim, add_eval_flags, add_run_flags, begin, last, parse, report, run_arms, settle
 from recipes.ropd import add_world_flags, build_world, spoil_student
 
 FIXED = (8, 16, 32, 48)
@@ -42,6 +41,7 @@ ARMS = {
 }  # arm -> flags of weigh.py cut; "" for plain distillation
 SHARED = ("rounds", "prompts", "updates", "learning_rate", "slips", "max_tokens", "base_steps", "teacher_steps", "spoil_steps", "spoil_lr", "null_prompts", "eval_every", "eval_n", "final_n",
           "eval_split")
+SMOKE = dict(rounds=1, prompts=8, updates=2, base_steps=2, teacher_steps=4, spoil_steps=2, null_prompts=8, eval_every=1, eval_n=1, final_n=1, max_tokens=24)
 COLUMNS = ("greedy", "dev_accuracy", "truncated", "cut_rate", "kept_median", "scale_mean", "scale_max", "trained_tokens", "seconds")
 
 
@@ -145,7 +145,6 @@ def run_arm(run, args, world, folder, seed, arm):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     p = records.parser(__doc__)
     add_run_flags(p, "prefix")
     p.add_argument("--rounds", type=int, default=20, help="rounds an arm")
@@ -157,16 +156,10 @@ def main(argv=None):
     add_world_flags(p, teacher_steps=2000)
     p.add_argument("--null-prompts", type=int, default=1000, help="rollouts of stage 0")
     add_eval_flags(p, every=5, n=2, final_n=8)
-    args = p.parse_args(argv)
-    if args.report:
-        print(claims_table(args.report, CLAIMS))
+    if not (args := parse(p, argv, CLAIMS, SMOKE)):
         return None
-    if args.smoke:
-        for name, value in dict(rounds=1, prompts=8, updates=2, base_steps=2, teacher_steps=4, spoil_steps=2, null_prompts=8, eval_every=1, eval_n=1, final_n=1, max_tokens=24).items():
-            setattr(args, name, value)
-    arms = settle(args, argv, "prefix", ARMS)
-    run = Run(args.out, {k: getattr(args, k) for k in SHARED})
-    say(f"prefix supervision on long running sums; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
+    arms = settle(args, "prefix", ARMS)
+    run = begin(args, "prefix supervision on long running sums", arms, SHARED)
     world = build_world(run, args, max(args.rounds * args.prompts, args.null_prompts), f"--terms 8:12 --styles ledger --slips {args.slips}")
     run_arms(run, args, arms, lambda seed: spoil_student(run, args, world, seed), lambda *which: run_arm(run, args, world, *which),
              lambda row: f"{args.eval_split} accuracy {row['accuracy']:.1%}, greedy {row['greedy']:.1%}, cut in {row['truncated']:.1%}")

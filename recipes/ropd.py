@@ -33,17 +33,17 @@ then fixes how the student is spoiled, the teacher's answers, the order of the p
 The held-out problems serve for measuring only; the settings below were chosen on dev.
 """
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import records
-from recipes import Claim, Run, add_run_flags, claims_table, imitate, last, run_arms, say, settle
+from recipes import Claim, add_run_flags, begin, claims_table, imitate, last, parse, run_arms, say, settle
 
 ARMS = ("before", "sft", "scalar", "scalar-merits", "ropd", "ropd-paper", "ropd-m1", "ropd-flat", "ropd-unchecked", "shuffled", "answer", "teacher")
 SHARED = ("rounds", "prompts", "n", "updates", "learning_rate", "max_tokens", "verifier_noise", "base_steps", "teacher_steps",
           "spoil_steps", "spoil_lr", "eval_every", "eval_n", "eval_split")  # what all arms and seeds have in common
 DEFAULT_ARMS = ("before", "ropd", "shuffled", "teacher")
+SMOKE = dict(rounds=2, prompts=4, n=4, base_steps=2, teacher_steps=4, spoil_steps=2, eval_every=1, eval_n=1)
 
 
 def more(arm, other):
@@ -173,7 +173,6 @@ def teacher_tokens(answers, rubrics, m):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     p = records.parser(__doc__)
     add_run_flags(p, "ropd", default="the default ones")
     p.add_argument("--claims", action="store_true", help="run every arm")
@@ -188,15 +187,10 @@ def main(argv=None):
     p.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations")
     p.add_argument("--eval-n", type=int, default=4, help="samples a held-out problem")
     p.add_argument("--eval-split", default="heldout", choices=("heldout", "dev"), help="dev is for choosing settings")
-    args = p.parse_args(argv)
-    if args.report:
-        print(claims_table(args.report, CLAIMS))
+    if not (args := parse(p, argv, CLAIMS, SMOKE)):
         return None
-    if args.smoke:
-        args.rounds, args.prompts, args.n, args.base_steps, args.teacher_steps, args.spoil_steps, args.eval_every, args.eval_n = 2, 4, 4, 2, 4, 2, 1, 1
-    arms = settle(args, argv, "ropd", ARMS, default=None if args.claims or args.smoke else DEFAULT_ARMS)
-    run = Run(args.out, {k: getattr(args, k) for k in SHARED})
-    say(f"ROPD on running sums; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
+    arms = settle(args, "ropd", ARMS, default=None if args.claims or args.smoke else DEFAULT_ARMS)
+    run = begin(args, "ROPD on running sums", arms, SHARED)
     world = build_world(run, args, problems=args.prompts * args.rounds)
 
     def prepare(seed):

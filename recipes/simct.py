@@ -29,11 +29,10 @@ Rates were chosen on dev, one seed (`--arms simple,simct,sft,dpca,uld,masked --e
 3e-5, sft at 3e-4.  Bits a byte of the teacher's texts and the angle between the gradients of one-token units and spans, two diagnostics of the literature, are not built.
 """
 import shutil
-import sys
 import time
 
 import records
-from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, imitate, last, report, run_arms, say, settle
+from recipes import Claim, add_eval_flags, add_run_flags, begin, imitate, last, parse, report, run_arms, say, settle
 
 VOCABULARIES = {"m16": "16", "m64": "64", "m4": "4", "m1": "1", "d20": "20:40", "m0": None}
 MAIN = "m16"
@@ -49,6 +48,7 @@ ARMS = {"before": dict(vocabulary=MAIN), "teacher": dict(vocabulary="m0"), **{na
         **{f"{v}-{name}": dict(VARIANTS.get(name, {}), vocabulary=v) for v in VOCABULARIES if v != MAIN for name in ("before", "simple", "simct", "masked")},
         "m0-opd": dict(vocabulary="m0", method="opd-full", ordinary=True)}
 SHARED = ("rounds", "prompts", "updates", "learning_rate", "sft_learning_rate", "max_tokens", "right", "base_steps", "teacher_steps", "spoil_steps", "spoil_lr", "eval_every", "eval_n", "final_n", "eval_split")
+SMOKE = dict(rounds=2, prompts=4, updates=2, max_tokens=8, base_steps=2, teacher_steps=4, spoil_steps=1, eval_every=2, eval_n=1, final_n=1)
 COLUMNS = ("greedy", "strict", "covered", "whole", "spans", "length_mean", "truncated", "teacher_tokens", "trained_tokens", "seconds")
 
 
@@ -168,7 +168,6 @@ def run_arm(run, args, world, folder, seed, arm):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     p = records.parser(__doc__)
     add_run_flags(p, "simct")
     p.add_argument("--rounds", type=int, default=20, help="rounds of an arm")
@@ -183,16 +182,10 @@ def main(argv=None):
     p.add_argument("--spoil-steps", type=int, default=100, help="steps of 64 texts of mixed quality for a student")
     p.add_argument("--spoil-lr", type=float, default=1e-3, help="learning rate of those steps")
     add_eval_flags(p, every=5, n=2, final_n=8)
-    args = p.parse_args(argv)
-    if args.report:
-        print(claims_table(args.report, CLAIMS))
+    if not (args := parse(p, argv, CLAIMS, SMOKE)):
         return None
-    if args.smoke:
-        for name, value in dict(rounds=2, prompts=4, updates=2, max_tokens=8, base_steps=2, teacher_steps=4, spoil_steps=1, eval_every=2, eval_n=1, final_n=1).items():
-            setattr(args, name, value)
-    arms = settle(args, argv, "simct", ARMS)
-    run = Run(args.out, {k: getattr(args, k) for k in SHARED})
-    say(f"a teacher of another vocabulary; {len(arms)} arms; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
+    arms = settle(args, "simct", ARMS)
+    run = begin(args, "a teacher of another vocabulary", arms, SHARED)
     world = build(run, args)
     run_arms(run, args, arms, lambda seed: prepare(run, args, world, seed), lambda *which: run_arm(run, args, world, *which),
              lambda row: f"{args.eval_split} accuracy {row['accuracy']:.1%}" + (f", {row['strict']:.0%} of bytes spelt alike" if "strict" in row else ""))

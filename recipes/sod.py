@@ -37,13 +37,12 @@ The learning rate was chosen on dev, one seed (`--arms sft,grpo,uniform,sod --ev
 """
 import json
 import shutil
-import sys
 import time
 
 import records
 import stepweights
 from eval import interval
-from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, imitate, last, report, run_arms, say, settle
+from recipes import Claim, add_eval_flags, add_run_flags, begin, imitate, last, parse, report, run_arms, say, settle
 
 CLIP = "clip_low=0.2 --set clip_high=0.28 --set dual_clip=3"  # as the row sod has it: what differs is then the reward alone
 ARMS = {  # method and what it reads; rule: how steps are weighted
@@ -56,6 +55,7 @@ ARMS = {  # method and what it reads; rule: how steps are weighted
 }
 SHARED = ("rounds", "prompts", "n", "updates", "learning_rate", "sft_learning_rate", "outage", "max_calls", "max_tokens", "terms", "pad", "base_steps", "teacher_steps", "spoil_steps", "spoil_lr", "eval_every",
           "eval_n", "final_n", "eval_split")
+SMOKE = dict(rounds=1, prompts=4, n=2, updates=2, max_tokens=48, max_calls=2, base_steps=4, teacher_steps=4, spoil_steps=1, eval_every=1, eval_n=1, final_n=1)
 COLUMNS = ("greedy", "after_error", "without_error", "calls", "call_errors", "error_episodes", "tool_limit", "truncated", "length_mean", "d_first", "w_mean", "alarm", "trained_tokens", "seconds")
 DENSE = ("uniform", "sod", "no-cap", "mask", "decay", "shuffled", "mean", "amount", "batch")
 
@@ -228,7 +228,6 @@ def run_arm(run, args, world, folder, seed, arm):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     p = records.parser(__doc__)
     add_run_flags(p, "sod")
     p.add_argument("--rounds", type=int, default=15, help="rounds of an arm")
@@ -247,16 +246,10 @@ def main(argv=None):
     p.add_argument("--spoil-steps", type=int, default=100, help="steps of 64 careless episodes for a student")
     p.add_argument("--spoil-lr", type=float, default=1e-3, help="learning rate of those steps")
     add_eval_flags(p, every=5, n=2, final_n=8)
-    args = p.parse_args(argv)
-    if args.report:
-        print(claims_table(args.report, CLAIMS) + "\n" + look_table(args.report))
+    if not (args := parse(p, argv, CLAIMS, SMOKE, more=look_table)):
         return None
-    if args.smoke:
-        for name, value in dict(rounds=1, prompts=4, n=2, updates=2, max_tokens=48, max_calls=2, base_steps=4, teacher_steps=4, spoil_steps=1, eval_every=1, eval_n=1, final_n=1).items():
-            setattr(args, name, value)
-    arms = settle(args, argv, "sod", ARMS)
-    run = Run(args.out, {k: getattr(args, k) for k in SHARED})
-    say(f"agents with a calculator; {len(arms)} arms; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
+    arms = settle(args, "sod", ARMS)
+    run = begin(args, "agents with a calculator", arms, SHARED)
     world = build(run, args, arms)
     run_arms(run, args, arms, lambda seed: prepare(run, args, world, seed), lambda *which: run_arm(run, args, world, *which),
              lambda row: f"{args.eval_split} accuracy {row['accuracy']:.1%}, {row['calls']:.2f} calls an episode, {row['call_errors']:.0%} of them failed")

@@ -37,13 +37,12 @@ at 3e-4 and 5 % at 1e-3, on the teacher 74, 85, 86 and 18 %.  From the teacher o
 """
 import json
 import shutil
-import sys
 import time
 
 import numpy as np
 
 import records
-from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, imitate, last, report, run_arms, say, settle
+from recipes import Claim, add_eval_flags, add_run_flags, begin, imitate, last, parse, report, run_arms, say, settle
 
 BRIDGE = "bridge"
 ARMS = {  # model: what is trained; teacher: the arm that teaches; part: which labels or problems; share: of --rounds
@@ -62,6 +61,7 @@ PARENTS = {arm: tuple(a[k] for k in ("model", "teacher") if a.get(k) in ARMS and
 START = (0.05, 0.15)  # the student's pass@1 (at 0 nothing is sampled that could be rewarded; above, rewards are not sparse)
 SHARED = ("rounds", "prompts", "n", "updates", "labels", "warm_share", "cached_n", "rl_learning_rate", "bridge_learning_rate", "reference_kl", "max_tokens", "terms", "right", "student_steps",
           "teacher_steps", "spoil_steps", "spoil_lr", "eval_prompts", "eval_every", "eval_n", "final_n", "eval_split")
+SMOKE = dict(rounds=4, prompts=2, n=2, updates=2, labels=8, cached_n=1, max_tokens=8, student_steps=2, teacher_steps=3, spoil_steps=1, eval_prompts=8, eval_every=2, eval_n=1, final_n=2)
 COLUMNS = ("pass@16", "greedy", "labels", "own_tokens", "upstream_tokens", "entropy", "kl", "flat_groups", "all_wrong", "all_right", "seconds")
 
 
@@ -247,7 +247,6 @@ def run_arm(run, args, world, folder, seed, arm):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     p = records.parser(__doc__)
     add_run_flags(p, "sparse_to_dense")
     p.add_argument("--rounds", type=int, default=24, help="rounds of an arm; arms on half of the labels: half of them")
@@ -269,19 +268,12 @@ def main(argv=None):
     p.add_argument("--spoil-lr", type=float, default=1e-3, help="learning rate of those steps")
     p.add_argument("--eval-prompts", type=int, default=256, help="problems in each of dev and heldout")
     add_eval_flags(p, every=6, n=2, final_n=16)
-    args = p.parse_args(argv)
-    if args.report:
-        print(claims_table(args.report, CLAIMS, resampled=True))
+    if not (args := parse(p, argv, CLAIMS, SMOKE, resampled=True)):
         return None
-    if args.smoke:
-        for name, value in dict(rounds=4, prompts=2, n=2, updates=2, labels=8, cached_n=1, max_tokens=8, student_steps=2, teacher_steps=3, spoil_steps=1, eval_prompts=8, eval_every=2, eval_n=1,
-                                final_n=2).items():
-            setattr(args, name, value)
-    arms = settle(args, argv, "sparse_to_dense", ARMS, PARENTS)
+    arms = settle(args, "sparse_to_dense", ARMS, PARENTS)
     if args.labels % (2 * args.prompts):
         raise records.BadInput(f"--labels {args.labels}: expected a multiple of twice --prompts {args.prompts}: a round must not reach into the other half")
-    run = Run(args.out, {k: getattr(args, k) for k in SHARED})
-    say(f"sparse to dense on running sums; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
+    run = begin(args, "sparse to dense on running sums", arms, SHARED)
     world = build(run, args)
     run_arms(run, args, arms, lambda seed: prepare(run, args, world, seed), lambda *which: run_arm(run, args, world, *which),
              lambda row: f"{args.eval_split} accuracy {row['accuracy']:.1%}, {row['labels']} labels, entropy {row['entropy']:.2f}, groups alike {row['flat_groups']:.0%}")

@@ -33,11 +33,10 @@ fall back to the teacher's few: no collapse.  At 3e-3 it is there: at round 20 8
 """
 import json
 import shutil
-import sys
 import time
 
 import records
-from recipes import Claim, Run, add_eval_flags, add_run_flags, claims_table, imitate, last, report, run_arms, say, settle
+from recipes import Claim, add_eval_flags, add_run_flags, begin, imitate, last, parse, report, run_arms, settle
 
 ARMS = {
     "before": {},
@@ -52,6 +51,7 @@ ARMS = {
 }  # source: whose answers are trained on; start: which student (default: the spoiled one); leash, gold: the two additions of the paper; hot: --hot-learning-rate
 SHARED = ("rounds", "eos_rounds", "hot_rounds", "prompts", "n", "learning_rate", "sft_learning_rate", "hot_learning_rate", "gold_weight", "leash", "max_tokens", "clean_steps", "base_steps", "teacher_steps", "loop_share", "eos_steps",
           "spoil_steps", "spoil_lr", "student_loops", "planted_loops", "eval_every", "eval_n", "final_n", "eval_split")
+SMOKE = dict(rounds=2, eos_rounds=2, hot_rounds=2, prompts=2, n=2, max_tokens=8, clean_steps=2, base_steps=1, teacher_steps=2, eos_steps=3, spoil_steps=1, eval_every=1, eval_n=1, final_n=1)
 COLUMNS = ("dev_accuracy", "greedy", "peak", "repetition", "worst_repetition", "truncated", "length_mean", "alarms", "advantage_repetitive", "advantage_other", "student_end_mass", "teacher_end_mass",
            "gold_tokens", "seconds")
 
@@ -221,7 +221,6 @@ def run_arm(run, args, world, folder, seed, arm):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     p = records.parser(__doc__)
     add_run_flags(p, "stable")
     p.add_argument("--rounds", type=int, default=60, help="rounds of an arm, each one optimiser step")
@@ -245,20 +244,14 @@ def main(argv=None):
     p.add_argument("--student-loops", type=float, default=0.03, help="loops among the careless texts")
     p.add_argument("--planted-loops", type=float, default=0.35, help="the same for the student that has the disease already")
     add_eval_flags(p, every=15, n=2, final_n=8)
-    args = p.parse_args(argv)
-    args.updates = 1
-    if args.report:
-        print(claims_table(args.report, CLAIMS))
+    if not (args := parse(p, argv, CLAIMS, SMOKE)):
         return None
-    if args.smoke:
-        for name, value in dict(rounds=2, eos_rounds=2, hot_rounds=2, prompts=2, n=2, max_tokens=8, clean_steps=2, base_steps=1, teacher_steps=2, eos_steps=3, spoil_steps=1, eval_every=1, eval_n=1, final_n=1).items():
-            setattr(args, name, value)
-    arms = settle(args, argv, "stable", ARMS, {"opd-best": ("opd",)})
+    args.updates = 1
+    arms = settle(args, "stable", ARMS, {"opd-best": ("opd",)})
     for flag in ("eos_rounds", "hot_rounds"):
         if not 1 <= getattr(args, flag) <= args.rounds:
             raise records.BadInput(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 1 to --rounds {args.rounds}, for all take the same problems")
-    run = Run(args.out, {k: getattr(args, k) for k in SHARED})
-    say(f"loops in on-policy distillation; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
+    run = begin(args, "loops in on-policy distillation", arms, SHARED)
     world = build(run, args)
     run_arms(run, args, arms, lambda seed: spoil(run, args, world, seed), lambda *which: run_arm(run, args, world, *which),
              lambda row: f"{args.eval_split} accuracy {row['accuracy']:.1%}, greedy {row['greedy']:.1%}, repetitive {row['repetition']:.1%}, cut {row['truncated']:.1%}")

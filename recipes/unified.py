@@ -32,11 +32,10 @@ There is no held-out part of so small a world.  The learning rate is 5e-4 becaus
 The student is pre-trained on right aa answers first, and then on its own corpus: otherwise it learns the routes long before the digits.
 """
 import shutil
-import sys
 import time
 
 import records
-from recipes import Claim, Run, add_run_flags, claims_table, last, report, run_arms, say, settle
+from recipes import Claim, add_run_flags, begin, last, parse, report, run_arms, settle
 
 ARMS = {
     "before": (),
@@ -49,6 +48,7 @@ ARMS = {
 }  # arm -> phases (row of METHODS, whose answers, times --rounds)
 EPS = ("0.01", "0.001", "0.0001")
 SHARED = ("rounds", "prompts", "n", "updates", "learning_rate", "max_tokens", "teacher_steps", "digit_steps", "student_steps", "pretrain_lr", "floor", "eval_every", "recovery_n")
+SMOKE = dict(eval_every=9, rounds=2, prompts=16, n=8, updates=1, teacher_steps=60, digit_steps=100, student_steps=60, recovery_n=1, floor=1e-5)
 COLUMNS = ("expansion@0.0001", "expansion_mass@0.0001", "attrition_mass@0.0001", "moved@0.0001", "right_answers", "route_b", "recovery", "trained_tokens", "seconds")
 
 
@@ -174,7 +174,6 @@ def run_arm(run, args, world, folder, seed, arm):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     p = records.parser(__doc__)
     add_run_flags(p, "unified")
     p.add_argument("--rounds", type=int, default=30, help="rounds an arm")
@@ -190,17 +189,12 @@ def main(argv=None):
     p.add_argument("--floor", type=float, default=1e-6, help="answers less likely than this are not listed; what they hold together is in missed_mass")
     p.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations")
     p.add_argument("--recovery-n", type=int, default=32, help="samples from each foreign beginning")
-    args = p.parse_args(argv)
-    if args.report:
-        print(claims_table(args.report, CLAIMS))
+    if not (args := parse(p, argv, CLAIMS, SMOKE)):
         return None
-    if args.smoke:
-        args.eval_every, args.rounds, args.prompts, args.n, args.updates, args.teacher_steps, args.digit_steps, args.student_steps, args.recovery_n, args.floor = 9, 2, 16, 8, 1, 60, 100, 60, 1, 1e-5
-    arms = settle(args, argv, "unified", ARMS)
+    arms = settle(args, "unified", ARMS)
     if args.rounds % 2:
         raise records.BadInput(f"--rounds {args.rounds}: expected an even number: fkl-opd takes half of them each way")
-    run = Run(args.out, {k: getattr(args, k) for k in SHARED})
-    say(f"the unified view on forks; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
+    run = begin(args, "the unified view on forks", arms, SHARED)
     world = build_world(run, args)
 
     def prepare(seed):

@@ -59,10 +59,10 @@ def test_bootstrap_interval_by_enumeration():
 
 
 def test_arms_bring_what_they_start_from():
-    args = SimpleNamespace(arms="d", out="x", results=None, smoke=False, prompts=4, updates=2)
-    assert settle(args, [], "n", ["before", "a", "b", "c", "d"], {"d": ("c", "a"), "c": ("b",)}) == ["before", "a", "b", "c", "d"]
+    args = SimpleNamespace(argv=[], arms="d", out="x", results=None, smoke=False, prompts=4, updates=2)
+    assert settle(args, "n", ["before", "a", "b", "c", "d"], {"d": ("c", "a"), "c": ("b",)}) == ["before", "a", "b", "c", "d"]
     args.arms = "b"
-    assert settle(args, [], "n", ["before", "a", "b", "c", "d"], {"d": ("c", "a"), "c": ("b",)}) == ["before", "b"]
+    assert settle(args, "n", ["before", "a", "b", "c", "d"], {"d": ("c", "a"), "c": ("b",)}) == ["before", "b"]
 
 
 @pytest.mark.parametrize("accuracy, fine", [(0.049, False), (0.05, True), (0.15, True), (0.151, False), (0.0, False)])
