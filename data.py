@@ -62,6 +62,8 @@ class Data:
                     if table is self.scores:
                         self._check_score(score, rollout, self.scores.where(key))
                         self.scorers[score["policy"].get("weights")] = score["policy"]["model"]
+                    if table is self.reference and "context" in score:
+                        raise BadInput(f"{self.reference.where(key)}: context: expected scores after the student's own prompt, came those after another (teacher.py score --prompts): no reference to stay near")
                     if table is self.reference and method.reference_support == "full":
                         self._check_support(score, self.reference.where(key), "reference")
             self.groups.setdefault(key[0], []).append(key)

@@ -107,7 +107,7 @@ KINDS = {
                                     "loss_mask": "mask", "logprobs": "logprobs", "temperature": "number",
                                     "top_p": "number"}, _EPISODE),
     "scores": (("id", "sample"), {"id": "id", "sample": "int", "policy": "policy", "rollout": "text",
-                                  "logprobs": "logprobs"}, {"topk": "topk", "topk_of": "text", "end_mass": "number", "units": "units", "unit_logprobs": "logprobs", "unit_logits": "numbers",
+                                  "logprobs": "logprobs"}, {"topk": "topk", "topk_of": "text", "context": "text", "end_mass": "number", "units": "units", "unit_logprobs": "logprobs", "unit_logits": "numbers",
                                   "unit_logz": "numbers", "unit_topk": "topk", "prefixes": "packed", "sorted": "packed", "bytes": "ids"}),
     # how much each response token of a rollout counts
     "weights": (("id", "sample"), {"id": "id", "sample": "int", "rollout": "text", "rule": "text", "weights": "weights"}, {}),

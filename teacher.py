@@ -3,13 +3,16 @@
     python teacher.py answer --model runs/toy/teacher --prompts runs/toy/train.jsonl --n 4 --out answers.jsonl
     python teacher.py score  --model runs/toy/teacher --rollouts rollouts.jsonl --out scores.jsonl
     python teacher.py score  --model runs/toy/teacher --rollouts rollouts.jsonl --out scores.jsonl --top-k 24
+    python teacher.py score  --model STUDENT --rollouts rollouts.jsonl --out scores.jsonl --prompts P.jsonl --hint '{question} The answer is {answer}.'
 
 `answer` writes the m answers a prompt that rubrics are drawn from (ROPD section 3; m = 4 there).  They are sampled at a
 temperature above 0: m copies of one answer teach a rubric nothing, so the share of repeated answers is reported.
 `score` writes, for every response token, the teacher's log-prob of exactly that token id after exactly that prefix, at
 temperature 1, and with --top-k the teacher's K likeliest tokens (K = vocabulary size: the whole distribution); with
 --top-k-of its log-probs of another model's likeliest tokens.  `end_mass` is its probability of ending where the last token
-stands.  `shuffle` deals a file's log-probs out at random: a null control.  `units` is for a teacher of another vocabulary (units.py).
+stands.  With --prompts the teacher reads other prompts than the student did, the answer in them, say: then a model can teach itself
+(OPSD, arXiv 2601.18734), and what it teaches is the difference that the answer makes.
+`shuffle` deals a file's log-probs out at random: a null control.  `units` is for a teacher of another vocabulary (units.py).
 
 Scoring starts with a self-test: one rollout is scored alone and again inside a padded batch.  The difference is the
 noise floor; a teacher-student gap below it is no signal.
@@ -29,7 +32,7 @@ import served
 import units
 from kernel import linear_logp
 from records import BadInput
-from rollout import (add_model_flags, add_sampling_flags, answer_prompts, check_tokens, hidden_at, likeliest, load_policy, response_positions, served_policy,
+from rollout import (add_model_flags, add_sampling_flags, answer_prompts, check_tokens, hidden_at, likeliest, load_policy, render, response_positions, served_policy,
                      token_batches, vocabulary_size, who)
 
 # ---------------------------------------------------------------------------------------------- answer
@@ -120,6 +123,37 @@ def shuffle(argv):
     return {"out": args.out, "records": len(rows)}
 
 
+def hinted(prompt, hint, where):
+    """A prompts record whose question, the last message of the user's or the text, is `hint` filled in: {question}, {answer}, {solution}.
+
+    {"messages": [{"role": "user", "content": "2+2=?"}], "answer": "4"} and "{question} ({answer})" -> 2+2=? (4)"""
+    turn = next((i for i, m in reversed(list(enumerate(prompt.get("messages", ())))) if m["role"] == "user"), None)
+    if turn is None and "messages" in prompt:
+        raise BadInput(f"{where}: messages: expected one of the user's for --hint to stand in, came none")
+    fields = {name: prompt[name] for name in ("answer", "solution") if name in prompt} | {"question": prompt["prompt"] if turn is None else prompt["messages"][turn]["content"]}
+    try:
+        text = hint.format(**fields)
+    except KeyError as missing:
+        raise BadInput(f"{where}: {missing.args[0]}: expected, for --hint asks for it, but the field is missing (there is: {', '.join(fields)})") from None
+    except (ValueError, IndexError, AttributeError) as error:
+        raise BadInput(f"--hint: expected text with {{question}}, {{answer}} or {{solution}}, and {{{{ and }}}} for braces, came {hint!r} ({error})") from None
+    if turn is None:
+        return prompt | {"prompt": text}
+    return prompt | {"messages": [m | {"content": text} if i == turn else m for i, m in enumerate(prompt["messages"])]}
+
+
+def other_prompts(args, tokenizer, rollouts):
+    """{prompt id: token ids} of what the teacher reads in place of the student's prompts; {} without --prompts."""
+    prompts, found = records.Table(args.prompts, "prompts") if args.prompts else None, {}
+    for name, _ in rollouts.keys() if prompts else ():
+        if name not in found:
+            if (name,) not in prompts:
+                raise BadInput(f"{args.prompts}: expected a prompt {name!r}, which {args.rollouts} answers, but there is none")
+            prompt = prompts[name,]
+            found[name] = render(tokenizer, hinted(prompt, args.hint, prompts.where((name,))) if args.hint else prompt, args.template_options)
+    return found
+
+
 def noise_floor(policy, rollouts):
     """Largest difference in nats between scoring the shortest rollout alone and inside a padded batch."""
     alone = score_batch(policy, [rollouts[0]])[0][0]
@@ -147,6 +181,8 @@ def score(argv):
     p.add_argument("--top-k-of", metavar="FILE", help="keep the log-probs of the tokens that these scores hold (the student's own, with --top-k) in place of the likeliest ones")
     p.add_argument("--same-token", action="append", default=[], metavar="A=B", help="token A means what B does: its mass counts as B's, for models that end with other tokens")
     p.add_argument("--batch-tokens", type=int, default=16384, help="rows x longest row in one forward pass: memory against speed")
+    p.add_argument("--prompts", help="JSONL of prompts, with the rollouts' ids, that the teacher reads in place of the student's")
+    p.add_argument("--hint", help="with --prompts: what stands in the question's place, e.g. '{question} The answer is {answer}.'; also {solution}")
     add_model_flags(p)
     p.add_argument("--allow-template-mismatch", action="store_true", help="score prompts rendered with another chat template")
     p.add_argument("--overwrite", action="store_true", help="begin the output anew")
@@ -159,6 +195,9 @@ def score(argv):
     if args.same_token and (args.top_k or args.top_k_of or args.base_url):
         raise BadInput("--same-token: changes the log-prob of the sampled tokens only: goes without --top-k, --top-k-of and --base-url")
 
+    if args.hint and not args.prompts:
+        raise BadInput("--hint: needs --prompts, the records whose fields it names")
+
     rollouts, others = records.Table(args.rollouts, "rollouts"), records.Table(args.top_k_of, "scores") if args.top_k_of else None
     if args.base_url:
         policy, (tokenizer, identity) = None, served_policy(args)
@@ -167,7 +206,11 @@ def score(argv):
         vocabulary = vocabulary_size(tokenizer)
     else:
         policy = load_policy(args.model, args.dtype, args.device, args.template_options)
-        identity, vocabulary = policy.identity, policy.vocabulary
+        tokenizer, identity, vocabulary = policy.tokenizer, policy.identity, policy.vocabulary
+    context = other_prompts(args, tokenizer, rollouts)
+
+    def read(rollout):  # as the teacher reads it
+        return rollout | {"prompt_ids": context[rollout["id"]]} if context else rollout
     same, lengths, proposer = [token_pair(text, policy.tokenizer) for text in args.same_token], [], None
     for rollout in rollouts:
         key = records.key_of(rollout, "rollouts")
@@ -183,17 +226,17 @@ def score(argv):
             proposer = proposer or proposal["policy"].get("weights")
             if proposal["policy"].get("weights") != proposer:
                 raise BadInput(f"{others.where(key)}: policy.weights: expected {proposer} as in the lines before, came {proposal['policy'].get('weights')}")
-        lengths.append((key, len(rollout["prompt_ids"]) + len(rollout["response_ids"])))
+        lengths.append((key, len(read(rollout)["prompt_ids"]) + len(rollout["response_ids"])))
 
     few = sorted(lengths[:8], key=lambda pair: pair[1])
-    few = [rollouts[key] for place, (key, _) in enumerate(few) if place == 0 or (place + 1) * few[place][1] <= args.batch_tokens]
+    few = [read(rollouts[key]) for place, (key, _) in enumerate(few) if place == 0 or (place + 1) * few[place][1] <= args.batch_tokens]
     server = served.Server.from_flags(args) if args.base_url else None
     floor = served_noise_floor(server, few) if server else noise_floor(policy, few)
 
     failures, tokens, gap_sum, gap_max = [], 0, 0.0, 0.0
     settings = {"policy": who(identity), "top_k": args.top_k, "dtype": args.dtype, "served": bool(args.base_url),
-                **({"same_token": args.same_token} if args.same_token else {})}
-    with records.Writer(args.out, "scores", settings, [args.rollouts] + [args.top_k_of] * bool(others), args.overwrite) as writer:
+                **({"same_token": args.same_token} if args.same_token else {}), **({"hint": args.hint} if args.hint else {})}
+    with records.Writer(args.out, "scores", settings, [args.rollouts] + [args.top_k_of] * bool(others) + [args.prompts] * bool(context), args.overwrite) as writer:
         todo = [(key, n) for key, n in lengths if key not in writer]
         batches = [[todo[i][0] for i in b] for b in token_batches([n for _, n in todo], args.batch_tokens if policy else 1)]
         with records.progress(total=len(lengths), initial=len(lengths) - len(todo), desc=Path(args.out).name) as bar:
@@ -201,14 +244,14 @@ def score(argv):
                 batch = [rollouts[key] for key in keys]
                 if policy:
                     given = [records.unpack(others[key]["topk"]["ids"]) for key in keys] if others else None
-                    return batch, score_batch(policy, batch, args.top_k, given, same)
-                return batch, [server.score(r["prompt_ids"] + r["response_ids"], len(r["prompt_ids"]), args.top_k) for r in batch]
+                    return batch, score_batch(policy, list(map(read, batch)), args.top_k, given, same)
+                return batch, [server.score(r["prompt_ids"] + r["response_ids"], len(r["prompt_ids"]), args.top_k) for r in map(read, batch)]
             for keys, result in ((keys, work(keys)) for keys in batches) if policy else server.map(work, batches):
                 if isinstance(result, served.ServedFailure):
                     failures.append(result)
                     served.stop_if_failing(failures, len(writer.done), len(lengths), args)
                     continue
-                writer.write(*(score_record(r, identity, *values) | ({"topk_of": proposer} if others else {}) for r, values in zip(*result)))
+                writer.write(*(score_record(r, identity, *values) | ({"topk_of": proposer} if others else {}) | ({"context": records.fingerprint(read(r))} if context else {}) for r, values in zip(*result)))
                 bar.update(len(keys))
     if failures:
         print(f"{args.out}: {len(failures)} of {len(lengths)} rollouts could not be scored (first: {failures[0]}); run the same command again for them")

@@ -364,6 +364,21 @@ def test_a_missing_record_is_named(world, tmp_path, capsys, method, flag):
     assert f"{path}: expected a record for id" in message and str(world.rollouts) in message
 
 
+def test_scores_after_another_prompt_teach_but_are_no_reference(world, tmp_path, capsys):
+    """A student that is taught by itself with the answer before it: a step moves it; without the answer there is nothing to learn."""
+    import teacher
+    told, same = tmp_path / "told.jsonl", tmp_path / "same.jsonl"
+    teacher.main(argv("score", model=world.base, rollouts=world.rollouts, out=told, prompts=world.prompts, hint="{answer}={question}", top_k=1000))
+    teacher.main(argv("score", model=world.base, rollouts=world.rollouts, out=same, prompts=world.prompts, top_k=1000))
+    norms = {}
+    for name, path in (("told", told), ("same", same)):
+        train.main(argv(method="opd-full", model=world.base, rollouts=world.rollouts, scores=path, out=tmp_path / name))
+        norms[name] = load(tmp_path / name / "metrics.jsonl")[0]["train/grad_norm"]
+    assert norms["told"] > 1000 * norms["same"]
+    message = refused(world, tmp_path, capsys, method="ropd-paper", reference=told)
+    assert re.search(r"told.jsonl:\d+: context: expected scores after the student's own prompt", message)
+
+
 def test_sft_takes_the_solutions_of_a_prompts_file(world, tmp_path):
     """The same weights as from a file of answers that say the same, and a prompt without a solution is named."""
     prompts = load(world.prompts)

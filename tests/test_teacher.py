@@ -109,6 +109,43 @@ def test_a_token_that_means_the_same_lends_its_mass(world, teacher64bit, tmp_pat
         assert "--same-token" in refusal(teacher.main, argv("score", model=world.teacher, rollouts=world.rollouts, out=tmp_path / "x.jsonl", **flags), capsys)
 
 
+def test_a_teacher_may_read_more_than_the_student(world, base64bit, tmp_path, capsys):
+    """Self-distillation: the rollouts' own model, with the answer in the question's place; against a forward pass over a prompt built by hand."""
+    tokenizer, prompts = load_tokenizer(world.base), {p["id"]: p for p in load(world.prompts)}
+    _, scores = score(world, tmp_path / "s.jsonl", model=world.base, prompts=world.prompts, hint="{answer}={question}", top_k=3)
+    for r in load(world.rollouts):
+        content = f"{prompts[r['id']]['answer']}={prompts[r['id']]['messages'][0]['content']}"
+        text = tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        came = scores[r["id"], r["sample"]]
+        assert ids != r["prompt_ids"] and came["rollout"] == records.fingerprint(r)
+        assert came["context"] == records.fingerprint(r | {"prompt_ids": ids}) != came["rollout"]
+        np.testing.assert_allclose(came["logprobs"], naive_own(base64bit, r | {"prompt_ids": ids}), atol=2e-5, rtol=0)
+    without = score(world, tmp_path / "own.jsonl", model=world.base, prompts=world.prompts)[0]  # the same prompts: the student itself
+    assert abs(without["gap_max"]) < 1e-4
+    message = refusal(teacher.main, argv("score", model=world.base, rollouts=world.rollouts, out=tmp_path / "s.jsonl", prompts=world.prompts, hint="{question}"), capsys)
+    assert "hint" in message and "another --out" in message  # half of a file with the answer, half without
+
+
+def test_hints_are_filled_in(tmp_path):
+    prompt = {"id": "a", "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2={?}"}, {"role": "assistant", "content": "It"}], "answer": 4}
+    assert teacher.hinted(prompt, "{question} {{is}} {answer}", "f:1")["messages"] == [prompt["messages"][0], {"role": "user", "content": "2+2={?} {is} 4"}, prompt["messages"][2]]
+    assert prompt["messages"][1]["content"] == "2+2={?}"
+    assert teacher.hinted({"id": "a", "prompt": "2+2=", "solution": "see"}, "{solution}: {question}", "f:1")["prompt"] == "see: 2+2="
+    for hint, message in (("{solution}", "f:1: solution: expected, for --hint asks for it, .*there is: answer, question"), ("{answer", "--hint: expected text with"), ("{}", "--hint: expected text with")):
+        with pytest.raises(records.BadInput, match=message):
+            teacher.hinted(prompt, hint, "f:1")
+    with pytest.raises(records.BadInput, match="messages: expected one of the user's"):
+        teacher.hinted({"id": "a", "messages": [{"role": "system", "content": "x"}]}, "{question}", "f:1")
+
+
+def test_prompts_that_the_rollouts_do_not_answer_are_refused(world, tmp_path, capsys):
+    few = dump(tmp_path / "p.jsonl", load(world.prompts)[1:])
+    message = refusal(teacher.main, argv("score", model=world.teacher, rollouts=world.rollouts, out=tmp_path / "s.jsonl", prompts=few), capsys)
+    assert "expected a prompt" in message and "which" in message
+    assert "--hint: needs --prompts" in refusal(teacher.main, argv("score", model=world.teacher, rollouts=world.rollouts, out=tmp_path / "s.jsonl", hint="x"), capsys)
+
+
 def test_shuffled_scores_are_the_same_numbers_at_other_tokens(world, tmp_path):
     summary = teacher.main(argv("shuffle", scores=world.scores, out=tmp_path / "null.jsonl", seed=3))
     before, after = load(world.scores), load(tmp_path / "null.jsonl")
