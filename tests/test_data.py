@@ -1,4 +1,5 @@
 """data.py: only what belongs together becomes a training step; groups, weights and ends of answers; whose answers they are."""
+import re
 import types
 
 import numpy as np
