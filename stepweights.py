@@ -20,12 +20,16 @@ that sod leaves of it, sum w_k d_k n_k / sum d_k n_k over the file, n_k tokens: 
 under sod no step's term is larger than the first step's.  `batch` measures d_k against the mean first step of the file, for an episode's own
 may be a few tokens of luck.  A mistake is a call that the tool could not read; one that met an outage is none.
 
-train.py --method sod multiplies the teacher's term, not the reward's.  A masked token counts neither in d_k nor in the loss.
+train.py --method sod multiplies the teacher's term, not the reward's.  A masked token counts neither in d_k nor in the loss; a step of masked tokens
+alone has no d_k (NaN) and counts nowhere: d_1 is then that of the next.
 
-`drift --model STUDENT` asks what the weights are for: whether the teacher's gradient is more noise after an error (Prop. 2) and less in what the
-weights leave of it (Prop. 3).  Of a group's gradients g_i of (log p_T - log mu) log pi(y_t), summed over a step's or an episode's tokens:
+`drift --model STUDENT` asks what the weights are for.  Prop. 2: where the teacher finds none of its own in the context, the signal-to-noise ratio of its
+gradient goes to 0.  Prop. 3 bounds what the weights leave of its size.  Of the gradients g_i of (log p_T - log pi) log pi(y_t), its first factor
+held fixed, summed over the tokens of a step or an episode:
 
     signal |E g|^2 = mean of g_i . g_j over i != j        noise E|g|^2 - |E g|^2        snr signal / noise, of one step or episode
+
+The ratio also goes to 0 where student and teacher agree, for there the signal does: a small one is no proof of a lost teacher.
 
 Simplifications, and differences from the released code: 1. a malformed call is answered by an error, there it ends the episode; 2. a tool's text is cut at its end, there
 in its middle, at 256 characters; 3. no penalty on overlong episodes; 4. log mu is the sampler's, there the actor computes it anew; 5. a number a step is held in memory.
@@ -48,17 +52,27 @@ RULES = ("sod", "uniform", "no-cap", "mask", "decay", "shuffled", "mean", "amoun
 
 
 def divergences(own, teacher, mask, steps):
-    """d_k of every step, [K]: own, teacher, mask [T]; steps [[start, end, ok]].  A step without a loss token has 0.
+    """d_k of every step, [K]: own, teacher, mask [T]; steps [[start, end, ok]].  NaN for a step without a loss token.
 
     divergences([-1, -1, -2], [-2, -1, -2], [1, 1, 1], [[0, 2, True], [2, 3, None]]) -> [0.5, 0]"""
-    gap, mask = np.abs(np.subtract(own, teacher)), np.asarray(mask, bool)
-    return np.array([gap[start:end][mask[start:end]].mean() if mask[start:end].any() else 0.0 for start, end, _ in steps])
+    return step_means(np.abs(np.subtract(own, teacher)), mask, steps)
+
+
+def step_means(values, mask, steps):
+    """Mean of [T] values over the loss tokens of every step, [K]; NaN where there are none."""
+    values, mask = np.asarray(values, np.float64), np.asarray(mask, bool)
+    return np.array([values[start:end][mask[start:end]].mean() if mask[start:end].any() else np.nan for start, end, _ in steps])
+
+
+def first_of(d):
+    """d_1: that of the first step that has one, NaN if none has."""
+    return next((x for x in d if np.isfinite(x)), np.nan)
 
 
 def step_weights(d, first=None, delta=DELTA):
-    """w_k from d_k, [K] (eq. 7); first: what d_1 is replaced by; delta: None for no bound."""
+    """w_k from d_k, [K] (eq. 7), 1 where there is none; first: what d_1 is replaced by; delta: None for no bound."""
     d = np.asarray(d, np.float64)
-    w = ((d[0] if first is None else first) + EPS) / (d + EPS)
+    w = np.where(np.isfinite(d), ((first_of(d) if first is None else first) + EPS) / (d + EPS), 1.0)
     return w if delta is None else np.minimum(w, 1 + delta)
 
 
@@ -93,18 +107,16 @@ def of_file(episodes):
     d [1, 3] of [1, 1] tokens: sod's weights [1, 1/3], so mean 2/3 and amount (1 + 1) / (1 + 3) = 1/2"""
     firsts, weight, term, left, tokens = [], 0.0, 0.0, 0.0, 0
     for d, sizes in episodes:
-        w = step_weights(d)
-        firsts.append(d[0])
-        weight, left, term, tokens = weight + w @ sizes, left + (w * d) @ sizes, term + d @ sizes, tokens + sizes.sum()
-    return File(float(np.mean(firsts)), float(weight / tokens), float(left / term) if term else 1.0) if tokens else None
+        w, each = step_weights(d), np.nan_to_num(d) * sizes
+        firsts.append(first_of(d))
+        weight, left, term, tokens = weight + w @ sizes, left + w @ each, term + each.sum(), tokens + sizes.sum()
+    return File(float(np.nanmean(firsts)), float(weight / tokens), float(left / term) if term else 1.0) if tokens else None
 
 
 def weigh(rule, d, came, rng, file):
     """w_k of a rule, [K]; came: `outcomes`; file: `File`."""
     after = since_mistake(came)
-    if rule == "shuffled":
-        return rng.permutation(step_weights(d))
-    return {"sod": lambda: step_weights(d), "uniform": lambda: np.ones(len(d)), "no-cap": lambda: step_weights(d, delta=None), "mask": lambda: np.where(after > 0, 0.0, 1.0),
+    return {"sod": lambda: step_weights(d), "shuffled": lambda: rng.permutation(step_weights(d)), "uniform": lambda: np.ones(len(d)), "no-cap": lambda: step_weights(d, delta=None), "mask": lambda: np.where(after > 0, 0.0, 1.0),
             "decay": lambda: DECAY ** after, "mean": lambda: np.full(len(d), file.mean), "amount": lambda: np.full(len(d), file.amount), "batch": lambda: step_weights(d, file.first)}[rule]()
 
 
@@ -153,8 +165,9 @@ def steps(argv):
             for (start, end, _), each in zip(whole(rollout), w):
                 weights[start:end] = each
             writer.write({"id": rollout["id"], "sample": rollout["sample"], "rollout": records.fingerprint(rollout), "rule": args.rule, "weights": [float(f"{x:.9g}") for x in weights],
-                          "d": records.floats(d), "w": records.floats(w)})
-    d, w = (np.concatenate([r[name] for r in records.read(args.out, "weights")]) for name in ("d", "w"))
+                          "d": [x if np.isfinite(x) else None for x in records.floats(d)], "w": records.floats(w)})
+    d, w = (np.concatenate([r[name] for r in records.read(args.out, "weights")]).astype(float) for name in ("d", "w"))
+    d, w = d[np.isfinite(d)], w[np.isfinite(d)]
     summary = {"out": args.out, "records": len(rollouts), "d_first": file.first, "d_mean": float(d.mean()), "w_mean": float(w.mean()), "w_max": float(w.max()),
                "w_low": float(np.mean(w < 0.5)), "w_bound": float(np.mean(w >= (1 + DELTA) * (1 - 1e-6)))}
     print(f"weigh.py steps: {args.out}: {len(rollouts)} rollouts, rule {args.rule}: d_1 {file.first:.3f}, d {summary['d_mean']:.3f}; weight mean {summary['w_mean']:.3f}, "
@@ -170,15 +183,14 @@ def kind_of(came):
     return "clean" if set(calls) <= {"result"} else "recovered" if calls[-1] == "result" else "error"
 
 
-def entropies(score, steps):
-    """Mean entropy of the teacher in every step, [K] nats, from all its log-probs; None unless the score has the whole distribution."""
+def entropies(score, mask, steps):
+    """Mean entropy of the teacher in every step, [K] nats, from all its log-probs, NaN as in `divergences`; None unless the score has the whole distribution."""
     if "topk" not in score:
         return None
     top = records.unpack(score["topk"]["logprobs"]).astype(np.float64)
     if abs(np.exp(top).sum(1) - 1).max(initial=0) > 1e-3:
         return None
-    each = -np.where(np.isfinite(top), np.exp(top) * top, 0).sum(1)
-    return [float(each[start:end].mean()) for start, end, _ in steps]
+    return step_means(-np.where(np.isfinite(top), np.exp(top) * top, 0).sum(1), mask, steps)
 
 
 EVENTS = ("result", "mistake", "outage", "recovery")
@@ -243,7 +255,7 @@ class Episode(NamedTuple):
     came: list
     d: np.ndarray
     sizes: np.ndarray
-    entropy: list | None
+    entropy: np.ndarray | None
     gaps: list
 
 
@@ -255,7 +267,7 @@ def all_weights(episodes):
 
 def left_of(episodes, weights):
     """{rule: sum of w_k d_k n_k / sum of d_k n_k}: how much of the teacher's term its weights leave; None where there is no term."""
-    terms = [e.d * e.sizes for e in episodes]
+    terms = [np.nan_to_num(e.d) * e.sizes for e in episodes]
     total = sum(term.sum() for term in terms)
     return {rule: float(sum(w[rule] @ term for w, term in zip(weights, terms)) / total) if total else None for rule in RULES}
 
@@ -263,42 +275,60 @@ def left_of(episodes, weights):
 def look(episodes, weights, level=None):
     """What `drift` finds in episodes and their `all_weights`; level: `by_step` of the clean episodes that d is held against (default: their own)."""
     from weigh import by_offset, means
-    places, unsure, outcome, changes = {}, {}, {}, {event: [] for event in EVENTS}
+    places, unsure, outcome, unsure_outcome, changes, ways = {}, {}, {}, {}, {event: [] for event in EVENTS}, {}
     for e in episodes:
-        places.setdefault(kind_of(e.came), []).extend(enumerate(e.d, 1))
-        unsure.setdefault(kind_of(e.came), []).extend(enumerate(e.entropy, 1) if e.entropy else ())
-        for name, x in zip(e.came, e.d):
-            outcome.setdefault(name, []).append(x)
+        entropy = np.full(len(e.d), np.nan) if e.entropy is None else e.entropy
+        for k, (came, d, h) in enumerate(zip(e.came, e.d, entropy)):
+            for value, by_step, by_outcome in ((d, places, outcome), (h, unsure, unsure_outcome)):
+                if np.isfinite(value):
+                    by_step.setdefault(kind_of(e.came), []).append((k + 1, value))
+                    by_outcome.setdefault(came, []).append(float(value))
+        for before, came, d in zip(events(e.came), e.came[1:], e.d[1:]):
+            if np.isfinite(d):
+                ways.setdefault(before, {}).setdefault(came, []).append(float(d))
     by_step = {kind: means(pairs) for kind, pairs in sorted(places.items())}
     clean = {row["at"]: row["mean"] for row in (by_step.get("clean", ()) if level is None else level)}
     for e in episodes:
         for k, event in enumerate(events(e.came)):
-            if event in changes:
-                changes[event].append((e.gaps[k], e.d[k + 1] - e.d[k], e.d[k + 1] - clean.get(k + 2, np.nan), e.entropy[k + 1] - e.entropy[k] if e.entropy else np.nan))
+            if event in changes and np.isfinite(e.d[k + 1]):
+                changes[event].append((e.gaps[k], e.d[k + 1] - e.d[k], e.d[k + 1] - clean.get(k + 2, np.nan), np.nan if e.entropy is None else e.entropy[k + 1] - e.entropy[k]))
     slips = [e.came.index("mistake") if "mistake" in e.came else None for e in episodes]
-    firsts = np.array([e.d[0] for e in episodes])
-    quiet = [i for i, first in enumerate(firsts) if first <= np.median(firsts)]  # half of the episodes
+    firsts = np.array([first_of(e.d) for e in episodes])
+    order = np.argsort(firsts, kind="stable")[:(len(firsts) + 1) // 2]  # the half with the smaller ones
     return {"rollouts": len(episodes), "episodes": {kind: sum(kind_of(e.came) == kind for e in episodes) for kind in ("clean", "recovered", "error")},
-            "by_step": by_step, "entropy": {kind: means(pairs) for kind, pairs in sorted(unsure.items()) if pairs},
+            "by_step": by_step, "entropy": {kind: means(pairs) for kind, pairs in sorted(unsure.items())},
             "since_mistake": by_offset([e.d for e in episodes], slips), "by_outcome": {name: float(np.mean(x)) for name, x in sorted(outcome.items())},
-            "after": {event: summary_of(rows) for event, rows in changes.items()}, "first": {"mean": float(firsts.mean()), "median": float(np.median(firsts))},
-            "left": left_of(episodes, weights), "left_quiet": left_of([episodes[i] for i in quiet], [weights[i] for i in quiet])}
+            "entropy_by_outcome": {name: float(np.mean(x)) for name, x in sorted(unsure_outcome.items())},
+            "after": {event: summary_of(rows) for event, rows in changes.items()},
+            "ways": {before: {came: {"mean": float(np.mean(x)), "count": len(x)} for came, x in sorted(group.items())} for before, group in sorted(ways.items())},
+            "first": {"mean": float(np.nanmean(firsts)), "median": float(np.nanmedian(firsts))},
+            "left": left_of(episodes, weights), "left_quiet": left_of([episodes[i] for i in order], [weights[i] for i in order])}
 
 
 def signal_to_noise(policy, rollouts, scores, episodes, weights):
-    """`Spread.numbers` of the teacher's gradient: of steps by what stood before them ("start", else `events`) and by what came of them, of whole
-    episodes by the rule that weights their steps."""
+    """`Spread.numbers` of the teacher's gradient: of calls by what stood before them ("start", else `events`), of all steps by what came of them, and of
+    whole episodes by the rule that weights their steps (`mean` and `amount` have the ratio of `uniform`)."""
     after, outcome, rules = {}, {}, {}
     for rollout, e, each in zip(records.progress(rollouts, desc="gradients", unit="rollout", total=len(rollouts)), episodes, weights):
-        score, sums = scores[records.key_of(rollout, "rollouts")], dict.fromkeys(each, 0.0)
+        score, sums = scores[records.key_of(rollout, "rollouts")], dict.fromkeys([rule for rule in RULES if rule not in ("mean", "amount")], 0.0)
         for k, (event, gradient) in enumerate(zip(["start", *events(e.came)], step_gradients(policy, rollout, score, whole(rollout)))):
-            after.setdefault(event, Spread()).add(gradient)
+            if e.came[k] in ("result", "mistake", "outage"):
+                after.setdefault(event, Spread()).add(gradient)
             outcome.setdefault(e.came[k], Spread()).add(gradient)
-            for rule, w in each.items():
-                sums[rule] = sums[rule] + float(w[k]) * gradient
+            for rule in sums:
+                sums[rule] = sums[rule] + float(each[rule][k]) * gradient
         for rule, gradient in sums.items():
             rules.setdefault(rule, Spread()).add(gradient)
     return {name: {group: spread.numbers() for group, spread in sorted(groups.items())} for name, groups in (("after", after), ("outcome", outcome), ("rule", rules))}
+
+
+def read_level(path):
+    """`by_step` of the clean episodes of an earlier look."""
+    try:
+        rows = json.loads(Path(path).read_text())["by_step"]["clean"]
+        return [{"at": int(row["at"]), "mean": float(row["mean"])} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"--against {path}: expected what weigh.py drift writes of a file with clean episodes, came {type(error).__name__}: {error}") from None
 
 
 def drift(argv):
@@ -312,11 +342,14 @@ def drift(argv):
     add_flags(p)
     p.add_argument("--plot", help="picture to write (.png, .svg, .pdf)")
     p.add_argument("--against", metavar="JSON", help="an earlier look, whose clean episodes are the level that d is held against (default: this file's own)")
-    p.add_argument("--model", metavar="STUDENT", help="the model that wrote the rollouts: signal and noise of the teacher's gradient (one backward pass a step; holds some 25 copies of its weights)")
+    p.add_argument("--model", metavar="STUDENT", help="the model that wrote the rollouts: signal and noise of the teacher's gradient (one backward pass a step; some 30 copies of its weights in memory: for small models)")
     p.add_argument("--device", help="of --model (default: a GPU if there is one)")
     args = p.parse_args(argv)
     if not (args.plot or ".png").endswith((".png", ".svg", ".pdf")):
         raise BadInput(f"--plot {args.plot}: expected a name that ends in .png, .svg or .pdf")
+    if args.device and not args.model:
+        raise BadInput("--device: is that of --model, which is not given")
+    level = read_level(args.against) if args.against else None
     for path in (args.out, args.plot):
         claim(path, args.overwrite)
     rollouts = records.Table(args.rollouts, "rollouts")
@@ -327,14 +360,10 @@ def drift(argv):
         if policy and rollout["policy"].get("weights") != policy.identity["weights"]:
             raise BadInput(f"{rollouts.where(records.key_of(rollout, 'rollouts'))}: policy.weights: expected {policy.identity['weights']}, the weights of {args.model}, "
                            f"came {rollout['policy'].get('weights')}: --model is the model that wrote the rollouts")
-        episodes.append(Episode(outcomes(rollout), d, sizes, entropies(score, spans), [b[0] - a[1] for a, b in zip(spans, spans[1:])]))
+        episodes.append(Episode(outcomes(rollout), d, sizes, entropies(score, rollout["loss_mask"], spans), [b[0] - a[1] for a, b in zip(spans, spans[1:])]))
     if not sum(e.sizes.sum() for e in episodes):
         raise BadInput(f"{args.rollouts}: loss_mask: expected rollouts with loss tokens, came none")
     weights = all_weights(episodes)
-    try:
-        level = [{"at": row["at"], "mean": row["mean"]} for row in json.loads(Path(args.against).read_text())["by_step"].get("clean", ())] if args.against else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"--against {args.against}: expected what weigh.py drift writes, came {type(error).__name__}: {error}") from None
     result = look(episodes, weights, level)
     if policy:
         result["gradient"] = signal_to_noise(policy, rollouts, records.Table(args.scores, "scores"), episodes, weights)

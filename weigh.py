@@ -343,8 +343,8 @@ def means(pairs):
 def by_offset(series, slips):
     """`means` of S by blocks since the first slip (negative: before it); `no_slip`: mean S of rollouts without a slip at the same block
     numbers, which tells what is due to the slip from what is due to being late (None where no such rollout is that long)."""
-    level = {row["at"]: row["mean"] for row in means((i, x) for s, slip in zip(series, slips) if slip is None for i, x in enumerate(s))}
-    after = [(i - slip, i, x) for s, slip in zip(series, slips) if slip is not None for i, x in enumerate(s)]
+    level = {row["at"]: row["mean"] for row in means((i, x) for s, slip in zip(series, slips) if slip is None for i, x in enumerate(s) if math.isfinite(x))}
+    after = [(i - slip, i, x) for s, slip in zip(series, slips) if slip is not None for i, x in enumerate(s) if math.isfinite(x)]
     alike = {row["at"]: row["mean"] for row in means((offset, level[i]) for offset, i, _ in after if i in level)}
     return [row | {"no_slip": alike.get(row["at"])} for row in means((offset, x) for offset, _, x in after)]
 

@@ -200,7 +200,8 @@ def parse(p, argv, claims, smoke, resampled=False, more=None):
 def begin(args, about, arms, shared):
     """The Run of a recipe, its settings those arguments that all arms share, and a line of what is to come."""
     run = Run(args.out, {name: getattr(args, name) for name in shared})
-    say(f"{about}; arms {', '.join(arms)}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
+    named = f"arms {', '.join(arms)}" if len(arms) <= 16 else f"{len(arms)} arms"
+    say(f"{about}; {named}; {args.seeds} seed{'s' * (args.seeds > 1)}; every command goes to {args.out}/commands.sh")
     return run
 
 
@@ -222,12 +223,12 @@ def settle(args, name, arms, parents=None, default=None):
     return [arm for arm in arms if arm in chosen]
 
 
-def report(run, args, claims, columns, pictures=(("step", "accuracy.png"),), resampled=False):
+def report(run, args, claims, columns, pictures=(("step", "accuracy.png"),), resampled=False, more=None):
     """Table, pictures (what is on the horizontal axis, file name) and claims of what is in the results file, into OUT and onto the screen."""
     table = run.stage(f"eval.py table {args.results} --partial --out {args.out}/table.md --overwrite --columns {' '.join(columns)}")
     for x, name in pictures:
         run.stage(f"eval.py plot {args.results} --x {x} --out {args.out}/{name} --overwrite")
-    text = (run.out / "table.md").read_text() + "\n" + claims_table(args.results, claims, resampled)
+    text = (run.out / "table.md").read_text() + "\n" + claims_table(args.results, claims, resampled) + ("\n" + more(args.results) if more else "")
     records.write_atomically(run.out / "report.md", text)
     say("\n" + text)
     return table

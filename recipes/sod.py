@@ -82,9 +82,11 @@ CLAIMS = [
     Claim("...and come back after a recovery", "after a recovery − after a mistake", look("recovery - mistake"), "below"),
     Claim("...the teacher itself is unsure after a mistake", "change of its entropy − after a result", look("mistake_entropy - result_entropy")),
     Claim("d is larger at mistakes, where it is the student who is wrong", "d(mistakes) − d(calls with results)", look("d_mistake - d_result")),
-    Claim("the teacher's gradient has less signal to noise after a mistake (Prop. 2)", "snr after a mistake − after a result", look("snr_after_mistake - snr_after_result"), "below"),
+    Claim("where the next call is right, too, d is larger after a mistake than after a result", "d of calls with results, after a mistake − after a result", look("way_mistake_result - way_result_result")),
+    Claim("the teacher's gradient has less signal to noise after a mistake (Prop. 2)", "snr of calls after a mistake − after a result", look("snr_after_mistake - snr_after_result"), "below"),
     Claim("...and at a mistake", "snr of mistakes − of calls with results", look("snr_at_mistake - snr_at_result"), "below"),
-    Claim("step weights raise it (Prop. 3)", "snr of an episode's gradient, sod − uniform", look("snr_sod - snr_uniform")),
+    Claim("step weights make an episode's gradient smaller (Prop. 3 bounds it)", "E|g|² of sod / of uniform", look("size_sod"), "below", 1),
+    Claim("...and its signal to noise larger, which is what for", "snr of an episode's gradient, sod − uniform", look("snr_sod - snr_uniform")),
     Claim("...more than the same weights shuffled", "snr(sod) − snr(shuffled)", look("snr_sod - snr_shuffled")),
     Claim("step weights leave as much of the teacher in episodes with a quiet first step", "share left in the quieter half − in all", look("left_quiet_sod - left_sod"), "within", 0.05),
     Claim("...held against the file's mean first step they do", "the same of batch", look("left_quiet_batch - left_batch"), "within", 0.05),
@@ -94,13 +96,20 @@ CLAIMS = [
     Claim("it is the steps: shuffled weights lose", "sod − shuffled", gap("sod", "shuffled")),
     Claim("it is not only a smaller coefficient: one weight everywhere loses", "sod − mean", gap("sod", "mean")),
     Claim("nor only less of the teacher: as little of it everywhere loses", "sod − amount", gap("sod", "amount")),
+    Claim("one weight everywhere is as good as none", "mean − uniform", gap("mean", "uniform"), "within", 0.03),
+    Claim("...even if it leaves as little as sod does", "amount − uniform", gap("amount", "uniform"), "within", 0.03),
     Claim("masking all that follows an error is the worst of the dense arms", "mask − lowest other", lambda a: gap("mask", "before")(a) - min(gap(x, "before")(a) for x in DENSE if x != "mask"), "below"),
     Claim("the bound helps", "sod − no-cap", gap("sod", "no-cap")),
     Claim("decay is below sod", "sod − decay", gap("sod", "decay")),
     Claim("a batch's first step serves as well as an episode's own", "batch − sod", gap("batch", "sod"), "within", 0.03),
-    Claim("the teacher adds to the reward", "uniform − grpo", gap("uniform", "grpo")),
+    Claim("...and as uniform weights", "batch − uniform", gap("batch", "uniform"), "within", 0.03),
+    Claim("weighted, the teacher adds to the reward", "sod − grpo", gap("sod", "grpo")),
+    Claim("uniform, it does", "uniform − grpo", gap("uniform", "grpo")),
     Claim("the reward adds to the teacher", "uniform − opd", gap("uniform", "opd")),
-    Claim("both beat imitation", "sod − sft", gap("sod", "sft")),
+    Claim("the method beats imitation", "sod − sft", gap("sod", "sft")),
+    Claim("...and so do uniform weights", "uniform − sft", gap("uniform", "sft")),
+    Claim("greedily decoded, too, sod is better than the student", "greedy(sod) − greedy(before)", gap("sod", "before", "greedy")),
+    Claim("...and uniform", "greedy(uniform) − greedy(before)", gap("uniform", "before", "greedy")),
     Claim("paying for calls adds calls", "calls(shaped) − calls(sod)", gap("shaped", "sod", "calls")),
     Claim("...and no accuracy", "shaped − sod", gap("shaped", "sod"), "below", 0.02),
     Claim("a larger teacher hurts uniform weights more", "(large-uniform − uniform) − (large-sod − sod)", lambda a: gap("large-uniform", "uniform")(a) - gap("large-sod", "sod")(a), "below"),
@@ -109,14 +118,27 @@ CLAIMS = [
 ]
 
 
+STEPS = {"result": "call with a result", "mistake": "mistake", "outage": "call into an outage", "answer": "answer"}  # what came of a step
+BEFORE = {"start": "first call", "result": "call after a result", "mistake": "call after a mistake", "outage": "call after an outage", "recovery": "call after a recovery"}
+WEIGHED = ("uniform", "sod", "no-cap", "mask", "decay", "shuffled", "mean", "amount", "batch")
+
+
 def look_table(path):
-    """Markdown: every number of stage 0, mean over seeds, with half of its 95 % t-interval."""
+    """Markdown: the numbers of stage 0, mean over seeds ± half of the 95 % t-interval."""
     seen = {}
     for row in records.read(path, "results"):
         for name, x in row.get("drift", {}).items():
             seen.setdefault(name, []).extend([] if x is None else [x])
-    each = {name: interval(values) for name, values in seen.items() if values}
-    return "| stage 0 | mean over seeds |\n| --- | --- |\n" + "".join(f"| {name} | {mean:.4f}" + (f" ± {half:.4f}" if half is not None else "") + " |\n" for name, (mean, half) in each.items())
+
+    def show(name, digits=3):
+        mean, half = interval(seen[name]) if seen.get(name) else (None, None)
+        return "" if mean is None else f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
+    lines = ["| step | d | d, after a result | d, after a mistake | the teacher's entropy | signal to noise |", "| --- |" + " --- |" * 5]
+    lines += [f"| {words} | {show(f'd_{name}')} | {show(f'way_result_{name}')} | {show(f'way_mistake_{name}')} | {show(f'entropy_{name}')} | {show(f'snr_at_{name}', 4)} |" for name, words in STEPS.items()]
+    lines += [f"| {words} | | | | | {show(f'snr_after_{name}', 4)} |" for name, words in BEFORE.items()]
+    lines += ["", "| rule | left of the teacher's term | in the half of the episodes with the smaller d_1 | E\\|g\\|², of uniform's | signal to noise of an episode |", "| --- |" + " --- |" * 4]
+    lines += [f"| {rule} | {show(f'left_{rule}', 2)} | {show(f'left_quiet_{rule}', 2)} | {show(f'size_{rule}', 2)} | {show(f'snr_{rule}', 4)} |" for rule in WEIGHED]
+    return "\n".join(lines) + f"\n\nd_1: mean {show('d_first')}, median {show('d_first_median')}; an error's text has {show('mistake_length', 0)} tokens, a padded result {show('placebo_length', 0)}.\n"
 
 
 def build(run, args, arms):
@@ -158,11 +180,15 @@ def look_at(run, args, world, folder, seed):
     seen = {event: after[event]["above"] for event in ("mistake", "outage", "recovery")} | {"placebo": found["placebo"]["after"]["result"]["above"]}
     seen |= {"length_correlation": after["mistake"]["length_correlation"], "mistake_length": after["mistake"]["length"], "placebo_length": found["placebo"]["after"]["result"]["length"]}
     seen |= {f"{event}_entropy": after[event]["entropy_change"] for event in ("mistake", "outage", "result")}
-    seen |= {f"d_{name}": plain["by_outcome"].get(name) for name in ("mistake", "outage", "result", "answer")}
-    snr = {group: {name: numbers["snr"] for name, numbers in table.items()} for group, table in plain["gradient"].items()}
-    return seen | {f"snr_{at}{name}": snr[group].get(name) for group, at, names in (("after", "after_", stepweights.EVENTS), ("outcome", "at_", ("mistake", "outage", "result", "answer")),
-                                                                                     ("rule", "", ("uniform", "sod", "no-cap", "mask", "decay", "shuffled", "batch"))) for name in names} \
-        | {"d_first": plain["first"]["mean"], "d_first_median": plain["first"]["median"]} | {f"{name}_{rule}": x for name in ("left", "left_quiet") for rule, x in plain[name].items()}
+    seen |= {"d_first": plain["first"]["mean"], "d_first_median": plain["first"]["median"]}
+    for name in STEPS:
+        seen |= {f"d_{name}": plain["by_outcome"].get(name), f"entropy_{name}": plain["entropy_by_outcome"].get(name), f"snr_at_{name}": plain["gradient"]["outcome"].get(name, {}).get("snr")}
+        seen |= {f"way_{before}_{name}": plain["ways"].get(before, {}).get(name, {}).get("mean") for before in stepweights.EVENTS}
+    seen |= {f"snr_after_{name}": plain["gradient"]["after"].get(name, {}).get("snr") for name in BEFORE}
+    rules = plain["gradient"]["rule"]
+    seen |= {f"snr_{rule}": numbers["snr"] for rule, numbers in rules.items()}
+    seen |= {f"size_{rule}": (x["signal"] + x["noise"]) / (rules["uniform"]["signal"] + rules["uniform"]["noise"]) for rule, x in rules.items() if x["noise"]}
+    return seen | {f"{name}_{rule}": x for name in ("left", "left_quiet") for rule, x in plain[name].items()}
 
 
 def run_arm(run, args, world, folder, seed, arm):
@@ -253,7 +279,7 @@ def main(argv=None):
     world = build(run, args, arms)
     run_arms(run, args, arms, lambda seed: prepare(run, args, world, seed), lambda *which: run_arm(run, args, world, *which),
              lambda row: f"{args.eval_split} accuracy {row['accuracy']:.1%}, {row['calls']:.2f} calls an episode, {row['call_errors']:.0%} of them failed")
-    return report(run, args, CLAIMS, COLUMNS)
+    return report(run, args, CLAIMS, COLUMNS, more=look_table)
 
 
 if __name__ == "__main__":

@@ -540,6 +540,7 @@ def test_explain_tells_the_row_and_its_worked_token_is_the_rows_gradient(name):
 
 def test_the_readme_lists_every_row_and_quotes_explain_as_it_is():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    listed = re.findall(r"^\| `([a-z][a-z-]*)` \| (\w+) \|", readme, re.M)
-    assert listed == [(name, method.prefix) for name, method in METHODS.items()]
+    listed = re.findall(r"^\| `([a-z][a-z-]*)` \| (\w+) \|[^|]*\|([^|]*)\| (\w+) \|", readme, re.M)
+    assert [(name, prefix, norm) for name, prefix, _, norm in listed] == [(name, method.prefix, method.norm) for name, method in METHODS.items()]
+    assert {name for name, _, pull, _ in listed if "leash" in pull} == {name for name, method in METHODS.items() if method.reference_kl}
     assert "\n".join(explain("gkd").splitlines()[-2:]) in readme

@@ -293,10 +293,13 @@ def test_entropy_is_the_teachers_and_needs_all_of_it(agents, tmp_path):
             for k, (a, b, _) in enumerate(r["steps"], 1):
                 oks = [c["ok"] for c in r["calls"]]
                 sums.setdefault(("clean" if all(oks) else "recovered" if oks[-1] else "error", k), []).append(float(entropy[a:b].mean()))
+                last = "answer" if r["finish_reason"] == "stop" else "cut"
+                sums.setdefault(last if k > len(oks) else "result" if oks[k - 1] else "outage" if r["calls"][k - 1].get("outage") else "mistake", []).append(float(entropy[a:b].mean()))
     assert result["after"]["mistake"]["entropy_change"] is not None
     for kind, rows in result["entropy"].items():
         for row in rows:
             assert row["mean"] == pytest.approx(np.mean(sums[kind, row["at"]]), abs=1e-4) and row["count"] == len(sums[kind, row["at"]])
+    assert len(result["entropy_by_outcome"]) >= 4 and result["entropy_by_outcome"] == pytest.approx({name: np.mean(sums[name]) for name in result["entropy_by_outcome"]}, abs=1e-4)
     rows = [{k: v for k, v in r.items() if k != "topk"} for r in load(agents.scores)]
     assert weigh.main(argv("drift", rollouts=agents.rollouts, scores=dump(tmp_path / "plain.jsonl", rows), out=tmp_path / "p.json"))["entropy"] == {}
 
@@ -308,20 +311,26 @@ def test_signal_and_noise_against_products_of_all_pairs(agents, tmp_path):
     """A float64 model of plain transformers, one gradient a step and episode kept in memory, and the mean of g_i . g_j over all i != j."""
     result = weigh.main(argv("drift", rollouts=agents.rollouts, scores=agents.scores, out=tmp_path / "d.json", model=agents.student))
     assert result == json.loads((tmp_path / "d.json").read_text())
-    student, scores, groups = naive_model(agents.student), by_key(load(agents.scores)), {}
-    sod, mask = (weighed(agents, tmp_path / f"{rule}.jsonl", rule) for rule in ("sod", "mask"))
+    student, scores, groups, episodes = naive_model(agents.student), by_key(load(agents.scores)), {}, []
     for key, r in by_key(load(agents.rollouts)).items():
         own = naive_logps(student, r["prompt_ids"], r["response_ids"]).gather(1, torch.tensor(r["response_ids"])[:, None])[:, 0]
-        term = (torch.tensor(scores[key]["logprobs"], dtype=torch.float64) - own.detach()) * own * torch.tensor(r["loss_mask"])
-        steps = [torch.cat([g.flatten() for g in torch.autograd.grad(term[a:b].sum(), list(student.parameters()), retain_graph=True)]) for a, b, _ in r["steps"]]
+        gap = torch.tensor(scores[key]["logprobs"], dtype=torch.float64) - own.detach()
+        steps = [torch.cat([g.flatten() for g in torch.autograd.grad((gap * own)[a:b].sum(), list(student.parameters()), retain_graph=True)]) for a, b, _ in r["steps"]]
         failed = [("outage" if c.get("outage") else "mistake") if not c["ok"] else None for c in r["calls"]]
         for k, g in enumerate(steps):
             before = "start" if not k else failed[k - 1] or ("recovery" if k > 1 and failed[k - 2] else "result")
-            groups.setdefault(("after", before), []).append(g)
-            last = "answer" if r["finish_reason"] == "stop" else "cut"
-            groups.setdefault(("outcome", last if k == len(r["calls"]) else failed[k] or "result"), []).append(g)
-        for rule, w in (("uniform", [1] * len(steps)), ("sod", sod[key]["w"]), ("mask", mask[key]["w"])):
+            if k < len(r["calls"]):
+                groups.setdefault(("after", before), []).append(g)
+            groups.setdefault(("outcome", ("answer" if r["finish_reason"] == "stop" else "cut") if k == len(r["calls"]) else failed[k] or "result"), []).append(g)
+        episodes.append((steps, [float(gap[a:b].abs().mean()) for a, b, _ in r["steps"]], failed))
+    first = np.mean([d[0] for _, d, _ in episodes])
+    for steps, d, failed in episodes:
+        after = [sum("mistake" in failed[:k] for k in range(1, n + 1)) for n in range(len(d))]  # steps since the first mistake
+        rules = {"uniform": [1] * len(d), "sod": [min(d[0] / x, 1.2) for x in d], "no-cap": [d[0] / x for x in d], "mask": [float(not a) for a in after],
+                 "decay": [0.9 ** a for a in after], "batch": [min(first / x, 1.2) for x in d]}
+        for rule, w in rules.items():
             groups.setdefault(("rule", rule), []).append(sum(x * g for x, g in zip(w, steps)))
+    assert set(result["gradient"]["rule"]) == {*rules, "shuffled"}
     assert {group for kind, group in groups if kind == "after"} == set(result["gradient"]["after"]) >= {"start", "result", "mistake"}
     for (kind, group), rows in groups.items():
         products, found = torch.stack(rows) @ torch.stack(rows).T, result["gradient"][kind][group]
@@ -352,3 +361,62 @@ def test_signal_and_noise_are_of_the_writers(agents, tmp_path):
     with pytest.raises(BadInput, match="policy.weights: expected .*--model is the model that wrote the rollouts"):
         weigh.main(argv("drift", rollouts=agents.rollouts, scores=agents.scores, out=tmp_path / "d.json", model=agents.teacher))
     assert not (tmp_path / "d.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------- steps without a token that counts
+
+
+def test_a_step_that_nobody_learns_from_counts_nowhere(tmp_path):
+    """The first step is masked: d_1 is that of the second, and the file looks as it would without that step's number."""
+    d = stepweights.divergences([-1, -2, -1, -1], [-3, -3, -2, -3], [0, 1, 0, 1], [[0, 1, True], [1, 2, True], [2, 3, False], [3, 4, None]])
+    assert np.isnan(d[[0, 2]]).all() and d[[1, 3]].tolist() == [1, 2]
+    assert stepweights.step_weights(d) == pytest.approx([1, 1, 1, 0.5], rel=1e-5)
+    assert stepweights.of_file([(d, np.array([0, 1, 0, 1]))]) == pytest.approx((1, 0.75, 2 / 3), rel=1e-5)
+    pairs = [episode("a", 0, [True, True], [0.5, 0.1, 0.2], [3, 3]), episode("b", 0, [False], [0.1, 0.4], [3])]
+    rollout, score = pairs[0]
+    rollout["loss_mask"][0:2] = [0, 0]
+    score["topk"] = {"ids": records.pack(np.zeros((len(score["logprobs"]), 1), np.uint16)), "logprobs": records.pack(np.zeros((len(score["logprobs"]), 1), np.float32))}
+    result = looked_at(tmp_path, pairs)
+    assert result["first"] == pytest.approx({"mean": 0.1, "median": 0.1}) and result["by_outcome"]["result"] == pytest.approx(0.1)
+    assert [row["at"] for row in result["by_step"]["clean"]] == [2, 3] and [row["at"] for row in result["entropy"]["clean"]] == [2, 3]
+    assert result["left"]["sod"] == pytest.approx(0.4 / 0.8, rel=1e-4)  # 0.1 + 0.1 of 0.1 + 0.2 and 0.1 + 0.1 of 0.1 + 0.4
+    rollouts, scores = (dump(tmp_path / f"x.{kind}.jsonl", rows) for kind, rows in zip("rs", zip(*pairs)))
+    summary = weigh.main(argv("steps", rollouts=rollouts, scores=scores, rule="sod", out=tmp_path / "w.jsonl"))
+    rows = by_key(load(tmp_path / "w.jsonl"))
+    assert rows["a", 0]["d"][0] is None and rows["a", 0]["w"] == pytest.approx([1, 1, 0.5], rel=1e-4) and summary["d_mean"] == pytest.approx((0.1 + 0.2 + 0.1 + 0.4) / 4)
+    nothing = [(r | {"loss_mask": [0] * len(r["loss_mask"])}, s) for r, s in pairs]
+    nothing = [(r, s | {"rollout": records.fingerprint(r)}) for r, s in nothing]
+    with pytest.raises(BadInput, match="loss_mask: expected rollouts with loss tokens, came none"):
+        looked_at(tmp_path, nothing, "nothing")
+
+
+def test_gradients_of_a_masked_step_are_zero(agents, tmp_path):
+    import rollout as rollouts
+    policy, scores = rollouts.load_policy(str(agents.student), "float32"), by_key(load(agents.scores))
+    r = next(r for r in load(agents.rollouts) if len(r["steps"]) > 2)
+    full = list(stepweights.step_gradients(policy, r, scores[r["id"], r["sample"]], r["steps"]))
+    start, end, _ = r["steps"][1]
+    hidden = r | {"loss_mask": [0 if start <= t < end else m for t, m in enumerate(r["loss_mask"])]}
+    part = list(stepweights.step_gradients(policy, hidden, scores[r["id"], r["sample"]], r["steps"]))
+    assert not part[1].any() and full[1].any()
+    assert torch.allclose(part[0], full[0], atol=1e-5) and torch.allclose(part[2], full[2], atol=1e-5)
+
+
+def test_a_look_knows_what_stood_before_a_step(tmp_path):
+    pairs = [episode("a", 0, [False, True], [0.1, 0.5, 0.3], [3, 3]), episode("b", 0, [True, False], [0.2, 0.6, 0.9], [3, 3]), episode("c", 0, [False, "outage", False], [0.4, 0.8, 1.0, 2.0], [3] * 3)]
+    result = looked_at(tmp_path, pairs)
+    assert result["ways"] == {"mistake": {"answer": {"mean": pytest.approx((0.9 + 2.0) / 2), "count": 2}, "outage": {"mean": pytest.approx(0.8), "count": 1}, "result": {"mean": pytest.approx(0.5), "count": 1}},
+                              "outage": {"mistake": {"mean": pytest.approx(1.0), "count": 1}}, "recovery": {"answer": {"mean": pytest.approx(0.3), "count": 1}},
+                              "result": {"mistake": {"mean": pytest.approx(0.6), "count": 1}}}
+    assert result["left_quiet"]["sod"] == pytest.approx((0.3 + 0.6) / (0.9 + 1.7), rel=1e-3)  # two of three: the half is rounded up
+
+
+def test_flags_of_a_look(tmp_path):
+    pairs = [episode("a", 0, [False], [0.1, 0.2], [3])]
+    looked_at(tmp_path, pairs, "failed")
+    (tmp_path / "text.json").write_text('{"by_step": {"clean": [{"at": 2, "mean": "x"}]}}')
+    for wrong in ("failed.json", "text.json"):  # no clean episode; not a number
+        with pytest.raises(BadInput, match="--against .*of a file with clean episodes"):
+            looked_at(tmp_path, pairs, f"x{wrong}", against=tmp_path / wrong)
+    with pytest.raises(BadInput, match="--device: is that of --model"):
+        looked_at(tmp_path, pairs, "y", device="cpu")
