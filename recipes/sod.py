@@ -85,7 +85,7 @@ CLAIMS = [
     Claim("where the next call is right, too, d is larger after a mistake than after a result", "d of calls with results, after a mistake − after a result", look("way_mistake_result - way_result_result")),
     Claim("the teacher's gradient has less signal to noise after a mistake (Prop. 2)", "snr of calls after a mistake − after a result", look("snr_after_mistake - snr_after_result"), "below"),
     Claim("...and at a mistake", "snr of mistakes − of calls with results", look("snr_at_mistake - snr_at_result"), "below"),
-    Claim("step weights make an episode's gradient smaller (Prop. 3 bounds it)", "E|g|² of sod / of uniform", look("size_sod"), "below", 1),
+    Claim("step weights make an episode's gradient smaller (Prop. 3 bounds it)", "squared norm of the gradient, sod / uniform", look("size_sod"), "below", 1),
     Claim("...and its signal to noise larger, which is what for", "snr of an episode's gradient, sod − uniform", look("snr_sod - snr_uniform")),
     Claim("...more than the same weights shuffled", "snr(sod) − snr(shuffled)", look("snr_sod - snr_shuffled")),
     Claim("step weights leave as much of the teacher in episodes with a quiet first step", "share left in the quieter half − in all", look("left_quiet_sod - left_sod"), "within", 0.05),
@@ -136,7 +136,7 @@ def look_table(path):
     lines = ["| step | d | d, after a result | d, after a mistake | the teacher's entropy | signal to noise |", "| --- |" + " --- |" * 5]
     lines += [f"| {words} | {show(f'd_{name}')} | {show(f'way_result_{name}')} | {show(f'way_mistake_{name}')} | {show(f'entropy_{name}')} | {show(f'snr_at_{name}', 4)} |" for name, words in STEPS.items()]
     lines += [f"| {words} | | | | | {show(f'snr_after_{name}', 4)} |" for name, words in BEFORE.items()]
-    lines += ["", "| rule | left of the teacher's term | in the half of the episodes with the smaller d_1 | E\\|g\\|², of uniform's | signal to noise of an episode |", "| --- |" + " --- |" * 4]
+    lines += ["", "| rule | left of the teacher's term | in the half of the episodes with the smaller d_1 | squared norm of an episode's gradient, of uniform's | its signal to noise |", "| --- |" + " --- |" * 4]
     lines += [f"| {rule} | {show(f'left_{rule}', 2)} | {show(f'left_quiet_{rule}', 2)} | {show(f'size_{rule}', 2)} | {show(f'snr_{rule}', 4)} |" for rule in WEIGHED]
     return "\n".join(lines) + f"\n\nd_1: mean {show('d_first')}, median {show('d_first_median')}; an error's text has {show('mistake_length', 0)} tokens, a padded result {show('placebo_length', 0)}.\n"
 
