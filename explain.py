@@ -59,7 +59,7 @@ def explain(name, overrides=()):
     method = losses.settings(name, overrides)
     default = losses.Method("", "", "")
     shown = {k: v for k, v in method.columns().items() if k in ("prefix", "signal", "coefficient") or v != getattr(default, k)}
-    omega = {"one": "1", "informative": "1, but 0 for a group with one reward", "accepted": f"1 if the reward reaches {method.omega_scale:g}, else 0",
+    omega = {"one": "1", "informative": "1, but 0 for a group with one reward", "frontier": "p (1 - p), p the group's mean reward", "accepted": f"1 if the reward reaches {method.omega_scale:g}, else 0",
              "softmax": f"n softmax(reward / {method.omega_scale:g})", "preference": f"+- 2 x {method.omega_scale:g} sigmoid(-h), best and worst answer",
              "bradley-terry": "of a pair's given answer sigmoid(D(own) - D(given)) / pairs, of its own answer minus that",
              "cross-entropy": "of a pair's given answer sigmoid(-D(given)) / pairs, of its own answer -sigmoid(D(own)) / pairs"}[method.omega]

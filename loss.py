@@ -73,7 +73,7 @@ class Method:
     coefficient: str                 # c_t: "token", "reward", "k1", "reward+k1", "k2", "k3", "full", "unit", "sorted" or "score"
     divergence: str = "none"         # what the teacher's signal descends: "rkl", "fkl", "jsd" or "mix"
     interpolation: float = 0.5       # b of jsd and mix: towards 0 forward, towards 1 reverse KL
-    omega: str = "one"               # weight of a sequence: "one", "informative", "accepted", "softmax", "preference" (sequence_weights), "bradley-terry" or "cross-entropy"
+    omega: str = "one"               # weight of a sequence: "one", "informative", "frontier", "accepted", "softmax", "preference" (sequence_weights), "bradley-terry" or "cross-entropy"
     omega_scale: float = 1.0         # its constant: the reward that is accepted, the softmax's temperature, DPO's beta
     ratio: str = "token"             # importance ratio: each token's, "sequence": the geometric mean over it (GSPO), or "none": always 1 (k2)
     norm: str = "token"              # "token": mean over the step's tokens; "sequence": of the sequences' means; "batch": of their sums; "sum"
@@ -191,11 +191,12 @@ METHODS = {
                   about="step-wise distillation of agents: GRPO plus the teacher's advantage, faded where a step has drifted (arXiv 2605.07725); weights: weigh.py steps"),
     "opd-grpo": Method(**PPO | dict(signal="reward+teacher", coefficient="reward+k1", clip_high=0.28), divergence="rkl", advantage="std", dual_clip=3.0,
                        about="the same with every step's weight 1: GRPO plus on-policy distillation, SOD's baseline"),
+    "paced": Method("self", "reward+teacher", "full", "rkl", omega="frontier", about="exact on-policy distillation, prompts weighted by p (1 - p), p the student's pass rate (arXiv 2603.11178)"),
     "rwopd": Method("self", "reward+teacher", "full", "rkl", omega="softmax", about="exact on-policy distillation, answers weighted by the softmax of their rewards"),
 }
 CHOICES = {"prefix": ("data", "teacher", "old", "self", "mixed"), "signal": ("tokens", "reward", "teacher", "reward+teacher"),
            "coefficient": ("token", "reward", "k1", "reward+k1", "k2", "k3", "full", "unit", "sorted", "score"), "divergence": ("none", "rkl", "fkl", "jsd", "mix"),
-           "omega": ("one", "informative", "accepted", "softmax", "preference", "bradley-terry", "cross-entropy"), "view": ("text", "length"), "span": ("mean", "sum", "logit", "none"), "prefixes": ("keep", "drop"), "ratio": ("token", "sequence", "none"), "reference_support": ("sample", "full"), "token_weight": ("one", "file", "teacher"), "consistency": ("any", "sft"),
+           "omega": ("one", "informative", "frontier", "accepted", "softmax", "preference", "bradley-terry", "cross-entropy"), "view": ("text", "length"), "span": ("mean", "sum", "logit", "none"), "prefixes": ("keep", "drop"), "ratio": ("token", "sequence", "none"), "reference_support": ("sample", "full"), "token_weight": ("one", "file", "teacher"), "consistency": ("any", "sft"),
            "norm": ("token", "sequence", "batch", "sum"), "advantage": ("none", "mean", "std"), "future": ("sum", "mean"), "baseline": ("none", "kl")}
 DESCENDS = {"k1": ("rkl",), "reward+k1": ("rkl",), "k2": ("rkl",), "k3": ("fkl",), "full": ("rkl", "fkl", "jsd", "mix"), "unit": ("rkl",), "sorted": ("none",)}
 REFUSED = {"k1-loss": "k1 differentiated as a loss has gradient 0 in expectation: use k1 (as an advantage), k2 (as a loss) or full",
@@ -289,7 +290,7 @@ def check(method):
         raise BadInput(f"omega_scale: expected above 0 for omega {method.omega}, came 0")
     if method.interpolation != 0.5 and method.divergence not in ("jsd", "mix"):
         raise BadInput(f"interpolation: goes with divergence jsd or mix, came {method.interpolation} with {method.divergence}")
-    if method.omega_scale != 1 and (pairs or method.omega in ("one", "informative")):
+    if method.omega_scale != 1 and (pairs or method.omega in ("one", "informative", "frontier")):
         raise BadInput(f"omega_scale: goes with omega accepted, softmax or preference, came {method.omega_scale} with {method.omega}")
     if method.teacher_weight != 1 and c != "reward+k1":
         raise BadInput(f"teacher_weight: weighs the teacher's term against the reward's: goes with coefficient reward+k1, came {c}")
@@ -337,6 +338,7 @@ def sequence_weights(method, rewards):
 
     one            1                                            sequence_weights([1, .5, 0]) -> [1, 1, 1]
     informative    0 if the whole group has one reward, else 1  (DAPO)
+    frontier       p (1 - p), p the group's mean reward: prompts that are neither mastered nor out of reach (PACED)   -> [.25, .25, .25]
     accepted       1 if the reward reaches omega_scale, else 0  (RFT)               -> [1, 0, 0]
     softmax        n times the softmax of reward / omega_scale  (mean 1)            -> [1.520, 0.922, 0.559]
     preference     +1 the best, -1 the worst, 0 the others and ties; preference_weights scales them (DPO)   -> [1, 0, -1]"""
@@ -344,6 +346,9 @@ def sequence_weights(method, rewards):
         return [float(r >= method.omega_scale) for r in rewards]
     if method.omega == "softmax":
         return (len(rewards) * torch.softmax(torch.tensor(rewards, dtype=torch.float64) / method.omega_scale, 0)).tolist()
+    if method.omega == "frontier":
+        p = sum(rewards) / len(rewards)
+        return [p * (1 - p)] * len(rewards)
     if method.omega == "informative":
         return [float(max(rewards) > min(rewards))] * len(rewards)
     if method.omega == "preference":

@@ -163,6 +163,8 @@ def naive_omegas(row, rewards, log_ratios):
     if row.omega == "softmax":
         e = [math.exp(r / row.omega_scale) for r in rewards]
         return [len(e) * x / sum(e) for x in e]
+    if row.omega == "frontier":
+        return [(rate := math.fsum(rewards) / len(rewards)) - rate ** 2] * len(rewards)
     if row.omega == "preference":  # -log sigmoid(h), averaged over pairs, is a sum over pairs * 2 / answers
         h = row.omega_scale * (log_ratios[best] - log_ratios[worst])
         pull = 2 * row.omega_scale / (1 + math.exp(h))
