@@ -23,7 +23,7 @@ may be a few tokens of luck.  A mistake is a call that the tool could not read; 
 train.py --method sod multiplies the teacher's term, not the reward's.  A masked token counts neither in d_k nor in the loss; a step of masked tokens
 alone has no d_k (NaN) and counts nowhere: d_1 is then that of the next.
 
-`drift --model STUDENT` asks what the weights are for.  Prop. 2: where the teacher finds none of its own in the context, the signal-to-noise ratio of its
+`drift --model STUDENT` asks what the weights are for.  Prop. 2: in contexts where the teacher would never have come, the signal-to-noise ratio of its
 gradient goes to 0.  Prop. 3 bounds what the weights leave of its size.  Of the gradients g_i of (log p_T - log pi) log pi(y_t), its first factor
 held fixed, summed over the tokens of a step or an episode:
 
