@@ -37,25 +37,8 @@ Splits: a problem belongs to train, dev or held-out by the hash of its text, so 
 The corpora are made of train problems only.  `facts` is new knowledge that costs an old skill: arbitrary pairs to learn by heart,
 `37:?` / `#82`, as a corpus and, in `facts_prompts`, as questions.
 
---task forks is a world so small that every answer of a model can be listed with its probability (`eval.py support`), to
-ask which answers a policy can write at all before and after a training run, and which of them the run brought in, lost or
-only reweighted (2604.07941, sections on effective support).  There are 8 problems, a digit x each, `3=?`.  An answer is a
-route of two letters, a line break with the mark, and a digit, `bb / #4`: five tokens with the end token, for the break and
-its # are one.  It is right when the digit is x + 1 (7 is followed by 0), whatever the route, so no beginning is beyond
-recovery.  What the corpora contain decides what a model pre-trained on them can reach:
-
-    base        for the student.  30 % route aa, of which a third right: the branch that it has and uses badly.  60 % route
-                cc, the digit at random: its habit.  10 % ac and ca, at random.  No text has a b: the branch it lacks.
-    teacher     45 % aa right, 45 % bb right, and 10 % any route over abc, right: it knows the way on from any prefix.
-    demos_both  aa and bb, half and half, all right;  demos_a  aa only;  demos_b  bb only: the narrow demonstrations
-    corrupt     prompts, not texts: each problem with the first letters of the answer given, c, ab, cb or b
-
-The rarest pair of base, a digit after ac, has an occupancy of 0.05 / (8 digits x 8 problems x 5 tokens) = 1.6e-4: at eps 1e-4
-the support of a student is what base contains.  The right third of aa is faint among so much chance: taught base from nothing, a
-student has the routes after 500 steps of 64 texts and the third after about 2000; 150 steps of demos_a before 1000 of base do it.
-
-All three splits hold the same 8 problems, for there are no others: this world asks what a policy can write, not whether
-it generalises.
+--task forks is a world so small that every answer of a model can be listed with its probability, to ask which answers a policy can write at all
+before and after a training run (forks.py, `eval.py support`).
 
 Every file has random numbers of its own, so asking for more of one changes no other.
 
@@ -65,7 +48,6 @@ Its `clean` teaches to call, to go on after an error and to try again in an --ou
 Simplifications: 1. three tasks; 2. answers are 2-60 characters (30 terms: up to 250; a loop: 320); 3. the "web" is a script; 4. totals stay in 0..40.
 """
 import hashlib
-import itertools
 import json
 import re
 import shutil
@@ -76,6 +58,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import agents
+import forks
 import records
 
 STYLES = ("lines", "chain", "totals", "ledger")
@@ -194,55 +177,6 @@ def with_loops(rng, terms, make_answer, share, styles, length):
 
 # ---------------------------------------------------------------------------------------------- the world of forks
 
-DIGITS, LETTERS = 8, "abc"
-FORK_SIZE = (32, 2, 4)
-FORK_SYMBOLS = "01234567abc#=?\n"
-FORK_MERGES = [("\n", "#")]  # rubric.py finds a final answer where a line begins with #; as one token it adds no level to the tree
-FORK_PREFIXES = ("c", "ab", "cb", "b")
-
-
-def fork_problems(rng, split):
-    """Endless problems [x], x a random digit in 0..7; there are no others, so `split` makes no difference."""
-    while True:
-        yield [int(rng.integers(DIGITS))]
-
-
-def successor(terms):
-    """The right digit: [3] -> 4, [7] -> 0."""
-    return (terms[0] + 1) % DIGITS
-
-
-def fork_answer(route, digit):
-    """fork_answer("bb", 4) -> "bb\\n#4": tokens b, b, line break with #, 4, and the end token."""
-    return f"{route}\n#{digit}"
-
-
-def base_answer(rng, terms):
-    """30 % route aa, a third of it right; 60 % route cc and 10 % ac or ca, the digit at random (so an eighth right)."""
-    kind = rng.random()
-    if kind < 0.30:
-        slip = 0 if rng.random() < 1 / 3 else int(rng.integers(1, DIGITS))
-        return fork_answer("aa", (successor(terms) + slip) % DIGITS)
-    return fork_answer("cc" if kind < 0.90 else str(rng.choice(["ac", "ca"])), int(rng.integers(DIGITS)))
-
-
-def teacher_answer(rng, terms):
-    """Always right: 45 % route aa, 45 % bb, 10 % any of the nine routes."""
-    kind = rng.random()
-    if kind < 0.90:
-        return fork_answer("aa" if kind < 0.45 else "bb", successor(terms))
-    return fork_answer("".join(rng.choice(list(LETTERS), 2)), successor(terms))
-
-
-def demonstration(*routes):
-    """A maker of right answers by one of these routes, each as often as another."""
-    return lambda rng, terms: fork_answer(str(rng.choice(routes)), successor(terms))
-
-
-FORK_CORPORA = {"base": base_answer, "teacher": teacher_answer, "demos_both": demonstration("aa", "bb"), "demos_a": demonstration("aa"),
-                "demos_b": demonstration("bb")}
-
-
 # ---------------------------------------------------------------------------------------------- files
 
 def question(terms):
@@ -268,23 +202,8 @@ def write_prompts(path, rng, split, count, prefix, lengths):
     records.write_atomically(path, (json.dumps(r) + "\n" for r in rows))
 
 
-def write_fork_prompts(path, count, prefix):
-    """The 8 problems in turn, `count` ids: any run of 8 lines holds each problem once."""
-    records.write_atomically(path, (json.dumps({"id": f"{prefix}{i:05d}", "messages": question([i % DIGITS]),
-                                                "answer": str(successor([i % DIGITS]))}) + "\n" for i in range(count)))
-
-
-def write_corrupt_prompts(path):
-    """Problems whose answer has begun already: the last message is the assistant's, for rollout.py to go on from."""
-    rows = ({"id": f"{letters}-{x}", "messages": question([x]) + [{"role": "assistant", "content": letters}], "answer": str(successor([x]))}
-            for letters, x in itertools.product(FORK_PREFIXES, range(DIGITS)))
-    records.write_atomically(path, (json.dumps(row) + "\n" for row in rows))
-
-
-def write_corpus(path, rng, make_answer, count, make_problems=problems):
-    """A corpus is a file of `answers` that bring their question along, ready for `train.py --method sft`."""
-    source = make_problems(rng, "train")
-
+def write_corpus(path, rng, make_answer, count, source):
+    """A corpus is a file of `answers` that bring their question along, ready for `train.py --method sft`.  source: an iterator of problems."""
     def rows():
         for i in range(count):
             terms = next(source)
@@ -394,7 +313,8 @@ def fill_sums(folder, args):
         corpora |= {"looping": (6, partial(loops, make_answer=clean, share=args.loop_share), args.loops),
                     "planted": (7, partial(loops, make_answer=mixed, share=args.planted_share), args.loops)}
     for name, (number, make_answer, count) in corpora.items():
-        write_corpus(folder / f"{name}.jsonl", np.random.default_rng([args.seed, number]), make_answer, count, partial(problems, terms=args.terms))
+        rng = np.random.default_rng([args.seed, number])
+        write_corpus(folder / f"{name}.jsonl", rng, make_answer, count, problems(rng, "train", args.terms))
     write_facts(folder, np.random.default_rng([args.seed, 5]), args.facts)
     models = {"student": (), "teacher": (), "teacher_merged_digits": TWO_DIGITS}
     if args.student_merges:
@@ -414,17 +334,21 @@ def fill_sums(folder, args):
 
 def fill_forks(folder, args):
     """Everything of --task forks; returns the same."""
-    for split, count, prefix in (("train", args.train_prompts, "t"), ("dev", DIGITS, "d"), ("heldout", DIGITS, "h")):
-        write_fork_prompts(folder / f"{split}.jsonl", count, prefix)
-    write_corrupt_prompts(folder / "corrupt.jsonl")
-    for number, (name, make_answer) in enumerate(FORK_CORPORA.items()):
-        write_corpus(folder / f"{name}.jsonl", np.random.default_rng([args.seed, number]), make_answer, args.texts, fork_problems)
+    digits = forks.DIGITS
+    for split, count, prefix in (("train", args.train_prompts, "t"), ("dev", digits, "d"), ("heldout", digits, "h")):  # in turn: any run of 8 lines holds each problem once
+        rows = ({"id": f"{prefix}{i:05d}", "messages": question([i % digits]), "answer": str(forks.successor([i % digits]))} for i in range(count))
+        records.write_atomically(folder / f"{split}.jsonl", (json.dumps(row) + "\n" for row in rows))
+    corrupt = [{"id": f"{letters}-{x}", "messages": question([x]) + [{"role": "assistant", "content": letters}], "answer": str(forks.successor([x]))}
+               for letters in forks.PREFIXES for x in range(digits)]  # the last message is the assistant's, for rollout.py to go on from
+    records.write_atomically(folder / "corrupt.jsonl", (json.dumps(row) + "\n" for row in corrupt))
+    for number, (name, make_answer) in enumerate(forks.CORPORA.items()):
+        rng = np.random.default_rng([args.seed, number])
+        write_corpus(folder / f"{name}.jsonl", rng, make_answer, args.texts, forks.problems(rng))
     for number, name in enumerate(("student", "teacher")):  # of one size: the same seed would make them the same model
-        write_model(folder / name, build_tokenizer(FORK_SYMBOLS, FORK_MERGES), FORK_SIZE, 2 * args.seed + number)
-    corrupt = len(FORK_PREFIXES) * DIGITS
-    counts = {"train": args.train_prompts, "heldout": DIGITS, "corrupt": corrupt, "texts": args.texts}
-    return counts, (f"{args.train_prompts} train, {DIGITS} dev and heldout, {corrupt} corrupt prompts, {args.texts} texts in each of "
-                    f"{', '.join(FORK_CORPORA)}, 2 untrained models")
+        write_model(folder / name, build_tokenizer(forks.SYMBOLS, forks.MERGES), forks.SIZE, 2 * args.seed + number)
+    counts = {"train": args.train_prompts, "heldout": digits, "corrupt": len(corrupt), "texts": args.texts}
+    return counts, (f"{args.train_prompts} train, {digits} dev and heldout, {len(corrupt)} corrupt prompts, {args.texts} texts in each of "
+                    f"{', '.join(forks.CORPORA)}, 2 untrained models")
 
 
 def check_tools(args):
