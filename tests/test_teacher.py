@@ -156,6 +156,17 @@ def test_shuffled_scores_are_the_same_numbers_at_other_tokens(world, tmp_path):
     assert [(s["rollout"], len(s["logprobs"])) for s in before] == [(s["rollout"], len(s["logprobs"])) for s in after]
 
 
+def test_a_tools_tokens_keep_their_scores_when_the_others_are_dealt_out(agents, tmp_path, capsys):
+    teacher.main(argv("shuffle", scores=agents.scores, rollouts=agents.rollouts, out=tmp_path / "null.jsonl"))
+    before, after, masks = by_key(load(agents.scores)), by_key(load(tmp_path / "null.jsonl")), {key: np.array(r["loss_mask"], bool) for key, r in by_key(load(agents.rollouts)).items()}
+    own, tools = ([np.concatenate([np.array(rows[key]["logprobs"])[mask if kept else ~mask] for key, mask in masks.items()]) for rows in (before, after)] for kept in (True, False))
+    assert len(tools[0]) > 50 and np.array_equal(*tools)
+    assert np.array_equal(*map(np.sort, own)) and np.mean(own[0] == own[1]) < 0.2
+    part = dump(tmp_path / "part.jsonl", load(agents.rollouts)[:-1])
+    message = refusal(teacher.main, argv("shuffle", scores=agents.scores, rollouts=part, out=tmp_path / "x.jsonl"), capsys)
+    assert "expected the scores of a rollout of" in message and str(agents.scores) in message
+
+
 def test_masked_tokens_are_scored_too(world, tmp_path):
     rows = [dict(r, loss_mask=[0] * len(r["loss_mask"])) for r in load(world.rollouts)]
     _, scores = score(world, tmp_path / "s.jsonl", rollouts=dump(tmp_path / "r.jsonl", rows))
