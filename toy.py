@@ -31,6 +31,8 @@ Flags make other worlds of it; the prompts of one --seed and --terms are the sam
                                 already.  A loop is 7+5=12 / 12-3=9 / 12-3=9 / 12-3=9 / ... for 320 characters: no #, no end token
     --student-merges 16         one more untrained student, `student_merged`, whose vocabulary has 16 tokens of several characters, learnt by BPE from
                                 `clean`; 20:40 in place of 16: the numbers from 20 to 40 as one token each.  The teacher spells them out (2605.07711)
+    --hints 0.5                 half of `clean` answers a question with its solution behind it: a model that can use a solution which it is told (2601.18734).
+                                `told_train`, `told_dev` and `told_heldout` are prompts like that, `wrong_train` those with the solution of another problem
     --second-end                the teacher ends an answer with <|eot|>, its student with <|end|>, in one vocabulary (2609.20511)
 
 Splits: a problem belongs to train, dev or held-out by the hash of its text, so no file can share one with another.
@@ -183,6 +185,11 @@ def question(terms):
     return [{"role": "user", "content": expression_of(terms) + "=?"}]
 
 
+def telling(messages, solution):
+    """The question with a solution behind it."""
+    return [messages[0] | {"content": messages[0]["content"] + "\n" + solution}]
+
+
 def write_prompts(path, rng, split, count, prefix, lengths):
     seen, rows, repeats = set(), [], 0
     source = problems(rng, split, lengths)
@@ -202,16 +209,35 @@ def write_prompts(path, rng, split, count, prefix, lengths):
     records.write_atomically(path, (json.dumps(r) + "\n" for r in rows))
 
 
-def write_corpus(path, rng, make_answer, count, source):
-    """A corpus is a file of `answers` that bring their question along, ready for `train.py --method sft`.  source: an iterator of problems."""
+def write_corpus(path, rng, make_answer, count, source, hints=0.0):
+    """A corpus is a file of `answers` that bring their question along, ready for `train.py --method sft`.  source: an iterator of problems;
+    hints: share of questions with a solution behind them."""
+    coin = rng.spawn(1)[0]  # numbers of its own: the texts are those of a corpus without hints
+
     def rows():
         for i in range(count):
             terms = next(source)
             text = make_answer(rng, terms)
+            asked = question(terms) if coin.random() >= hints else telling(question(terms), write_work(terms, running_totals(terms), "lines"))
             finish = "stop" if "#" in text else "length"  # a loop did not end, and training adds an end token only to what did
             yield json.dumps({"id": f"c{i:06d}", "sample": 0, "policy": {"model": f"toy.py {path.stem}"},
-                              "messages": question(terms), "text": text, "finish_reason": finish}) + "\n"
+                              "messages": asked, "text": text, "finish_reason": finish}) + "\n"
     records.write_atomically(path, rows())
+
+
+def write_told(folder, rng):
+    """Prompts with a solution behind the question: in `told_*` its own, in `wrong_train` that of another problem with another answer."""
+    splits = {split: [json.loads(line) for line in open(folder / f"{split}.jsonl", encoding="utf-8")] for split in ("train", "dev", "heldout")}
+    train = splits["train"]
+    wrong = []
+    for row in train:
+        others = [other for other in rng.choice(train, 64) if other["answer"] != row["answer"]]
+        if not others:
+            raise records.BadInput(f"--hints: expected --train-prompts with different answers, for a wrong solution is another's, came {len(train)} of which nearly all have {row['answer']}")
+        wrong.append(row | {"messages": telling(row["messages"], others[0]["solution"])})
+    told = {f"told_{split}": [row | {"messages": telling(row["messages"], row["solution"])} for row in rows] for split, rows in splits.items()}
+    for name, rows in (told | {"wrong_train": wrong}).items():
+        records.write_atomically(folder / f"{name}.jsonl", (json.dumps(row) + "\n" for row in rows))
 
 
 def write_facts(folder, rng, count):
@@ -287,7 +313,7 @@ def check_sums(args):
     if args.slips is not None and args.right is not None:
         raise records.BadInput(f"--right {args.right}: belongs to mixed text of several kinds, expected no --slips with it")
     args.right = 0.1 if args.right is None else args.right
-    for name in ("slips", "right", "loop_share", "planted_share"):
+    for name in ("slips", "right", "hints", "loop_share", "planted_share"):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
             raise records.BadInput(f"--{name.replace('_', '-')}: expected a share from 0 to 1, came {getattr(args, name)}")
     if args.student_merges is not None:
@@ -314,7 +340,9 @@ def fill_sums(folder, args):
                     "planted": (7, partial(loops, make_answer=mixed, share=args.planted_share), args.loops)}
     for name, (number, make_answer, count) in corpora.items():
         rng = np.random.default_rng([args.seed, number])
-        write_corpus(folder / f"{name}.jsonl", rng, make_answer, count, problems(rng, "train", args.terms))
+        write_corpus(folder / f"{name}.jsonl", rng, make_answer, count, problems(rng, "train", args.terms), args.hints if name == "clean" else 0)
+    if args.hints:
+        write_told(folder, np.random.default_rng([args.seed, 8]))
     write_facts(folder, np.random.default_rng([args.seed, 5]), args.facts)
     models = {"student": (), "teacher": (), "teacher_merged_digits": TWO_DIGITS}
     if args.student_merges:
@@ -398,7 +426,7 @@ def fill_tools(folder, args):
 
 
 TASKS = {"sums": (fill_sums, {"eval_prompts": 200, "clean": 100000, "mixed": 16000, "facts": 32, "terms": "2:6", "styles": ",".join(STYLES),
-                              "slips": None, "right": None, "loops": 0, **dict.fromkeys(LOOP_FLAGS), "student_merges": None, "second_end": False}),  # check_sums fills in LOOP_FLAGS
+                              "slips": None, "right": None, "hints": 0.0, "loops": 0, **dict.fromkeys(LOOP_FLAGS), "student_merges": None, "second_end": False}),  # check_sums fills in LOOP_FLAGS
          "forks": (fill_forks, {"texts": 32000}),
          "tools": (fill_tools, {"eval_prompts": 200, "clean": 40000, "mixed": 16000, "terms": "2:5", "outage": 0.1})}
 
@@ -416,6 +444,7 @@ def main(argv=None):
     p.add_argument("--styles", metavar="STYLE,STYLE", help="sums: styles of the texts (default: all four); solutions of prompts stay in lines")
     p.add_argument("--slips", type=float, metavar="SHARE", help="sums: mixed is right work, with a slip in this share (default: mixed as above)")
     p.add_argument("--right", type=float, metavar="SHARE", help="sums: share of right work in mixed (default: 0.1)")
+    p.add_argument("--hints", type=float, metavar="SHARE", help="sums: share of clean whose question has a solution behind it (default: 0)")
     p.add_argument("--loops", type=int, metavar="N", help="sums: also write looping.jsonl and planted.jsonl, N texts each (default: 0, neither)")
     p.add_argument("--loop-share", type=float, metavar="SHARE", help="sums: loops in looping.jsonl (default: 0.07): a teacher's copy prior")
     p.add_argument("--planted-share", type=float, metavar="SHARE", help="sums: loops in planted.jsonl (default: 0.4): a student's disease")
