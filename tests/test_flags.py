@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = ["toy.py", "rollout.py", "teacher.py", "rubric.py", "train.py", "eval.py", "support.py", "recipes/__init__.py", "recipes/ropd.py", "recipes/opd.py",
          "recipes/unified.py", "recipes/lightning.py", "recipes/prefix.py", "recipes/stable.py", "recipes/sparse_to_dense.py", "recipes/gad.py",
-         "recipes/gad_toy.py", "recipes/simct.py", "recipes/sod.py", "weigh.py", "stepweights.py", "align.py", "units.py"]
+         "recipes/gad_toy.py", "recipes/simct.py", "recipes/sod.py", "recipes/opsd.py", "weigh.py", "stepweights.py", "align.py", "units.py"]
 # a flag may be read in a file that its stage hands `args` to
 READERS = {"rollout.py": ["served.py"], "teacher.py": ["rollout.py", "served.py"], "rubric.py": ["served.py"], "units.py": ["rollout.py"], "train.py": ["data.py"],
            "recipes/__init__.py": ["recipes/opd.py"], "recipes/opd.py": ["recipes/ropd.py"]}
@@ -46,7 +46,7 @@ def test_the_check_notices_a_dead_flag(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", ["toy.py", "rollout.py", "teacher.py answer", "teacher.py score", "teacher.py shuffle", "weigh.py cut", "weigh.py null", "weigh.py steps", "weigh.py drift", "rubric.py create", "rubric.py grade",
                                      "train.py", "eval.py", "eval.py support", "records.py check", "recipes/ropd.py", "recipes/opd.py", "recipes/unified.py",
-                                     "recipes/lightning.py", "recipes/prefix.py", "recipes/stable.py", "recipes/sod.py", "eval.py gaps"])
+                                     "recipes/lightning.py", "recipes/prefix.py", "recipes/stable.py", "recipes/sod.py", "recipes/opsd.py", "eval.py gaps"])
 def test_help_opens_with_a_runnable_example_and_unknown_flags_fail(command, capsys):
     file, *words = command.split()
     main = importlib.import_module(file.removesuffix(".py").replace("/", ".")).main

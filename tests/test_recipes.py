@@ -17,7 +17,8 @@ from recipes.sparse_to_dense import check_start, groups
 METHODS = {"opd": ("sft", "seqkd", "fkl", "opd", "opd-full", "gkd", "dagger", "ppo-clip"), "unified": ("sft", "seqkd", "fkl", "rft", "dpo", "grpo", "opd-full", "dagger", "gkd"),
            "lightning": ("sft", "seqkd", "lightning"), "prefix": ("sft", "opd", "release"), "stable": ("sft", "stable-opd"),
            "sparse_to_dense": ("sft", "grpo", "fkl", "opd-full", "seqkd"), "gad": ("sft", "seqkd", "discriminator", "gad"),
-           "simct": ("sft", "seqkd", "simple-opd", "simct", "opd", "uld", "opd-full"), "sod": ("sft", "seqkd", "opd-grpo", "opd", "sod")}
+           "simct": ("sft", "seqkd", "simple-opd", "simct", "opd", "uld", "opd-full"), "sod": ("sft", "seqkd", "opd-grpo", "opd", "sod"),
+           "opsd": ("sft", "opd", "opd-full", "grpo", "rwsft")}
 
 
 @pytest.mark.parametrize("low, high, test, bound, want", [

@@ -304,6 +304,28 @@ def test_loops_change_no_other_file_and_without_them_there_is_none(tmp_path):
     assert {len(r["text"]) for r in load(tmp_path / "shorter" / "looping.jsonl")} == {300}
 
 
+def test_hints_put_a_solution_behind_half_of_the_questions_and_change_no_text(tmp_path):
+    plain, told = tmp_path / "plain", tmp_path / "told"
+    toy.main(argv(out=plain, **SMALL | dict(clean=400)))
+    toy.main(argv(out=told, hints=0.5, **SMALL | dict(clean=400)))
+    before, after = load(plain / "clean.jsonl"), load(told / "clean.jsonl")
+    assert [r["text"] for r in before] == [r["text"] for r in after]
+    asked = [(a["messages"][0]["content"], b["messages"][0]["content"]) for a, b in zip(before, after)]
+    assert 160 < sum(a != b for a, b in asked) < 240
+    for (a, b), row in zip(asked, after):
+        assert a == b or b == f"{a}\n{b[len(a) + 1:]}" and b.splitlines()[-1] == "#" + row["text"].split("#")[1], "the told solution ends in the text's own result"
+    for name in ("train", "dev", "heldout", "mixed", "facts"):
+        assert (plain / f"{name}.jsonl").read_text() == (told / f"{name}.jsonl").read_text()
+    for split in ("train", "dev", "heldout"):
+        for row, more in zip(load(told / f"{split}.jsonl"), load(told / f"told_{split}.jsonl"), strict=True):
+            assert more == row | {"messages": [{"role": "user", "content": row["messages"][0]["content"] + "\n" + row["solution"]}]}
+    by_question = {r["messages"][0]["content"]: r for r in load(told / "train.jsonl")}
+    for row, more in zip(load(told / "train.jsonl"), load(told / "wrong_train.jsonl"), strict=True):
+        question, solution = more["messages"][0]["content"].split("\n", 1)
+        assert by_question[question] == row and solution in {r["solution"] for r in by_question.values()} and solution.splitlines()[-1] != "#" + row["answer"] and more["answer"] == row["answer"]
+    assert not (plain / "told_train.jsonl").exists()
+
+
 def test_with_a_second_end_teacher_and_student_share_a_vocabulary_and_end_differently(tmp_path, monkeypatch):
     import data
     import rollout
@@ -462,7 +484,7 @@ def test_flags_of_the_other_task_are_refused(tmp_path, capsys):
         message = refusal(toy.main, argv(task=task, out=tmp_path / "x", **{flag: 5}), capsys)
         assert f"--{flag.replace('_', '-')} 5: belongs to --task" in message
     for flag, value, shown in (("loops", 0, " 0"), ("slips", 0, " 0.0"), ("loop_share", 0.5, " 0.5"), ("planted_share", 0.5, " 0.5"), ("terms", "2:6", " 2:6"),
-                               ("styles", "lines,ledger", " lines,ledger"), ("second_end", True, "")):
+                               ("styles", "lines,ledger", " lines,ledger"), ("hints", 0.5, " 0.5"), ("second_end", True, "")):
         message = refusal(toy.main, argv(task="forks", out=tmp_path / "x", **{flag: value}), capsys)
         assert f"--{flag.replace('_', '-')}{shown}: belongs to --task sums{' or tools' * (flag == 'terms')}, expected no such flag with --task forks" in message
     assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
