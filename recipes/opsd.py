@@ -55,6 +55,8 @@ CLAIMS = [
     Claim("...than the solutions, imitated", "opsd − sft", gap("opsd", "sft")),
     Claim("the whole distribution teaches more than one number a token", "full − opsd", gap("full", "opsd")),
     Claim("a teacher that learns along teaches more", "live − opsd", gap("live", "opsd")),
+    Claim("...it takes the student with it", "live − before", gap("live", "before"), "below"),
+    Claim("the student comes to use a solution less well, too", "told_accuracy(opsd) − told_accuracy(before)", gap("opsd", "before", "told_accuracy"), "below"),
     Claim("it does not pass what it does when told", "opsd − told", gap("opsd", "told"), "below"),
     Claim("answers grow shorter", "length(opsd) − length(before)", gap("opsd", "before", "length_mean"), "below"),
 ]
