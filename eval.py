@@ -178,6 +178,8 @@ def evaluate(argv):
                            "final answer, but there is none")
     if args.model:
         import rollout
+        if any(word.startswith(("--slice", "--shard")) for word in sampling) and not args.partial:
+            raise BadInput("--slice, --shard: leave prompts out, which another accuracy is: say --partial if it is meant")
         args.rollouts = args.out.removesuffix(".jsonl") + ".rollouts.jsonl"
         rollout.main(["--model", args.model, "--prompts", args.prompts, "--n", str(16 if args.n is None else args.n), "--out", args.rollouts,
                       *["--overwrite"] * args.overwrite, *sampling])

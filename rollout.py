@@ -311,7 +311,7 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
             going = (~stopped).nonzero()[:, 0]
             if not len(going):
                 break
-            cache.batch_select_indices(going)
+            cache.reorder_cache(going)  # which layers with a recurrent state have, too
             tokens, mask, position, limits, rows = tokens[going], mask[going], position[going], limits[going], rows[going.cpu().numpy()]
         ids = tokens[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)

@@ -154,7 +154,7 @@ def other_prompts(args, tokenizer, rollouts):
     """{prompt id: token ids} of what the teacher reads in place of the student's prompts; {} without --prompts."""
     prompts, found = records.Table(args.prompts, "prompts") if args.prompts else None, {}
     for name, _ in rollouts.keys() if prompts else ():
-        if name not in found:
+        if name not in found:  # keys are strings, whatever the ids
             if (name,) not in prompts:
                 raise BadInput(f"{args.prompts}: expected a prompt {name!r}, which {args.rollouts} answers, but there is none")
             prompt = prompts[name,]
@@ -218,7 +218,7 @@ def score(argv):
     context = other_prompts(args, tokenizer, rollouts)
 
     def read(rollout):  # as the teacher reads it
-        return rollout | {"prompt_ids": context[rollout["id"]]} if context else rollout
+        return rollout | {"prompt_ids": context[str(rollout["id"])]} if context else rollout
     same, lengths, proposer = [token_pair(text, policy.tokenizer) for text in args.same_token], [], None
     for rollout in rollouts:
         key = records.key_of(rollout, "rollouts")

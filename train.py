@@ -341,7 +341,7 @@ def check_inputs(args, method):
             raise BadInput(f"{row}: {given[0]} is given, but this method does not read it")
         if len(given) > 1:
             raise BadInput(f"{' and '.join(given)} both say what the teacher thinks: give one of them")
-    if method.prefix == "self" and args.prompts:
+    if method.prefix == "self" and args.prompts and not args.data:
         raise BadInput(f"{row}: --prompts is given, but rollouts bring their prompt's tokens along")
     if args.teacher_top_k is not None and not (args.teacher and method.support):
         raise BadInput("--teacher-top-k: how much of a --teacher's distribution is read: needs --teacher and a method that reads a distribution")
@@ -451,7 +451,11 @@ def main(argv=None):
             print(f"train.py: {out}: complete already, {summary['steps']} steps")
             return summary
         if out.exists():
-            raise BadInput(f"{out}: exists and is not a training run of this stage: give another --out, or --overwrite")
+            raise BadInput(f"{out}: exists and is not a training run of this stage: give another --out")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / "trainer" / "state.json").exists():
+        raise BadInput(f"--overwrite: replaces a training run, and {out} is none: give another --out")
+    elif inside := [path for path in vars(args).values() if isinstance(path, str) and path != args.out and Path(path).exists() and out.resolve() in Path(path).resolve().parents]:
+        raise BadInput(f"--overwrite: would delete {inside[0]}, which this run reads, with {out}: give another --out")
 
     load = functools.partial(load_scorer, seed=args.seed, view=method.view) if method.scalar else load_policy
     policy = load(args.model, args.dtype, args.device, args.template_options, run["weights"])

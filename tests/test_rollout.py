@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import argv, by_key, dump, kill_while_writing, load, naive_own, refusal, run_program, variant
+from conftest import argv, by_key, dump, kill_while_writing, load, naive_model, naive_own, refusal, run_program, variant
 
 import rollout
 import teacher
@@ -26,7 +26,7 @@ class Successor(torch.nn.Module):
     at t is read for token t + 1, whatever the padding."""
 
     class Cache:
-        def batch_select_indices(self, rows):
+        def reorder_cache(self, rows):
             pass
 
     def __init__(self):
@@ -493,3 +493,20 @@ def test_a_last_message_of_the_assistants_is_continued_locally_and_by_a_server(w
         rollout.main(argv(model=world.base, base_url=fake.base_url, prompts=begun, n=1, max_tokens=4, out=tmp_path / "s.jsonl"))
         assert fake.bodies()[-1]["continue_final_message"] and not fake.bodies()[-1]["add_generation_prompt"]
     assert load(tmp_path / "s.jsonl")[0]["prompt_ids"] == load(tmp_path / "r.jsonl")[0]["prompt_ids"]
+
+
+def test_a_model_with_a_recurrent_state_goes_on_when_a_row_has_ended(world, tmp_path):
+    """Hybrid models: their layers' states follow the rows that are left; against a forward pass over whole answers."""
+    import transformers
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.Lfm2Config(vocab_size=24, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                                                                                   layer_types=["conv", "full_attention"], tie_word_embeddings=False)).eval()
+    tokenizer = rollout.load_tokenizer(world.base)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(tmp_path / "hybrid")
+    tokenizer.save_pretrained(tmp_path / "hybrid")
+    rows = sample(world, tmp_path / "r.jsonl", model=tmp_path / "hybrid", slice=":4", max_tokens=40)
+    assert len({len(r["response_ids"]) for r in rows.values()}) > 3
+    naive = naive_model(tmp_path / "hybrid")
+    for r in rows.values():
+        np.testing.assert_allclose(r["logprobs"], naive_own(naive, r), atol=1e-4, rtol=0)

@@ -294,3 +294,11 @@ def test_cache_saves_the_second_run(files):
 def test_combinations_that_make_no_sense_are_refused(files, extra):
     with pytest.raises(BadInput):
         grade(files, *extra)
+
+
+@pytest.mark.parametrize("text, answer, right", [
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", True), (r"\boxed{3} and \boxed{\frac{3}{1}}", "3", False), (r"\boxed{4} and \boxed{5", "4", True), (r"\boxed{12}", "1,2", False), ("#1,024", "1024.0", True),
+    (r"\boxed{12345678901234567891}", "12345678901234567890", False), ("#12\r\n", "12", True), ("#### 18\n\n# Note", "18", True), (r"<think>maybe \boxed{5}? no wait", "5", False),
+    (r"<think>\boxed{5}</think> #7", "7", True), ("#5\n<think>#7</think>", "5", False), ("# 012", "12", True)])
+def test_answers_as_real_models_write_them(text, answer, right):
+    assert rubric.is_correct(text, answer) is right

@@ -127,6 +127,14 @@ def test_a_teacher_may_read_more_than_the_student(world, base64bit, tmp_path, ca
     assert "hint" in message and "another --out" in message  # half of a file with the answer, half without
 
 
+def test_ids_may_be_numbers(world, tmp_path):
+    numbers = {p["id"]: i for i, p in enumerate(load(world.prompts))}
+    prompts = dump(tmp_path / "p.jsonl", [p | {"id": numbers[p["id"]]} for p in load(world.prompts)])
+    rollouts = dump(tmp_path / "r.jsonl", [r | {"id": numbers[r["id"]]} for r in load(world.rollouts)])
+    summary = teacher.main(argv("score", model=world.base, rollouts=rollouts, out=tmp_path / "s.jsonl", prompts=prompts))
+    assert summary["records"] == len(load(world.rollouts)) and summary["gap_max"] < 1e-4
+
+
 def test_hints_are_filled_in(tmp_path):
     prompt = {"id": "a", "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2={?}"}, {"role": "assistant", "content": "It"}], "answer": 4}
     assert teacher.hinted(prompt, "{question} {{is}} {answer}", "f:1")["messages"] == [prompt["messages"][0], {"role": "user", "content": "2+2={?} {is} 4"}, prompt["messages"][2]]

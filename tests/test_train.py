@@ -805,6 +805,18 @@ def test_overwrite_never_deletes_the_model_it_starts_from(world, tmp_path, capsy
     assert moved(folder, world.base) == 0
 
 
+def test_overwrite_deletes_nothing_but_a_training_run(world, tmp_path, capsys):
+    """Neither a folder of somebody's, nor one that holds what the run reads."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("x")
+    flags = needs(world, "opd") | FAST | dict(method="opd", overwrite=True)
+    assert "replaces a training run" in refusal(train.main, argv(model=world.base, out=tmp_path / "notes", **flags), capsys)
+    run(world, tmp_path / "m")
+    inside = dump(tmp_path / "m" / "rollouts.jsonl", load(world.rollouts))
+    assert f"would delete {inside}" in refusal(train.main, argv(model=world.base, out=tmp_path / "m", **flags | dict(rollouts=inside)), capsys)
+    assert (tmp_path / "notes" / "thesis.txt").exists() and inside.exists() and (tmp_path / "m" / "model.safetensors").exists()
+
+
 def test_overwrite_keeps_the_old_run_when_the_new_one_is_refused(world, tmp_path, capsys):
     run(world, tmp_path / "m")
     flags = dict(needs(world, "opd"), scores=None, overwrite=True, **FAST)
