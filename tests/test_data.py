@@ -380,6 +380,15 @@ def test_scores_after_another_prompt_teach_but_are_no_reference(world, tmp_path,
     assert re.search(r"told.jsonl:\d+: context: expected scores after the student's own prompt", message)
 
 
+def test_golden_answers_may_be_texts_of_another_model(world, tmp_path):
+    """As an API gives them: no tokens, no messages; their prompts come from --prompts.  The same step as from the prompts' own solutions."""
+    golden = dump(tmp_path / "api.jsonl", [{"id": p["id"], "sample": 0, "policy": {"model": "api"}, "text": p["solution"], "finish_reason": "stop"} for p in load(world.prompts)])
+    flags = needs(world, "stable-opd")
+    for name, more in (("texts", dict(data=golden, prompts=world.prompts)), ("solutions", dict(data=world.prompts))):
+        train.main(argv(model=world.base, out=tmp_path / name, learning_rate=1e-3, **flags | more))
+    assert same_bits(weights(tmp_path / "texts"), weights(tmp_path / "solutions"))
+
+
 def test_sft_takes_the_solutions_of_a_prompts_file(world, tmp_path):
     """The same weights as from a file of answers that say the same, and a prompt without a solution is named."""
     prompts = load(world.prompts)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import argv, refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -499,3 +500,10 @@ def test_gaps_are_paired_by_seed_within_a_prefix(tmp_path):
     for wrong, words in ((["--arms", "z", "--against", "b"], "'z'"), (["--arms", "a", "--against", "z"], "'z'")):
         with pytest.raises(BadInput, match=words):
             evaluation.main(["gaps", str(path), *wrong, "--at", "share", "--out", str(tmp_path / "h.png")])
+
+
+def test_a_slice_of_the_prompts_is_measured_only_when_meant(world, tmp_path, capsys):
+    flags = dict(model=world.base, prompts=world.prompts, n=1, slice="0:2", max_tokens=8)
+    assert "--slice, --shard: leave prompts out" in refusal(evaluation.main, argv(out=tmp_path / "e.jsonl", **flags), capsys)
+    assert not (tmp_path / "e.rollouts.jsonl").exists()
+    assert evaluation.main(argv(out=tmp_path / "e.jsonl", partial=True, **flags))["answers"] == 2
