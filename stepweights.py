@@ -305,13 +305,13 @@ def look(episodes, weights, level=None):
             "left": left_of(episodes, weights), "left_quiet": left_of([episodes[i] for i in order], [weights[i] for i in order])}
 
 
-def signal_to_noise(policy, rollouts, scores, episodes, weights):
+def signal_to_noise(policy, rollouts, measure, episodes, weights):
     """`Spread.numbers` of the teacher's gradient: of calls by what stood before them ("start", else `events`), of all steps by what came of them, and of
     whole episodes by the rule that weights their steps (`mean` and `amount` have the ratio of `uniform`)."""
     after, outcome, rules = {}, {}, {}
     for rollout, e, each in zip(records.progress(rollouts, desc="gradients", unit="rollout", total=len(rollouts)), episodes, weights):
-        score, sums = scores[records.key_of(rollout, "rollouts")], dict.fromkeys([rule for rule in RULES if rule not in ("mean", "amount")], 0.0)
-        for k, (event, gradient) in enumerate(zip(["start", *events(e.came)], step_gradients(policy, rollout, score, whole(rollout)))):
+        (spans, _, _, score), sums = measure(rollout), dict.fromkeys([rule for rule in RULES if rule not in ("mean", "amount")], 0.0)
+        for k, (event, gradient) in enumerate(zip(["start", *events(e.came)], step_gradients(policy, rollout, score, spans))):
             if e.came[k] in ("result", "mistake", "outage"):
                 after.setdefault(event, Spread()).add(gradient)
             outcome.setdefault(e.came[k], Spread()).add(gradient)
@@ -366,7 +366,7 @@ def drift(argv):
     weights = all_weights(episodes)
     result = look(episodes, weights, level)
     if policy:
-        result["gradient"] = signal_to_noise(policy, rollouts, records.Table(args.scores, "scores"), episodes, weights)
+        result["gradient"] = signal_to_noise(policy, rollouts, measure, episodes, weights)
     records.write_atomically(args.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
     if args.plot:
         figure(result).savefig(args.plot)

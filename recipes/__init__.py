@@ -7,6 +7,7 @@ import importlib
 import json
 import platform
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -59,6 +60,16 @@ def imitate(run, model, corpus, steps, rate, seed, out, more=""):
     if not out.exists():
         run.stage(f"train.py --method sft --model {model} --rollouts {corpus} --out {out} --batch-size 64 --steps {steps} --learning-rate {rate} --adam-beta2 0.95 --seed {seed} "
                   f"--micro-batch-tokens 4096 {more}")
+
+
+def train_round(run, args, method, model, start, at, seed, rate, flags="", first=False):
+    """The end of a round: train.py on AT/rollouts.jsonl, into AT/model; the weights that it went on from are removed, but for `start`, the
+    arm's.  first: the optimiser begins anew.  Returns (the new model, the stage's summary)."""
+    done = run.stage(f"train.py --method {method} --model {model} --rollouts {at}/rollouts.jsonl {flags} --out {at}/model --batch-size {args.prompts // args.updates} --learning-rate {rate} "
+                     f"--seed {seed}" + " --fresh-optimizer" * first)
+    if model != start:
+        shutil.rmtree(model)
+    return at / "model", done
 
 
 def append_result(path, row):
@@ -117,6 +128,11 @@ class Claim(NamedTuple):
 def last(metric, arm, other=None):
     """value of a Claim: an arm's last `metric`, or what it is more than another arm's."""
     return lambda arms: arms[arm][-1][metric] - (arms[other][-1][metric] if other else 0)
+
+
+def gap(arm, other, metric="accuracy"):
+    """value of a Claim: what an arm's last accuracy, or another metric, is more than another arm's."""
+    return last(metric, arm, other)
 
 
 def verdict(low, high, test, bound):

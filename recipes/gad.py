@@ -39,7 +39,7 @@ import shutil
 import time
 
 import records
-from recipes import Claim, add_eval_flags, add_run_flags, begin, last, parse, report, run_arms, say, settle
+from recipes import Claim, add_eval_flags, add_run_flags, begin, gap, parse, report, run_arms, say, settle
 from recipes.ropd import add_world_flags, build_world, spoil_student
 
 WARM = dict(start="warm", judge="warm")
@@ -54,10 +54,6 @@ SHARED = ("rounds", "warm_rounds", "judge_rounds", "prompts", "n", "updates", "l
           "max_tokens", "base_steps", "teacher_steps", "style_steps", "spoil_steps", "spoil_lr", "eval_every", "eval_n", "final_n", "eval_split")
 SMOKE = dict(rounds=2, warm_rounds=2, judge_rounds=1, prompts=2, n=2, updates=1, max_tokens=8, base_steps=2, teacher_steps=4, style_steps=2, spoil_steps=2, eval_every=2, eval_n=1, final_n=1)
 COLUMNS = ("ood", "style", "length_mean", "length_gap", "truncated", "proxy", "margin", "judge_accuracy", "length_correlation", "score_std", "flat_groups", "paused", "seconds")
-
-
-def gap(arm, other, metric="accuracy"):
-    return last(metric, arm, other)
 
 
 def growth(arm, metric):

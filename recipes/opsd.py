@@ -8,9 +8,9 @@
 World: running sums.  Half of the texts that the base has read answer a question with its solution behind it, so it can copy; then the student reads
 careless text.  A round is 32 problems, 8 answers each, in 4 updates:
 
-    rollout.py                                     answers to the bare questions
-    teacher.py score --prompts told_train.jsonl         the student as it began, after the question with its solution
-    train.py --method opd                          reverse KL to that, one number a token
+    rollout.py                                      answers to the bare questions
+    teacher.py score --prompts told_train.jsonl     the student as it began, after the question with its solution
+    train.py --method opd                           reverse KL to that, one number a token
 
     before, told        as they start: the student; the student that is told the solutions of the held-out problems, too, which is what teaches
     opsd                the method
@@ -28,7 +28,7 @@ import shutil
 import time
 
 import records
-from recipes import Claim, add_eval_flags, add_run_flags, begin, imitate, last, parse, report, run_arms, say, settle
+from recipes import Claim, add_eval_flags, add_run_flags, begin, gap, imitate, parse, report, run_arms, say, settle, train_round
 
 ARMS = {"before": {}, "told": {}, "opsd": dict(method="opd"), "full": dict(method="opd-full"), "live": dict(method="opd", live=True), "wrong": dict(method="opd", prompts="wrong_train"),
         "blank": dict(method="opd", prompts="train"), "base": dict(method="opd", teacher="base"),
@@ -36,10 +36,6 @@ ARMS = {"before": {}, "told": {}, "opsd": dict(method="opd"), "full": dict(metho
 SHARED = ("rounds", "prompts", "n", "updates", "learning_rate", "sft_learning_rate", "max_tokens", "hints", "base_steps", "spoil_steps", "spoil_lr", "eval_every", "eval_n", "final_n", "eval_split")
 SMOKE = dict(rounds=2, prompts=4, n=2, updates=2, max_tokens=8, base_steps=4, spoil_steps=1, eval_every=2, eval_n=1, final_n=1)
 COLUMNS = ("greedy", "told_accuracy", "length_mean", "truncated", "kl", "generated_tokens", "teacher_tokens", "trained_tokens", "seconds")
-
-
-def gap(arm, other, metric="accuracy"):
-    return last(metric, arm, other)
 
 
 CLAIMS = [
@@ -118,19 +114,16 @@ def run_arm(run, args, world, folder, seed, arm):
         cost["generated_tokens"] += run.stage(f"rollout.py --model {model} --prompts {toy}/train.jsonl --slice {number * args.prompts}:{(number + 1) * args.prompts} --n {args.n} "
                                               f"--max-tokens {args.max_tokens} --seed {seed * 1000 + number} --out {rollouts}")["generated_tokens"]
         if method in ("opd", "opd-full"):
-            scored = run.stage(f"teacher.py score --model {model if a.get('live') else world / a['teacher'] if 'teacher' in a else student} --rollouts {rollouts} --prompts {toy}/{a.get('prompts', 'told_train')}.jsonl --out {at}/scores.jsonl"
+            teacher = model if a.get("live") else world / a["teacher"] if "teacher" in a else student
+            scored = run.stage(f"teacher.py score --model {teacher} --rollouts {rollouts} --prompts {toy}/{a.get('prompts', 'told_train')}.jsonl --out {at}/scores.jsonl"
                                + " --top-k 1000" * (method == "opd-full"))
             cost["teacher_tokens"] += scored["teacher_tokens"]
             signal["kl"], flags = scored["kl_mean"], f"--scores {at}/scores.jsonl"
         else:
             run.stage(f"rubric.py grade --grader answer --prompts {toy}/train.jsonl --rollouts {rollouts} --out {at}/rewards.jsonl")
             flags = f"--rewards {at}/rewards.jsonl"
-        done = run.stage(f"train.py --method {method} --model {model} --rollouts {rollouts} {flags} --out {at}/model --batch-size {args.prompts // args.updates} "
-                         f"--learning-rate {args.learning_rate} --seed {seed}" + (f" --set {a['set']}" if "set" in a else "") + " --fresh-optimizer" * (number == 0))
+        model, done = train_round(run, args, method, model, student, at, seed, args.learning_rate, flags + (f" --set {a['set']}" if "set" in a else ""), first=number == 0)
         cost["trained_tokens"] += done["trained_tokens"]
-        if model != student:
-            shutil.rmtree(model)  # the round before
-        model = at / "model"
         if number + 1 == args.rounds or (number + 1) % args.eval_every == 0:
             measure((number + 1) * args.updates, number + 1 == args.rounds)
     return row

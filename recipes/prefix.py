@@ -30,7 +30,7 @@ import shutil
 import time
 
 import records
-from recipes import Claim, add_eval_flags, add_run_flags, begin, last, parse, report, run_arms, settle
+from recipes import Claim, add_eval_flags, add_run_flags, begin, gap, last, parse, report, run_arms, settle
 from recipes.ropd import add_world_flags, build_world, spoil_student
 
 FIXED = (8, 16, 32, 48)
@@ -43,10 +43,6 @@ SHARED = ("rounds", "prompts", "updates", "learning_rate", "slips", "max_tokens"
           "eval_split")
 SMOKE = dict(rounds=1, prompts=8, updates=2, base_steps=2, teacher_steps=4, spoil_steps=2, null_prompts=8, eval_every=1, eval_n=1, final_n=1, max_tokens=24)
 COLUMNS = ("greedy", "dev_accuracy", "truncated", "cut_rate", "kept_median", "scale_mean", "scale_max", "trained_tokens", "seconds")
-
-
-def gap(arm, other):
-    return last("accuracy", arm, other)
 
 
 def best_fixed(arms):

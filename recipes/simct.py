@@ -32,7 +32,7 @@ import shutil
 import time
 
 import records
-from recipes import Claim, add_eval_flags, add_run_flags, begin, imitate, last, parse, report, run_arms, say, settle
+from recipes import Claim, add_eval_flags, add_run_flags, begin, gap, imitate, last, parse, report, run_arms, say, settle, train_round
 
 VOCABULARIES = {"m16": "16", "m64": "64", "m4": "4", "m1": "1", "d20": "20:40", "m0": None}
 MAIN = "m16"
@@ -50,10 +50,6 @@ ARMS = {"before": dict(vocabulary=MAIN), "teacher": dict(vocabulary="m0"), **{na
 SHARED = ("rounds", "prompts", "updates", "learning_rate", "sft_learning_rate", "max_tokens", "right", "base_steps", "teacher_steps", "spoil_steps", "spoil_lr", "eval_every", "eval_n", "final_n", "eval_split")
 SMOKE = dict(rounds=2, prompts=4, updates=2, max_tokens=8, base_steps=2, teacher_steps=4, spoil_steps=1, eval_every=2, eval_n=1, final_n=1)
 COLUMNS = ("greedy", "strict", "covered", "whole", "spans", "length_mean", "truncated", "teacher_tokens", "trained_tokens", "seconds")
-
-
-def gap(arm, other):
-    return last("accuracy", arm, other)
 
 
 CLAIMS = [
@@ -156,12 +152,8 @@ def run_arm(run, args, world, folder, seed, arm):
                     shares["spans"] = run.stage(f"teacher.py regroup --scores {at}/scores.jsonl {common} {a['regroup']} --seed {seed * 1000 + number} --out {scores}")["spans"]
             cost["teacher_tokens"] += scored["teacher_tokens"]
             flags = f"--scores {scores}" + (f" --set {a['set']}" if "set" in a else "")
-        done = run.stage(f"train.py --method {method} --model {model} --rollouts {at}/rollouts.jsonl {flags} --out {at}/model --batch-size {args.prompts // args.updates} --learning-rate {rate} "
-                         f"--seed {seed}" + " --fresh-optimizer" * (number == 0))
+        model, done = train_round(run, args, method, model, student, at, seed, rate, flags, first=number == 0)
         cost["trained_tokens"] += done["trained_tokens"]
-        if model != student:
-            shutil.rmtree(model)  # the round before
-        model = at / "model"
         if number + 1 == args.rounds or (number + 1) % args.eval_every == 0:
             measure((number + 1) * args.updates, number + 1 == args.rounds)
     return row

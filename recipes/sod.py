@@ -42,7 +42,7 @@ import time
 import records
 import stepweights
 from eval import interval
-from recipes import Claim, add_eval_flags, add_run_flags, begin, imitate, last, parse, report, run_arms, say, settle
+from recipes import Claim, add_eval_flags, add_run_flags, begin, gap, imitate, parse, report, run_arms, say, settle, train_round
 
 CLIP = "clip_low=0.2 --set clip_high=0.28 --set dual_clip=3"  # as the row sod has it: what differs is then the reward alone
 ARMS = {  # method and what it reads; rule: how steps are weighted
@@ -58,10 +58,6 @@ SHARED = ("rounds", "prompts", "n", "updates", "learning_rate", "sft_learning_ra
 SMOKE = dict(rounds=1, prompts=4, n=2, updates=2, max_tokens=48, max_calls=2, base_steps=4, teacher_steps=4, spoil_steps=1, eval_every=1, eval_n=1, final_n=1)
 COLUMNS = ("greedy", "after_error", "without_error", "calls", "call_errors", "error_episodes", "tool_limit", "truncated", "length_mean", "d_first", "w_mean", "alarm", "trained_tokens", "seconds")
 DENSE = ("uniform", "sod", "no-cap", "mask", "decay", "shuffled", "mean", "amount", "batch")
-
-
-def gap(arm, other, metric="accuracy"):
-    return last(metric, arm, other)
 
 
 def look(field):
@@ -242,12 +238,8 @@ def run_arm(run, args, world, folder, seed, arm):
                 weights = run.stage(f"weigh.py steps {rollouts} --scores {at}/scores.jsonl --rule {a['rule']} --seed {seed * 1000 + number} --out {at}/weights.jsonl")
                 signal = {name: weights[name] for name in ("d_first", "w_mean", "w_low", "w_bound")}
                 flags += f" --token-weights {at}/weights.jsonl"
-        done = run.stage(f"train.py --method {method} --model {model} {rollouts} {flags} --out {at}/model --batch-size {args.prompts // args.updates} --learning-rate {rate} --seed {seed}"
-                         + (f" --set {a['set']}" if "set" in a else "") + " --fresh-optimizer" * (number == 0))
+        model, done = train_round(run, args, method, model, student, at, seed, rate, flags + (f" --set {a['set']}" if "set" in a else ""), first=number == 0)
         cost["trained_tokens"] += done["trained_tokens"]
-        if model != student:
-            shutil.rmtree(model)  # the round before
-        model = at / "model"
         if number + 1 == args.rounds or (number + 1) % args.eval_every == 0:
             measure((number + 1) * args.updates, number + 1 == args.rounds)
     return row

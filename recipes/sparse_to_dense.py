@@ -42,7 +42,7 @@ import time
 import numpy as np
 
 import records
-from recipes import Claim, add_eval_flags, add_run_flags, begin, imitate, last, parse, report, run_arms, say, settle
+from recipes import Claim, add_eval_flags, add_run_flags, begin, gap, imitate, last, parse, report, run_arms, say, settle
 
 BRIDGE = "bridge"
 ARMS = {  # model: what is trained; teacher: the arm that teaches; part: which labels or problems; share: of --rounds
@@ -63,10 +63,6 @@ SHARED = ("rounds", "prompts", "n", "updates", "labels", "warm_share", "cached_n
           "teacher_steps", "spoil_steps", "spoil_lr", "eval_prompts", "eval_every", "eval_n", "final_n", "eval_split")
 SMOKE = dict(rounds=4, prompts=2, n=2, updates=2, labels=8, cached_n=1, max_tokens=8, student_steps=2, teacher_steps=3, spoil_steps=1, eval_prompts=8, eval_every=2, eval_n=1, final_n=2)
 COLUMNS = ("pass@16", "greedy", "labels", "own_tokens", "upstream_tokens", "entropy", "kl", "flat_groups", "all_wrong", "all_right", "seconds")
-
-
-def gap(arm, other):
-    return last("accuracy", arm, other)
 
 
 CLAIMS = [

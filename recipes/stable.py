@@ -36,7 +36,7 @@ import shutil
 import time
 
 import records
-from recipes import Claim, add_eval_flags, add_run_flags, begin, imitate, last, parse, report, run_arms, settle
+from recipes import Claim, add_eval_flags, add_run_flags, begin, gap, imitate, last, parse, report, run_arms, settle
 
 ARMS = {
     "before": {},
@@ -54,10 +54,6 @@ SHARED = ("rounds", "eos_rounds", "hot_rounds", "prompts", "n", "learning_rate",
 SMOKE = dict(rounds=2, eos_rounds=2, hot_rounds=2, prompts=2, n=2, max_tokens=8, clean_steps=2, base_steps=1, teacher_steps=2, eos_steps=3, spoil_steps=1, eval_every=1, eval_n=1, final_n=1)
 COLUMNS = ("dev_accuracy", "greedy", "peak", "repetition", "worst_repetition", "truncated", "length_mean", "alarms", "advantage_repetitive", "advantage_other", "student_end_mass", "teacher_end_mass",
            "gold_tokens", "seconds")
-
-
-def gap(arm, other):
-    return last("accuracy", arm, other)
 
 
 def at_round(arm, step):
