@@ -1,16 +1,20 @@
 """The ledger of labels: which problems' answers have been paid out as reward, and for what.
 
-    rubric.py grade --grader answer --prompts P --rollouts R --out W --ledger labels.jsonl --spend teacher-rl
+    rubric.py grade --grader answer --prompts P --rollouts R --out W --ledger labels.jsonl
+    --spend teacher-rl
     python records.py check labels.jsonl
 
-A label that a teacher was trained with is in its student too, so a second stage that is to learn from new labels must not meet the old ones
-(2605.12483, the contrast of new and replayed labels).  With --ledger, `grade` writes down every label before it reads one:
+A label that a teacher was trained with is in its student too, so a second stage that is to
+learn from new labels must not meet the old ones (2605.12483, the contrast of new and replayed
+labels).  With --ledger, `grade` writes down every label before it reads one:
 
     {"id": "t00017", "question": "1f0c9be2a4d7", "spent_on": "teacher-rl", "again": false}
 
-A label is known by its question and not by its id, for a copied problem has the same answer.  One purpose may ask for a label as often as it
-likes (epochs); another purpose is refused it unless `--spend-again` says that this is meant, and then the line says so too.
+A label is known by its question and not by its id, for a copied problem has the same answer.
+One purpose may ask for a label as often as it likes (epochs); another purpose is refused it
+unless `--spend-again` says that this is meant, and then the line says so too.
 """
+
 import hashlib
 import json
 import os
@@ -28,15 +32,18 @@ def question_hash(prompt):
 
 
 def spend(ledger, prompts, purpose, again=False):
-    """Writes the labels of `prompts` (records with an `answer`) down as spent on `purpose`: all of them or, if one may not be, none.
+    """Writes the labels of `prompts` (records with an `answer`) down as spent on `purpose`: all
+    of them or, if one may not be, none.
 
-    Returns {"labels": those of this call, "labels_new": of these, not in the ledger before, "labels_spent": all in the ledger}.
-    BadInput names the ledger's line, the label, what it was spent on and by which flag it could be spent again."""
+    Returns {"labels": those of this call, "labels_new": of these, not in the ledger before,
+    "labels_spent": all in the ledger}. BadInput names the ledger's line, the label, what it was
+    spent on and by which flag it could be spent again."""
     path, known, fresh = Path(ledger), {}, []
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as file:
         if records.fcntl:
-            records.fcntl.flock(file, records.fcntl.LOCK_EX)  # two arms that share a ledger take turns
+            # two arms that share a ledger take turns
+            records.fcntl.flock(file, records.fcntl.LOCK_EX)
         records.cut_torn_line(path)
         if os.fstat(file.fileno()).st_size:
             for number, line in enumerate(records.read(path, "labels"), 1):
@@ -49,9 +56,26 @@ def spend(ledger, prompts, purpose, again=False):
                 continue
             if earlier and not again:
                 other, number = next(iter(earlier.items()))
-                raise BadInput(f"{ledger}:{number}: spent_on: expected {purpose!r} or no line yet for label {prompt['id']!r}, came {other!r}: it has been spent on that; "
-                               "take other problems, or --spend-again if this is meant")
-            fresh.append({"id": prompt["id"], "question": question, "spent_on": purpose, "again": bool(earlier)})
+                raise BadInput(
+                    f"{ledger}:{number}: spent_on: expected {purpose!r} or no line yet for "
+                    f"label {prompt['id']!r}, came {other!r}: it has been spent on "
+                    f"that; "
+                    "take other problems, or --spend-again if this is meant"
+                )
+            fresh.append(
+                {
+                    "id": prompt["id"],
+                    "question": question,
+                    "spent_on": purpose,
+                    "again": bool(earlier),
+                }
+            )
             earlier[purpose] = None
-        records.append_whole(file, b"".join(json.dumps(line).encode() + b"\n" for line in fresh))
-    return {"labels": len({question_hash(p) for p in prompts}), "labels_new": len(known) - before, "labels_spent": len(known)}
+        records.append_whole(
+            file, b"".join(json.dumps(line).encode() + b"\n" for line in fresh)
+        )
+    return {
+        "labels": len({question_hash(p) for p in prompts}),
+        "labels_new": len(known) - before,
+        "labels_spent": len(known),
+    }

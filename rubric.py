@@ -2,37 +2,46 @@
 
     python rubric.py create --prompts P --answers A --rollouts R --out rubrics.jsonl
     python rubric.py grade  --prompts P --rubrics rubrics.jsonl --rollouts R --out rewards.jsonl
-    python rubric.py create --rubricator llm --model M --base-url http://localhost:8000/v1 --prompts P --answers A --rollouts R --out C
-    python rubric.py grade  --grader judge   --model M --base-url http://localhost:8000/v1 --prompts P --answers A --rubrics C --rollouts R --out W
+    python rubric.py create --rubricator llm --model M --base-url http://localhost:8000/v1
+    --prompts P --answers A --rollouts R --out C
+    python rubric.py grade  --grader judge   --model M --base-url http://localhost:8000/v1
+                                             --prompts P --answers A --rubrics C --rollouts R
+                                             --out W
 
-`create` (section 3, eq. 2) looks at all m teacher answers and all n rollouts of a prompt and writes ONE rubric that the
-whole group shares: 4-12 criteria, each a merit that can be answered yes or no, with 1-5 points.
-`grade` (eq. 3-5) asks every criterion of every rollout and pays the weighted pass rate:
+`create` (section 3, eq. 2) looks at all m teacher answers and all n rollouts of a prompt and
+writes ONE rubric that the whole group shares: 4-12 criteria, each a merit that can be answered
+yes or no, with 1-5 points. `grade` (eq. 3-5) asks every criterion of every rollout and pays the
+weighted pass rate:
 
-    reward_i = sum_k points_k verdict_ik / sum_k points_k              in [0, 1], always computed here from the verdicts
+    reward_i = sum_k points_k verdict_ik / sum_k points_k              in [0, 1], always
+    computed here from the verdicts
 
     points (5, 2, 1), verdicts (yes, no, yes)  ->  reward 6/8 = 0.75
 
-Rubricators: `contrast` needs no model.  It mines a library of predicates for those that the teacher's answers pass and
-the rollouts fail; most of the library are decoys (length, layout, opening), so a rubric can be led astray by style.  It never
-sees the `answer` field, but one predicate, `total_right`, redoes the sum of the question: an examiner who can do the task.
-`--without total_right` takes that one away.  `llm` asks a served model (judge.py).
-Graders: `check` evaluates the predicates; `judge` asks a served model, with --answers the teacher's in the same anonymous
-pool; `scalar` is the baseline without a rubric (one holistic 0-10 score); `answer` compares final answers (it reads `answer`; with
---ledger it writes down which labels it spent on what, labels.py); `discriminator` takes the score of a trained one (discriminator.py), any number,
-and with --answers tells how often it scores them above the rollouts.
+Rubricators: `contrast` needs no model.  It mines a library of predicates for those that the
+teacher's answers pass and the rollouts fail; most of the library are decoys (length, layout,
+opening), so a rubric can be led astray by style.  It never sees the `answer` field, but one
+predicate, `total_right`, redoes the sum of the question: an examiner who can do the task.
+`--without total_right` takes that one away.  `llm` asks a served model (judge.py). Graders:
+`check` evaluates the predicates; `judge` asks a served model, with --answers the teacher's in
+the same anonymous pool; `scalar` is the baseline without a rubric (one holistic 0-10 score);
+`answer` compares final answers (it reads `answer`; with --ledger it writes down which labels it
+spent on what, labels.py); `discriminator` takes the score of a trained one (discriminator.py),
+any number, and with --answers tells how often it scores them above the rollouts.
 
-A judgement that fails is null, never zero, never cached; train.py drops its group.  More than --max-failure-rate of them
-stop the stage.  Run it again to ask only for what failed.
+A judgement that fails is null, never zero, never cached; train.py drops its group.  More than
+--max-failure-rate of them stop the stage.  Run it again to ask only for what failed.
 
-Simplifications: 1. rubrics are shared by a group, never per rollout; 2. `contrast` cannot tell format from merit, so the
-paper's cap of 1 point on cosmetic criteria is not applied; 3. without a server `scalar` is a stand-in: general properties of the
-same library, one vote each, plus a taste for length, rounded to 0-10, with the --verifier-noise of `check`.
+Simplifications: 1. rubrics are shared by a group, never per rollout; 2. `contrast` cannot tell
+format from merit, so the paper's cap of 1 point on cosmetic criteria is not applied; 3. without
+a server `scalar` is a stand-in: general properties of the same library, one vote each, plus a
+taste for length, rounded to 0-10, with the --verifier-noise of `check`.
 """
+
 import hashlib
 import re
-from decimal import Decimal
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Callable
 
@@ -44,17 +53,21 @@ import records
 import served
 from records import BadInput
 
-# ---------------------------------------------------------------------------------------------- reading an answer
+# ---- reading an answer
 
-NUMBER = r"[-+]?(?:[0-9]{1,31}|[0-9]{1,3}(?:,[0-9]{3}){1,10})(?:\.[0-9]{1,30})?"  # commas between thousands only: 1,2 is a pair
+# commas between thousands only: 1,2 is a pair
+NUMBER = r"[-+]?(?:[0-9]{1,31}|[0-9]{1,3}(?:,[0-9]{3}){1,10})(?:\.[0-9]{1,30})?"
 INTEGER = "[0-9]{1,9}"  # no answer can make code convert a number of a million digits, or a ²
 
 
 def final_answer(text):
-    """The final answer a text commits to, or None: the last \\boxed{...}, else what follows the last `####` of a line, else the last `#`s.
+    """The final answer a text commits to, or None: the last \\boxed{...}, else what follows the
+    last `####` of a line, else the last `#`s.
 
-    final_answer("7+5=12\\n#12") -> "12";   final_answer("... so \\\\boxed{\\\\frac{1}{2}}") -> "\\\\frac{1}{2}";   final_answer("12") -> None.
-    Thoughts commit to nothing: only what follows the last </think> counts, and nothing of a thought that has no end."""
+    final_answer("7+5=12\\n#12") -> "12";   final_answer("... so \\\\boxed{\\\\frac{1}{2}}") ->
+                                            "\\\\frac{1}{2}";   final_answer("12") -> None.
+    Thoughts commit to nothing: only what follows the last </think> counts, and nothing of a
+    thought that has no end."""
     text = text.rpartition("</think>")[2].partition("<think>")[0].strip()
     start = len(text)
     while (start := text.rfind("\\boxed{", 0, start)) >= 0:
@@ -62,13 +75,16 @@ def final_answer(text):
         for at in range(start + 6, len(text)):
             depth += {"{": 1, "}": -1}.get(text[at], 0)
             if not depth:
-                return text[start + 7:at].strip()
-    marked = re.findall(r"^#### *(.+?)\s*$", text, re.M) or re.findall(r"^#+ *(.+?)\s*$", text, re.M)
+                return text[start + 7 : at].strip()
+    marked = re.findall(r"^#### *(.+?)\s*$", text, re.M) or re.findall(
+        r"^#+ *(.+?)\s*$", text, re.M
+    )
     return marked[-1] if marked else None
 
 
 def is_correct(text, answer):
-    """Whether the text's final answer equals `answer`, as numbers when both are numbers ("1,024" == "1024.0"; "1,2" is none)."""
+    """Whether the text's final answer equals `answer`, as numbers when both are numbers
+    ("1,024" == "1024.0"; "1,2" is none)."""
     given, wanted = final_answer(text), str(answer).strip()
     if given is None:
         return False
@@ -78,37 +94,46 @@ def is_correct(text, answer):
 
 
 def one_piece(rollout, path):
-    """The rollout; raises BadInput for an episode with tools: a criterion could be met by a tool's words, and a tool could speak to the judge."""
+    """The rollout; raises BadInput for an episode with tools: a criterion could be met by a
+    tool's words, and a tool could speak to the judge."""
     if len(rollout.get("steps", ())) > 1:
-        raise BadInput(f"{path}: id {rollout['id']!r}: steps: expected an answer in one piece, came an episode with tools: rubrics and judges would read the tools' words as the model's; "
-                       "use --grader answer or discriminator")
+        raise BadInput(
+            f"{path}: id {rollout['id']!r}: steps: expected an answer in one piece, came an "
+            f"episode with tools: rubrics and judges would read the tools' words "
+            f"as the model's; "
+            "use --grader answer or discriminator"
+        )
     return rollout
 
 
 def outcome(rollout, answer, shape=False):
-    """1 for a right final answer, else 0; shape: a wrong one earns 0.05 a tool call, at most 0.2, as in SOD's released code (there -1 to -0.6 of +-1)."""
+    """1 for a right final answer, else 0; shape: a wrong one earns 0.05 a tool call, at most
+    0.2, as in SOD's released code (there -1 to -0.6 of +-1)."""
     if is_correct(records.answered(rollout), answer):
         return 1.0
     return min(0.2, 0.05 * len(rollout.get("calls", ()))) if shape else 0.0
 
 
 def question_of(prompt):
-    """What the judge is shown as the question: the prompt's text, or its messages other than the system's."""
+    """What the judge is shown as the question: the prompt's text, or its messages other than
+    the system's."""
     if "prompt" in prompt:
         return prompt["prompt"]
     return "\n\n".join(m["content"] for m in prompt["messages"] if m["role"] != "system")
 
 
 def terms_of(question):
-    """"7+5-3=?" -> [7, 5, -3]; [] for a question that is no running sum."""
+    """ "7+5-3=?" -> [7, 5, -3]; [] for a question that is no running sum."""
     match = re.fullmatch(rf"\s*({INTEGER}(?:[+-]{INTEGER})*)=\?\s*", question)
     return [int(t) for t in re.findall(r"[+-]?\d+", match[1])] if match else []
 
 
 def steps_of(question, text):
-    """The calculations an answer writes out, whatever its style, as (total before, term, total after).
+    """The calculations an answer writes out, whatever its style, as (total before, term, total
+    after).
 
-    "7+5=12-3=9" -> [(7, 5, 12), (12, -3, 9)];  "7\\n+5:12" -> [(7, 5, 12)];  "7,12,9" takes its terms from the question."""
+    "7+5=12-3=9" -> [(7, 5, 12), (12, -3, 9)];  "7\\n+5:12" -> [(7, 5, 12)];  "7,12,9" takes its
+    terms from the question."""
     equations = re.findall(f"(?<![0-9])(?=({INTEGER})([+-]{INTEGER})=({INTEGER}))", text)
     if equations:
         return [tuple(map(int, e)) for e in equations]
@@ -119,21 +144,28 @@ def steps_of(question, text):
             total = int(entry[2])
         elif re.fullmatch(f"{INTEGER}(,{INTEGER})+", line):
             totals = list(map(int, line.split(",")))
-            steps += [(a, terms[i] if i < len(terms) else None, b) for i, (a, b) in enumerate(zip(totals, totals[1:]), 1)]
+            steps += [
+                (a, terms[i] if i < len(terms) else None, b)
+                for i, (a, b) in enumerate(zip(totals, totals[1:]), 1)
+            ]
         elif re.fullmatch(INTEGER, line):
             total = int(line)
     return steps
 
 
-# ---------------------------------------------------------------------------------------------- the predicate library
+# ---- the predicate library
+
 
 @dataclass(frozen=True)
 class Check:
-    """A criterion that code can verify.  `propose(references)` lists the argument tuples worth trying."""
+    """A criterion that code can verify.  `propose(references)` lists the argument tuples worth
+    trying."""
+
     category: str
-    criterion: str                                 # with {} for the arguments
-    test: Callable                                 # test(question, text, *arguments) -> bool
-    propose: Callable = lambda references: [()]    # the default: a general property without arguments
+    criterion: str  # with {} for the arguments
+    test: Callable  # test(question, text, *arguments) -> bool
+    # the default: a general property without arguments
+    propose: Callable = lambda references: [()]
 
 
 def _arithmetic_right(question, text):
@@ -148,7 +180,12 @@ def _all_terms(question, text):
 
 def _total_right(question, text):
     terms, final = terms_of(question), final_answer(text)
-    return bool(terms) and final is not None and bool(re.fullmatch(INTEGER, final)) and int(final) == sum(terms)
+    return (
+        bool(terms)
+        and final is not None
+        and bool(re.fullmatch(INTEGER, final))
+        and int(final) == sum(terms)
+    )
 
 
 def _conclusion_follows(question, text):
@@ -167,37 +204,125 @@ def _same(values):
 
 TASK, QUALITY, REASONING = "Task Completion", "Observable Quality", "General Reasoning"
 MERITS = {  # what makes an answer good, in any style
-    "final_line": Check(TASK, "The answer commits to a final result on a line that starts with #.", lambda q, t: final_answer(t) is not None),
-    "total_right": Check(TASK, "The final result is the value of the expression that was asked for.", _total_right),
-    "arithmetic_right": Check(REASONING, "At least one calculation is written out, and every one of them is right.", _arithmetic_right),
-    "all_terms": Check(REASONING, "Every term of the question is used, one step each, in order.", _all_terms),
-    "first_step_right": Check(REASONING, "The first calculation that is written out is right.",
-                              lambda q, t: bool(s := steps_of(q, t)) and None not in s[0] and s[0][0] + s[0][1] == s[0][2]),
-    "conclusion_follows": Check(REASONING, "The final result is the total that the written work arrives at.", _conclusion_follows),
-    "shows_work": Check(QUALITY, "Work stands before the final result.", lambda q, t: bool(_work(t))),
-    "one_result": Check(QUALITY, "Exactly one final result is given.", lambda q, t: len(re.findall("^#", t, re.M)) == 1),
+    "final_line": Check(
+        TASK,
+        "The answer commits to a final result on a line that starts with #.",
+        lambda q, t: final_answer(t) is not None,
+    ),
+    "total_right": Check(
+        TASK,
+        "The final result is the value of the expression that was asked for.",
+        _total_right,
+    ),
+    "arithmetic_right": Check(
+        REASONING,
+        "At least one calculation is written out, and every one of them is right.",
+        _arithmetic_right,
+    ),
+    "all_terms": Check(
+        REASONING, "Every term of the question is used, one step each, in order.", _all_terms
+    ),
+    "first_step_right": Check(
+        REASONING,
+        "The first calculation that is written out is right.",
+        lambda q, t: (
+            bool(s := steps_of(q, t)) and None not in s[0] and s[0][0] + s[0][1] == s[0][2]
+        ),
+    ),
+    "conclusion_follows": Check(
+        REASONING,
+        "The final result is the total that the written work arrives at.",
+        _conclusion_follows,
+    ),
+    "shows_work": Check(
+        QUALITY, "Work stands before the final result.", lambda q, t: bool(_work(t))
+    ),
+    "one_result": Check(
+        QUALITY,
+        "Exactly one final result is given.",
+        lambda q, t: len(re.findall("^#", t, re.M)) == 1,
+    ),
 }
-DECOYS = {  # of layout, or of the problem at hand: a teacher may have them by accident.  None compares with a final answer
-    "length_band": Check(QUALITY, "The answer is {} to {} characters long.", lambda q, t, low, high: low <= len(t) <= high,
-                         lambda refs: [(int(0.9 * min(map(len, refs))), int(1.1 * max(map(len, refs))) + 1)]),
-    "at_least": Check(QUALITY, "The answer has at least {} characters.", lambda q, t, low: len(t) >= low,
-                      lambda refs: [(int(0.9 * min(map(len, refs))),)]),
-    "line_count": Check(QUALITY, "The answer has exactly {} lines.", lambda q, t, n: t.count("\n") + 1 == n,
-                        lambda refs: _same([r.count("\n") + 1 for r in refs])),
-    "opens_with": Check(QUALITY, "The answer opens with {!r}.", lambda q, t, opening: t.startswith(opening), lambda refs: _same([r[:3] for r in refs])),
-    "outweighs_question": Check(QUALITY, "The answer is at least twice as long as the question.", lambda q, t: len(t) >= 2 * len(q)),
-    "equals_sign": Check(QUALITY, "Steps are written with an equals sign.", lambda q, t: "=" in t),
+# of layout, or of the problem at hand: a teacher may have them by accident.  None compares with
+# a final answer
+DECOYS = {
+    "length_band": Check(
+        QUALITY,
+        "The answer is {} to {} characters long.",
+        lambda q, t, low, high: low <= len(t) <= high,
+        lambda refs: [(int(0.9 * min(map(len, refs))), int(1.1 * max(map(len, refs))) + 1)],
+    ),
+    "at_least": Check(
+        QUALITY,
+        "The answer has at least {} characters.",
+        lambda q, t, low: len(t) >= low,
+        lambda refs: [(int(0.9 * min(map(len, refs))),)],
+    ),
+    "line_count": Check(
+        QUALITY,
+        "The answer has exactly {} lines.",
+        lambda q, t, n: t.count("\n") + 1 == n,
+        lambda refs: _same([r.count("\n") + 1 for r in refs]),
+    ),
+    "opens_with": Check(
+        QUALITY,
+        "The answer opens with {!r}.",
+        lambda q, t, opening: t.startswith(opening),
+        lambda refs: _same([r[:3] for r in refs]),
+    ),
+    "outweighs_question": Check(
+        QUALITY,
+        "The answer is at least twice as long as the question.",
+        lambda q, t: len(t) >= 2 * len(q),
+    ),
+    "equals_sign": Check(
+        QUALITY, "Steps are written with an equals sign.", lambda q, t: "=" in t
+    ),
     "comma_list": Check(QUALITY, "Totals are listed with commas.", lambda q, t: "," in t),
-    "colon": Check(QUALITY, "Steps are written as entries with a colon.", lambda q, t: ":" in t),
-    "one_line_of_work": Check(QUALITY, "All work stands on one line.", lambda q, t: len(_work(t)) == 1),
-    "one_step_a_line": Check(QUALITY, "Every line of work holds exactly one equation.", lambda q, t: bool(_work(t)) and all(w.count("=") == 1 for w in _work(t))),
-    "signed_lines": Check(QUALITY, "Lines of work open with a sign.", lambda q, t: any(w[0] in "+-" for w in _work(t))),
-    "restates": Check(QUALITY, "The answer repeats the beginning of the question.", lambda q, t: t.startswith(q[:3])),
-    "starts_bare": Check(QUALITY, "The first line is a bare number.", lambda q, t: t.split("\n")[0].isdigit()),
-    "two_digits": Check(QUALITY, "The final result has two digits.", lambda q, t: len(final_answer(t) or "") == 2),
-    "even_result": Check(QUALITY, "The final result is even.", lambda q, t: (final_answer(t) or "1")[-1] in "02468"),
-    "short_lines": Check(QUALITY, "No line is longer than 8 characters.", lambda q, t: max(map(len, t.split("\n"))) <= 8),
-    "many_numbers": Check(QUALITY, "At least five numbers are written.", lambda q, t: len(re.findall(r"\d+", t)) >= 5),
+    "colon": Check(
+        QUALITY, "Steps are written as entries with a colon.", lambda q, t: ":" in t
+    ),
+    "one_line_of_work": Check(
+        QUALITY, "All work stands on one line.", lambda q, t: len(_work(t)) == 1
+    ),
+    "one_step_a_line": Check(
+        QUALITY,
+        "Every line of work holds exactly one equation.",
+        lambda q, t: bool(_work(t)) and all(w.count("=") == 1 for w in _work(t)),
+    ),
+    "signed_lines": Check(
+        QUALITY,
+        "Lines of work open with a sign.",
+        lambda q, t: any(w[0] in "+-" for w in _work(t)),
+    ),
+    "restates": Check(
+        QUALITY,
+        "The answer repeats the beginning of the question.",
+        lambda q, t: t.startswith(q[:3]),
+    ),
+    "starts_bare": Check(
+        QUALITY, "The first line is a bare number.", lambda q, t: t.split("\n")[0].isdigit()
+    ),
+    "two_digits": Check(
+        QUALITY,
+        "The final result has two digits.",
+        lambda q, t: len(final_answer(t) or "") == 2,
+    ),
+    "even_result": Check(
+        QUALITY,
+        "The final result is even.",
+        lambda q, t: (final_answer(t) or "1")[-1] in "02468",
+    ),
+    "short_lines": Check(
+        QUALITY,
+        "No line is longer than 8 characters.",
+        lambda q, t: max(map(len, t.split("\n"))) <= 8,
+    ),
+    "many_numbers": Check(
+        QUALITY,
+        "At least five numbers are written.",
+        lambda q, t: len(re.findall(r"\d+", t)) >= 5,
+    ),
     "no_zero": Check(QUALITY, "No zero is written.", lambda q, t: "0" not in t),
     "no_minus": Check(QUALITY, "No minus sign is written.", lambda q, t: "-" not in t),
 }
@@ -212,17 +337,21 @@ def passes(check, question, text):
     return bool(CHECKS[name].test(question, text, *arguments))
 
 
-# ---------------------------------------------------------------------------------------------- create
+# ---- create
+
 
 def contrast(question, references, attempts, flat=False, without=(), most=8):
     """A rubric by contrast, or None when fewer than 4 predicates hold for the teacher.
 
-    A predicate qualifies when at least 3/4 of the teacher's answers pass it.  They are ranked by the gap between the
-    teacher's and the students' pass rate; ties are broken by a hash, not by the library's order.  Points follow the gap
-    as ROPD's prompt asks: 5 for the decisive bottleneck and 4 for a second strong discriminator (gap >= 1/2), 2 for
-    supporting merits (gap >= 1/5), 1 for what nearly everyone passes.  flat: 3 points for all; without: names to leave out.
+    A predicate qualifies when at least 3/4 of the teacher's answers pass it.  They are ranked
+    by the gap between the teacher's and the students' pass rate; ties are broken by a hash, not
+    by the library's order.  Points follow the gap as ROPD's prompt asks: 5 for the decisive
+    bottleneck and 4 for a second strong discriminator (gap >= 1/2), 2 for supporting merits
+    (gap >= 1/5), 1 for what nearly everyone passes.  flat: 3 points for all; without: names to
+    leave out.
 
-    references ["7+5=12\\n#12"] * 4, attempts ["#11", "#13"] on "7+5=?" put `total_right` (gap 1) among the first."""
+    references ["7+5=12\\n#12"] * 4, attempts ["#11", "#13"] on "7+5=?" put `total_right` (gap
+    1) among the first."""
     found = []
     for name in CHECKS.keys() - set(without):
         for arguments in CHECKS[name].propose(references):
@@ -233,15 +362,23 @@ def contrast(question, references, attempts, flat=False, without=(), most=8):
                 found.append((-(teacher - student), tie, name, arguments))
     found.sort()
     kept = [f for f in found if f[0] < 0][:most]
-    kept += [f for f in found if f[0] >= 0][:max(0, 4 - len(kept))]
+    kept += [f for f in found if f[0] >= 0][: max(0, 4 - len(kept))]
     if len(kept) < 4:
         return None
     criteria = []
     for rank, (minus_gap, _, name, arguments) in enumerate(kept):
         gap = -minus_gap
         points = 5 - rank if rank < 2 and gap >= 0.5 else 2 if gap >= 0.2 else 1
-        criteria.append({"id": f"c{rank + 1}", "category": CHECKS[name].category, "criterion": CHECKS[name].criterion.format(*arguments),
-                         "points": 3 if flat else points, "check": [name, *arguments], "gap": round(float(gap), 3)})
+        criteria.append(
+            {
+                "id": f"c{rank + 1}",
+                "category": CHECKS[name].category,
+                "criterion": CHECKS[name].criterion.format(*arguments),
+                "points": 3 if flat else points,
+                "check": [name, *arguments],
+                "gap": round(float(gap), 3),
+            }
+        )
     return criteria
 
 
@@ -249,8 +386,13 @@ def by_prompt(path, kind, limit=None):
     """{prompt id: [(text, fingerprint) in sample order]}, at most `limit` a prompt."""
     found = {}
     for r in records.read(path, kind):
-        found.setdefault(str(r["id"]), []).append((r["sample"], one_piece(r, path)["text"], records.fingerprint(r)))
-    return {key: [(text, mark) for _, text, mark in sorted(triples)][:limit] for key, triples in found.items()}
+        found.setdefault(str(r["id"]), []).append(
+            (r["sample"], one_piece(r, path)["text"], records.fingerprint(r))
+        )
+    return {
+        key: [(text, mark) for _, text, mark in sorted(triples)][:limit]
+        for key, triples in found.items()
+    }
 
 
 def texts(pairs):
@@ -261,56 +403,153 @@ def create(argv):
     p = records.parser(__doc__)
     p.add_argument("--prompts", required=True, help="JSONL of prompts")
     p.add_argument("--answers", required=True, help="JSONL of teacher answers")
-    p.add_argument("--rollouts", required=True, help="JSONL of the student's rollouts; prompts without rollouts get no rubric")
-    p.add_argument("--out", required=True, help="JSONL to write; run again to complete an interrupted file")
-    p.add_argument("--rubricator", default="contrast", choices=("contrast", "llm"), help="predicate mining, or a served model")
-    p.add_argument("--m", type=int, default=4, help="teacher answers a prompt to draw the rubric from; 1 anchors it to one style")
-    p.add_argument("--flat-points", action="store_true", help="contrast: the same points for all criteria, decisive or not")
-    p.add_argument("--without", default="", metavar="NAME,...", help="contrast: predicates to leave out of the library")
+    p.add_argument(
+        "--rollouts",
+        required=True,
+        help="JSONL of the student's rollouts; prompts without rollouts get no rubric",
+    )
+    p.add_argument(
+        "--out", required=True, help="JSONL to write; run again to complete an interrupted file"
+    )
+    p.add_argument(
+        "--rubricator",
+        default="contrast",
+        choices=("contrast", "llm"),
+        help="predicate mining, or a served model",
+    )
+    p.add_argument(
+        "--m",
+        type=int,
+        default=4,
+        help="teacher answers a prompt to draw the rubric from; 1 anchors it to one style",
+    )
+    p.add_argument(
+        "--flat-points",
+        action="store_true",
+        help="contrast: the same points for all criteria, decisive or not",
+    )
+    p.add_argument(
+        "--without",
+        default="",
+        metavar="NAME,...",
+        help="contrast: predicates to leave out of the library",
+    )
     add_judge_flags(p, temperature=0.7, max_tokens=8192)
     args = p.parse_args(argv)
     prompts = {str(r["id"]): r for r in records.read(args.prompts, "prompts")}
-    answers, attempts = by_prompt(args.answers, "answers", args.m), by_prompt(args.rollouts, "rollouts")
+    answers, attempts = (
+        by_prompt(args.answers, "answers", args.m),
+        by_prompt(args.rollouts, "rollouts"),
+    )
     for key in attempts:
         if key not in prompts:
-            raise BadInput(f"{args.prompts}: expected a prompt with id {key!r}, of which {args.rollouts} has rollouts, but there is none")
+            raise BadInput(
+                f"{args.prompts}: expected a prompt with id {key!r}, of which "
+                f"{args.rollouts} has rollouts, but there is none"
+            )
         if len(answers.get(key, ())) < args.m:
-            raise BadInput(f"{args.answers}: expected {args.m} answers (--m) to prompt {key!r}, came {len(answers.get(key, ()))}")
+            raise BadInput(
+                f"{args.answers}: expected {args.m} answers (--m) to prompt {key!r}, came "
+                f"{len(answers.get(key, ()))}"
+            )
     without = [name for name in args.without.split(",") if name]
     if unknown := set(without) - CHECKS.keys():
-        raise BadInput(f"--without: expected some of {', '.join(CHECKS)}, came {', '.join(sorted(unknown))}")
+        raise BadInput(
+            f"--without: expected some of {', '.join(CHECKS)}, came "
+            f"{', '.join(sorted(unknown))}"
+        )
     if (args.flat_points or without) and args.rubricator != "contrast":
         raise BadInput("--flat-points and --without go with --rubricator contrast")
-    settings = {"rubricator": args.rubricator, "m": args.m, "flat_points": args.flat_points, "without": without} | judge_settings(args)
+    settings = {
+        "rubricator": args.rubricator,
+        "m": args.m,
+        "flat_points": args.flat_points,
+        "without": without,
+    } | judge_settings(args)
     failures = []
-    with records.Writer(args.out, "rubrics", settings, [args.prompts, args.answers, args.rollouts], args.overwrite) as writer:
+    with records.Writer(
+        args.out,
+        "rubrics",
+        settings,
+        [args.prompts, args.answers, args.rollouts],
+        args.overwrite,
+    ) as writer:
         todo = [key for key in attempts if (key,) not in writer]
         if args.rubricator == "contrast":
-            results = ((key, contrast(question_of(prompts[key]), texts(answers[key]), texts(attempts[key]), args.flat_points, without)) for key in todo)
+            results = (
+                (
+                    key,
+                    contrast(
+                        question_of(prompts[key]),
+                        texts(answers[key]),
+                        texts(attempts[key]),
+                        args.flat_points,
+                        without,
+                    ),
+                )
+                for key in todo
+            )
             name = "contrast"
         else:
             server, cache, name = served_judge(args)
-            results = server.map(lambda key: attempt(judge.propose_rubric, server, question_of(prompts[key]), texts(answers[key]), texts(attempts[key]),
-                                                     **judge_options(args, cache)), todo)
-        for key, criteria in records.progress(results, total=len(todo), desc=Path(args.out).name):
+            results = server.map(
+                lambda key: attempt(
+                    judge.propose_rubric,
+                    server,
+                    question_of(prompts[key]),
+                    texts(answers[key]),
+                    texts(attempts[key]),
+                    **judge_options(args, cache),
+                ),
+                todo,
+            )
+        for key, criteria in records.progress(
+            results, total=len(todo), desc=Path(args.out).name
+        ):
             if criteria is None or isinstance(criteria, Exception):
-                failures.append(criteria or "fewer than 4 predicates hold for the teacher's answers")
+                failures.append(
+                    criteria or "fewer than 4 predicates hold for the teacher's answers"
+                )
                 served.stop_if_failing(failures, len(writer.done), len(attempts), args, ADVICE)
                 continue
-            writer.write({"id": prompts[key]["id"], "criteria": criteria, "rubricator": name,
-                          "drawn_from": {"answers": [mark for _, mark in answers[key]], "rollouts": [mark for _, mark in attempts[key]]}})
+            writer.write(
+                {
+                    "id": prompts[key]["id"],
+                    "criteria": criteria,
+                    "rubricator": name,
+                    "drawn_from": {
+                        "answers": [mark for _, mark in answers[key]],
+                        "rollouts": [mark for _, mark in attempts[key]],
+                    },
+                }
+            )
         made = len(writer.done)
     rubrics = list(records.read(args.out, "rubrics")) if made else []
-    summary = {"out": args.out, "records": made, "failed": len(failures),
-               "criteria_mean": float(np.mean([len(r["criteria"]) for r in rubrics])) if made else 0.0,
-               "decisive": sum(max(c["points"] for c in r["criteria"]) >= 4 for r in rubrics) / max(1, made),
-               "distinct_answers": float(np.mean([len(set(r["drawn_from"]["answers"])) for r in rubrics])) if made else 0.0}
-    print(f"rubric.py create: {args.out}: {made} rubrics by {name}, {summary['criteria_mean']:.1f} criteria each, "
-          f"{summary['decisive']:.0%} with a decisive one, from {summary['distinct_answers']:.1f} distinct answers each, {len(failures)} failed")
+    summary = {
+        "out": args.out,
+        "records": made,
+        "failed": len(failures),
+        "criteria_mean": float(np.mean([len(r["criteria"]) for r in rubrics])) if made else 0.0,
+        "decisive": sum(max(c["points"] for c in r["criteria"]) >= 4 for r in rubrics)
+        / max(1, made),
+        "distinct_answers": float(
+            np.mean([len(set(r["drawn_from"]["answers"])) for r in rubrics])
+        )
+        if made
+        else 0.0,
+    }
+    print(
+        f"rubric.py create: {args.out}: {made} rubrics by {name}, "
+        f"{summary['criteria_mean']:.1f} criteria each, "
+        f"{summary['decisive']:.0%} with a decisive one, from "
+        f"{summary['distinct_answers']:.1f} distinct answers each, {len(failures)} "
+        f"failed"
+    )
     return summary
 
 
-# ---------------------------------------------------------------------------------------------- grade
+# ---- grade
+
 
 def pass_rate(points, verdicts):
     """Eq. 4: pass_rate([5, 2, 1], [True, False, True]) -> 0.75."""
@@ -318,129 +557,330 @@ def pass_rate(points, verdicts):
 
 
 def noisy(verdict, rate, *names):
-    """The verdict, flipped with probability `rate`: a stand-in for an unreliable verifier, fixed by the names."""
-    if rate and int.from_bytes(hashlib.sha256("|".join(map(str, names)).encode()).digest()[:6], "big") / 2 ** 48 < rate:
+    """The verdict, flipped with probability `rate`: a stand-in for an unreliable verifier,
+    fixed by the names."""
+    if (
+        rate
+        and int.from_bytes(
+            hashlib.sha256("|".join(map(str, names)).encode()).digest()[:6], "big"
+        )
+        / 2**48
+        < rate
+    ):
         return not verdict
     return verdict
 
 
 def impression(question, text, view, noise, *names):
-    """The rubric-free judge of the embedded world, 0-10 over 10: one vote for every general property, plus up to two points
-    for length, a known taste of such judges.  view "all": the whole library, merit or mere style, for it has no contrast to tell
-    them apart; "merits": a judge that knows what is merit."""
-    general = [name for name, check in (CHECKS if view == "all" else MERITS).items() if check.propose is Check.propose]
+    """The rubric-free judge of the embedded world, 0-10 over 10: one vote for every general
+    property, plus up to two points for length, a known taste of such judges.  view "all": the
+    whole library, merit or mere style, for it has no contrast to tell them apart; "merits": a
+    judge that knows what is merit."""
+    general = [
+        name
+        for name, check in (CHECKS if view == "all" else MERITS).items()
+        if check.propose is Check.propose
+    ]
     votes = sum(noisy(passes([name], question, text), noise, *names, name) for name in general)
     return round(8 * votes / len(general) + 2 * min(1.0, len(text) / 40)) / 10
 
 
 def grade(argv):
     p = records.parser(__doc__)
-    p.add_argument("--prompts", required=True, help="JSONL of prompts (the question; `answer` is read by --grader answer only)")
+    p.add_argument(
+        "--prompts",
+        required=True,
+        help="JSONL of prompts (the question; `answer` is read by --grader answer only)",
+    )
     p.add_argument("--rollouts", required=True, help="JSONL of rollouts to grade")
-    p.add_argument("--out", required=True, help="JSONL to write; run again for what is missing or has failed")
-    p.add_argument("--grader", default="check", choices=("check", "judge", "scalar", "answer", "discriminator"), help="see above")
-    p.add_argument("--discriminator", metavar="FOLDER", help="discriminator: the model whose score is the reward (train.py --method discriminator)")
+    p.add_argument(
+        "--out",
+        required=True,
+        help="JSONL to write; run again for what is missing or has failed",
+    )
+    p.add_argument(
+        "--grader",
+        default="check",
+        choices=("check", "judge", "scalar", "answer", "discriminator"),
+        help="see above",
+    )
+    p.add_argument(
+        "--discriminator",
+        metavar="FOLDER",
+        help="discriminator: the model whose score is the reward (train.py --method "
+        "discriminator)",
+    )
     p.add_argument("--rubrics", help="JSONL of rubrics (check, judge)")
-    p.add_argument("--answers", help="JSONL of teacher answers: the judge sees them in the same anonymous pool; logged, never in the reward")
-    p.add_argument("--mode", default="batch", choices=("batch", "single"), help="judge: one call a prompt, or one a response (calmer, dearer)")
-    p.add_argument("--verifier-noise", type=float, default=0.0, help="check, scalar without server: flip verdicts at this rate")
-    p.add_argument("--scalar-view", default="all", choices=("all", "merits"), help="scalar without server: properties it votes on")
-    p.add_argument("--frozen-rubrics", action="store_true", help="accept rubrics that were drawn from other rollouts than these")
-    p.add_argument("--shuffle", action="store_true", help="null control: deal each group's rewards out among its rollouts at random")
-    p.add_argument("--shape-calls", action="store_true", help="answer: a wrong answer earns a little for every tool call, as in SOD's released code: pays for calling, not for being right")
-    p.add_argument("--ledger", metavar="FILE", help="answer: JSONL that keeps which labels were spent on what; a label that was spent on something else is refused")
-    p.add_argument("--spend", metavar="PURPOSE", help="answer, with --ledger: what these labels are spent on, a name like teacher-rl")
-    p.add_argument("--spend-again", action="store_true", help="answer, with --ledger: take labels that were spent on something else, and write that down")
+    p.add_argument(
+        "--answers",
+        help="JSONL of teacher answers: the judge sees them in the same anonymous pool; "
+        "logged, never in the reward",
+    )
+    p.add_argument(
+        "--mode",
+        default="batch",
+        choices=("batch", "single"),
+        help="judge: one call a prompt, or one a response (calmer, dearer)",
+    )
+    p.add_argument(
+        "--verifier-noise",
+        type=float,
+        default=0.0,
+        help="check, scalar without server: flip verdicts at this rate",
+    )
+    p.add_argument(
+        "--scalar-view",
+        default="all",
+        choices=("all", "merits"),
+        help="scalar without server: properties it votes on",
+    )
+    p.add_argument(
+        "--frozen-rubrics",
+        action="store_true",
+        help="accept rubrics that were drawn from other rollouts than these",
+    )
+    p.add_argument(
+        "--shuffle",
+        action="store_true",
+        help="null control: deal each group's rewards out among its rollouts at random",
+    )
+    p.add_argument(
+        "--shape-calls",
+        action="store_true",
+        help="answer: a wrong answer earns a little for every tool call, as in SOD's "
+        "released code: pays for calling, not for being right",
+    )
+    p.add_argument(
+        "--ledger",
+        metavar="FILE",
+        help="answer: JSONL that keeps which labels were spent on what; a label that was "
+        "spent on something else is refused",
+    )
+    p.add_argument(
+        "--spend",
+        metavar="PURPOSE",
+        help="answer, with --ledger: what these labels are spent on, a name like teacher-rl",
+    )
+    p.add_argument(
+        "--spend-again",
+        action="store_true",
+        help="answer, with --ledger: take labels that were spent on something else, and "
+        "write that down",
+    )
     add_judge_flags(p, temperature=0.0, max_tokens=4096)
     args = p.parse_args(argv)
-    if bool(args.ledger) != bool(args.spend) or (args.spend_again and not args.ledger) or (args.ledger and args.grader != "answer"):
-        raise BadInput("--ledger, --spend: expected both, with --grader answer, and --spend-again only beside them: only that grader spends labels")
+    if (
+        bool(args.ledger) != bool(args.spend)
+        or (args.spend_again and not args.ledger)
+        or (args.ledger and args.grader != "answer")
+    ):
+        raise BadInput(
+            "--ledger, --spend: expected both, with --grader answer, and --spend-again only "
+            "beside them: only that grader spends labels"
+        )
     if args.shape_calls and args.grader != "answer":
         raise BadInput(f"--shape-calls: goes with --grader answer, came {args.grader}")
     needs_rubric = args.grader in ("check", "judge")
     if needs_rubric != bool(args.rubrics):
-        raise BadInput(f"--grader {args.grader}: expected {'--rubrics FILE' if needs_rubric else 'no --rubrics'}")
+        raise BadInput(
+            f"--grader {args.grader}: expected "
+            f"{'--rubrics FILE' if needs_rubric else 'no --rubrics'}"
+        )
     if args.verifier_noise and (args.grader in ("judge", "answer") or args.base_url):
         raise BadInput("--verifier-noise: goes with --grader check or scalar, without a server")
     prompts = {str(r["id"]): r for r in records.read(args.prompts, "prompts")}
-    rubrics = {str(r["id"]): r for r in records.read(args.rubrics, "rubrics")} if args.rubrics else {}
-    pool = by_prompt(args.answers, "answers") if args.answers and not args.discriminator else {}  # a discriminator reads their tokens
+    rubrics = (
+        {str(r["id"]): r for r in records.read(args.rubrics, "rubrics")} if args.rubrics else {}
+    )
+    # a discriminator reads their tokens
+    pool = by_prompt(args.answers, "answers") if args.answers and not args.discriminator else {}
     groups = {}
     rollouts = records.Table(args.rollouts, "rollouts")
     for key in rollouts.keys():
         if key[0] not in prompts:
-            raise BadInput(f"{rollouts.where(key)}: id: expected one of the ids in {args.prompts}, came {key[0]!r}")
+            raise BadInput(
+                f"{rollouts.where(key)}: id: expected one of the ids in {args.prompts}, came "
+                f"{key[0]!r}"
+            )
         if args.grader == "answer" and "answer" not in prompts[key[0]]:
-            raise BadInput(f"{args.prompts}: answer: --grader answer needs it for prompt {key[0]!r}, but the field is missing")
+            raise BadInput(
+                f"{args.prompts}: answer: --grader answer needs it for prompt {key[0]!r}, "
+                f"but the field is missing"
+            )
         groups.setdefault(key[0], []).append(key)
-    spent = labels.spend(args.ledger, [prompts[i] for i in groups], args.spend, args.spend_again) if args.ledger else {}  # before one is read
+    # before one is read
+    spent = (
+        labels.spend(args.ledger, [prompts[i] for i in groups], args.spend, args.spend_again)
+        if args.ledger
+        else {}
+    )
     if (args.grader == "discriminator") != bool(args.discriminator):
-        raise BadInput(f"--grader {args.grader}: expected {'--discriminator FOLDER' if args.grader == 'discriminator' else 'no --discriminator'}")
+        wanted = (
+            "--discriminator FOLDER" if args.grader == "discriminator" else "no --discriminator"
+        )
+        raise BadInput(f"--grader {args.grader}: expected {wanted}")
     scorer = Discriminator(args, rollouts, groups) if args.discriminator else None
     server = cache = None
-    name = f"discriminator {scorer.weights}" if scorer else args.grader if args.grader != "scalar" or args.base_url else "scalar stand-in"
+    name = (
+        f"discriminator {scorer.weights}"
+        if scorer
+        else args.grader
+        if args.grader != "scalar" or args.base_url
+        else "scalar stand-in"
+    )
     if args.grader == "judge" or args.base_url:
         if args.grader not in ("judge", "scalar"):
             raise BadInput(f"--base-url: goes with --grader judge or scalar, not {args.grader}")
         server, cache, name = served_judge(args)
 
-    for prompt_id, keys in groups.items():  # ROPD draws a new rubric for every prompt at every step
+    # ROPD draws a new rubric for every prompt at every step
+    for prompt_id, keys in groups.items():
         made_for = rubrics.get(prompt_id, {}).get("drawn_from", {}).get("rollouts")
-        if made_for is not None and not args.frozen_rubrics and set(made_for) != {records.fingerprint(rollouts[key]) for key in keys}:
-            raise BadInput(f"{args.rubrics}: id {prompt_id!r}: drawn_from: expected the rollouts of {args.rollouts}, but the rubric was drawn from "
-                           "others: run rubric.py create for these, or --frozen-rubrics if it is meant")
+        if (
+            made_for is not None
+            and not args.frozen_rubrics
+            and set(made_for) != {records.fingerprint(rollouts[key]) for key in keys}
+        ):
+            raise BadInput(
+                f"{args.rubrics}: id {prompt_id!r}: drawn_from: expected the rollouts of "
+                f"{args.rollouts}, but the rubric was drawn from "
+                "others: run rubric.py create for these, or --frozen-rubrics if it is meant"
+            )
 
     def grade_group(prompt_id):
-        """[(reward or None, verdicts or the reason of a failure)] for the group's rollouts, and the teacher's rewards."""
+        """[(reward or None, verdicts or the reason of a failure)] for the group's rollouts, and
+        the teacher's rewards."""
         if args.grader == "answer":
-            return [(outcome(rollouts[key], prompts[prompt_id]["answer"], args.shape_calls), None) for key in groups[prompt_id]], []
+            return [
+                (outcome(rollouts[key], prompts[prompt_id]["answer"], args.shape_calls), None)
+                for key in groups[prompt_id]
+            ], []
         if scorer:
             return [(score, None) for score in scorer.judge(prompt_id)], []
-        question, mine = question_of(prompts[prompt_id]), [one_piece(rollouts[key], args.rollouts)["text"] for key in groups[prompt_id]]
+        question, mine = (
+            question_of(prompts[prompt_id]),
+            [one_piece(rollouts[key], args.rollouts)["text"] for key in groups[prompt_id]],
+        )
         if args.grader == "scalar":
+
             def one(key, text):
                 if server:
-                    return attempt(judge.holistic, server, question, text, **judge_options(args, cache))
-                return impression(question, text, args.scalar_view, args.verifier_noise, args.seed, key)
+                    return attempt(
+                        judge.holistic, server, question, text, **judge_options(args, cache)
+                    )
+                return impression(
+                    question, text, args.scalar_view, args.verifier_noise, args.seed, key
+                )
+
             values = [one(key, t) for key, t in zip(groups[prompt_id], mine)]
-            return [(None, str(v)) if isinstance(v, Exception) else (v, None) for v in values], []
+            return [
+                (None, str(v)) if isinstance(v, Exception) else (v, None) for v in values
+            ], []
         if prompt_id not in rubrics:
             return [(None, "no rubric for this prompt")] * len(mine), []
         criteria, teachers = rubrics[prompt_id]["criteria"], texts(pool.get(prompt_id, []))
         points = [c["points"] for c in criteria]
         if args.grader == "check":
             if any("check" not in c for c in criteria):
-                raise BadInput(f"{args.rubrics}: id {prompt_id!r}: check: expected a predicate in every criterion, but the field is missing: "
-                               "a rubric written by a model is graded with --grader judge")
-            verdicts = [[noisy(passes(c["check"], question, t), args.verifier_noise, args.seed, key, c["id"]) for c in criteria]
-                        for key, t in zip(groups[prompt_id] + [(prompt_id, "teacher", i) for i in range(len(teachers))], mine + teachers)]
+                raise BadInput(
+                    f"{args.rubrics}: id {prompt_id!r}: check: expected a predicate in every "
+                    f"criterion, but the field is missing: "
+                    "a rubric written by a model is graded with --grader judge"
+                )
+            verdicts = [
+                [
+                    noisy(
+                        passes(c["check"], question, t),
+                        args.verifier_noise,
+                        args.seed,
+                        key,
+                        c["id"],
+                    )
+                    for c in criteria
+                ]
+                for key, t in zip(
+                    groups[prompt_id]
+                    + [(prompt_id, "teacher", i) for i in range(len(teachers))],
+                    mine + teachers,
+                )
+            ]
         else:
-            verdicts = attempt(judge.verify, server, question, criteria, mine + teachers, mode=args.mode, seed=args.seed, **judge_options(args, cache))
+            verdicts = attempt(
+                judge.verify,
+                server,
+                question,
+                criteria,
+                mine + teachers,
+                mode=args.mode,
+                seed=args.seed,
+                **judge_options(args, cache),
+            )
             if isinstance(verdicts, Exception):
                 return [(None, str(verdicts))] * len(mine), []
         scores = [None if isinstance(v, Exception) else pass_rate(points, v) for v in verdicts]
-        return ([(s, v if s is not None else str(v)) for s, v in zip(scores[:len(mine)], verdicts)],
-                [s for s in scores[len(mine):] if s is not None])
+        return (
+            [
+                (s, v if s is not None else str(v))
+                for s, v in zip(scores[: len(mine)], verdicts)
+            ],
+            [s for s in scores[len(mine) :] if s is not None],
+        )
 
     name += ", shuffled" if args.shuffle else ""
-    settings = {"grader": name, "mode": args.mode, "noise": args.verifier_noise, "view": args.scalar_view, "seed": args.seed} | judge_settings(args) | ({"shape_calls": True} if args.shape_calls else {})
+    settings = (
+        {
+            "grader": name,
+            "mode": args.mode,
+            "noise": args.verifier_noise,
+            "view": args.scalar_view,
+            "seed": args.seed,
+        }
+        | judge_settings(args)
+        | ({"shape_calls": True} if args.shape_calls else {})
+    )
     failures, teacher_scores, beaten = [], [], []
     inputs = [f for f in (args.prompts, args.rubrics, args.rollouts, args.answers) if f]
-    with records.Writer(args.out, "rewards", settings, inputs, args.overwrite, retry=lambda r: r["status"] == "failed") as writer:
+    with records.Writer(
+        args.out,
+        "rewards",
+        settings,
+        inputs,
+        args.overwrite,
+        retry=lambda r: r["status"] == "failed",
+    ) as writer:
         todo = [g for g, keys in groups.items() if any(key not in writer for key in keys)]
-        results = server.map(grade_group, todo) if server else ((g, grade_group(g)) for g in todo)
-        for prompt_id, result in records.progress(results, total=len(todo), desc=Path(args.out).name):
-            rewards, teachers = ([(None, str(result))] * len(groups[prompt_id]), []) if isinstance(result, Exception) else result
+        results = (
+            server.map(grade_group, todo) if server else ((g, grade_group(g)) for g in todo)
+        )
+        for prompt_id, result in records.progress(
+            results, total=len(todo), desc=Path(args.out).name
+        ):
+            rewards, teachers = (
+                ([(None, str(result))] * len(groups[prompt_id]), [])
+                if isinstance(result, Exception)
+                else result
+            )
             if args.shuffle:  # the group keeps its rewards, each loses its rollout
-                order = np.random.default_rng(int(hashlib.sha256(f"{args.seed}|{prompt_id}".encode()).hexdigest()[:8], 16)).permutation(len(rewards))
-                rewards = [(rewards[i][0], None if rewards[i][0] is not None else rewards[i][1]) for i in order]
+                order = np.random.default_rng(
+                    int(hashlib.sha256(f"{args.seed}|{prompt_id}".encode()).hexdigest()[:8], 16)
+                ).permutation(len(rewards))
+                rewards = [
+                    (rewards[i][0], None if rewards[i][0] is not None else rewards[i][1])
+                    for i in order
+                ]
             lines = []
             for key, (reward, verdicts) in zip(groups[prompt_id], rewards):
                 if key in writer:
                     continue
                 rollout = rollouts[key]
-                line = {"id": rollout["id"], "sample": rollout["sample"], "reward": reward, "status": "failed" if reward is None else "ok",
-                        "rollout": records.fingerprint(rollout), "grader": name}
+                line = {
+                    "id": rollout["id"],
+                    "sample": rollout["sample"],
+                    "reward": reward,
+                    "status": "failed" if reward is None else "ok",
+                    "rollout": records.fingerprint(rollout),
+                    "grader": name,
+                }
                 if scorer:
                     line["discriminator"] = scorer.weights
                 if verdicts is not None:
@@ -451,8 +891,12 @@ def grade(argv):
             writer.write(*lines)
             teacher_scores += teachers
             if teachers:
-                beaten.append(min(teachers) < max([r for r, _ in rewards if r is not None], default=0.0))
-            served.stop_if_failing(failures, len(writer.done) - len(failures), len(rollouts), args, ADVICE)
+                beaten.append(
+                    min(teachers) < max([r for r, _ in rewards if r is not None], default=0.0)
+                )
+            served.stop_if_failing(
+                failures, len(writer.done) - len(failures), len(rollouts), args, ADVICE
+            )
 
     by_group, failed = {}, 0
     for r in records.read(args.out, "rewards"):
@@ -460,63 +904,120 @@ def grade(argv):
         if r["reward"] is not None:
             by_group.setdefault(str(r["id"]), []).append(r["reward"])
     ok = [x for group in by_group.values() for x in group]
-    summary = {"out": args.out, "records": len(rollouts), "failed": failed, "failure_rate": failed / len(rollouts),
-               "reward_mean": float(np.mean(ok)) if ok else None,
-               "zero_variance_groups": sum(max(g) == min(g) for g in by_group.values()) / max(1, len(by_group))}
+    summary = {
+        "out": args.out,
+        "records": len(rollouts),
+        "failed": failed,
+        "failure_rate": failed / len(rollouts),
+        "reward_mean": float(np.mean(ok)) if ok else None,
+        "zero_variance_groups": sum(max(g) == min(g) for g in by_group.values())
+        / max(1, len(by_group)),
+    }
     summary |= spent | (scorer.summary() if scorer else {})
     text = f"mean reward {summary['reward_mean']:.3f}, " if ok else ""
     if teacher_scores:
-        summary |= {"teacher_reward_mean": float(np.mean(teacher_scores)), "student_beats_worst_teacher": float(np.mean(beaten))}
+        summary |= {
+            "teacher_reward_mean": float(np.mean(teacher_scores)),
+            "student_beats_worst_teacher": float(np.mean(beaten)),
+        }
         text += f"teacher's {summary['teacher_reward_mean']:.3f}, "
     if ok:
         text += f"{summary['zero_variance_groups']:.0%} of groups without a difference, "
     if "accuracy" in summary:
         text += f"{summary['accuracy']:.0%} of given answers above a rollout, "
     if spent:
-        text += f"{spent['labels']} labels, {spent['labels_new']} of them new to {args.ledger}, "
-    print(f"rubric.py grade: {args.out}: {len(rollouts)} rollouts by {name}, {text}{failed} failed")
+        text += (
+            f"{spent['labels']} labels, {spent['labels_new']} of them new to {args.ledger}, "
+        )
+    print(
+        f"rubric.py grade: {args.out}: {len(rollouts)} rollouts by {name}, {text}{failed} "
+        f"failed"
+    )
     return summary
 
 
 class Discriminator:
-    """Scores of groups of rollouts by a trained discriminator, and of the given answers (--answers) to compare with, which earn nothing."""
+    """Scores of groups of rollouts by a trained discriminator, and of the given answers
+    (--answers) to compare with, which earn nothing."""
 
     def __init__(self, args, rollouts, groups):
         from discriminator import load_scorer
         from rollout import check_tokens
-        self.scorer, self.rollouts, self.groups, self.given, self.seen = load_scorer(args.discriminator), rollouts, groups, {}, []
+
+        self.scorer, self.rollouts, self.groups, self.given, self.seen = (
+            load_scorer(args.discriminator),
+            rollouts,
+            groups,
+            {},
+            [],
+        )
         self.weights = self.scorer.identity["weights"]
         for key in rollouts.keys():
-            check_tokens(rollouts[key], rollouts.where(key), self.scorer.identity, self.scorer.vocabulary)
+            check_tokens(
+                rollouts[key], rollouts.where(key), self.scorer.identity, self.scorer.vocabulary
+            )
         for answer in records.read(args.answers, "answers") if args.answers else ():
             self.given.setdefault(str(answer["id"]), []).append(answer)
 
     def judge(self, prompt_id):
         """Scores of the group's rollouts, in order."""
         from data import answer_ids
+
         rollouts = [self.rollouts[key] for key in self.groups[prompt_id]]
-        answers = [(rollouts[0]["prompt_ids"], answer_ids(self.scorer, answer)) for answer in self.given.get(prompt_id, [])]
-        scores = self.scorer.scores([self.scorer.sees(*text) for text in [(r["prompt_ids"], r["response_ids"]) for r in rollouts] + answers])
-        self.seen.append((scores[len(rollouts):], scores[:len(rollouts)], [len(r["response_ids"]) for r in rollouts]))
-        return scores[:len(rollouts)]
+        answers = [
+            (rollouts[0]["prompt_ids"], answer_ids(self.scorer, answer))
+            for answer in self.given.get(prompt_id, [])
+        ]
+        scores = self.scorer.scores(
+            [
+                self.scorer.sees(*text)
+                for text in [(r["prompt_ids"], r["response_ids"]) for r in rollouts] + answers
+            ]
+        )
+        self.seen.append(
+            (
+                scores[len(rollouts) :],
+                scores[: len(rollouts)],
+                [len(r["response_ids"]) for r in rollouts],
+            )
+        )
+        return scores[: len(rollouts)]
 
     def summary(self):
         from discriminator import verdicts
+
         return verdicts(self.seen) if self.seen else {}
 
 
-# ---------------------------------------------------------------------------------------------- the served judge
+# ---- the served judge
 
 ADVICE = "try a stronger judge, a longer --max-tokens or more --re-asks, then run again"
 
 
 def add_judge_flags(p, temperature, max_tokens):
-    p.add_argument("--model", help="served model that plays rubricator or verifier; keep it fixed, and never the student itself")
+    p.add_argument(
+        "--model",
+        help="served model that plays rubricator or verifier; keep it fixed, and never the "
+        "student itself",
+    )
     p.add_argument("--temperature", type=float, default=temperature, help="of the served judge")
-    p.add_argument("--max-tokens", type=int, default=max_tokens, help="longest reply of the served judge")
-    p.add_argument("--re-asks", type=int, default=2, help="times a malformed reply is sent back with what was wrong")
-    p.add_argument("--cache", help="JSONL of good replies, keyed by everything that was asked; saves a re-run's money")
-    p.add_argument("--seed", type=int, default=0, help="order of the anonymous pool, verifier noise")
+    p.add_argument(
+        "--max-tokens", type=int, default=max_tokens, help="longest reply of the served judge"
+    )
+    p.add_argument(
+        "--re-asks",
+        type=int,
+        default=2,
+        help="times a malformed reply is sent back with what was wrong",
+    )
+    p.add_argument(
+        "--cache",
+        help="JSONL of good replies, keyed by everything that was asked; saves a re-run's "
+        "money",
+    )
+    p.add_argument(
+        "--seed", type=int, default=0, help="order of the anonymous pool, verifier noise"
+    )
     p.add_argument("--overwrite", action="store_true", help="begin the output anew")
     served.add_flags(p)
 
@@ -525,21 +1026,36 @@ def served_judge(args):
     """(server, cache, the name rewards carry)."""
     if not args.base_url or not args.model:
         raise BadInput("a served judge needs --base-url and --model")
-    return served.Server.from_flags(args), judge.Cache(args.cache), f"{args.model} (prompts v{judge.PROMPT_VERSION})"
+    return (
+        served.Server.from_flags(args),
+        judge.Cache(args.cache),
+        f"{args.model} (prompts v{judge.PROMPT_VERSION})",
+    )
 
 
 def judge_settings(args):
     if not args.base_url:
         return {}
-    return {"model": args.model, "base_url": args.base_url, "temperature": args.temperature, "prompts": judge.PROMPT_VERSION}
+    return {
+        "model": args.model,
+        "base_url": args.base_url,
+        "temperature": args.temperature,
+        "prompts": judge.PROMPT_VERSION,
+    }
 
 
 def judge_options(args, cache):
-    return {"temperature": args.temperature, "max_tokens": args.max_tokens, "re_asks": args.re_asks, "cache": cache}
+    return {
+        "temperature": args.temperature,
+        "max_tokens": args.max_tokens,
+        "re_asks": args.re_asks,
+        "cache": cache,
+    }
 
 
 def attempt(function, *args, **options):
-    """The function's value, or the judgement failure itself: counted by the caller, never turned into a number."""
+    """The function's value, or the judgement failure itself: counted by the caller, never
+    turned into a number."""
     try:
         return function(*args, **options)
     except (judge.JudgeFailure, served.ServedFailure) as failure:

@@ -1,27 +1,37 @@
-"""Stage 2: the teacher.  It answers prompts (black box: text) or scores the student's rollouts (white box: log-probs).
+"""Stage 2: the teacher.  It answers prompts (black box: text) or scores the student's rollouts
+(white box: log-probs).
 
-    python teacher.py answer --model runs/toy/teacher --prompts runs/toy/train.jsonl --n 4 --out answers.jsonl
-    python teacher.py score  --model runs/toy/teacher --rollouts rollouts.jsonl --out scores.jsonl
-    python teacher.py score  --model runs/toy/teacher --rollouts rollouts.jsonl --out scores.jsonl --top-k 24
-    python teacher.py score  --model STUDENT --rollouts rollouts.jsonl --out scores.jsonl --prompts P.jsonl --hint '{question} The answer is {answer}.'
+    python teacher.py answer --model runs/toy/teacher --prompts runs/toy/train.jsonl --n 4 --out
+    answers.jsonl
+    python teacher.py score  --model runs/toy/teacher --rollouts rollouts.jsonl --out
+                             scores.jsonl
+    python teacher.py score  --model runs/toy/teacher --rollouts rollouts.jsonl --out
+                             scores.jsonl --top-k 24
+    python teacher.py score  --model STUDENT --rollouts rollouts.jsonl --out scores.jsonl
+                             --prompts P.jsonl --hint '{question} The answer is {answer}.'
 
-`answer` writes the m answers a prompt that rubrics are drawn from (ROPD section 3; m = 4 there).  They are sampled at a
-temperature above 0: m copies of one answer teach a rubric nothing, so the share of repeated answers is reported.
-`score` writes, for every response token, the teacher's log-prob of exactly that token id after exactly that prefix, at
-temperature 1, and with --top-k the teacher's K likeliest tokens (K = vocabulary size: the whole distribution); with
---top-k-of its log-probs of another model's likeliest tokens.  `end_mass` is its probability of ending where the last token
-stands.  With --prompts the teacher reads other prompts than the student did, the answer in them, say: then a model can teach itself
-(OPSD, arXiv 2601.18734), and what it teaches is the difference that the answer makes.
-`shuffle` deals a file's log-probs out at random: a null control.  `units` is for a teacher of another vocabulary (units.py).
+`answer` writes the m answers a prompt that rubrics are drawn from (ROPD section 3; m = 4
+there).  They are sampled at a temperature above 0: m copies of one answer teach a rubric
+nothing, so the share of repeated answers is reported. `score` writes, for every response token,
+the teacher's log-prob of exactly that token id after exactly that prefix, at temperature 1, and
+with --top-k the teacher's K likeliest tokens (K = vocabulary size: the whole distribution);
+with --top-k-of its log-probs of another model's likeliest tokens.  `end_mass` is its
+probability of ending where the last token stands.  With --prompts the teacher reads other
+prompts than the student did, the answer in them, say: then a model can teach itself (OPSD,
+arXiv 2601.18734), and what it teaches is the difference that the answer makes. `shuffle` deals
+a file's log-probs out at random: a null control.  `units` is for a teacher of another
+vocabulary (units.py).
 
-Scoring starts with a self-test: one rollout is scored alone and again inside a padded batch.  The difference is the
-noise floor; a teacher-student gap below it is no signal.
+Scoring starts with a self-test: one rollout is scored alone and again inside a padded batch.
+The difference is the noise floor; a teacher-student gap below it is no signal.
 
-Token ids mean the same only if both models share a token -> id map, and a template: both are compared by hash with the
-rollouts.  Another vocabulary is refused; another template is refused unless --allow-template-mismatch says it is meant.
+Token ids mean the same only if both models share a token -> id map, and a template: both are
+compared by hash with the rollouts.  Another vocabulary is refused; another template is refused
+unless --allow-template-mismatch says it is meant.
 
 Simplifications: 1. one teacher a file; 2. no sequence packing.
 """
+
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +42,23 @@ import served
 import units
 from kernel import linear_logp
 from records import BadInput
-from rollout import (add_model_flags, add_sampling_flags, answer_prompts, check_tokens, hidden_at, likeliest, load_policy, render, response_positions, served_policy,
-                     token_batches, vocabulary_size, who)
+from rollout import (
+    add_model_flags,
+    add_sampling_flags,
+    answer_prompts,
+    check_tokens,
+    hidden_at,
+    likeliest,
+    load_policy,
+    render,
+    response_positions,
+    served_policy,
+    token_batches,
+    vocabulary_size,
+    who,
+)
 
-# ---------------------------------------------------------------------------------------------- answer
+# ---- answer
 
 
 def answer(argv):
@@ -51,53 +74,99 @@ def answer(argv):
         prompts.add(text[0])
         tokens += records.written(r) if "response_ids" in r else 0
     summary |= {"duplicates": 1 - distinct / summary["records"], "generated_tokens": tokens}
-    print(f"teacher.py answer: {args.out}: {summary['records']} answers to {len(prompts)} prompts, {summary['duplicates']:.1%} repeat "
-          "another answer to the same prompt")
+    print(
+        f"teacher.py answer: {args.out}: {summary['records']} answers to {len(prompts)} "
+        f"prompts, {summary['duplicates']:.1%} repeat "
+        "another answer to the same prompt"
+    )
     return summary
 
 
-# ---------------------------------------------------------------------------------------------- score
+# ---- score
+
 
 @torch.no_grad()
 def score_batch(policy, rollouts, top_k=0, given=None, same=()):
-    """[(logprobs [T], top ids [T, K] or None, top log-probs [T, K] or None, end mass)] for a batch of rollouts, at temperature 1.
+    """[(logprobs [T], top ids [T, K] or None, top log-probs [T, K] or None, end mass)] for a
+    batch of rollouts, at temperature 1.
 
-    given: ids [T, K] a rollout whose log-probs are wanted in place of the teacher's likeliest ones.  same: pairs (a, b) of ids that mean
-    the same: the teacher's mass on a counts as b's.  end mass: probability of any stop token where the last token stands.
-    Every response token is scored, also those a loss mask hides: masks may change, scores are dear."""
-    hidden = hidden_at(policy.model, [r["prompt_ids"] + r["response_ids"] for r in rollouts],
-                       [response_positions(r["prompt_ids"], [1] * len(r["response_ids"])) for r in rollouts])
-    own = torch.tensor([t for r in rollouts for t in r["response_ids"]], dtype=torch.int64, device=hidden.device)
+    given: ids [T, K] a rollout whose log-probs are wanted in place of the teacher's likeliest
+    ones.  same: pairs (a, b) of ids that mean the same: the teacher's mass on a counts as b's.
+    end mass: probability of any stop token where the last token stands. Every response token is
+    scored, also those a loss mask hides: masks may change, scores are dear."""
+    hidden = hidden_at(
+        policy.model,
+        [r["prompt_ids"] + r["response_ids"] for r in rollouts],
+        [response_positions(r["prompt_ids"], [1] * len(r["response_ids"])) for r in rollouts],
+    )
+    own = torch.tensor(
+        [t for r in rollouts for t in r["response_ids"]],
+        dtype=torch.int64,
+        device=hidden.device,
+    )
     lengths = [len(r["response_ids"]) for r in rollouts]
-    ids = likeliest(policy, hidden, top_k) if top_k else torch.from_numpy(np.concatenate(given).astype(np.int64)).to(hidden.device) if given else own[:, None][:, :0]
-    wanted = torch.cat([own[:, None], ids, own.new_tensor([[a for a, _ in same]]).expand(len(own), -1)], 1)
+    ids = (
+        likeliest(policy, hidden, top_k)
+        if top_k
+        else torch.from_numpy(np.concatenate(given).astype(np.int64)).to(hidden.device)
+        if given
+        else own[:, None][:, :0]
+    )
+    wanted = torch.cat(
+        [own[:, None], ids, own.new_tensor([[a for a, _ in same]]).expand(len(own), -1)], 1
+    )
     logps, _ = linear_logp(hidden, policy.head, wanted, **policy.head_options)
     for i, (a, b) in enumerate(same, start=wanted.shape[1] - len(same)):
-        logps[:, 0] = torch.where(own == b, torch.logaddexp(logps[:, 0], logps[:, i]), logps[:, 0])
-    last = torch.tensor([end - 1 for end, n in zip(np.cumsum(lengths), lengths) if n], dtype=torch.int64, device=hidden.device)
-    stops = own.new_tensor([[i for i in policy.stop_ids if i < policy.vocabulary]]).expand(len(last), -1)
-    masses = iter(linear_logp(hidden[last], policy.head, stops, **policy.head_options)[0].logsumexp(-1).exp().tolist())
+        logps[:, 0] = torch.where(
+            own == b, torch.logaddexp(logps[:, 0], logps[:, i]), logps[:, 0]
+        )
+    last = torch.tensor(
+        [end - 1 for end, n in zip(np.cumsum(lengths), lengths) if n],
+        dtype=torch.int64,
+        device=hidden.device,
+    )
+    stops = own.new_tensor([[i for i in policy.stop_ids if i < policy.vocabulary]]).expand(
+        len(last), -1
+    )
+    masses = iter(
+        linear_logp(hidden[last], policy.head, stops, **policy.head_options)[0]
+        .logsumexp(-1)
+        .exp()
+        .tolist()
+    )
     ends = [next(masses) if n else None for n in lengths]  # an empty answer has no last token
-    own_logps, top = logps[:, 0].cpu().numpy(), (logps[:, 1:1 + ids.shape[1]].cpu().numpy(), ids.cpu().numpy())
+    own_logps, top = (
+        logps[:, 0].cpu().numpy(),
+        (logps[:, 1 : 1 + ids.shape[1]].cpu().numpy(), ids.cpu().numpy()),
+    )
     cuts = np.cumsum(lengths)[:-1]
     parts = zip(np.split(own_logps, cuts), np.split(top[1], cuts), np.split(top[0], cuts), ends)
     return [part if ids.shape[1] else (part[0], None, None, part[3]) for part in parts]
 
 
 def score_record(rollout, identity, logprobs, top_ids, top_logprobs, end_mass=None):
-    record = {"id": rollout["id"], "sample": rollout["sample"], "policy": identity, "rollout": records.fingerprint(rollout),
-              "logprobs": records.floats(np.minimum(logprobs, 0))}
+    record = {
+        "id": rollout["id"],
+        "sample": rollout["sample"],
+        "policy": identity,
+        "rollout": records.fingerprint(rollout),
+        "logprobs": records.floats(np.minimum(logprobs, 0)),
+    }
     if end_mass is not None:
         record["end_mass"] = float(f"{end_mass:.6g}")
     if top_ids is not None:
-        top_ids, top_logprobs = np.asarray(top_ids), np.asarray(top_logprobs, np.float32)  # a server gives lists
+        # a server gives lists
+        top_ids, top_logprobs = np.asarray(top_ids), np.asarray(top_logprobs, np.float32)
         small = np.uint16 if top_ids.max(initial=0) < 65536 else np.int32
-        record["topk"] = {"ids": records.pack(top_ids.astype(small)), "logprobs": records.pack(top_logprobs)}
+        record["topk"] = {
+            "ids": records.pack(top_ids.astype(small)),
+            "logprobs": records.pack(top_logprobs),
+        }
     return record
 
 
 def token_pair(text, tokenizer):
-    """"<|eot|>=<|end|>" -> their ids."""
+    """ "<|eot|>=<|end|>" -> their ids."""
     names, vocabulary = text.split("="), tokenizer.get_vocab()
     if len(names) != 2 or any(name not in vocabulary for name in names):
         raise BadInput(f"--same-token {text}: expected A=B, two tokens of the vocabulary")
@@ -106,74 +175,153 @@ def token_pair(text, tokenizer):
 
 def shuffle(argv):
     """teacher.py shuffle: the null control of dense supervision."""
-    p = records.parser("The same log-probs, dealt out at random among all tokens of the file: a teacher that knows nothing.\n\n"
-                       "    python teacher.py shuffle --scores scores.jsonl --out null.jsonl")
+    p = records.parser(
+        "The same log-probs, dealt out at random among all tokens of the file: a teacher "
+        "that knows nothing.\n\n"
+        "    python teacher.py shuffle --scores scores.jsonl --out null.jsonl"
+    )
     p.add_argument("--scores", required=True, help="JSONL of scores")
     p.add_argument("--out", required=True, help="JSONL to write; top-k fields are left out")
-    p.add_argument("--rollouts", help="the rollouts of these scores: tokens that their loss mask hides, a tool's, keep their own")
+    p.add_argument(
+        "--rollouts",
+        help="the rollouts of these scores: tokens that their loss mask hides, a tool's, "
+        "keep their own",
+    )
     p.add_argument("--seed", type=int, default=0, help="of the permutation")
     p.add_argument("--overwrite", action="store_true", help="begin the output anew")
     args = p.parse_args(argv)
-    rows = [{k: v for k, v in row.items() if k not in ("topk", "topk_of", "end_mass")} for row in records.read(args.scores, "scores")]
+    rows = [
+        {k: v for k, v in row.items() if k not in ("topk", "topk_of", "end_mass")}
+        for row in records.read(args.scores, "scores")
+    ]
     if args.rollouts:
-        scores, rollouts = records.Table(args.scores, "scores"), records.Table(args.rollouts, "rollouts")
-        masks = {key: rollouts[key]["loss_mask"] for key in rollouts.keys() if records.partner(scores, rollouts[key], rollouts)}
+        scores, rollouts = (
+            records.Table(args.scores, "scores"),
+            records.Table(args.rollouts, "rollouts"),
+        )
+        masks = {
+            key: rollouts[key]["loss_mask"]
+            for key in rollouts.keys()
+            if records.partner(scores, rollouts[key], rollouts)
+        }
         if missing := [key for key in scores.keys() if key not in masks]:
-            raise BadInput(f"{scores.where(missing[0])}: expected the scores of a rollout of {args.rollouts}, came those of another")
+            raise BadInput(
+                f"{scores.where(missing[0])}: expected the scores of a rollout of "
+                f"{args.rollouts}, came those of another"
+            )
     flat = np.concatenate([row["logprobs"] for row in rows])
-    counts = np.concatenate([masks[records.key_of(row, "scores")] if args.rollouts else np.ones(len(row["logprobs"])) for row in rows]) > 0
+    counts = (
+        np.concatenate(
+            [
+                masks[records.key_of(row, "scores")]
+                if args.rollouts
+                else np.ones(len(row["logprobs"]))
+                for row in rows
+            ]
+        )
+        > 0
+    )
     flat[counts] = np.random.default_rng(args.seed).permutation(flat[counts])
-    with records.Writer(args.out, "scores", {"shuffle": args.seed}, [args.scores] + [args.rollouts] * bool(args.rollouts), args.overwrite) as writer:
-        for row, part in zip(rows, np.split(flat, np.cumsum([len(row["logprobs"]) for row in rows])[:-1])):
+    with records.Writer(
+        args.out,
+        "scores",
+        {"shuffle": args.seed},
+        [args.scores] + [args.rollouts] * bool(args.rollouts),
+        args.overwrite,
+    ) as writer:
+        for row, part in zip(
+            rows, np.split(flat, np.cumsum([len(row["logprobs"]) for row in rows])[:-1])
+        ):
             if records.key_of(row, "scores") not in writer:
                 writer.write(row | {"logprobs": part.tolist()})
-    print(f"teacher.py shuffle: {args.out}: {len(rows)} rollouts, {counts.sum()} log-probs dealt out")
+    print(
+        f"teacher.py shuffle: {args.out}: {len(rows)} rollouts, {counts.sum()} log-probs "
+        f"dealt out"
+    )
     return {"out": args.out, "records": len(rows)}
 
 
 def hinted(prompt, hint, where):
-    """A prompts record whose question, the last message of the user's or the text, is `hint` filled in: {question}, {answer}, {solution}.
+    """A prompts record whose question, the last message of the user's or the text, is `hint`
+    filled in: {question}, {answer}, {solution}.
 
-    {"messages": [{"role": "user", "content": "2+2=?"}], "answer": "4"} and "{question} ({answer})" -> 2+2=? (4)"""
-    turn = next((i for i, m in reversed(list(enumerate(prompt.get("messages", ())))) if m["role"] == "user"), None)
+    {"messages": [{"role": "user", "content": "2+2=?"}], "answer": "4"} and "{question}
+    ({answer})" -> 2+2=? (4)"""
+    turn = next(
+        (
+            i
+            for i, m in reversed(list(enumerate(prompt.get("messages", ()))))
+            if m["role"] == "user"
+        ),
+        None,
+    )
     if turn is None and "messages" in prompt:
-        raise BadInput(f"{where}: messages: expected one of the user's for --hint to stand in, came none")
-    fields = {name: prompt[name] for name in ("answer", "solution") if name in prompt} | {"question": prompt["prompt"] if turn is None else prompt["messages"][turn]["content"]}
+        raise BadInput(
+            f"{where}: messages: expected one of the user's for --hint to stand in, came none"
+        )
+    fields = {name: prompt[name] for name in ("answer", "solution") if name in prompt} | {
+        "question": prompt["prompt"] if turn is None else prompt["messages"][turn]["content"]
+    }
     try:
         text = hint.format(**fields)
     except KeyError as missing:
-        raise BadInput(f"{where}: {missing.args[0]}: expected, for --hint asks for it, but the field is missing (there is: {', '.join(fields)})") from None
+        raise BadInput(
+            f"{where}: {missing.args[0]}: expected, for --hint asks for it, but the field is "
+            f"missing (there is: {', '.join(fields)})"
+        ) from None
     except (ValueError, IndexError, AttributeError) as error:
-        raise BadInput(f"--hint: expected text with {{question}}, {{answer}} or {{solution}}, and {{{{ and }}}} for braces, came {hint!r} ({error})") from None
+        raise BadInput(
+            f"--hint: expected text with {{question}}, {{answer}} or {{solution}}, and {{{{ "
+            f"and }}}} for braces, came {hint!r} ({error})"
+        ) from None
     if turn is None:
         return prompt | {"prompt": text}
-    return prompt | {"messages": [m | {"content": text} if i == turn else m for i, m in enumerate(prompt["messages"])]}
+    return prompt | {
+        "messages": [
+            m | {"content": text} if i == turn else m for i, m in enumerate(prompt["messages"])
+        ]
+    }
 
 
 def other_prompts(args, tokenizer, rollouts):
-    """{prompt id: token ids} of what the teacher reads in place of the student's prompts; {} without --prompts."""
+    """{prompt id: token ids} of what the teacher reads in place of the student's prompts; {}
+    without --prompts."""
     prompts, found = records.Table(args.prompts, "prompts") if args.prompts else None, {}
     for name, _ in rollouts.keys() if prompts else ():
         if name not in found:  # keys are strings, whatever the ids
             if (name,) not in prompts:
-                raise BadInput(f"{args.prompts}: expected a prompt {name!r}, which {args.rollouts} answers, but there is none")
+                raise BadInput(
+                    f"{args.prompts}: expected a prompt {name!r}, which {args.rollouts} "
+                    f"answers, but there is none"
+                )
             prompt = prompts[name,]
-            found[name] = render(tokenizer, hinted(prompt, args.hint, prompts.where((name,))) if args.hint else prompt, args.template_options)
+            found[name] = render(
+                tokenizer,
+                hinted(prompt, args.hint, prompts.where((name,))) if args.hint else prompt,
+                args.template_options,
+            )
     return found
 
 
 def noise_floor(policy, rollouts):
-    """Largest difference in nats between scoring the shortest rollout alone and inside a padded batch."""
+    """Largest difference in nats between scoring the shortest rollout alone and inside a padded
+    batch."""
     alone = score_batch(policy, [rollouts[0]])[0][0]
     together = score_batch(policy, rollouts)[0][0]
     return float(np.abs(alone - together).max(initial=0.0))
 
 
 def served_noise_floor(server, rollouts):
-    """Largest difference in nats between two requests for the same scores: a server's replicas and batches differ."""
+    """Largest difference in nats between two requests for the same scores: a server's replicas
+    and batches differ."""
     for rollout in rollouts:
         try:
-            first, second = (server.score(rollout["prompt_ids"] + rollout["response_ids"], len(rollout["prompt_ids"]))[0] for _ in range(2))
+            first, second = (
+                server.score(
+                    rollout["prompt_ids"] + rollout["response_ids"], len(rollout["prompt_ids"])
+                )[0]
+                for _ in range(2)
+            )
             return float(np.abs(np.subtract(first, second)).max(initial=0.0))
         except served.ServedFailure as failure:
             last = failure
@@ -182,35 +330,85 @@ def served_noise_floor(server, rollouts):
 
 def score(argv):
     p = records.parser(__doc__)
-    p.add_argument("--model", required=True, help="the teacher: folder, Hugging Face id, or a served name")
+    p.add_argument(
+        "--model", required=True, help="the teacher: folder, Hugging Face id, or a served name"
+    )
     p.add_argument("--rollouts", required=True, help="JSONL of rollouts to score")
-    p.add_argument("--out", required=True, help="JSONL to write; run again to complete an interrupted file")
-    p.add_argument("--top-k", type=int, default=0, help="also keep the K likeliest tokens; the vocabulary's size keeps all")
-    p.add_argument("--top-k-of", metavar="FILE", help="keep the log-probs of the tokens that these scores hold (the student's own, with --top-k) in place of the likeliest ones")
-    p.add_argument("--same-token", action="append", default=[], metavar="A=B", help="token A means what B does: its mass counts as B's, for models that end with other tokens")
-    p.add_argument("--batch-tokens", type=int, default=16384, help="rows x longest row in one forward pass: memory against speed")
-    p.add_argument("--prompts", help="JSONL of prompts, with the rollouts' ids, that the teacher reads in place of the student's")
-    p.add_argument("--hint", help="with --prompts: what stands in the question's place, e.g. '{question} The answer is {answer}.'; also {solution}")
+    p.add_argument(
+        "--out", required=True, help="JSONL to write; run again to complete an interrupted file"
+    )
+    p.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        help="also keep the K likeliest tokens; the vocabulary's size keeps all",
+    )
+    p.add_argument(
+        "--top-k-of",
+        metavar="FILE",
+        help="keep the log-probs of the tokens that these scores hold (the student's own, "
+        "with --top-k) in place of the likeliest ones",
+    )
+    p.add_argument(
+        "--same-token",
+        action="append",
+        default=[],
+        metavar="A=B",
+        help="token A means what B does: its mass counts as B's, for models that end with "
+        "other tokens",
+    )
+    p.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=16384,
+        help="rows x longest row in one forward pass: memory against speed",
+    )
+    p.add_argument(
+        "--prompts",
+        help="JSONL of prompts, with the rollouts' ids, that the teacher reads in place of "
+        "the student's",
+    )
+    p.add_argument(
+        "--hint",
+        help="with --prompts: what stands in the question's place, e.g. '{question} The "
+        "answer is {answer}.'; also {solution}",
+    )
     add_model_flags(p)
-    p.add_argument("--allow-template-mismatch", action="store_true", help="score prompts rendered with another chat template")
+    p.add_argument(
+        "--allow-template-mismatch",
+        action="store_true",
+        help="score prompts rendered with another chat template",
+    )
     p.add_argument("--overwrite", action="store_true", help="begin the output anew")
     served.add_flags(p)
     args = p.parse_args(argv)
     if args.top_k < 0:
         raise BadInput(f"--top-k: expected 0 or more, came {args.top_k}")
     if args.top_k_of and (args.top_k or args.base_url):
-        raise BadInput(f"--top-k-of: says which tokens are wanted, {'so --top-k has no place beside it' if args.top_k else 'and a server gives only its own likeliest ones'}")
+        reason = "and a server gives only its own likeliest ones"
+        if args.top_k:
+            reason = "so --top-k has no place beside it"
+        raise BadInput(f"--top-k-of: says which tokens are wanted, {reason}")
     if args.same_token and (args.top_k or args.top_k_of or args.base_url):
-        raise BadInput("--same-token: changes the log-prob of the sampled tokens only: goes without --top-k, --top-k-of and --base-url")
+        raise BadInput(
+            "--same-token: changes the log-prob of the sampled tokens only: goes without "
+            "--top-k, --top-k-of and --base-url"
+        )
 
     if args.hint and not args.prompts:
         raise BadInput("--hint: needs --prompts, the records whose fields it names")
 
-    rollouts, others = records.Table(args.rollouts, "rollouts"), records.Table(args.top_k_of, "scores") if args.top_k_of else None
+    rollouts, others = (
+        records.Table(args.rollouts, "rollouts"),
+        records.Table(args.top_k_of, "scores") if args.top_k_of else None,
+    )
     if args.base_url:
         policy, (tokenizer, identity) = None, served_policy(args)
         if tokenizer is None:
-            raise BadInput(f"--model {args.model}: the served teacher's tokenizer is not known: give its folder with --tokenizer")
+            raise BadInput(
+                f"--model {args.model}: the served teacher's tokenizer is not known: give "
+                f"its folder with --tokenizer"
+            )
         vocabulary = vocabulary_size(tokenizer)
     else:
         policy = load_policy(args.model, args.dtype, args.device, args.template_options)
@@ -219,66 +417,158 @@ def score(argv):
 
     def read(rollout):  # as the teacher reads it
         return rollout | {"prompt_ids": context[str(rollout["id"])]} if context else rollout
-    same, lengths, proposer = [token_pair(text, policy.tokenizer) for text in args.same_token], [], None
+
+    same, lengths, proposer = (
+        [token_pair(text, policy.tokenizer) for text in args.same_token],
+        [],
+        None,
+    )
     for rollout in rollouts:
         key = records.key_of(rollout, "rollouts")
         check_tokens(rollout, rollouts.where(key), identity, vocabulary, ("vocabulary",))
-        if rollout["policy"].get("template") != identity["template"] and not args.allow_template_mismatch:
-            raise BadInput(f"{rollouts.where(key)}: policy.template: expected {identity['template']}, the teacher's chat template, came "
-                           f"{rollout['policy'].get('template')}: a teacher off its own template scores badly; pass --allow-template-mismatch "
-                           "if this is meant")
+        if (
+            rollout["policy"].get("template") != identity["template"]
+            and not args.allow_template_mismatch
+        ):
+            raise BadInput(
+                f"{rollouts.where(key)}: policy.template: expected {identity['template']}, "
+                f"the teacher's chat template, came "
+                f"{rollout['policy'].get('template')}: a teacher off its own template scores "
+                f"badly; pass --allow-template-mismatch "
+                "if this is meant"
+            )
         if others:
             proposal = records.partner(others, rollout, rollouts)
             if "topk" not in proposal:
-                raise BadInput(f"{others.where(key)}: topk: expected ids to score, but the field is missing: run teacher.py score with --top-k")
+                raise BadInput(
+                    f"{others.where(key)}: topk: expected ids to score, but the field is "
+                    f"missing: run teacher.py score with --top-k"
+                )
             proposer = proposer or proposal["policy"].get("weights")
             if proposal["policy"].get("weights") != proposer:
-                raise BadInput(f"{others.where(key)}: policy.weights: expected {proposer} as in the lines before, came {proposal['policy'].get('weights')}")
+                raise BadInput(
+                    f"{others.where(key)}: policy.weights: expected {proposer} as in the "
+                    f"lines before, came {proposal['policy'].get('weights')}"
+                )
         lengths.append((key, len(read(rollout)["prompt_ids"]) + len(rollout["response_ids"])))
 
     few = sorted(lengths[:8], key=lambda pair: pair[1])
-    few = [read(rollouts[key]) for place, (key, _) in enumerate(few) if place == 0 or (place + 1) * few[place][1] <= args.batch_tokens]
+    few = [
+        read(rollouts[key])
+        for place, (key, _) in enumerate(few)
+        if place == 0 or (place + 1) * few[place][1] <= args.batch_tokens
+    ]
     server = served.Server.from_flags(args) if args.base_url else None
     floor = served_noise_floor(server, few) if server else noise_floor(policy, few)
 
     failures, tokens, gap_sum, gap_max = [], 0, 0.0, 0.0
-    settings = {"policy": who(identity), "top_k": args.top_k, "dtype": args.dtype, "served": bool(args.base_url),
-                **({"same_token": args.same_token} if args.same_token else {}), **({"hint": args.hint} if args.hint else {})}
-    with records.Writer(args.out, "scores", settings, [args.rollouts] + [args.top_k_of] * bool(others) + [args.prompts] * bool(context), args.overwrite) as writer:
+    settings = {
+        "policy": who(identity),
+        "top_k": args.top_k,
+        "dtype": args.dtype,
+        "served": bool(args.base_url),
+        **({"same_token": args.same_token} if args.same_token else {}),
+        **({"hint": args.hint} if args.hint else {}),
+    }
+    with records.Writer(
+        args.out,
+        "scores",
+        settings,
+        [args.rollouts] + [args.top_k_of] * bool(others) + [args.prompts] * bool(context),
+        args.overwrite,
+    ) as writer:
         todo = [(key, n) for key, n in lengths if key not in writer]
-        batches = [[todo[i][0] for i in b] for b in token_batches([n for _, n in todo], args.batch_tokens if policy else 1)]
-        with records.progress(total=len(lengths), initial=len(lengths) - len(todo), desc=Path(args.out).name) as bar:
+        batches = [
+            [todo[i][0] for i in b]
+            for b in token_batches([n for _, n in todo], args.batch_tokens if policy else 1)
+        ]
+        with records.progress(
+            total=len(lengths), initial=len(lengths) - len(todo), desc=Path(args.out).name
+        ) as bar:
+
             def work(keys):
                 batch = [rollouts[key] for key in keys]
                 if policy:
-                    given = [records.unpack(others[key]["topk"]["ids"]) for key in keys] if others else None
-                    return batch, score_batch(policy, list(map(read, batch)), args.top_k, given, same)
-                return batch, [server.score(r["prompt_ids"] + r["response_ids"], len(r["prompt_ids"]), args.top_k) for r in map(read, batch)]
-            for keys, result in ((keys, work(keys)) for keys in batches) if policy else server.map(work, batches):
+                    given = (
+                        [records.unpack(others[key]["topk"]["ids"]) for key in keys]
+                        if others
+                        else None
+                    )
+                    return batch, score_batch(
+                        policy, list(map(read, batch)), args.top_k, given, same
+                    )
+                return batch, [
+                    server.score(
+                        r["prompt_ids"] + r["response_ids"], len(r["prompt_ids"]), args.top_k
+                    )
+                    for r in map(read, batch)
+                ]
+
+            for keys, result in (
+                ((keys, work(keys)) for keys in batches)
+                if policy
+                else server.map(work, batches)
+            ):
                 if isinstance(result, served.ServedFailure):
                     failures.append(result)
                     served.stop_if_failing(failures, len(writer.done), len(lengths), args)
                     continue
-                writer.write(*(score_record(r, identity, *values) | ({"topk_of": proposer} if others else {}) | ({"context": records.fingerprint(read(r))} if context else {}) for r, values in zip(*result)))
+                writer.write(
+                    *(
+                        score_record(r, identity, *values)
+                        | ({"topk_of": proposer} if others else {})
+                        | ({"context": records.fingerprint(read(r))} if context else {})
+                        for r, values in zip(*result)
+                    )
+                )
                 bar.update(len(keys))
     if failures:
-        print(f"{args.out}: {len(failures)} of {len(lengths)} rollouts could not be scored (first: {failures[0]}); run the same command again for them")
+        print(
+            f"{args.out}: {len(failures)} of {len(lengths)} rollouts could not be scored "
+            f"(first: {failures[0]}); run the same command again for them"
+        )
 
-    for record in records.read(args.out, "scores"):  # log mu - log p_T on the sampled tokens: its mean estimates the reverse KL
+    # log mu - log p_T on the sampled tokens: its mean estimates the reverse KL
+    for record in records.read(args.out, "scores"):
         rollout = rollouts[records.key_of(record, "scores")]
         gap = np.subtract(rollout["logprobs"], record["logprobs"])
         if "steps" in rollout:  # what a tool said, nobody sampled
             gap = np.concatenate([gap[start:end] for start, end, _ in rollout["steps"]])
-        tokens, gap_sum, gap_max = tokens + len(gap), gap_sum + gap.sum(), max(gap_max, np.abs(gap).max(initial=0.0))
-    summary = {"out": args.out, "records": len(lengths) - len(failures), "failed": len(failures), "teacher_tokens": tokens, "noise_floor": floor,
-               "kl_mean": float(gap_sum / max(1, tokens)), "gap_max": float(gap_max)}
-    print(f"teacher.py score: {args.out}: {summary['records']} rollouts, {tokens} tokens, student - teacher log-prob "
-          f"{summary['kl_mean']:+.4f} nats a token (largest gap {summary['gap_max']:.1e}), noise floor {floor:.1e}")
+        tokens, gap_sum, gap_max = (
+            tokens + len(gap),
+            gap_sum + gap.sum(),
+            max(gap_max, np.abs(gap).max(initial=0.0)),
+        )
+    summary = {
+        "out": args.out,
+        "records": len(lengths) - len(failures),
+        "failed": len(failures),
+        "teacher_tokens": tokens,
+        "noise_floor": floor,
+        "kl_mean": float(gap_sum / max(1, tokens)),
+        "gap_max": float(gap_max),
+    }
+    print(
+        f"teacher.py score: {args.out}: {summary['records']} rollouts, {tokens} tokens, "
+        f"student - teacher log-prob "
+        f"{summary['kl_mean']:+.4f} nats a token (largest gap {summary['gap_max']:.1e}), "
+        f"noise floor {floor:.1e}"
+    )
     return summary
 
 
 def main(argv=None):
-    return records.dispatch(__doc__, {"answer": answer, "score": score, "shuffle": shuffle, "units": units.main, "regroup": units.regroup}, argv)
+    return records.dispatch(
+        __doc__,
+        {
+            "answer": answer,
+            "score": score,
+            "shuffle": shuffle,
+            "units": units.main,
+            "regroup": units.regroup,
+        },
+        argv,
+    )
 
 
 if __name__ == "__main__":

@@ -1,31 +1,43 @@
-"""Tools for agents: what a call looks like in a model's text, what runs it, and what the model then reads.
+"""Tools for agents: what a call looks like in a model's text, what runs it, and what the model
+then reads.
 
-    python rollout.py --tools calculator --call-format hermes --model M --prompts P --out rollouts.jsonl
-    python rollout.py --tools calculator --tool-options '{"outage": 0.2}' --call-format brackets --model M --prompts P --out rollouts.jsonl
+    python rollout.py --tools calculator --call-format hermes --model M --prompts P --out
+    rollouts.jsonl
+    python rollout.py --tools calculator --tool-options '{"outage": 0.2}' --call-format brackets
+    --model M --prompts P --out rollouts.jsonl
     python rollout.py --tools mytools:Dictionary --model M --prompts P --out rollouts.jsonl
 
-A step is what the model writes until its end token.  If there is a call in it, the tool runs, the chat template's words around its output
-are appended with loss mask 0, and the model goes on; if there is none, that was the answer.  Sampled ids and template ids are put one
-after another and never decoded and encoded again.
+A step is what the model writes until its end token.  If there is a call in it, the tool runs,
+the chat template's words around its output are appended with loss mask 0, and the model goes
+on; if there is none, that was the answer.  Sampled ids and template ids are put one after
+another and never decoded and encoded again.
 
-    hermes    <tool_call>{"name": "calculator", "arguments": {"expression": "37*4"}}</tool_call>     as Qwen, Hermes and others write it
-    brackets  [37*4]                                                                                 what stands inside is the first tool's only argument
+    hermes    <tool_call>{"name": "calculator", "arguments": {"expression": "37*4"}}</tool_call>
+              as Qwen, Hermes and others write it
+    brackets  [37*4]
+              what stands inside is the first tool's only argument
 
-Only the first call of a step runs, and none that stands in a model's <think>.  A malformed one is answered by an error that the model can read, like a wrong expression.
+Only the first call of a step runs, and none that stands in a model's <think>.  A malformed one
+is answered by an error that the model can read, like a wrong expression.
 
-A tool is any object with `schema` (a function in transformers' tool format) and `__call__(arguments, key) -> (output, ok)`.  It answers whatever
-a model asks: ok is true for a result, false where the model was wrong, None where it was not and there is no result all the same (an outage).
-It must depend on nothing but its two arguments: `key` names the call (seed, prompt, sample, number), for tools that want randomness.  One that
-raises is broken, which is no fault of the model's: the stage stops and nothing is written of that batch, so that a finished file never holds
-an answer to a tool that did not work.  MODULE must be importable: beside the stages, or on PYTHONPATH.
+A tool is any object with `schema` (a function in transformers' tool format) and
+`__call__(arguments, key) -> (output, ok)`.  It answers whatever a model asks: ok is true for a
+result, false where the model was wrong, None where it was not and there is no result all the
+same (an outage). It must depend on nothing but its two arguments: `key` names the call (seed,
+prompt, sample, number), for tools that want randomness.  One that raises is broken, which is no
+fault of the model's: the stage stops and nothing is written of that batch, so that a finished
+file never holds an answer to a tool that did not work.  MODULE must be importable: beside the
+stages, or on PYTHONPATH.
 
-The calculator parses with the grammar below: no eval, exact fractions, powers and lengths bounded, so that no text takes more than a
-moment.  Its options: `outage`, the share of calls that have no result without being wrong; `pad` and `pad_errors`, a least number of characters of
+The calculator parses with the grammar below: no eval, exact fractions, powers and lengths
+bounded, so that no text takes more than a moment.  Its options: `outage`, the share of calls
+that have no result without being wrong; `pad` and `pad_errors`, a least number of characters of
 its results and of its errors, for controls.
 
-Simplifications: 1. tools run one after another in this process, without a time limit; 2. a tool has no memory; 3. no tools beside a
-served model.
+Simplifications: 1. tools run one after another in this process, without a time limit; 2. a tool
+has no memory; 3. no tools beside a served model.
 """
+
 import hashlib
 import importlib
 import json
@@ -39,7 +51,8 @@ MOST_CHARACTERS, MOST_DEPTH, MOST_BITS, MOST_OUTPUT = 200, 50, 256, 1000
 TOKEN = re.compile(r" *([0-9]+(?:\.[0-9]+)?|\*\*|[-+*/^()])| +$")
 
 
-# ---------------------------------------------------------------------------------------------- the calculator
+# ---- the calculator
+
 
 class Mistake(ValueError):
     """What is wrong with an expression, in words for the model."""
@@ -48,8 +61,10 @@ class Mistake(ValueError):
 class Expression:
     """A recursive-descent parser that computes as it goes, in exact fractions.
 
-        sum = product (("+" | "-") product)*        product = factor (("*" | "/") factor)*        factor = ("+" | "-") factor | power
-        power = atom (("^" | "**") factor)?         atom = digits ("." digits)? | "(" sum ")"     digits: 0 to 9 only
+        sum = product (("+" | "-") product)*        product = factor (("*" | "/") factor)*
+                                                    factor = ("+" | "-") factor | power
+        power = atom (("^" | "**") factor)?         atom = digits ("." digits)? | "(" sum ")"
+                                                    digits: 0 to 9 only
 
     Expression("2*(3+4)").value() -> Fraction(14);   Expression("2*").value() raises Mistake"""
 
@@ -61,7 +76,10 @@ class Expression:
         while place < len(text):
             found = TOKEN.match(text, place)
             if not found:
-                raise Mistake(f"expected a number or one of + - * / ^ ( ) at place {place + 1}, came {text[place:].lstrip(' ')[:1]!r}")
+                raise Mistake(
+                    f"expected a number or one of + - * / ^ ( ) at place {place + 1}, came "
+                    f"{text[place:].lstrip(' ')[:1]!r}"
+                )
             if found[1]:
                 self.tokens.append((found[1], found.start(1) + 1))
             place = found.end()
@@ -69,7 +87,10 @@ class Expression:
     def value(self):
         result = self.sum()
         if self.at < len(self.tokens):
-            raise Mistake(f"expected the end or an operator at place {self.tokens[self.at][1]}, came {self.tokens[self.at][0]!r}")
+            raise Mistake(
+                f"expected the end or an operator at place {self.tokens[self.at][1]}, came "
+                f"{self.tokens[self.at][0]!r}"
+            )
         return result
 
     def take(self, *wanted):
@@ -118,7 +139,8 @@ class Expression:
         if base == 0 and exponent < 0:
             raise Mistake("division by zero")
         size = max(abs(base.numerator), base.denominator)
-        if size > 1 and (size.bit_length() - 1) * abs(exponent) > MOST_BITS:  # before it is computed
+        # before it is computed
+        if size > 1 and (size.bit_length() - 1) * abs(exponent) > MOST_BITS:
             raise Mistake("the result has too many digits")
         return self.bounded(base ** int(exponent))
 
@@ -134,32 +156,65 @@ class Expression:
         raise Mistake(f"expected a number, came {self.came()}")
 
     def came(self):
-        return "the end" if self.at >= len(self.tokens) else f"{self.tokens[self.at][0]!r} at place {self.tokens[self.at][1]}"
+        return (
+            "the end"
+            if self.at >= len(self.tokens)
+            else f"{self.tokens[self.at][0]!r} at place {self.tokens[self.at][1]}"
+        )
 
 
 def written(number):
-    """A fraction as a model reads it: whole, or 12 significant digits.   written(Fraction(1, 3)) -> "0.333333333333" """
+    """A fraction as a model reads it: whole, or 12 significant digits.   written(Fraction(1,
+    3)) -> "0.333333333333" """
     if number.denominator == 1:
         return str(number.numerator)
-    return format(Context(prec=12).divide(Decimal(number.numerator), Decimal(number.denominator)).normalize(), "f")
+    return format(
+        Context(prec=12)
+        .divide(Decimal(number.numerator), Decimal(number.denominator))
+        .normalize(),
+        "f",
+    )
 
 
 def chance(*names):
     """A number in [0, 1) that depends on nothing but these names."""
-    return int.from_bytes(hashlib.sha256("|".join(map(str, names)).encode()).digest()[:7], "big") / 2**56
+    return (
+        int.from_bytes(hashlib.sha256("|".join(map(str, names)).encode()).digest()[:7], "big")
+        / 2**56
+    )
 
 
 class Calculator:
     """The tool; see above.   Calculator()({"expression": "37*4"}, "") -> ("148", True)"""
 
-    schema = {"type": "function", "function": {
-        "name": "calculator", "description": "Evaluates an arithmetic expression.",
-        "parameters": {"type": "object", "required": ["expression"],
-                       "properties": {"expression": {"type": "string", "description": "numbers with + - * / ^ and brackets, such as 2*(3+4)"}}}}}
+    schema = {
+        "type": "function",
+        "function": {
+            "name": "calculator",
+            "description": "Evaluates an arithmetic expression.",
+            "parameters": {
+                "type": "object",
+                "required": ["expression"],
+                "properties": {
+                    "expression": {
+                        "type": "string",
+                        "description": "numbers with + - * / ^ and brackets, such as 2*(3+4)",
+                    }
+                },
+            },
+        },
+    }
 
     def __init__(self, outage=0.0, pad=0, pad_errors=0):
-        if not all(type(x) in (int, float) for x in (outage, pad, pad_errors)) or not 0 <= outage <= 1 or not 0 <= min(pad, pad_errors) <= max(pad, pad_errors) <= MOST_OUTPUT:
-            raise BadInput(f"calculator: expected an outage from 0 to 1, pad and pad_errors from 0 to {MOST_OUTPUT}, came {outage}, {pad}, {pad_errors}")
+        if (
+            not all(type(x) in (int, float) for x in (outage, pad, pad_errors))
+            or not 0 <= outage <= 1
+            or not 0 <= min(pad, pad_errors) <= max(pad, pad_errors) <= MOST_OUTPUT
+        ):
+            raise BadInput(
+                f"calculator: expected an outage from 0 to 1, pad and pad_errors from 0 to "
+                f"{MOST_OUTPUT}, came {outage}, {pad}, {pad_errors}"
+            )
         self.outage, self.pad, self.pad_errors = outage, int(pad), int(pad_errors)
 
     def __call__(self, arguments, key):
@@ -176,23 +231,29 @@ class Calculator:
         return output.ljust(self.pad if ok else self.pad_errors, "."), ok
 
 
-# ---------------------------------------------------------------------------------------------- calls in text
+# ---- calls in text
+
 
 def hermes(text, _):
     """{"name", "arguments"} or {"problem"} of the first call of a text, None without one."""
     start = text.find("<tool_call>")
     if start < 0:
         return None
-    body, closed, _ = text[start + len("<tool_call>"):].partition("</tool_call>")
+    body, closed, _ = text[start + len("<tool_call>") :].partition("</tool_call>")
     if not closed:
         return {"problem": "expected </tool_call> at the end of the call"}
     try:
         call = json.loads(body)
-        json.dumps(call, allow_nan=False)  # NaN and 1e999 are no JSON, and could not be recorded
+        # NaN and 1e999 are no JSON, and could not be recorded
+        json.dumps(call, allow_nan=False)
     except (ValueError, RecursionError):
         return {"problem": "expected the call as JSON"}
     call = call[0] if type(call) is list and len(call) == 1 else call
-    if type(call) is not dict or type(call.get("name")) is not str or type(call.get("arguments")) is not dict:
+    if (
+        type(call) is not dict
+        or type(call.get("name")) is not str
+        or type(call.get("arguments")) is not dict
+    ):
         return {"problem": 'expected {"name": ..., "arguments": {...}}'}
     return {"name": call["name"], "arguments": call["arguments"]}
 
@@ -202,11 +263,16 @@ def brackets(text, tools):
     start = text.find("[")
     if start < 0:
         return None
-    body, closed, _ = text[start + 1:].partition("]")
+    body, closed, _ = text[start + 1 :].partition("]")
     if not closed:
         return {"problem": "expected ] at the end of the call"}
     name = next(iter(tools))
-    return {"name": name, "arguments": {next(iter(tools[name].schema["function"]["parameters"]["properties"])): body}}
+    return {
+        "name": name,
+        "arguments": {
+            next(iter(tools[name].schema["function"]["parameters"]["properties"])): body
+        },
+    }
 
 
 FORMATS = {"hermes": hermes, "brackets": brackets}
@@ -221,8 +287,9 @@ You will then be given what it returns."""
 class Toolbox:
     """The tools of a run, and how calls of them are written.
 
-    names "calculator,mytools:Dictionary"; options: keyword arguments of the first tool; form: a key of FORMATS; most_calls: an episode that calls
-    more often ends in finish_reason `tool_limit`."""
+    names "calculator,mytools:Dictionary"; options: keyword arguments of the first tool; form: a
+    key of FORMATS; most_calls: an episode that calls more often ends in finish_reason
+    `tool_limit`."""
 
     def __init__(self, names, options, form, most_calls):
         if most_calls < 1:
@@ -235,36 +302,68 @@ class Toolbox:
                 known_as = tool.schema["function"]["name"]
                 next(iter(tool.schema["function"]["parameters"]["properties"]))
             except (TypeError, KeyError, AttributeError, StopIteration) as error:
-                raise BadInput(f"--tools {name}: expected a tool with a `schema` in transformers' format, made with {options}, came {type(error).__name__}: {error}") from None
+                raise BadInput(
+                    f"--tools {name}: expected a tool with a `schema` in transformers' "
+                    f"format, made with {options}, came {type(error).__name__}: "
+                    f"{error}"
+                ) from None
             if known_as in self.tools:
-                raise BadInput(f"--tools {name}: expected tools of different names, came {known_as} twice")
+                raise BadInput(
+                    f"--tools {name}: expected tools of different names, came {known_as} twice"
+                )
             self.tools[known_as] = tool
 
     def find(self, text):
-        """The first call of a step's text outside of <think>, or None: then the step was the answer."""
-        return FORMATS[self.form](text.rpartition("</think>")[2].partition("<think>")[0], self.tools)
+        """The first call of a step's text outside of <think>, or None: then the step was the
+        answer."""
+        return FORMATS[self.form](
+            text.rpartition("</think>")[2].partition("<think>")[0], self.tools
+        )
 
     def run(self, call, key):
-        """The call with its `output` and `ok`, and `outage` where the tool says so; raises BadInput if the tool itself breaks."""
+        """The call with its `output` and `ok`, and `outage` where the tool says so; raises
+        BadInput if the tool itself breaks."""
         if "problem" in call:
             return call | {"output": f"error: {call['problem']}", "ok": False}
         if call["name"] not in self.tools:
-            return call | {"output": f"error: expected one of the functions {', '.join(self.tools)}", "ok": False}
+            return call | {
+                "output": f"error: expected one of the functions {', '.join(self.tools)}",
+                "ok": False,
+            }
         try:
             output, ok = self.tools[call["name"]](call["arguments"], key)
             if type(output) is not str or not (ok is None or type(ok) is bool):
-                raise TypeError(f"expected (text, true, false or None), came {output!r:.60}, {ok!r:.60}")
+                raise TypeError(
+                    f"expected (text, true, false or None), came {output!r:.60}, {ok!r:.60}"
+                )
         except Exception as error:  # whatever it is, the model did not do it
-            raise BadInput(f"tool {call['name']}: broke on {json.dumps(call['arguments'])[:200]} ({type(error).__name__}: {error}): nothing of this batch was written") from error
+            raise BadInput(
+                f"tool {call['name']}: broke on {json.dumps(call['arguments'])[:200]} "
+                f"({type(error).__name__}: {error}): nothing of this batch was "
+                f"written"
+            ) from error
         output = output.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
-        return call | {"output": output if len(output) <= MOST_OUTPUT else output[:MOST_OUTPUT] + " (cut)", "ok": bool(ok)} | ({"outage": True} if ok is None else {})
+        return (
+            call
+            | {
+                "output": output
+                if len(output) <= MOST_OUTPUT
+                else output[:MOST_OUTPUT] + " (cut)",
+                "ok": bool(ok),
+            }
+            | ({"outage": True} if ok is None else {})
+        )
 
     def prompt(self, render, tokenizer, prompt, options):
-        """The ids of a prompt that tells of the tools: in the chat template's own way or, where it has none, in a system message.
-        In brackets nothing is told: that is for models that have learnt it."""
+        """The ids of a prompt that tells of the tools: in the chat template's own way or, where
+        it has none, in a system message. In brackets nothing is told: that is for models that
+        have learnt it."""
         plain = render(tokenizer, prompt, options)
         if "messages" not in prompt:
-            raise BadInput(f"prompt {prompt['id']!r}: tools need `messages` and a chat template, came a plain `prompt`")
+            raise BadInput(
+                f"prompt {prompt['id']!r}: tools need `messages` and a chat template, came a "
+                f"plain `prompt`"
+            )
         if self.form == "brackets":
             return plain
         schemas = [tool.schema for tool in self.tools.values()]
@@ -272,46 +371,99 @@ class Toolbox:
         if told != plain:
             return told
         function = schemas[0]["function"]
-        example = {"name": function["name"], "arguments": {name: "..." for name in function["parameters"]["properties"]}}
-        told, messages = TOLD.format(schemas="\n".join(map(json.dumps, schemas)), example=json.dumps(example)), prompt["messages"]
+        example = {
+            "name": function["name"],
+            "arguments": {name: "..." for name in function["parameters"]["properties"]},
+        }
+        told, messages = (
+            TOLD.format(
+                schemas="\n".join(map(json.dumps, schemas)), example=json.dumps(example)
+            ),
+            prompt["messages"],
+        )
         if messages and messages[0]["role"] == "system":
-            messages = [messages[0] | {"content": messages[0]["content"] + "\n\n" + told}, *messages[1:]]
+            messages = [
+                messages[0] | {"content": messages[0]["content"] + "\n\n" + told},
+                *messages[1:],
+            ]
         else:
             messages = [{"role": "system", "content": told}, *messages]
         return render(tokenizer, prompt | {"messages": messages}, options)
 
     def turn(self, policy, call):
-        """The ids between a step and the next: what the chat template writes around a tool's output, and the output, in which nothing is taken
-        for one of the tokenizer's marks.  The end token of the step is not among them, the model has written it."""
+        """The ids between a step and the next: what the chat template writes around a tool's
+        output, and the output, in which nothing is taken for one of the tokenizer's marks.  The
+        end token of the step is not among them, the model has written it."""
         tokenizer = policy.tokenizer
-        name = call["name"] if call.get("name") in self.tools else next(iter(self.tools))  # a name that the model made up is not written into a template
+        # a name that the model made up is not written into a template
+        name = call["name"] if call.get("name") in self.tools else next(iter(self.tools))
         frame = id(tokenizer), name
         if frame not in self.frames:
             said, came = "(what it said)", '(what "came"\nof it)'  # must come out as it is
-            messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}, {"role": "tool", "name": name, "content": came}]
+            messages = [
+                {"role": "user", "content": "?"},
+                {"role": "assistant", "content": said},
+                {"role": "tool", "name": name, "content": came},
+            ]
             try:
-                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **policy.template_options)
+                text = tokenizer.apply_chat_template(
+                    messages,
+                    add_generation_prompt=True,
+                    tokenize=False,
+                    **policy.template_options,
+                )
                 before, after = text.split(said)[1].split(came)
             except Exception as error:  # templates raise what they like
-                raise BadInput(f"{policy.identity['model']}: its chat template has no place for a tool's output ({type(error).__name__}: {error})") from None
-            before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
-            marks = "|".join(sorted((re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True))
-            self.frames[frame] = before[1:] if before and before[0] in policy.stop_ids else before, re.compile(marks or "(?!)"), after
+                raise BadInput(
+                    f"{policy.identity['model']}: its chat template has no place for a "
+                    f"tool's output ({type(error).__name__}: {error})"
+                ) from None
+            before, after = (
+                tokenizer(part, add_special_tokens=False)["input_ids"]
+                for part in (before, after)
+            )
+            marks = "|".join(
+                sorted(
+                    (
+                        re.escape(token.content)
+                        for token in tokenizer.added_tokens_decoder.values()
+                    ),
+                    key=len,
+                    reverse=True,
+                )
+            )
+            self.frames[frame] = (
+                before[1:] if before and before[0] in policy.stop_ids else before,
+                re.compile(marks or "(?!)"),
+                after,
+            )
         before, marks, after = self.frames[frame]
         ids, rest = list(before), call["output"]
         while rest:  # a mark is cut behind its first character, and neither part is one
             found = marks.search(rest)
-            piece = rest[:found.start() + 1] if found else rest
-            ids, rest = ids + tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"], rest[len(piece):]
+            piece = rest[: found.start() + 1] if found else rest
+            ids, rest = (
+                ids
+                + tokenizer(piece, add_special_tokens=False, split_special_tokens=True)[
+                    "input_ids"
+                ],
+                rest[len(piece) :],
+            )
         return ids + after
 
 
 def call_use(calls, limited):
-    """calls: of each episode, whether its calls had results; limited: of each, whether the calls ran out.  Calls an episode, share that failed, share that ran out.
+    """calls: of each episode, whether its calls had results; limited: of each, whether the
+    calls ran out.  Calls an episode, share that failed, share that ran out.
 
-    call_use([[True, False], []], [False, True]) -> calls 1.0, call_errors 0.5, tool_limit 0.5"""
+    call_use([[True, False], []], [False, True]) -> calls 1.0, call_errors 0.5, tool_limit
+    0.5"""
     every = [ok for each in calls for ok in each]
-    return {"calls": len(every) / len(calls), "call_errors": every.count(False) / max(1, len(every)), "tool_limit": sum(limited) / len(calls)}
+    return {
+        "calls": len(every) / len(calls),
+        "call_errors": every.count(False) / max(1, len(every)),
+        "tool_limit": sum(limited) / len(calls),
+    }
 
 
 def found(name):
@@ -320,4 +472,7 @@ def found(name):
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise BadInput(f"--tools {name}: expected {', '.join(TOOLS)}, or MODULE:CLASS of your own, came {type(error).__name__}: {error}") from None
+        raise BadInput(
+            f"--tools {name}: expected {', '.join(TOOLS)}, or MODULE:CLASS of your own, came "
+            f"{type(error).__name__}: {error}"
+        ) from None

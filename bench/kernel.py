@@ -1,23 +1,32 @@
-"""kernel.py beside everything else that computes log-probs or a KL from hidden states and a head: time, memory, accuracy.
+"""kernel.py beside everything else that computes log-probs or a KL from hidden states and a
+head: time, memory, accuracy.
 
-    python bench/kernel.py --out results/kernel.jsonl                     # every shape, float32 and bfloat16: about half an hour on 2 cores
+    python bench/kernel.py --out results/kernel.jsonl                     # every shape, float32
+    and bfloat16: about half an hour on 2 cores
     python bench/kernel.py --shapes 2048x576x49152 --dtypes float32
-    python bench/kernel.py table results/kernel.jsonl results/train_step.jsonl      # all lines, then what was to be shown
+    python bench/kernel.py table results/kernel.jsonl results/train_step.jsonl      # all lines,
+    then what was to be shown
     python bench/kernel.py plot results/kernel.jsonl --out results/kernel.png
 
-Every contender does a forward and a backward pass, gradients of hidden states and head included, with an upstream gradient of
-its own for every token.  One line of JSON each, with
+Every contender does a forward and a backward pass, gradients of hidden states and head
+included, with an upstream gradient of its own for every token.  One line of JSON each, with
 
-    seconds           median of --repeats runs; the contenders take turns in one process, so a slow minute slows all of them
+    seconds           median of --repeats runs; the contenders take turns in one process, so a
+                      slow minute slows all of them
     ratio             median over the turns of this contender's time / naive's in the same turn
-    largest           elements of the largest tensor that any operation made, as a TorchDispatchMode sees it
-    rss_growth_mb     peak resident memory of a fresh process that runs it once, beyond that of one that makes the operands and a
+    largest           elements of the largest tensor that any operation made, as a
+                      TorchDispatchMode sees it
+    rss_growth_mb     peak resident memory of a fresh process that runs it once, beyond that of
+                      one that makes the operands and a
                       gradient of the head (Linux)
-    error_logp        largest difference to float64 on the same operands, nats;  error_dhidden, error_dweight: norm of the
+    error_logp        largest difference to float64 on the same operands, nats;  error_dhidden,
+                      error_dweight: norm of the
                       difference / norm
 
-`gemm` is the bound: the three matrix products and nothing else, into arrays made before.  TRL and Liger are measured where
-they can be imported (`pip install trl`; Liger needs a GPU); neither is needed otherwise."""
+`gemm` is the bound: the three matrix products and nothing else, into arrays made before.  TRL
+and Liger are measured where they can be imported (`pip install trl`; Liger needs a GPU);
+neither is needed otherwise."""
+
 import argparse
 import importlib.metadata
 import json
@@ -33,30 +42,45 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kernel import linear_reverse_kl, linear_logp, linear_token_loss  # noqa: E402
+from kernel import linear_logp, linear_reverse_kl, linear_token_loss  # noqa: E402
 
 SHAPES = "2048x576x49152 512x1024x151936 4096x1024x32000"
 
 
 def operands(shape, dtype, teacher=False, device="cpu"):
-    """hidden [N, D], weight [V, D], ids [N], upstream [N]; logits with a spread of 2.4 (entropy near 8 nats of 10.8).  A teacher's
-    hidden states are the student's with 5 % noise, its head is the student's."""
+    """hidden [N, D], weight [V, D], ids [N], upstream [N]; logits with a spread of 2.4 (entropy
+    near 8 nats of 10.8).  A teacher's hidden states are the student's with 5 % noise, its head
+    is the student's."""
     n, d, v = shape
     r = torch.Generator().manual_seed(0)
     hidden = torch.randn(n, d, generator=r).to(device, dtype).requires_grad_()
-    weight = (torch.randn(v, d, generator=r) * 2.4 / d ** 0.5).to(device, dtype).requires_grad_()
-    ids, upstream = torch.randint(0, v, (n,), generator=r).to(device), torch.randn(n, generator=r).to(device)
+    weight = (torch.randn(v, d, generator=r) * 2.4 / d**0.5).to(device, dtype).requires_grad_()
+    ids, upstream = (
+        torch.randint(0, v, (n,), generator=r).to(device),
+        torch.randn(n, generator=r).to(device),
+    )
     if not teacher:
         return hidden, weight, ids, upstream
-    near = (hidden.detach().float() + 0.05 * torch.randn(n, d, generator=r).to(device)).to(dtype)
+    near = (hidden.detach().float() + 0.05 * torch.randn(n, d, generator=r).to(device)).to(
+        dtype
+    )
     return hidden, weight, near, weight.detach(), upstream
 
 
-# ---------------------------------------------------------------------------------------------- contenders: log-probs
+# ---- contenders: log-probs
+
 
 def ours_slices(hidden, weight, ids, upstream):
     seen = []
-    linear_token_loss(hidden, weight, ids[:, None], lambda cut, n: (seen.append(n.logp.detach()[:, 0]), (n.logp[:, 0] * upstream[cut]).sum())[1]).backward()
+    linear_token_loss(
+        hidden,
+        weight,
+        ids[:, None],
+        lambda cut, n: (
+            seen.append(n.logp.detach()[:, 0]),
+            (n.logp[:, 0] * upstream[cut]).sum(),
+        )[1],
+    ).backward()
     return torch.cat(seen)
 
 
@@ -79,13 +103,20 @@ def torch_linear_cross_entropy(hidden, weight, ids, upstream):
 
 
 def torch_linear_cross_entropy_chunked(hidden, weight, ids, upstream):
-    logp = -F.linear_cross_entropy(hidden, weight, ids, reduction="none", options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256))
+    logp = -F.linear_cross_entropy(
+        hidden,
+        weight,
+        ids,
+        reduction="none",
+        options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256),
+    )
     (logp * upstream).sum().backward()
     return logp
 
 
 def trl_selective_log_softmax(hidden, weight, ids, upstream):
     from trl.trainer.utils import selective_log_softmax
+
     logp = selective_log_softmax(hidden @ weight.T, ids)
     (logp * upstream).sum().backward()
     return logp
@@ -94,24 +125,45 @@ def trl_selective_log_softmax(hidden, weight, ids, upstream):
 def trl_chunked(hidden, weight, ids, upstream):
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer import utils
-    logp = ChunkedLogProbFunction.apply(hidden, weight, None, ids, 1.0, utils._CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",))[0]
+
+    logp = ChunkedLogProbFunction.apply(
+        hidden,
+        weight,
+        None,
+        ids,
+        1.0,
+        utils._CHUNKED_LOGPROB_CHUNK_SIZE,
+        None,
+        1.0,
+        ("entropy",),
+    )[0]
     (logp * upstream).sum().backward()
     return logp
 
 
 def liger(hidden, weight, ids, upstream):
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
     logp = -liger_fused_linear_cross_entropy(hidden, weight, ids, reduction="none")
     (logp * upstream).sum().backward()
     return logp
 
 
-# ---------------------------------------------------------------------------------------------- contenders: KL to a teacher
+# ---- contenders: KL to a teacher
+
 
 def ours_kl_slices(hidden, weight, t_hidden, t_weight, upstream):
     seen, ids = [], torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device)
-    linear_token_loss(hidden, weight, ids, lambda cut, n: (seen.append(n.reverse_kl.detach()), (n.reverse_kl * upstream[cut]).sum())[1],
-                      teacher=(t_hidden, t_weight, {})).backward()
+    linear_token_loss(
+        hidden,
+        weight,
+        ids,
+        lambda cut, n: (
+            seen.append(n.reverse_kl.detach()),
+            (n.reverse_kl * upstream[cut]).sum(),
+        )[1],
+        teacher=(t_hidden, t_weight, {}),
+    ).backward()
     return torch.cat(seen)
 
 
@@ -122,7 +174,10 @@ def ours_kl_recompute(hidden, weight, t_hidden, t_weight, upstream):
 
 
 def naive_kl(hidden, weight, t_hidden, t_weight, upstream):
-    p, q = (torch.log_softmax((h @ w.T).float(), -1) for h, w in ((hidden, weight), (t_hidden, t_weight)))
+    p, q = (
+        torch.log_softmax((h @ w.T).float(), -1)
+        for h, w in ((hidden, weight), (t_hidden, t_weight))
+    )
     kl = (p.exp() * (p - q)).sum(-1)
     (kl * upstream).sum().backward()
     return kl
@@ -130,15 +185,30 @@ def naive_kl(hidden, weight, t_hidden, t_weight, upstream):
 
 def trl_chunked_divergence(hidden, weight, t_hidden, t_weight, upstream):
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-    kl, _ = ChunkedDivergenceFunction.apply(hidden, weight, None, t_hidden, t_weight, None, 1.0, 1.0)
+
+    kl, _ = ChunkedDivergenceFunction.apply(
+        hidden, weight, None, t_hidden, t_weight, None, 1.0, 1.0
+    )
     (kl * upstream).sum().backward()
     return kl
 
 
-LOGP = dict(naive=naive, ours_slices=ours_slices, ours_recompute=ours_recompute, torch_linear_cross_entropy=torch_linear_cross_entropy,
-            torch_linear_cross_entropy_chunked=torch_linear_cross_entropy_chunked, trl_selective_log_softmax=trl_selective_log_softmax,
-            trl_chunked=trl_chunked, liger=liger)
-KL = dict(naive=naive_kl, ours_slices=ours_kl_slices, ours_recompute=ours_kl_recompute, trl_chunked=trl_chunked_divergence)
+LOGP = dict(
+    naive=naive,
+    ours_slices=ours_slices,
+    ours_recompute=ours_recompute,
+    torch_linear_cross_entropy=torch_linear_cross_entropy,
+    torch_linear_cross_entropy_chunked=torch_linear_cross_entropy_chunked,
+    trl_selective_log_softmax=trl_selective_log_softmax,
+    trl_chunked=trl_chunked,
+    liger=liger,
+)
+KL = dict(
+    naive=naive_kl,
+    ours_slices=ours_kl_slices,
+    ours_recompute=ours_kl_recompute,
+    trl_chunked=trl_chunked_divergence,
+)
 
 
 def version(package):
@@ -154,7 +224,8 @@ def available(name, device):
     return name != "liger" or (device != "cpu" and version("liger-kernel") is not None)
 
 
-# ---------------------------------------------------------------------------------------------- measuring
+# ---- measuring
+
 
 def once(f, args):
     """(seconds, result) of one forward and backward pass."""
@@ -169,9 +240,14 @@ def once(f, args):
 
 
 def gemm(hidden, weight):
-    """A function that runs the three products of shape N x D x V into arrays made before, and returns its seconds."""
+    """A function that runs the three products of shape N x D x V into arrays made before, and
+    returns its seconds."""
     hidden, weight = hidden.detach(), weight.detach()
-    z, d_hidden, d_weight = hidden @ weight.T, torch.empty_like(hidden), torch.empty_like(weight)
+    z, d_hidden, d_weight = (
+        hidden @ weight.T,
+        torch.empty_like(hidden),
+        torch.empty_like(weight),
+    )
 
     def run():
         start = time.perf_counter()
@@ -179,25 +255,37 @@ def gemm(hidden, weight):
         torch.mm(z, weight, out=d_hidden)
         torch.mm(z.T, hidden, out=d_weight)
         return time.perf_counter() - start
+
     return run
 
 
 def largest(f, args):
     from torch.utils._python_dispatch import TorchDispatchMode
+
     seen = [0]
 
     class Largest(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            seen[0] = max(seen[0], *(x.numel() for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, torch.Tensor)), 0)
+            seen[0] = max(
+                seen[0],
+                *(
+                    x.numel()
+                    for x in (out if isinstance(out, (tuple, list)) else (out,))
+                    if isinstance(x, torch.Tensor)
+                ),
+                0,
+            )
             return out
+
     with Largest():
         once(f, args)
     return seen[0]
 
 
 def exact(kind, args, rows=256):
-    """(value [N], dhidden, dweight) in float64 from the very same operands, a few tokens at a time."""
+    """(value [N], dhidden, dweight) in float64 from the very same operands, a few tokens at a
+    time."""
     if kind == "logp":
         hidden, weight, ids, upstream = args
     else:
@@ -225,22 +313,33 @@ def exact(kind, args, rows=256):
 
 def peak_rss(*command):
     """Peak resident megabytes of this file run as `child`."""
-    done = subprocess.run([sys.executable, __file__, "child", *command], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "child", *command],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return float(done.stdout)
 
 
 def child(kind, name, shape, dtype):
     args = operands(tuple(map(int, shape.split("x"))), getattr(torch, dtype), kind == "kl")
     if name == "nothing":
-        args[1].grad = torch.ones_like(args[1])  # the gradient of the head, which every contender has to make
+        # the gradient of the head, which every contender has to make
+        args[1].grad = torch.ones_like(args[1])
     else:
         once((LOGP if kind == "logp" else KL)[name], args)
-    status = Path("/proc/self/status").read_text()  # getrusage would count what the parent held when this process was forked
+    # getrusage would count what the parent held when this process was forked
+    status = Path("/proc/self/status").read_text()
     print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
 
 
 def measure(kind, shape, dtype, args):
-    contenders = {name: f for name, f in (LOGP if kind == "logp" else KL).items() if available(name, args.device)}
+    contenders = {
+        name: f
+        for name, f in (LOGP if kind == "logp" else KL).items()
+        if available(name, args.device)
+    }
     data = operands(shape, getattr(torch, dtype), kind == "kl", args.device)
     bound, times, bounds = gemm(*data[:2]), {name: [] for name in contenders}, []
     for turn in range(args.repeats + 1):  # the first turn warms up and is not counted
@@ -251,30 +350,71 @@ def measure(kind, shape, dtype, args):
     want = exact(kind, data)
     text = "x".join(map(str, shape))
     base = peak_rss(kind, "nothing", text, dtype)
-    common = {"kind": kind, "shape": text, "dtype": dtype, "device": args.device, "threads": torch.get_num_threads(), "repeats": args.repeats}
-    yield common | {"contender": "gemm", "seconds": statistics.median(bounds), "ratio": statistics.median(b / n for b, n in zip(bounds, times["naive"]))}
+    common = {
+        "kind": kind,
+        "shape": text,
+        "dtype": dtype,
+        "device": args.device,
+        "threads": torch.get_num_threads(),
+        "repeats": args.repeats,
+    }
+    yield common | {
+        "contender": "gemm",
+        "seconds": statistics.median(bounds),
+        "ratio": statistics.median(b / n for b, n in zip(bounds, times["naive"])),
+    }
     for name, f in contenders.items():
         value = once(f, data)[1]
-        row = {"contender": name, "seconds": statistics.median(times[name]), "ratio": statistics.median(a / b for a, b in zip(times[name], times["naive"])),
-               "over_gemm": statistics.median(a / b for a, b in zip(times[name], bounds)), "value_dtype": str(value.dtype).removeprefix("torch."),
-               "error_logp" if kind == "logp" else "error_kl": float((value.double() - want[0]).abs().max())}
-        for field, x, y in (("error_dhidden", data[0], want[1]), ("error_dweight", data[1], want[2])):
+        row = {
+            "contender": name,
+            "seconds": statistics.median(times[name]),
+            "ratio": statistics.median(a / b for a, b in zip(times[name], times["naive"])),
+            "over_gemm": statistics.median(a / b for a, b in zip(times[name], bounds)),
+            "value_dtype": str(value.dtype).removeprefix("torch."),
+            "error_logp" if kind == "logp" else "error_kl": float(
+                (value.double() - want[0]).abs().max()
+            ),
+        }
+        for field, x, y in (
+            ("error_dhidden", data[0], want[1]),
+            ("error_dweight", data[1], want[2]),
+        ):
             row[field] = float((x.grad.double() - y).norm() / y.norm())
         row["largest"] = largest(f, data)
-        row["rss_growth_mb"] = round(peak_rss(kind, name, text, dtype) - base, 1) if args.device == "cpu" else None
+        row["rss_growth_mb"] = (
+            round(peak_rss(kind, name, text, dtype) - base, 1) if args.device == "cpu" else None
+        )
         yield common | row
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--shapes", nargs="+", default=SHAPES.split(), metavar="NxDxV", help="tokens x hidden x vocabulary")
-    p.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    p.add_argument("--kinds", nargs="+", default=["logp", "kl"], choices=["logp", "kl"], help="log-probs of one token, or the KL to a teacher")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--shapes",
+        nargs="+",
+        default=SHAPES.split(),
+        metavar="NxDxV",
+        help="tokens x hidden x vocabulary",
+    )
+    p.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"]
+    )
+    p.add_argument(
+        "--kinds",
+        nargs="+",
+        default=["logp", "kl"],
+        choices=["logp", "kl"],
+        help="log-probs of one token, or the KL to a teacher",
+    )
     p.add_argument("--repeats", type=int, default=5, help="counted turns")
     p.add_argument("--device", default="cpu")
     p.add_argument("--out", help="also append the lines here")
     args = p.parse_args()
-    versions = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "triton", "trl", "liger-kernel")}
+    versions = {"python": platform.python_version()} | {
+        name: version(name) for name in ("torch", "triton", "trl", "liger-kernel")
+    }
     for shape in args.shapes:
         for dtype in args.dtypes:
             for kind in args.kinds:
@@ -288,64 +428,162 @@ def main():
 
 def table(path):
     """The lines as Markdown."""
-    print("| shape, dtype | what | contender | time / naive | time / three GEMMs | largest tensor, M | RSS growth, MB | error of value | of dhidden | of dhead |\n" + "| --- " * 10 + "|")
+    print(
+        "| shape, dtype | what | contender | time / naive | time / three GEMMs | largest "
+        "tensor, M | RSS growth, MB | error of value | of dhidden | of dhead |\n"
+        + "| --- " * 10
+        + "|"
+    )
     for r in map(json.loads, Path(path).read_text().splitlines()):
         cells = [f"{r['shape']}, {r['dtype']}", r["kind"], r["contender"]]
-        for field, form in (("ratio", ".2f"), ("over_gemm", ".2f"), ("largest", ""), ("rss_growth_mb", ".0f"), ("error_logp", ".1e"), ("error_dhidden", ".1e"), ("error_dweight", ".1e")):
+        for field, form in (
+            ("ratio", ".2f"),
+            ("over_gemm", ".2f"),
+            ("largest", ""),
+            ("rss_growth_mb", ".0f"),
+            ("error_logp", ".1e"),
+            ("error_dhidden", ".1e"),
+            ("error_dweight", ".1e"),
+        ):
             value = r.get(field, r.get("error_kl") if field == "error_logp" else None)
-            cells.append("-" if value is None else f"{value / 1e6:.1f}" if field == "largest" else format(value, form))
+            cells.append(
+                "-"
+                if value is None
+                else f"{value / 1e6:.1f}"
+                if field == "largest"
+                else format(value, form)
+            )
         print("| " + " | ".join(cells) + " |")
 
 
 def claims(path, step_path=None):
     """What the lines say of each thing the kernel was built for, as Markdown."""
-    rows = {(r["kind"], r["shape"], r["dtype"], r["contender"]): r for r in map(json.loads, Path(path).read_text().splitlines())}
+    rows = {
+        (r["kind"], r["shape"], r["dtype"], r["contender"]): r
+        for r in map(json.loads, Path(path).read_text().splitlines())
+    }
 
     def cells(kind, shape, dtype, field, *names, form=".2f"):
-        return ", ".join(format(rows[kind, shape, dtype, n][field], form) for n in names if (kind, shape, dtype, n) in rows)
-    ours, peers = ("ours_slices", "ours_recompute"), ("torch_linear_cross_entropy", "trl_selective_log_softmax", "trl_chunked")
+        return ", ".join(
+            format(rows[kind, shape, dtype, n][field], form)
+            for n in names
+            if (kind, shape, dtype, n) in rows
+        )
+
+    ours, peers = (
+        ("ours_slices", "ours_recompute"),
+        ("torch_linear_cross_entropy", "trl_selective_log_softmax", "trl_chunked"),
+    )
     print("\n| claim | measured | |\n| --- | --- | --- |")
 
     def line(claim, measured, holds):
         print(f"| {claim} | {measured} | {'holds' if holds else '**does not hold**'} |")
+
     for shape in dict.fromkeys(shape for _, shape, _, _ in rows):
-        f32, bf16 = ({n: rows["logp", shape, dtype, n] for n in (*ours, *peers, "naive") if ("logp", shape, dtype, n) in rows} for dtype in ("float32", "bfloat16"))
+        f32, bf16 = (
+            {
+                n: rows["logp", shape, dtype, n]
+                for n in (*ours, *peers, "naive")
+                if ("logp", shape, dtype, n) in rows
+            }
+            for dtype in ("float32", "bfloat16")
+        )
         if f32:
             ratio = {n: r["ratio"] for n, r in f32.items()}
-            line(f"{shape} float32: slices at most 1.10 of naive's time, recomputing at most 1.40", cells("logp", shape, "float32", "ratio", *ours),
-                 ratio["ours_slices"] <= 1.1 and ratio["ours_recompute"] <= 1.4)
+            line(
+                f"{shape} float32: slices at most 1.10 of naive's time, recomputing at most "
+                f"1.40",
+                cells("logp", shape, "float32", "ratio", *ours),
+                ratio["ours_slices"] <= 1.1 and ratio["ours_recompute"] <= 1.4,
+            )
             if "trl_chunked" in f32:
-                line(f"{shape} float32: both faster than TRL's two paths", "TRL " + cells("logp", shape, "float32", "ratio", *peers[1:]),
-                     max(ratio[n] for n in ours) < min(ratio[n] for n in peers[1:]))
-            line(f"{shape} float32: slices faster than `F.linear_cross_entropy`", cells("logp", shape, "float32", "ratio", peers[0]), ratio["ours_slices"] < ratio[peers[0]])
+                line(
+                    f"{shape} float32: both faster than TRL's two paths",
+                    "TRL " + cells("logp", shape, "float32", "ratio", *peers[1:]),
+                    max(ratio[n] for n in ours) < min(ratio[n] for n in peers[1:]),
+                )
+            line(
+                f"{shape} float32: slices faster than `F.linear_cross_entropy`",
+                cells("logp", shape, "float32", "ratio", peers[0]),
+                ratio["ours_slices"] < ratio[peers[0]],
+            )
             growth = {n: r["rss_growth_mb"] for n, r in f32.items()}
-            line(f"{shape} float32: memory growth at most 1/8 of naive's", f"{growth['ours_slices']:.0f} and {growth['ours_recompute']:.0f} MB of {growth['naive']:.0f}",
-                 max(growth[n] for n in ours) <= growth["naive"] / 8)
+            line(
+                f"{shape} float32: memory growth at most 1/8 of naive's",
+                f"{growth['ours_slices']:.0f} and {growth['ours_recompute']:.0f} MB of "
+                f"{growth['naive']:.0f}",
+                max(growth[n] for n in ours) <= growth["naive"] / 8,
+            )
         if bf16:
-            ratio, error = {n: r["ratio"] for n, r in bf16.items()}, {n: r["error_logp"] for n, r in bf16.items()}
-            line(f"{shape} bfloat16: log-probs within 1e-4 nats", f"{max(error[n] for n in ours):.0e}; others {min(v for n, v in error.items() if n not in ours):.0e} to "
-                 f"{max(v for n, v in error.items() if n not in ours):.0e}", max(error[n] for n in ours) <= 1e-4)
+            ratio, error = (
+                {n: r["ratio"] for n, r in bf16.items()},
+                {n: r["error_logp"] for n, r in bf16.items()},
+            )
+            line(
+                f"{shape} bfloat16: log-probs within 1e-4 nats",
+                f"{max(error[n] for n in ours):.0e}; others "
+                f"{min(v for n, v in error.items() if n not in ours):.0e} to "
+                f"{max(v for n, v in error.items() if n not in ours):.0e}",
+                max(error[n] for n in ours) <= 1e-4,
+            )
             grads = {n: max(r["error_dhidden"], r["error_dweight"]) for n, r in bf16.items()}
-            line(f"{shape} bfloat16: gradients within 0.5 %", f"{100 * max(grads[n] for n in ours):.2f} %; others {100 * min(v for n, v in grads.items() if n not in ours):.2f} to "
-                 f"{100 * max(v for n, v in grads.items() if n not in ours):.2f} %", max(grads[n] for n in ours) <= 0.005)
-            line(f"{shape} bfloat16: ...where the others are ten times further off", f"{min(v for n, v in grads.items() if n not in ours) / max(grads[n] for n in ours):.1f} to "
-                 f"{max(v for n, v in grads.items() if n not in ours) / min(grads[n] for n in ours):.1f} times as far", min(v for n, v in grads.items() if n not in ours) >= 10 * max(grads[n] for n in ours))
-            line(f"{shape} bfloat16: at most 2.2 of naive's time (no CPU product keeps float32 sums)", cells("logp", shape, "bfloat16", "ratio", *ours), max(ratio[n] for n in ours) <= 2.2)
+            line(
+                f"{shape} bfloat16: gradients within 0.5 %",
+                f"{100 * max(grads[n] for n in ours):.2f} %; others "
+                f"{100 * min(v for n, v in grads.items() if n not in ours):.2f} to "
+                f"{100 * max(v for n, v in grads.items() if n not in ours):.2f} %",
+                max(grads[n] for n in ours) <= 0.005,
+            )
+            nearest = min(v for n, v in grads.items() if n not in ours)
+            farthest = max(v for n, v in grads.items() if n not in ours)
+            line(
+                f"{shape} bfloat16: ...where the others are ten times further off",
+                f"{nearest / max(grads[n] for n in ours):.1f} to "
+                f"{farthest / min(grads[n] for n in ours):.1f} times as far",
+                nearest >= 10 * max(grads[n] for n in ours),
+            )
+            line(
+                f"{shape} bfloat16: at most 2.2 of naive's time (no CPU product keeps "
+                f"float32 sums)",
+                cells("logp", shape, "bfloat16", "ratio", *ours),
+                max(ratio[n] for n in ours) <= 2.2,
+            )
         n, d, v = map(int, shape.split("x"))
-        largest = [r["largest"] for (_, s, _, name), r in rows.items() if s == shape and name in ours]
+        largest = [
+            r["largest"] for (_, s, _, name), r in rows.items() if s == shape and name in ours
+        ]
         if largest:
-            line(f"{shape}: the largest tensor is the head, or a slice of 64 MB of logits (256 rows at least)", f"{max(largest) / 1e6:.1f} M",
-                 max(largest) <= max(v * d, 16 << 20, 256 * v))
+            line(
+                f"{shape}: the largest tensor is the head, or a slice of 64 MB of logits "
+                f"(256 rows at least)",
+                f"{max(largest) / 1e6:.1f} M",
+                max(largest) <= max(v * d, 16 << 20, 256 * v),
+            )
     for shape, dtype in dict.fromkeys((s, dt) for k, s, dt, _ in rows if k == "kl"):
-        kl = {n: rows["kl", shape, dtype, n] for n in (*ours, "naive", "trl_chunked") if ("kl", shape, dtype, n) in rows}
+        kl = {
+            n: rows["kl", shape, dtype, n]
+            for n in (*ours, "naive", "trl_chunked")
+            if ("kl", shape, dtype, n) in rows
+        }
         worst = {n: max(r["error_dhidden"], r["error_dweight"]) for n, r in kl.items()}
         form = "; ".join(f"{n} {100 * v:.2g} %" for n, v in worst.items())
-        line(f"{shape} {dtype}: gradient of the KL to a close teacher within 0.5 %", form, max(worst[n] for n in ours) <= 0.005)
+        line(
+            f"{shape} {dtype}: gradient of the KL to a close teacher within 0.5 %",
+            form,
+            max(worst[n] for n in ours) <= 0.005,
+        )
     if step_path:
-        step = {r["kernel"]: r for r in map(json.loads, Path(step_path).read_text().splitlines())}
+        step = {
+            r["kernel"]: r for r in map(json.loads, Path(step_path).read_text().splitlines())
+        }
         a, b = step["torch" if "torch" in step else "auto"], step["naive"]
-        line("one train.py step of SmolLM2-135M, 4096 loss tokens in micro-batches of 2048: 0.8 GB less at no less speed",
-             f"{a['peak_mb']:.0f} of {b['peak_mb']:.0f} MB, {a['step_seconds']:.1f} of {b['step_seconds']:.1f} s", b["peak_mb"] - a["peak_mb"] >= 800 and a["step_seconds"] <= b["step_seconds"])
+        line(
+            "one train.py step of SmolLM2-135M, 4096 loss tokens in micro-batches of 2048: "
+            "0.8 GB less at no less speed",
+            f"{a['peak_mb']:.0f} of {b['peak_mb']:.0f} MB, {a['step_seconds']:.1f} of "
+            f"{b['step_seconds']:.1f} s",
+            b["peak_mb"] - a["peak_mb"] >= 800 and a["step_seconds"] <= b["step_seconds"],
+        )
 
 
 def plot(argv):
@@ -355,21 +593,42 @@ def plot(argv):
     p.add_argument("--out", required=True)
     args = p.parse_args(argv)
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = [r for r in map(json.loads, Path(args.results).read_text().splitlines()) if r["kind"] == "logp"]
+
+    rows = [
+        r
+        for r in map(json.loads, Path(args.results).read_text().splitlines())
+        if r["kind"] == "logp"
+    ]
     shapes = list(dict.fromkeys(r["shape"] for r in rows))
     names = list(dict.fromkeys(r["contender"] for r in rows))
     figure, axes = plt.subplots(len(shapes), 3, figsize=(15, 3.2 * len(shapes)), squeeze=False)
     for line, shape in zip(axes, shapes):
         for offset, dtype in ((-0.2, "float32"), (0.2, "bfloat16")):
-            some = {r["contender"]: r for r in rows if r["shape"] == shape and r["dtype"] == dtype}
+            some = {
+                r["contender"]: r for r in rows if r["shape"] == shape and r["dtype"] == dtype
+            }
             for axis, field in zip(line, ("ratio", "rss_growth_mb", "error_logp")):
-                points = [(names.index(n) + offset, r[field]) for n, r in some.items() if r.get(field) is not None]
+                points = [
+                    (names.index(n) + offset, r[field])
+                    for n, r in some.items()
+                    if r.get(field) is not None
+                ]
                 axis.barh(*zip(*points), height=0.38, label=dtype)
-        for axis, title in zip(line, ("time / naive of the same dtype", "peak memory beyond operands and dhead, MB", "largest error of a log-prob, nats")):
+        for axis, title in zip(
+            line,
+            (
+                "time / naive of the same dtype",
+                "peak memory beyond operands and dhead, MB",
+                "largest error of a log-prob, nats",
+            ),
+        ):
             axis.set_title(f"{shape}: {title}", fontsize=9)
-            axis.set_yticks(range(len(names)), names if axis is line[0] else [""] * len(names), fontsize=8)
+            axis.set_yticks(
+                range(len(names)), names if axis is line[0] else [""] * len(names), fontsize=8
+            )
             axis.set_ylim(len(names) - 0.5, -0.5)
         line[0].axvline(1, color="black", linewidth=0.7)
         line[2].set_xscale("log")

@@ -1,32 +1,47 @@
-"""One round of on-policy distillation on a real model, as our stages over JSONL and as TRL's DistillationTrainer: seconds and memory.
+"""One round of on-policy distillation on a real model, as our stages over JSONL and as TRL's
+DistillationTrainer: seconds and memory.
 
-    python bench/round.py --model FOLDER --trl-python PYTHON --out results/round.jsonl    # SmolLM2-135M: about 8 minutes a turn on 2 cores
+    python bench/round.py --model FOLDER --trl-python PYTHON --out results/round.jsonl    #
+    SmolLM2-135M: about 8 minutes a turn on 2 cores
     python bench/round.py table results/round.jsonl
 
-The work of both: 16 prompts, one answer each of at most 64 tokens sampled at temperature 1, reverse KL to a teacher over the whole
-vocabulary, one AdamW step on the 16 answers, float32, on the CPU.  The teacher is a copy of the model: the cost is what is measured,
-not the learning.  Contenders take turns, every one in fresh processes.
+The work of both: 16 prompts, one answer each of at most 64 tokens sampled at temperature 1,
+reverse KL to a teacher over the whole vocabulary, one AdamW step on the 16 answers, float32, on
+the CPU.  The teacher is a copy of the model: the cost is what is measured, not the learning.
+Contenders take turns, every one in fresh processes.
 
     stages        rollout.py, then train.py --teacher: a process each, as a person runs them
     one-process   the same two stages in one process, as a recipe runs them
-    disk          rollout.py, teacher.py score --top-k 20, train.py --scores: a process each; 20 tokens and a tail instead of all
-    trl-RxA       DistillationTrainer, A micro-batches of R answers; -checkpointing: activations are computed twice, its default
+    disk          rollout.py, teacher.py score --top-k 20, train.py --scores: a process each; 20
+                  tokens and a tail instead of all
+    trl-RxA       DistillationTrainer, A micro-batches of R answers; -checkpointing: activations
+                  are computed twice, its default
 
-What is counted.  Ours runs two rounds and the second is compared, for it loads the optimiser's moments that the first has saved; TRL runs
-three steps and those after the first are compared, from the end of one step to the end of the next.  TRL's step has no start-up, no
-loading and no saving in it: beside it stands our round without start-up and loading, yet with saving weights and moments; the whole
-round, processes and all, is the column before it.  `first update` is from nothing to the end of the first step or round.
+What is counted.  Ours runs two rounds and the second is compared, for it loads the optimiser's
+moments that the first has saved; TRL runs three steps and those after the first are compared,
+from the end of one step to the end of the next.  TRL's step has no start-up, no loading and no
+saving in it: beside it stands our round without start-up and loading, yet with saving weights
+and moments; the whole round, processes and all, is the column before it.  `first update` is
+from nothing to the end of the first step or round.
 
-One line of JSON a round, with the seconds of each part (a part inside another is taken out of it):
+One line of JSON a round, with the seconds of each part (a part inside another is taken out of
+it):
 
-    startup    from the call of the process until Python, torch, transformers and the stage are imported
-    load       models, tokenizer, hash of the weights, moments      generate, score   sampling; the teacher's scores for the disk form
-    gradient   forward passes of student and teacher, loss, backward, clipping      optimiser   AdamW
-    jsonl      reading, checking, hashing and writing records       save              weights, moments, tokenizer
-    other      the rest of the stage: rendering, metrics       exit     from the stage's last line to the end of the process
+    startup    from the call of the process until Python, torch, transformers and the stage are
+               imported
+    load       models, tokenizer, hash of the weights, moments      generate, score   sampling;
+               the teacher's scores for the disk form
+    gradient   forward passes of student and teacher, loss, backward, clipping      optimiser
+               AdamW
+    jsonl      reading, checking, hashing and writing records       save              weights,
+               moments, tokenizer
+    other      the rest of the stage: rendering, metrics       exit     from the stage's last
+               line to the end of the process
 
-and `peak_mb`, the largest VmHWM (Linux) of any of its processes, `peak_in` the part that reached it; `others`, the share of the
-machine's cores that other processes used meanwhile.  `table` leaves out rounds in which that was above 5 %."""
+and `peak_mb`, the largest VmHWM (Linux) of any of its processes, `peak_in` the part that
+reached it; `others`, the share of the machine's cores that other processes used meanwhile.
+`table` leaves out rounds in which that was above 5 %."""
+
 import argparse
 import contextlib
 import functools
@@ -46,32 +61,66 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ROUNDS, STEPS, QUIET = 2, 3, 0.05  # ours, TRL's, and the largest share of others in a round that counts
-ASKED = ("Write a short story about a lighthouse keeper.", "Explain how a bicycle stays upright.", "Describe a walk through a forest in autumn.",
-         "Tell me how bread is made, step by step.", "Explain what causes the seasons.", "Write a letter to a friend who has moved abroad.",
-         "Describe how a computer stores information.", "Tell the story of the first flight of an aeroplane.", "Explain why the sky is blue.",
-         "Give advice to someone who learns to play the piano.", "Describe the life of a honey bee.", "Explain how vaccines work.",
-         "Write a speech for the opening of a library.", "Describe the water cycle in detail.", "Explain how to plan a small vegetable garden.",
-         "Tell a fable about a fox and a crow, with a moral at its end.")
+# ours, TRL's, and the largest share of others in a round that counts
+ROUNDS, STEPS, QUIET = 2, 3, 0.05
+ASKED = (
+    "Write a short story about a lighthouse keeper.",
+    "Explain how a bicycle stays upright.",
+    "Describe a walk through a forest in autumn.",
+    "Tell me how bread is made, step by step.",
+    "Explain what causes the seasons.",
+    "Write a letter to a friend who has moved abroad.",
+    "Describe how a computer stores information.",
+    "Tell the story of the first flight of an aeroplane.",
+    "Explain why the sky is blue.",
+    "Give advice to someone who learns to play the piano.",
+    "Describe the life of a honey bee.",
+    "Explain how vaccines work.",
+    "Write a speech for the opening of a library.",
+    "Describe the water cycle in detail.",
+    "Explain how to plan a small vegetable garden.",
+    "Tell a fable about a fox and a crow, with a moral at its end.",
+)
 PARTS = {  # part -> what belongs to it: module, or module.class, and the function
-    "load": ("rollout load_policy", "rollout hash_weights", "train load_trainer_state"), "generate": ("rollout sample_batch",),
-    "score": ("teacher score_batch",), "gradient": ("train optimise",), "save": ("train save",),
-    "jsonl": ("records _lines", "records fingerprint", "records hash_file", "records pack", "records unpack", "records.Table __getitem__",
-              "records.Writer __init__", "records.Writer write")}
+    "load": ("rollout load_policy", "rollout hash_weights", "train load_trainer_state"),
+    "generate": ("rollout sample_batch",),
+    "score": ("teacher score_batch",),
+    "gradient": ("train optimise",),
+    "save": ("train save",),
+    "jsonl": (
+        "records _lines",
+        "records fingerprint",
+        "records hash_file",
+        "records pack",
+        "records unpack",
+        "records.Table __getitem__",
+        "records.Writer __init__",
+        "records.Writer write",
+    ),
+}
 
 
-# ---------------------------------------------------------------------------------------------- inside a measured process
+# ---- inside a measured process
+
 
 def peak_mb():
-    """Peak resident megabytes of this process; getrusage would count what the parent held when this one was forked."""
+    """Peak resident megabytes of this process; getrusage would count what the parent held when
+    this one was forked."""
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 class Clock:
-    """Seconds of named parts, each without the parts inside it, and the part that reached the peak of memory."""
+    """Seconds of named parts, each without the parts inside it, and the part that reached the
+    peak of memory."""
 
     def __init__(self):
-        self.seconds, self.running, self.since, self.peak, self.peak_in = {}, ["other"], time.monotonic(), 0, None
+        self.seconds, self.running, self.since, self.peak, self.peak_in = (
+            {},
+            ["other"],
+            time.monotonic(),
+            0,
+            None,
+        )
 
     def charge(self):
         """Gives the time since the last call to the part that is running."""
@@ -97,6 +146,7 @@ class Clock:
             with self.part(name):
                 out = f(*args, **kwargs)
             return self.items(name, out) if isinstance(out, types.GeneratorType) else out
+
         return call
 
     def items(self, name, generator):
@@ -123,42 +173,76 @@ def child_stages(job):
     sys.path.insert(0, str(ROOT))  # before bench/, where another kernel.py lies
     stages = [importlib.import_module(name.removesuffix(".py")) for name, *_ in job["lines"]]
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401  imported by the stages when they load a model: start-up too
+
+    # noqa: F401  imported by the stages when they load a model: start-up too
+
     started, clock = time.monotonic(), Clock()
-    ours = [sys.modules[name] for name in ("records", "rollout", "teacher", "train") if name in sys.modules]
+    ours = [
+        sys.modules[name]
+        for name in ("records", "rollout", "teacher", "train")
+        if name in sys.modules
+    ]
     for part, names in PARTS.items():
         for name in names:
             (module, *inner), attribute = name.split()[0].split("."), name.split()[1]
             if module in sys.modules:
                 home = functools.reduce(getattr, inner, sys.modules[module])
                 plain = getattr(home, attribute)
-                for place in (home, *ours):  # `from rollout import load_policy` has made names of its own
+                # `from rollout import load_policy` has made names of its own
+                for place in (home, *ours):
                     if getattr(place, attribute, None) is plain:
                         setattr(place, attribute, clock.timed(part, plain))
     torch.optim.AdamW.step = clock.timed("optimiser", torch.optim.AdamW.step)
     summaries = [stage.main(argv) for stage, (_, *argv) in zip(stages, job["lines"])]
     clock.charge()
     tokens = [s["generated_tokens"] for s in summaries if "generated_tokens" in s]
-    return {"parts": {"startup": started - job["called"]} | clock.seconds, "peak_mb": peak_mb(), "peak_in": clock.peak_in, "tokens": sum(tokens),
-            "versions": versions("torch", "transformers"), "ended": time.monotonic()}
+    return {
+        "parts": {"startup": started - job["called"]} | clock.seconds,
+        "peak_mb": peak_mb(),
+        "peak_in": clock.peak_in,
+        "tokens": sum(tokens),
+        "versions": versions("torch", "transformers"),
+        "ended": time.monotonic(),
+    }
 
 
 def child_trl(job):
-    """Runs DistillationTrainer for STEPS steps; the callback looks at clock and memory at the end of each."""
-    import torch
+    """Runs DistillationTrainer for STEPS steps; the callback looks at clock and memory at the
+    end of each."""
     import datasets
+    import torch
     import trl
     from transformers import TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
+
     clock = Clock()
     startup, rounds = clock.since - job["called"], []
     rows, accumulate = map(int, job["setting"].removesuffix("-checkpointing").split("x"))
     dtype = {"dtype": "float32"}  # the teacher would be loaded as its folder stores it
     config = DistillationConfig(
-        output_dir=job["folder"], model_init_kwargs=dtype, teacher_model_init_kwargs=dtype, bf16=False, use_cpu=True, beta=1.0, temperature=1.0,
-        max_completion_length=job["max_tokens"], per_device_train_batch_size=rows, gradient_accumulation_steps=accumulate, max_steps=STEPS,
-        gradient_checkpointing=job["setting"].endswith("-checkpointing"), learning_rate=1e-6, lr_scheduler_type="constant", weight_decay=0.01,
-        max_grad_norm=1.0, save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True, dataloader_pin_memory=False, seed=job["seed"])
+        output_dir=job["folder"],
+        model_init_kwargs=dtype,
+        teacher_model_init_kwargs=dtype,
+        bf16=False,
+        use_cpu=True,
+        beta=1.0,
+        temperature=1.0,
+        max_completion_length=job["max_tokens"],
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulate,
+        max_steps=STEPS,
+        gradient_checkpointing=job["setting"].endswith("-checkpointing"),
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        seed=job["seed"],
+    )
     prompts = [json.loads(line) for line in Path(job["prompts"]).read_text().splitlines()]
     column = [row.get("messages") or row["prompt"] for row in prompts]
 
@@ -166,115 +250,293 @@ def child_trl(job):
         def on_step_end(self, *_, **__):
             clock.charge()
             before = {k: sum(r["parts"].get(k, 0.0) for r in rounds) for k in clock.seconds}
-            rounds.append({"parts": {k: v - before[k] for k, v in clock.seconds.items()}, "peak_mb": peak_mb(), "peak_in": clock.peak_in})
+            rounds.append(
+                {
+                    "parts": {k: v - before[k] for k, v in clock.seconds.items()},
+                    "peak_mb": peak_mb(),
+                    "peak_in": clock.peak_in,
+                }
+            )
+
     with clock.part("load"):
-        trainer = DistillationTrainer(model=job["model"], teacher_model=job["model"], args=config, callbacks=[Watch()],
-                                      train_dataset=datasets.Dataset.from_list([{"prompt": p} for p in column]))
+        trainer = DistillationTrainer(
+            model=job["model"],
+            teacher_model=job["model"],
+            args=config,
+            callbacks=[Watch()],
+            train_dataset=datasets.Dataset.from_list([{"prompt": p} for p in column]),
+        )
     for part, name in (("generate", "_generate_single_turn"), ("gradient", "training_step")):
         setattr(trainer, name, clock.timed(part, getattr(trainer, name)))
     torch.optim.AdamW.step = clock.timed("optimiser", torch.optim.AdamW.step)
     trainer.train()
-    lengths = [log["completions/mean_length"] for log in trainer.state.log_history if "completions/mean_length" in log]
+    lengths = [
+        log["completions/mean_length"]
+        for log in trainer.state.log_history
+        if "completions/mean_length" in log
+    ]
     for row, length in zip(rounds, lengths, strict=True):
         row["tokens"] = round(length * len(column))
     rounds[0]["parts"]["startup"] = startup
-    return {"rounds": rounds, "versions": versions("torch", "transformers") | {"trl": trl.__version__}}
+    return {
+        "rounds": rounds,
+        "versions": versions("torch", "transformers") | {"trl": trl.__version__},
+    }
 
 
 def child(job):
     job = json.loads(job)
-    Path(job["report"]).write_text(json.dumps(child_trl(job) if "setting" in job else child_stages(job)))
+    Path(job["report"]).write_text(
+        json.dumps(child_trl(job) if "setting" in job else child_stages(job))
+    )
 
 
-# ---------------------------------------------------------------------------------------------- the measuring process
+# ---- the measuring process
+
 
 def busy_seconds():
-    """Core-seconds that this machine has worked since it was booted, those that its host took away included."""
+    """Core-seconds that this machine has worked since it was booted, those that its host took
+    away included."""
     numbers = [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-    return (sum(numbers) - numbers[3] - numbers[4]) / os.sysconf("SC_CLK_TCK")  # all but idle and waiting for the disk
+    # all but idle and waiting for the disk
+    return (sum(numbers) - numbers[3] - numbers[4]) / os.sysconf("SC_CLK_TCK")
 
 
 def call(python, job, folder, args):
-    """The report of a child process, with its seconds and the share of the cores that others used meanwhile."""
+    """The report of a child process, with its seconds and the share of the cores that others
+    used meanwhile."""
     report, errors = folder / "report.json", folder / "errors.txt"
     os.sync()  # what the one before has written is not to be flushed during this one
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
-    busy, used, start = busy_seconds(), resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    busy, used, start = (
+        busy_seconds(),
+        resource.getrusage(resource.RUSAGE_CHILDREN),
+        time.monotonic(),
+    )
     with open(errors, "w") as log:
-        done = subprocess.run([python, __file__, "child", json.dumps(job | {"report": str(report), "called": start})], stdout=subprocess.DEVNULL,
-                              stderr=log, env=environment, cwd=folder)
+        done = subprocess.run(
+            [
+                python,
+                __file__,
+                "child",
+                json.dumps(job | {"report": str(report), "called": start}),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            env=environment,
+            cwd=folder,
+        )
     seconds, now = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
-        raise SystemExit(f"{errors.read_text()}\nbench/round.py: {job.get('setting', job.get('lines'))}: exit code {done.returncode}")
+        raise SystemExit(
+            f"{errors.read_text()}\nbench/round.py: {job.get('setting', job.get('lines'))}: "
+            f"exit code {done.returncode}"
+        )
     own = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
-    return json.loads(report.read_text()) | {"seconds": seconds, "others": max(0.0, busy_seconds() - busy - own) / seconds / os.cpu_count()}
+    return json.loads(report.read_text()) | {
+        "seconds": seconds,
+        "others": max(0.0, busy_seconds() - busy - own) / seconds / os.cpu_count(),
+    }
 
 
 def ours(form, prompts, folder, args, turn):
     """Rows of ROUNDS rounds, each continuing the weights and moments of the one before."""
     model = args.model
     for number in range(1, ROUNDS + 1):
-        rollouts, scores, out = (str(folder / f"{number}.{name}") for name in ("rollouts.jsonl", "scores.jsonl", "weights"))
-        sample = ["rollout.py", "--model", model, "--prompts", prompts, "--n", "1", "--max-tokens", str(args.max_tokens), "--dtype", "float32",
-                  "--seed", str(10 * turn + number), "--out", rollouts]
-        score = ["teacher.py", "score", "--model", args.model, "--rollouts", rollouts, "--dtype", "float32", "--top-k", "20", "--out", scores]
-        update = ["train.py", "--method", "opd-full", "--model", model, "--rollouts", rollouts, "--batch-size", "16", "--out", out,
-                  "--micro-batch-tokens", str(args.micro_batch_tokens)]
-        update += ["--scores", scores] if form == "disk" else ["--teacher", args.model, "--teacher-dtype", "float32"]
+        rollouts, scores, out = (
+            str(folder / f"{number}.{name}")
+            for name in ("rollouts.jsonl", "scores.jsonl", "weights")
+        )
+        sample = [
+            "rollout.py",
+            "--model",
+            model,
+            "--prompts",
+            prompts,
+            "--n",
+            "1",
+            "--max-tokens",
+            str(args.max_tokens),
+            "--dtype",
+            "float32",
+            "--seed",
+            str(10 * turn + number),
+            "--out",
+            rollouts,
+        ]
+        score = [
+            "teacher.py",
+            "score",
+            "--model",
+            args.model,
+            "--rollouts",
+            rollouts,
+            "--dtype",
+            "float32",
+            "--top-k",
+            "20",
+            "--out",
+            scores,
+        ]
+        update = [
+            "train.py",
+            "--method",
+            "opd-full",
+            "--model",
+            model,
+            "--rollouts",
+            rollouts,
+            "--batch-size",
+            "16",
+            "--out",
+            out,
+            "--micro-batch-tokens",
+            str(args.micro_batch_tokens),
+        ]
+        update += (
+            ["--scores", scores]
+            if form == "disk"
+            else ["--teacher", args.model, "--teacher-dtype", "float32"]
+        )
         lines = [sample, score, update] if form == "disk" else [sample, update]
-        runs = [call(sys.executable, {"lines": some}, folder, args) for some in ([lines] if form == "one-process" else [[x] for x in lines])]
+        runs = [
+            call(sys.executable, {"lines": some}, folder, args)
+            for some in ([lines] if form == "one-process" else [[x] for x in lines])
+        ]
         for run in runs:
             run["parts"]["exit"] = run["seconds"] - sum(run["parts"].values())
-        names = ["+".join(x[0] for x in lines)] if form == "one-process" else [x[0] for x in lines]
+        names = (
+            ["+".join(x[0] for x in lines)] if form == "one-process" else [x[0] for x in lines]
+        )
         largest = max(range(len(runs)), key=lambda i: runs[i]["peak_mb"])
-        yield {"contender": form, "round": number, "tokens": runs[0]["tokens"], "seconds": sum(r["seconds"] for r in runs),
-               "parts": {k: sum(r["parts"].get(k, 0.0) for r in runs) for k in dict.fromkeys(k for r in runs for k in r["parts"])},
-               "peak_mb": runs[largest]["peak_mb"], "peak_in": f"{names[largest]} {runs[largest]['peak_in']}",
-               "others": max(r["others"] for r in runs),
-               "stages": {n: {k: r[k] for k in ("seconds", "parts", "peak_mb", "peak_in")} for n, r in zip(names, runs)},
-               "micro_batch_tokens": args.micro_batch_tokens, "versions": runs[0]["versions"]}
+        yield {
+            "contender": form,
+            "round": number,
+            "tokens": runs[0]["tokens"],
+            "seconds": sum(r["seconds"] for r in runs),
+            "parts": {
+                k: sum(r["parts"].get(k, 0.0) for r in runs)
+                for k in dict.fromkeys(k for r in runs for k in r["parts"])
+            },
+            "peak_mb": runs[largest]["peak_mb"],
+            "peak_in": f"{names[largest]} {runs[largest]['peak_in']}",
+            "others": max(r["others"] for r in runs),
+            "stages": {
+                n: {k: r[k] for k in ("seconds", "parts", "peak_mb", "peak_in")}
+                for n, r in zip(names, runs)
+            },
+            "micro_batch_tokens": args.micro_batch_tokens,
+            "versions": runs[0]["versions"],
+        }
         model = out
 
 
 def trl(setting, prompts, folder, args, turn):
     """Rows of STEPS steps of one process; the first has start-up and loading in its parts."""
-    run = call(args.trl_python, {"setting": setting, "model": args.model, "prompts": prompts, "max_tokens": args.max_tokens, "seed": turn,
-                                 "folder": str(folder)}, folder, args)
+    run = call(
+        args.trl_python,
+        {
+            "setting": setting,
+            "model": args.model,
+            "prompts": prompts,
+            "max_tokens": args.max_tokens,
+            "seed": turn,
+            "folder": str(folder),
+        },
+        folder,
+        args,
+    )
     for number, row in enumerate(run["rounds"], 1):
-        yield row | {"contender": f"trl-{setting}", "round": number, "seconds": sum(row["parts"].values()), "others": run["others"],
-                     "versions": run["versions"]}
+        yield row | {
+            "contender": f"trl-{setting}",
+            "round": number,
+            "seconds": sum(row["parts"].values()),
+            "others": run["others"],
+            "versions": run["versions"],
+        }
 
 
 def tidy(x):
     """Numbers to a millisecond, and nothing of where this machine keeps things."""
-    return {k: tidy(v) for k, v in x.items()} if isinstance(x, dict) else round(x, 3) if isinstance(x, float) else x
+    return (
+        {k: tidy(v) for k, v in x.items()}
+        if isinstance(x, dict)
+        else round(x, 3)
+        if isinstance(x, float)
+        else x
+    )
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--model", required=True, help="folder of the model: student and teacher")
     p.add_argument("--prompts", help="JSONL of prompts (default: 16 that ask for long answers)")
     p.add_argument("--max-tokens", type=int, default=64, help="longest answer")
     p.add_argument("--repeats", type=int, default=5, help="turns of every contender")
-    p.add_argument("--forms", nargs="*", default=["stages", "one-process", "disk"], choices=["stages", "one-process", "disk"], help="of ours")
+    p.add_argument(
+        "--forms",
+        nargs="*",
+        default=["stages", "one-process", "disk"],
+        choices=["stages", "one-process", "disk"],
+        help="of ours",
+    )
     p.add_argument("--micro-batch-tokens", type=int, default=1024, help="of train.py: memory")
-    p.add_argument("--trl", nargs="*", default=["16x1", "4x4-checkpointing"], metavar="RxA[-checkpointing]",
-                   help="settings of TRL; R x A = 16 answers")
-    p.add_argument("--trl-python", default=sys.executable, metavar="PYTHON", help="the interpreter that has trl; without trl only ours is measured")
-    p.add_argument("--attempts", type=int, default=1,
-                   help="above 1: wait up to half an hour for a quiet machine, and measure what others have disturbed again, so many times in all")
+    p.add_argument(
+        "--trl",
+        nargs="*",
+        default=["16x1", "4x4-checkpointing"],
+        metavar="RxA[-checkpointing]",
+        help="settings of TRL; R x A = 16 answers",
+    )
+    p.add_argument(
+        "--trl-python",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="the interpreter that has trl; without trl only ours is measured",
+    )
+    p.add_argument(
+        "--attempts",
+        type=int,
+        default=1,
+        help="above 1: wait up to half an hour for a quiet machine, and measure what others "
+        "have disturbed again, so many times in all",
+    )
     p.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of every process")
     p.add_argument("--out", help="also append the lines here")
     args = p.parse_args()
-    args.model, args.trl_python = str(Path(args.model).expanduser().resolve()), str(Path(args.trl_python).expanduser())
-    found = subprocess.run([args.trl_python, "-c", "import trl, datasets"], capture_output=True).returncode == 0 if args.trl else False
+    args.model, args.trl_python = (
+        str(Path(args.model).expanduser().resolve()),
+        str(Path(args.trl_python).expanduser()),
+    )
+    found = (
+        subprocess.run(
+            [args.trl_python, "-c", "import trl, datasets"], capture_output=True
+        ).returncode
+        == 0
+        if args.trl
+        else False
+    )
     if args.trl and not found:
-        print("bench/round.py: trl cannot be imported: only our stages are measured (--trl-python names an interpreter that has it)", file=sys.stderr)
-    contenders = [functools.partial(ours, form) for form in args.forms] + [functools.partial(trl, setting) for setting in args.trl if found]
-    kept = Path(args.out).read_text().splitlines() if args.out and Path(args.out).exists() else []
-    first = 1 + max((json.loads(line)["turn"] for line in kept), default=-1)  # more turns for a file that has some
+        print(
+            "bench/round.py: trl cannot be imported: only our stages are measured "
+            "(--trl-python names an interpreter that has it)",
+            file=sys.stderr,
+        )
+    contenders = [functools.partial(ours, form) for form in args.forms] + [
+        functools.partial(trl, setting) for setting in args.trl if found
+    ]
+    kept = (
+        Path(args.out).read_text().splitlines() if args.out and Path(args.out).exists() else []
+    )
+    # more turns for a file that has some
+    first = 1 + max((json.loads(line)["turn"] for line in kept), default=-1)
     for turn in range(first, first + args.repeats):
-        for contender in contenders[turn % len(contenders):] + contenders[:turn % len(contenders)]:  # no one has always the same one before it
+        # no one has always the same one before it
+        for contender in (
+            contenders[turn % len(contenders) :] + contenders[: turn % len(contenders)]
+        ):
             for _ in range(args.attempts):
                 rows = measure(contender, args, turn)
                 if max(r["others"] for r in rows) <= QUIET:
@@ -291,10 +553,23 @@ def measure(contender, args, turn):
     """The rows of one contender in one turn, from a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         folder, prompts = Path(folder), Path(folder) / "prompts.jsonl"
-        prompts.write_text(Path(args.prompts).read_text() if args.prompts else "".join(
-            json.dumps({"id": f"p{i:02}", "messages": [{"role": "user", "content": text}]}) + "\n" for i, text in enumerate(ASKED)))
-        common = {"bench": "round", "model": Path(args.model).name, "prompts": len(prompts.read_text().splitlines()), "max_tokens": args.max_tokens,
-                  "threads": args.threads, "turn": turn}
+        prompts.write_text(
+            Path(args.prompts).read_text()
+            if args.prompts
+            else "".join(
+                json.dumps({"id": f"p{i:02}", "messages": [{"role": "user", "content": text}]})
+                + "\n"
+                for i, text in enumerate(ASKED)
+            )
+        )
+        common = {
+            "bench": "round",
+            "model": Path(args.model).name,
+            "prompts": len(prompts.read_text().splitlines()),
+            "max_tokens": args.max_tokens,
+            "threads": args.threads,
+            "turn": turn,
+        }
         limit = time.monotonic() + 1800
         while args.attempts > 1 and time.monotonic() < limit:  # until the machine is quiet
             before = busy_seconds()
@@ -305,13 +580,15 @@ def measure(contender, args, turn):
 
 
 def table(path):
-    """Medians over turns as Markdown: the rounds that are compared, then what each process of ours does in them."""
+    """Medians over turns as Markdown: the rounds that are compared, then what each process of
+    ours does in them."""
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     rows = [r for r in lines if r["others"] <= QUIET] or lines
     names = list(dict.fromkeys(r["contender"] for r in lines))
 
     def by_turn(name, value, first=False):
-        """{turn: median of `value` over the compared rounds of a turn}, or over the first ones."""
+        """{turn: median of `value` over the compared rounds of a turn}, or over the first
+        ones."""
         found = {}
         for r in rows:
             if r["contender"] == name and (r["round"] == 1) == first:
@@ -323,39 +600,112 @@ def table(path):
 
     def without_start(r):
         return sum(v for k, v in r["parts"].items() if k not in ("startup", "load", "exit"))
+
     measures = {"s": without_start, "MB": lambda r: r["peak_mb"]}
     best = {}  # the fastest setting of TRL, and the smallest: the strictest comparison for each
     for unit, value in measures.items():
-        medians = {n: statistics.median(by_turn(n, value).values()) for n in names if n.startswith("trl-") and by_turn(n, value)}
+        medians = {
+            n: statistics.median(by_turn(n, value).values())
+            for n in names
+            if n.startswith("trl-") and by_turn(n, value)
+        }
         best[unit] = min(medians, key=medians.get, default="trl")
 
     def ratio(name, unit):
         here, there = by_turn(name, measures[unit]), by_turn(best[unit], measures[unit])
         return middle([here[t] / there[t] for t in here if t in there], ".2f")
-    columns = ["contender", "turns", "tokens an answer", "whole round, s", "without start-up and loading, s", f"/ {best['s']}", "generate", "score",
-               "gradient", "optimiser", "jsonl", "save", "other", "peak, MB", f"/ {best['MB']}", "reached in", "first update, s"]
+
+    columns = [
+        "contender",
+        "turns",
+        "tokens an answer",
+        "whole round, s",
+        "without start-up and loading, s",
+        f"/ {best['s']}",
+        "generate",
+        "score",
+        "gradient",
+        "optimiser",
+        "jsonl",
+        "save",
+        "other",
+        "peak, MB",
+        f"/ {best['MB']}",
+        "reached in",
+        "first update, s",
+    ]
     print("| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|")
     for name in names:
         some = [r for r in rows if r["contender"] == name and r["round"] > 1]
-        cells = [name, str(len({r["turn"] for r in some})), middle([r["tokens"] / r["prompts"] for r in some], ".1f"),
-                 "-" if name.startswith("trl-") else middle(by_turn(name, lambda r: r["seconds"]).values(), ".1f"),
-                 middle(by_turn(name, without_start).values(), ".1f"), ratio(name, "s")]
-        cells += [middle(by_turn(name, lambda r: r["parts"].get(part, 0.0)).values(), ".2f") for part in columns[6:13]]
-        cells += [middle(by_turn(name, measures["MB"]).values(), ".0f"), ratio(name, "MB"),
-                  statistics.mode(r["peak_in"] for r in some) if some else "-",
-                  middle(by_turn(name, lambda r: r["seconds"], first=True).values(), ".1f")]
+        cells = [
+            name,
+            str(len({r["turn"] for r in some})),
+            middle([r["tokens"] / r["prompts"] for r in some], ".1f"),
+            "-"
+            if name.startswith("trl-")
+            else middle(by_turn(name, lambda r: r["seconds"]).values(), ".1f"),
+            middle(by_turn(name, without_start).values(), ".1f"),
+            ratio(name, "s"),
+        ]
+        cells += [
+            middle(by_turn(name, lambda r: r["parts"].get(part, 0.0)).values(), ".2f")
+            for part in columns[6:13]
+        ]
+        cells += [
+            middle(by_turn(name, measures["MB"]).values(), ".0f"),
+            ratio(name, "MB"),
+            statistics.mode(r["peak_in"] for r in some) if some else "-",
+            middle(by_turn(name, lambda r: r["seconds"], first=True).values(), ".1f"),
+        ]
         print("| " + " | ".join(cells) + " |")
-    parts = ["startup", "load", "generate", "score", "gradient", "optimiser", "jsonl", "save", "other", "exit"]
-    print("\n| form | process | seconds | " + " | ".join(parts) + " | peak, MB |\n" + "| --- " * (len(parts) + 4) + "|")
+    parts = [
+        "startup",
+        "load",
+        "generate",
+        "score",
+        "gradient",
+        "optimiser",
+        "jsonl",
+        "save",
+        "other",
+        "exit",
+    ]
+    print(
+        "\n| form | process | seconds | "
+        + " | ".join(parts)
+        + " | peak, MB |\n"
+        + "| --- " * (len(parts) + 4)
+        + "|"
+    )
     for name in names:
-        some = [r["stages"] for r in rows if r["contender"] == name and r["round"] > 1 and "stages" in r]
+        some = [
+            r["stages"]
+            for r in rows
+            if r["contender"] == name and r["round"] > 1 and "stages" in r
+        ]
         for stage in some[0] if some else ():
             cells = [name, stage, middle([s[stage]["seconds"] for s in some], ".1f")]
-            cells += [middle([s[stage]["parts"].get(part, 0.0) for s in some], ".2f") for part in parts]
-            print("| " + " | ".join([*cells, middle([s[stage]["peak_mb"] for s in some], ".0f")]) + " |")
+            cells += [
+                middle([s[stage]["parts"].get(part, 0.0) for s in some], ".2f")
+                for part in parts
+            ]
+            print(
+                "| "
+                + " | ".join([*cells, middle([s[stage]["peak_mb"] for s in some], ".0f")])
+                + " |"
+            )
     loud = sum(r["others"] > QUIET for r in lines)
-    print(f"\n{loud} of {len(lines)} rounds had other processes on more than {QUIET:.0%} of the cores"
-          + (": all are shown, for there are no others." if loud == len(lines) else " and are left out." if loud else "."))
+    print(
+        f"\n{loud} of {len(lines)} rounds had other processes on more than {QUIET:.0%} of "
+        f"the cores"
+        + (
+            ": all are shown, for there are no others."
+            if loud == len(lines)
+            else " and are left out."
+            if loud
+            else "."
+        )
+    )
 
 
 if __name__ == "__main__":

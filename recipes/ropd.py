@@ -1,6 +1,8 @@
-"""ROPD, the main job: a student gets better from rubrics drawn between its own answers and its teacher's.
+"""ROPD, the main job: a student gets better from rubrics drawn between its own answers and its
+teacher's.
 
-    python -m recipes.ropd                       # before / ROPD / shuffled null / teacher: a table and a picture
+    python -m recipes.ropd                       # before / ROPD / shuffled null / teacher: a
+                                                 table and a picture
     python -m recipes.ropd --claims --seeds 5    # every arm, five seeds
     python -m recipes.ropd --smoke               # seconds: does it all still run
 
@@ -8,18 +10,21 @@ One round is five commands (OUT/commands.sh keeps every command of the run):
 
     rollout.py        the student answers 32 problems, 8 times each
     rubric.py create  one rubric a problem from 4 teacher answers and those 8 rollouts
-    rubric.py grade   the rubric's verdicts on the rollouts (an imperfect verifier: 5 % of the verdicts are wrong)
+    rubric.py grade   the rubric's verdicts on the rollouts (an imperfect verifier: 5 % of the
+                      verdicts are wrong)
     train.py          one policy-gradient step a quarter of the batch
     eval.py           every few rounds: accuracy on held-out problems, sampled at temperature 1
 
 Arms, all with the same problems, optimiser and number of updates:
 
     before          the student as it starts
-    sft             imitation of the same teacher texts (4 a problem where the others train on 8 rollouts)
+    sft             imitation of the same teacher texts (4 a problem where the others train on 8
+                    rollouts)
     scalar          a holistic 0-10 judge, no rubric, that votes on everything it knows about
     scalar-merits   the same judge, told which properties are merits
     ropd            rubrics from m = 4 teacher answers; the loss of the released code
-    ropd-paper      the same rubrics; the loss of the paper: std, symmetric clip, sequence mean, KL to the start
+    ropd-paper      the same rubrics; the loss of the paper: std, symmetric clip, sequence mean,
+                    KL to the start
     ropd-m1         rubrics from one teacher answer
     ropd-flat       every criterion the same points
     ropd-unchecked  rubrics without the one predicate that redoes the whole sum
@@ -27,23 +32,74 @@ Arms, all with the same problems, optimiser and number of updates:
     answer          reward 1 for the right final answer: what a hidden checker would give
     teacher         the teacher
 
-The world (toy.py): one pre-training run on clean work; its middle is the base, its end the teacher.  The student is the
-base after a little careless text, so it has less skill than the teacher and bad habits.  Pre-training is done once; a seed
-then fixes how the student is spoiled, the teacher's answers, the order of the problems and every sample.  Arms with the same seed start from the same student.
-The held-out problems serve for measuring only; the settings below were chosen on dev.
+The world (toy.py): one pre-training run on clean work; its middle is the base, its end the
+teacher.  The student is the base after a little careless text, so it has less skill than the
+teacher and bad habits.  Pre-training is done once; a seed then fixes how the student is
+spoiled, the teacher's answers, the order of the problems and every sample.  Arms with the same
+seed start from the same student. The held-out problems serve for measuring only; the settings
+below were chosen on dev.
 """
+
 import shutil
 import time
 from pathlib import Path
 
 import records
-from recipes import Claim, add_run_flags, begin, claims_table, imitate, last, parse, run_arms, say, settle
+from recipes import (
+    Claim,
+    add_run_flags,
+    begin,
+    claims_table,
+    imitate,
+    last,
+    parse,
+    run_arms,
+    say,
+    settle,
+)
 
-ARMS = ("before", "sft", "scalar", "scalar-merits", "ropd", "ropd-paper", "ropd-m1", "ropd-flat", "ropd-unchecked", "shuffled", "answer", "teacher")
-SHARED = ("rounds", "prompts", "n", "updates", "learning_rate", "max_tokens", "verifier_noise", "base_steps", "teacher_steps",
-          "spoil_steps", "spoil_lr", "eval_every", "eval_n", "eval_split")  # what all arms and seeds have in common
+ARMS = (
+    "before",
+    "sft",
+    "scalar",
+    "scalar-merits",
+    "ropd",
+    "ropd-paper",
+    "ropd-m1",
+    "ropd-flat",
+    "ropd-unchecked",
+    "shuffled",
+    "answer",
+    "teacher",
+)
+SHARED = (
+    "rounds",
+    "prompts",
+    "n",
+    "updates",
+    "learning_rate",
+    "max_tokens",
+    "verifier_noise",
+    "base_steps",
+    "teacher_steps",
+    # what all arms and seeds have in common
+    "spoil_steps",
+    "spoil_lr",
+    "eval_every",
+    "eval_n",
+    "eval_split",
+)
 DEFAULT_ARMS = ("before", "ropd", "shuffled", "teacher")
-SMOKE = dict(rounds=2, prompts=4, n=4, base_steps=2, teacher_steps=4, spoil_steps=2, eval_every=1, eval_n=1)
+SMOKE = dict(
+    rounds=2,
+    prompts=4,
+    n=4,
+    base_steps=2,
+    teacher_steps=4,
+    spoil_steps=2,
+    eval_every=1,
+    eval_n=1,
+)
 
 
 def more(arm, other):
@@ -52,54 +108,130 @@ def more(arm, other):
 
 CLAIMS = [
     Claim("ROPD lifts the student (main claim)", "ropd − before", more("ropd", "before")),
-    Claim("...because of which answer gets which reward", "shuffled − before", more("shuffled", "before"), "below", 0.02),
-    Claim("Four teacher answers beat one (the paper's largest ablation)", "ropd − ropd-m1", more("ropd", "ropd-m1")),
-    Claim("Rubrics beat imitation of the same texts at equal updates (not equal tokens)", "ropd − sft", more("ropd", "sft")),
-    Claim("Rubrics beat a holistic score that votes on everything it knows of", "ropd − scalar", more("ropd", "scalar")),
-    Claim("Rubrics beat a holistic score that is told what is merit", "ropd − scalar-merits", more("ropd", "scalar-merits")),
+    Claim(
+        "...because of which answer gets which reward",
+        "shuffled − before",
+        more("shuffled", "before"),
+        "below",
+        0.02,
+    ),
+    Claim(
+        "Four teacher answers beat one (the paper's largest ablation)",
+        "ropd − ropd-m1",
+        more("ropd", "ropd-m1"),
+    ),
+    Claim(
+        "Rubrics beat imitation of the same texts at equal updates (not equal tokens)",
+        "ropd − sft",
+        more("ropd", "sft"),
+    ),
+    Claim(
+        "Rubrics beat a holistic score that votes on everything it knows of",
+        "ropd − scalar",
+        more("ropd", "scalar"),
+    ),
+    Claim(
+        "Rubrics beat a holistic score that is told what is merit",
+        "ropd − scalar-merits",
+        more("ropd", "scalar-merits"),
+    ),
     Claim("Flat points are exploited", "ropd − ropd-flat", more("ropd", "ropd-flat")),
-    Claim("The predicate that redoes the whole sum matters", "ropd − ropd-unchecked", more("ropd", "ropd-unchecked")),
-    Claim("...but rubrics without it still lift the student", "ropd-unchecked − before", more("ropd-unchecked", "before")),
-    Claim("The released code's loss beats the paper's", "ropd − ropd-paper", more("ropd", "ropd-paper")),
+    Claim(
+        "The predicate that redoes the whole sum matters",
+        "ropd − ropd-unchecked",
+        more("ropd", "ropd-unchecked"),
+    ),
+    Claim(
+        "...but rubrics without it still lift the student",
+        "ropd-unchecked − before",
+        more("ropd-unchecked", "before"),
+    ),
+    Claim(
+        "The released code's loss beats the paper's",
+        "ropd − ropd-paper",
+        more("ropd", "ropd-paper"),
+    ),
     Claim("A hidden exact checker is a ceiling", "answer − ropd", more("answer", "ropd")),
 ]
 
 
 def add_world_flags(p, teacher_steps):
-    p.add_argument("--base-steps", type=int, default=600, help="pre-training steps of the base model the students come from")
-    p.add_argument("--teacher-steps", type=int, default=teacher_steps, help="pre-training steps of the teacher, which goes on from the base")
-    p.add_argument("--spoil-steps", type=int, default=100, help="steps of 64 careless texts for the student")
+    p.add_argument(
+        "--base-steps",
+        type=int,
+        default=600,
+        help="pre-training steps of the base model the students come from",
+    )
+    p.add_argument(
+        "--teacher-steps",
+        type=int,
+        default=teacher_steps,
+        help="pre-training steps of the teacher, which goes on from the base",
+    )
+    p.add_argument(
+        "--spoil-steps",
+        type=int,
+        default=100,
+        help="steps of 64 careless texts for the student",
+    )
     p.add_argument("--spoil-lr", type=float, default=1e-3, help="learning rate of those steps")
 
 
 def build_world(run, args, problems, more="", corpus="clean"):
-    """Problems (so many to train on; `more` flags for toy.py), corpora and two checkpoints of one pre-training run: the base (the student's) and, later, the teacher."""
+    """Problems (so many to train on; `more` flags for toy.py), corpora and two checkpoints of
+    one pre-training run: the base (the student's) and, later, the teacher."""
     world = run.out / "world"
     if not (world / "toy").exists():
-        run.stage(f"toy.py --out {world}/toy --train-prompts {problems} --clean {64 * args.teacher_steps} --mixed {64 * args.spoil_steps * 4} {more}")
-    common = (f"--method sft --rollouts {world}/toy/{corpus}.jsonl --batch-size 64 --learning-rate 4e-3 --warmup-steps 20 --schedule linear "
-              f"--total-steps {args.teacher_steps} --adam-beta2 0.95 --micro-batch-tokens 4096 --save-every 200")
-    for name, start, steps, seed in (("base", "toy/student", args.base_steps, 0), ("teacher", "base", args.teacher_steps - args.base_steps, 1)):
+        run.stage(
+            f"toy.py --out {world}/toy --train-prompts {problems} --clean "
+            f"{64 * args.teacher_steps} --mixed {64 * args.spoil_steps * 4} {more}"
+        )
+    common = (
+        f"--method sft --rollouts {world}/toy/{corpus}.jsonl --batch-size 64 --learning-rate "
+        f"4e-3 --warmup-steps 20 --schedule linear "
+        f"--total-steps {args.teacher_steps} --adam-beta2 0.95 --micro-batch-tokens 4096 "
+        f"--save-every 200"
+    )
+    for name, start, steps, seed in (
+        ("base", "toy/student", args.base_steps, 0),
+        ("teacher", "base", args.teacher_steps - args.base_steps, 1),
+    ):
         if not (world / name).exists():
             say(f"pre-training the {name}: {steps} steps of 64 clean texts")
-            run.stage(f"train.py --model {world}/{start} --steps {steps} --seed {seed} --out {world}/{name} {common}")
+            run.stage(
+                f"train.py --model {world}/{start} --steps {steps} --seed {seed} --out "
+                f"{world}/{name} {common}"
+            )
     return world
 
 
 def spoil_student(run, args, world, seed):
     """This seed's folder with its student: the base, spoiled by careless text."""
     folder = run.out / f"seed{seed}"
-    imitate(run, world / "base", world / "toy" / "mixed.jsonl", args.spoil_steps, args.spoil_lr, seed, folder / "student", "--fresh-optimizer")
+    imitate(
+        run,
+        world / "base",
+        world / "toy" / "mixed.jsonl",
+        args.spoil_steps,
+        args.spoil_lr,
+        seed,
+        folder / "student",
+        "--fresh-optimizer",
+    )
     return folder
 
 
 def evaluate(run, args, world, seed, model, out):
-    return run.stage(f"eval.py --model {model} --prompts {world}/toy/{args.eval_split}.jsonl --n {args.eval_n} --max-tokens {args.max_tokens} "
-                     f"--seed {2 * 10**6 + seed} --out {out} --overwrite")
+    return run.stage(
+        f"eval.py --model {model} --prompts {world}/toy/{args.eval_split}.jsonl --n "
+        f"{args.eval_n} --max-tokens {args.max_tokens} "
+        f"--seed {2 * 10**6 + seed} --out {out} --overwrite"
+    )
 
 
 def run_arm(run, args, world, folder, seed, arm):
-    """All rounds of one arm; appends a result line at every evaluation.  Returns the last one."""
+    """All rounds of one arm; appends a result line at every evaluation.  Returns the last
+    one."""
     place = folder / arm
     shutil.rmtree(place, ignore_errors=True)  # an interrupted arm is begun again
     place.mkdir(parents=True)
@@ -110,8 +242,19 @@ def run_arm(run, args, world, folder, seed, arm):
         nonlocal row
         spent = round(time.time() - started, 2)
         score = evaluate(run, args, world, seed, model, place / "eval.jsonl")
-        row = {"arm": arm, "seed": seed, "step": step, "final": final, "accuracy": score["accuracy"], f"pass@{args.eval_n}": score[f"pass@{args.eval_n}"],
-               "length_mean": score["length_mean"], "truncated": score["truncated_fraction"], **cost, "seconds": spent, **extra}
+        row = {
+            "arm": arm,
+            "seed": seed,
+            "step": step,
+            "final": final,
+            "accuracy": score["accuracy"],
+            f"pass@{args.eval_n}": score[f"pass@{args.eval_n}"],
+            "length_mean": score["length_mean"],
+            "truncated": score["truncated_fraction"],
+            **cost,
+            "seconds": spent,
+            **extra,
+        }
         run.result(args, row)
         return row
 
@@ -121,55 +264,109 @@ def run_arm(run, args, world, folder, seed, arm):
     measure(0, False, {})
     if arm == "sft":
         answers = folder / "answers.jsonl"
-        done = run.stage(f"train.py --method sft --model {model} --rollouts {answers} --prompts {world}/toy/train.jsonl --out {place}/model "
-                         f"--batch-size {args.prompts // args.updates} --learning-rate {args.learning_rate} --fresh-optimizer --seed {seed}")
+        done = run.stage(
+            f"train.py --method sft --model {model} --rollouts {answers} --prompts "
+            f"{world}/toy/train.jsonl --out {place}/model "
+            f"--batch-size {args.prompts // args.updates} --learning-rate "
+            f"{args.learning_rate} --fresh-optimizer --seed {seed}"
+        )
         cost["trained_tokens"] += done["trained_tokens"]
-        cost["teacher_tokens"] += sum(len(r["response_ids"]) for r in records.read(answers, "answers"))
+        cost["teacher_tokens"] += sum(
+            len(r["response_ids"]) for r in records.read(answers, "answers")
+        )
         model = place / "model"
         return measure(args.rounds * args.updates, True, {"loss": done["loss"]})
 
     for number in records.progress(range(args.rounds), desc=f"seed {seed} {arm}", unit="round"):
-        at, part = place / f"round{number}", f"{number * args.prompts}:{(number + 1) * args.prompts}"
-        rolled = run.stage(f"rollout.py --model {model} --prompts {world}/toy/train.jsonl --slice {part} --n {args.n} "
-                           f"--max-tokens {args.max_tokens} --seed {seed * 1000 + number} --out {at}/rollouts.jsonl")
+        at, part = (
+            place / f"round{number}",
+            f"{number * args.prompts}:{(number + 1) * args.prompts}",
+        )
+        rolled = run.stage(
+            f"rollout.py --model {model} --prompts {world}/toy/train.jsonl --slice {part} "
+            f"--n {args.n} "
+            f"--max-tokens {args.max_tokens} --seed {seed * 1000 + number} --out "
+            f"{at}/rollouts.jsonl"
+        )
         common = f"--prompts {world}/toy/train.jsonl --rollouts {at}/rollouts.jsonl"
         noise = f"--seed {seed} --verifier-noise {args.verifier_noise}"
         method, reference = "ropd", ""
         if arm == "answer":
-            graded = run.stage(f"rubric.py grade --grader answer {common} --out {at}/rewards.jsonl")
+            graded = run.stage(
+                f"rubric.py grade --grader answer {common} --out {at}/rewards.jsonl"
+            )
         elif arm.startswith("scalar"):
-            graded = run.stage(f"rubric.py grade --grader scalar --scalar-view {'merits' if arm == 'scalar-merits' else 'all'} {common} {noise} --out {at}/rewards.jsonl")
+            graded = run.stage(
+                f"rubric.py grade --grader scalar --scalar-view "
+                f"{'merits' if arm == 'scalar-merits' else 'all'} {common} {noise} "
+                f"--out {at}/rewards.jsonl"
+            )
         else:
             m = 1 if arm == "ropd-m1" else 4
-            option = {"ropd-flat": "--flat-points", "ropd-unchecked": "--without total_right"}.get(arm, "")
-            run.stage(f"rubric.py create {common} --answers {folder}/answers.jsonl --m {m} {option} --out {at}/rubrics.jsonl")
-            graded = run.stage(f"rubric.py grade {common} --rubrics {at}/rubrics.jsonl {noise} {'--shuffle' if arm == 'shuffled' else ''} "
-                               f"--out {at}/rewards.jsonl")
-            cost["teacher_tokens"] += teacher_tokens(folder / "answers.jsonl", at / "rubrics.jsonl", m)
+            option = {
+                "ropd-flat": "--flat-points",
+                "ropd-unchecked": "--without total_right",
+            }.get(arm, "")
+            run.stage(
+                f"rubric.py create {common} --answers {folder}/answers.jsonl --m {m} "
+                f"{option} --out {at}/rubrics.jsonl"
+            )
+            graded = run.stage(
+                f"rubric.py grade {common} --rubrics {at}/rubrics.jsonl {noise} "
+                f"{'--shuffle' if arm == 'shuffled' else ''} "
+                f"--out {at}/rewards.jsonl"
+            )
+            cost["teacher_tokens"] += teacher_tokens(
+                folder / "answers.jsonl", at / "rubrics.jsonl", m
+            )
         if arm == "ropd-paper":
-            run.stage(f"teacher.py score --model {folder}/student --rollouts {at}/rollouts.jsonl --out {at}/reference.jsonl")
+            run.stage(
+                f"teacher.py score --model {folder}/student --rollouts {at}/rollouts.jsonl "
+                f"--out {at}/reference.jsonl"
+            )
             method, reference = "ropd-paper", f"--reference {at}/reference.jsonl"
-        trained = run.stage(f"train.py --method {method} --model {model} --rollouts {at}/rollouts.jsonl --rewards {at}/rewards.jsonl {reference} --out {at}/model "
-                            f"--batch-size {args.prompts // args.updates} --learning-rate {args.learning_rate} --seed {seed}")
+        trained = run.stage(
+            f"train.py --method {method} --model {model} --rollouts {at}/rollouts.jsonl "
+            f"--rewards {at}/rewards.jsonl {reference} --out {at}/model "
+            f"--batch-size {args.prompts // args.updates} --learning-rate "
+            f"{args.learning_rate} --seed {seed}"
+        )
         cost["generated_tokens"] += rolled["generated_tokens"]
         cost["trained_tokens"] += trained["trained_tokens"]
         if number:
-            shutil.rmtree(model)  # the round before; its rollouts, rubrics and rewards stay for reading
+            # the round before; its rollouts, rubrics and rewards stay for reading
+            shutil.rmtree(model)
         model = at / "model"
         final = number == args.rounds - 1
         if final or (number + 1) % args.eval_every == 0:
-            signal = run.stage(f"eval.py {common} --rewards {at}/rewards.jsonl --partial --out {at}/signal.jsonl")
-            measure((number + 1) * args.updates, final, {k: signal[k] for k in ("reward_mean", "reward_auc", "reward_auc_within")}
-                    | {"zero_variance_groups": graded["zero_variance_groups"]})
-            say(f"  {arm}: round {number + 1}/{args.rounds}, reward {graded['reward_mean']:.2f}, answers of {rolled['length_mean']:.0f} tokens, "
-                f"{args.eval_split} accuracy {row['accuracy']:.1%}")
+            signal = run.stage(
+                f"eval.py {common} --rewards {at}/rewards.jsonl --partial --out "
+                f"{at}/signal.jsonl"
+            )
+            measure(
+                (number + 1) * args.updates,
+                final,
+                {k: signal[k] for k in ("reward_mean", "reward_auc", "reward_auc_within")}
+                | {"zero_variance_groups": graded["zero_variance_groups"]},
+            )
+            say(
+                f"  {arm}: round {number + 1}/{args.rounds}, reward "
+                f"{graded['reward_mean']:.2f}, answers of "
+                f"{rolled['length_mean']:.0f} tokens, "
+                f"{args.eval_split} accuracy {row['accuracy']:.1%}"
+            )
     return row
 
 
 def teacher_tokens(answers, rubrics, m):
-    """Teacher tokens behind one round's rubrics: the first m answers to each of their problems."""
+    """Teacher tokens behind one round's rubrics: the first m answers to each of their
+    problems."""
     ids = {r["id"] for r in records.read(rubrics, "rubrics")}
-    return sum(len(r["response_ids"]) for r in records.read(answers, "answers") if r["id"] in ids and r["sample"] < m)
+    return sum(
+        len(r["response_ids"])
+        for r in records.read(answers, "answers")
+        if r["id"] in ids and r["sample"] < m
+    )
 
 
 def main(argv=None):
@@ -186,28 +383,54 @@ def main(argv=None):
     add_world_flags(p, teacher_steps=1300)
     p.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations")
     p.add_argument("--eval-n", type=int, default=4, help="samples a held-out problem")
-    p.add_argument("--eval-split", default="heldout", choices=("heldout", "dev"), help="dev is for choosing settings")
+    p.add_argument(
+        "--eval-split",
+        default="heldout",
+        choices=("heldout", "dev"),
+        help="dev is for choosing settings",
+    )
     if not (args := parse(p, argv, CLAIMS, SMOKE)):
         return None
-    arms = settle(args, "ropd", ARMS, default=None if args.claims or args.smoke else DEFAULT_ARMS)
+    arms = settle(
+        args, "ropd", ARMS, default=None if args.claims or args.smoke else DEFAULT_ARMS
+    )
     run = begin(args, "ROPD on running sums", arms, SHARED)
     world = build_world(run, args, problems=args.prompts * args.rounds)
 
     def prepare(seed):
         folder = spoil_student(run, args, world, seed)
-        run.stage(f"teacher.py answer --model {world}/teacher --prompts {world}/toy/train.jsonl --n 4 --max-tokens {args.max_tokens} "
-                  f"--seed {10**6 + seed} --out {folder}/answers.jsonl")
+        run.stage(
+            f"teacher.py answer --model {world}/teacher --prompts {world}/toy/train.jsonl "
+            f"--n 4 --max-tokens {args.max_tokens} "
+            f"--seed {10**6 + seed} --out {folder}/answers.jsonl"
+        )
         return folder
-    run_arms(run, args, arms, prepare, lambda *which: run_arm(run, args, world, *which),
-             lambda row: f"{args.eval_split} accuracy {row['accuracy']:.1%}, {row['length_mean']:.0f} tokens an answer")
+
+    run_arms(
+        run,
+        args,
+        arms,
+        prepare,
+        lambda *which: run_arm(run, args, world, *which),
+        lambda row: (
+            f"{args.eval_split} accuracy {row['accuracy']:.1%}, {row['length_mean']:.0f} "
+            f"tokens an answer"
+        ),
+    )
     say("")
-    table = run.stage(f"eval.py table {args.results} --out {args.out}/table.md --overwrite "
-                      "--columns length_mean reward_mean reward_auc_within generated_tokens teacher_tokens seconds")
+    table = run.stage(
+        f"eval.py table {args.results} --out {args.out}/table.md --overwrite "
+        "--columns length_mean reward_mean reward_auc_within generated_tokens teacher_tokens "
+        "seconds"
+    )
     run.stage(f"eval.py plot {args.results} --out {args.out}/accuracy.png --overwrite")
     say((Path(args.out) / "table.md").read_text())
     if args.claims:
         say(claims_table(args.results, CLAIMS))
-    say(f"picture: {args.out}/accuracy.png   one prompt's records: {args.out}/seed0/ropd/round0/   total {time.time() - run.started:.0f} s")
+    say(
+        f"picture: {args.out}/accuracy.png   one prompt's records: "
+        f"{args.out}/seed0/ropd/round0/   total {time.time() - run.started:.0f} s"
+    )
     if not args.claims and not args.smoke:
         say(f"the other arms: python -m recipes.ropd --claims --seeds 5 --out {args.out}")
     return table

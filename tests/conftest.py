@@ -1,6 +1,9 @@
-"""A tiny world for the tests: problems, two models pre-trained for seconds, rollouts of one, scores by the other.
+"""A tiny world for the tests: problems, two models pre-trained for seconds, rollouts of one,
+scores by the other.
 
-Helpers here are the independent side of the tests: plain transformers in float64, one unpadded sequence at a time."""
+Helpers here are the independent side of the tests: plain transformers in float64, one unpadded
+sequence at a time."""
+
 import hashlib
 import json
 import os
@@ -11,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in the stages run as programs
+# before torch is imported, here and in the stages run as programs
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if not Path("/dev/nvidia0").exists():  # before triton is imported: without a GPU its kernels run in the interpreter
+# before triton is imported: without a GPU its kernels run in the interpreter
+if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -37,7 +42,8 @@ def by_key(rows):
 
 
 def argv(*parts, **flags):
-    """argv("score", model=M, top_k=3, allow_stale=True) -> ["score", "--model", M, "--top-k", "3", "--allow-stale"]"""
+    """argv("score", model=M, top_k=3, allow_stale=True) -> ["score", "--model", M, "--top-k",
+    "3", "--allow-stale"]"""
     out = [str(p) for p in parts]
     for name, value in flags.items():
         if value is None or value is False:
@@ -49,8 +55,10 @@ def argv(*parts, **flags):
 
 
 def refusal(main, arguments, capsys):
-    """The one-line message with which a stage, run as a program, refuses: exit code 2, no traceback."""
+    """The one-line message with which a stage, run as a program, refuses: exit code 2, no
+    traceback."""
     import records
+
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         records.run(lambda: main(arguments))
@@ -66,11 +74,14 @@ def program(stage, arguments):
 
 
 def run_program(stage, arguments):
-    return subprocess.run(program(stage, arguments), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        program(stage, arguments), cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
 
 
 def kill_while_writing(stage, arguments, after):
-    """Runs a stage that kills itself (SIGKILL) half-way through a line, once `after` records are on disk."""
+    """Runs a stage that kills itself (SIGKILL) half-way through a line, once `after` records
+    are on disk."""
     code = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -86,29 +97,37 @@ def dying(self, *rows):
 records.Writer.write = dying
 records.run(lambda: stage.main({[str(a) for a in arguments]!r}))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == -9, done.stderr
 
 
-# ---------------------------------------------------------------------------------------------- references
+# ---- references
 
 
 def naive_model(folder):
     import torch
     from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
 
 
 def naive_logps(model, prompt_ids, response_ids, temperature=1.0):
-    """log_softmax(logits / temperature) at every response position, [T, V] float64: no padding, no cache, no kernel."""
+    """log_softmax(logits / temperature) at every response position, [T, V] float64: no padding,
+    no cache, no kernel."""
     import torch
+
     logits = model(torch.tensor([prompt_ids + response_ids])).logits[0]
-    return torch.log_softmax(logits / temperature, -1)[len(prompt_ids) - 1:len(prompt_ids) + len(response_ids) - 1]
+    return torch.log_softmax(logits / temperature, -1)[
+        len(prompt_ids) - 1 : len(prompt_ids) + len(response_ids) - 1
+    ]
 
 
 def naive_own(model, rollout, temperature=1.0):
     """log-probs of the response tokens, [T] as a list of floats."""
     import torch
+
     with torch.no_grad():
         table = naive_logps(model, rollout["prompt_ids"], rollout["response_ids"], temperature)
     return [float(table[t, i]) for t, i in enumerate(rollout["response_ids"])]
@@ -117,47 +136,100 @@ def naive_own(model, rollout, temperature=1.0):
 def weights(folder):
     """{name: tensor} of a saved model's parameters."""
     from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
 def same_bits(a, b):
     import torch
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a
+    )
 
 
 def make_rewards(rollouts, path, reward=None):
-    """Rewards for a rollouts file: reward(record), by default a number in [0, 1] drawn from the key's hash."""
+    """Rewards for a rollouts file: reward(record), by default a number in [0, 1] drawn from the
+    key's hash."""
     import records
+
     rows = []
     for r in load(rollouts):
-        value = (hashlib.sha256(f"{r['id']}/{r['sample']}".encode()).digest()[0] / 255) if reward is None else reward(r)
-        rows.append({"id": r["id"], "sample": r["sample"], "reward": value, "status": "failed" if value is None else "ok",
-                     "rollout": records.fingerprint(r), "grader": "test"})
+        value = (
+            (hashlib.sha256(f"{r['id']}/{r['sample']}".encode()).digest()[0] / 255)
+            if reward is None
+            else reward(r)
+        )
+        rows.append(
+            {
+                "id": r["id"],
+                "sample": r["sample"],
+                "reward": value,
+                "status": "failed" if value is None else "ok",
+                "rollout": records.fingerprint(r),
+                "grader": "test",
+            }
+        )
     return dump(path, rows)
 
 
-# ---------------------------------------------------------------------------------------------- the world
+# ---- the world
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """Paths: toy (folder), prompts, base and teacher (models whose distributions are not uniform), and of base:
-    rollouts (8 prompts x 4, T = 1), scores (teacher, whole vocabulary), rewards."""
+    """Paths: toy (folder), prompts, base and teacher (models whose distributions are not
+    uniform), and of base: rollouts (8 prompts x 4, T = 1), scores (teacher, whole vocabulary),
+    rewards."""
     import torch
 
     import rollout
     import teacher
     import toy
     import train
+
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("world")
     toy.main(argv(out=root / "toy", train_prompts=24, eval_prompts=8, clean=1500, mixed=300))
-    sft = dict(method="sft", rollouts=root / "toy" / "clean.jsonl", batch_size=32, warmup_steps=5, adam_beta2=0.95)
-    train.main(argv(model=root / "toy" / "student", out=root / "base", steps=35, learning_rate=4e-3, **sft))
-    train.main(argv(model=root / "toy" / "teacher", out=root / "teacher", steps=35, learning_rate=6e-3, seed=1, **sft))
-    w = types.SimpleNamespace(root=root, toy=root / "toy", prompts=root / "toy" / "train.jsonl", base=root / "base", teacher=root / "teacher",
-                              rollouts=root / "rollouts.jsonl", scores=root / "scores.jsonl", rewards=root / "rewards.jsonl")
-    rollout.main(argv(model=w.base, prompts=w.prompts, slice=":8", n=4, max_tokens=28, out=w.rollouts))
+    sft = dict(
+        method="sft",
+        rollouts=root / "toy" / "clean.jsonl",
+        batch_size=32,
+        warmup_steps=5,
+        adam_beta2=0.95,
+    )
+    train.main(
+        argv(
+            model=root / "toy" / "student",
+            out=root / "base",
+            steps=35,
+            learning_rate=4e-3,
+            **sft,
+        )
+    )
+    train.main(
+        argv(
+            model=root / "toy" / "teacher",
+            out=root / "teacher",
+            steps=35,
+            learning_rate=6e-3,
+            seed=1,
+            **sft,
+        )
+    )
+    w = types.SimpleNamespace(
+        root=root,
+        toy=root / "toy",
+        prompts=root / "toy" / "train.jsonl",
+        base=root / "base",
+        teacher=root / "teacher",
+        rollouts=root / "rollouts.jsonl",
+        scores=root / "scores.jsonl",
+        rewards=root / "rewards.jsonl",
+    )
+    rollout.main(
+        argv(model=w.base, prompts=w.prompts, slice=":8", n=4, max_tokens=28, out=w.rollouts)
+    )
     teacher.main(argv("score", model=w.teacher, rollouts=w.rollouts, out=w.scores, top_k=1000))
     make_rewards(w.rollouts, w.rewards)
     return w
@@ -175,8 +247,10 @@ def teacher64bit(world):
 
 
 def variant(source, folder, tokenizer=None, model=None):
-    """A copy of a model folder with its tokenizer and / or model changed in place by the given functions."""
+    """A copy of a model folder with its tokenizer and / or model changed in place by the given
+    functions."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     t, m = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source)
     if tokenizer:
         t = tokenizer(t) or t
@@ -189,31 +263,101 @@ def variant(source, folder, tokenizer=None, model=None):
 
 @pytest.fixture(scope="session")
 def drifted(world, tmp_path_factory):
-    """The base model after some more training: log pi differs from the log-probs the rollouts were sampled with."""
+    """The base model after some more training: log pi differs from the log-probs the rollouts
+    were sampled with."""
     import train
+
     out = tmp_path_factory.mktemp("drifted") / "m"
-    train.main(argv(method="sft", model=world.base, rollouts=world.toy / "mixed.jsonl", out=out, steps=4, learning_rate=3e-3, fresh_optimizer=True))
+    train.main(
+        argv(
+            method="sft",
+            model=world.base,
+            rollouts=world.toy / "mixed.jsonl",
+            out=out,
+            steps=4,
+            learning_rate=3e-3,
+            fresh_optimizer=True,
+        )
+    )
     return out
 
 
 @pytest.fixture(scope="session")
 def agents(tmp_path_factory):
-    """A world with a calculator: toy, prompts, student (pre-trained for seconds: some calls are right, some malformed, some are none), teacher, and
-    of the student: rollouts (8 prompts x 4, a third of the calls in outage), scores (teacher, whole vocabulary), rewards."""
+    """A world with a calculator: toy, prompts, student (pre-trained for seconds: some calls are
+    right, some malformed, some are none), teacher, and of the student: rollouts (8 prompts x 4,
+    a third of the calls in outage), scores (teacher, whole vocabulary), rewards."""
     import rollout
     import teacher
     import toy
     import train
+
     root = tmp_path_factory.mktemp("agents")
-    toy.main(argv(task="tools", out=root / "toy", train_prompts=24, eval_prompts=8, clean=2600, mixed=640, terms="1:3"))
+    toy.main(
+        argv(
+            task="tools",
+            out=root / "toy",
+            train_prompts=24,
+            eval_prompts=8,
+            clean=2600,
+            mixed=640,
+            terms="1:3",
+        )
+    )
     sft = dict(method="sft", batch_size=32, warmup_steps=5, adam_beta2=0.95)
-    train.main(argv(model=root / "toy" / "student", out=root / "base", steps=60, learning_rate=6e-3, rollouts=root / "toy" / "clean.jsonl", **sft))
-    train.main(argv(model=root / "base", out=root / "student", steps=10, learning_rate=2e-3, fresh_optimizer=True, rollouts=root / "toy" / "mixed.jsonl", **sft))
-    train.main(argv(model=root / "base", out=root / "teacher", steps=20, learning_rate=3e-3, seed=1, rollouts=root / "toy" / "clean.jsonl", **sft))
-    tools = dict(tools="calculator", call_format="brackets", max_calls=3, tool_options='{"outage": 0.3}', max_tokens=120)
-    w = types.SimpleNamespace(root=root, toy=root / "toy", prompts=root / "toy" / "train.jsonl", student=root / "student", teacher=root / "teacher", tools=tools,
-                              rollouts=root / "rollouts.jsonl", scores=root / "scores.jsonl", rewards=root / "rewards.jsonl")
-    rollout.main(argv(model=w.student, prompts=w.prompts, slice=":8", n=4, out=w.rollouts, **tools))
+    train.main(
+        argv(
+            model=root / "toy" / "student",
+            out=root / "base",
+            steps=60,
+            learning_rate=6e-3,
+            rollouts=root / "toy" / "clean.jsonl",
+            **sft,
+        )
+    )
+    train.main(
+        argv(
+            model=root / "base",
+            out=root / "student",
+            steps=10,
+            learning_rate=2e-3,
+            fresh_optimizer=True,
+            rollouts=root / "toy" / "mixed.jsonl",
+            **sft,
+        )
+    )
+    train.main(
+        argv(
+            model=root / "base",
+            out=root / "teacher",
+            steps=20,
+            learning_rate=3e-3,
+            seed=1,
+            rollouts=root / "toy" / "clean.jsonl",
+            **sft,
+        )
+    )
+    tools = dict(
+        tools="calculator",
+        call_format="brackets",
+        max_calls=3,
+        tool_options='{"outage": 0.3}',
+        max_tokens=120,
+    )
+    w = types.SimpleNamespace(
+        root=root,
+        toy=root / "toy",
+        prompts=root / "toy" / "train.jsonl",
+        student=root / "student",
+        teacher=root / "teacher",
+        tools=tools,
+        rollouts=root / "rollouts.jsonl",
+        scores=root / "scores.jsonl",
+        rewards=root / "rewards.jsonl",
+    )
+    rollout.main(
+        argv(model=w.student, prompts=w.prompts, slice=":8", n=4, out=w.rollouts, **tools)
+    )
     teacher.main(argv("score", model=w.teacher, rollouts=w.rollouts, out=w.scores, top_k=1000))
     make_rewards(w.rollouts, w.rewards)
     return w

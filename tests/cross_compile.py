@@ -1,8 +1,11 @@
-"""Compiles kernel_triton's kernels for GPUs that need not be there and prints what they take of one, a JSON line each.
+"""Compiles kernel_triton's kernels for GPUs that need not be there and prints what they take of
+one, a JSON line each.
 
     python tests/cross_compile.py            # without TRITON_INTERPRET
 
-Registers and spills are ptxas' own figures; `ttir` tells whether row offsets are 64 bits wide."""
+Registers and spills are ptxas' own figures; `ttir` tells whether row offsets are 64 bits
+wide."""
+
 import json
 import os
 import re
@@ -18,28 +21,69 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import kernel_triton as kernels  # noqa: E402
 
-TYPES = {"statistics": ("*bf16 *bf16 *i64 *fp32 *fp32 *fp32 *fp32", "i32 i32 i32 i32 i32 fp32 fp32 fp32"),
-         "dlogits": ("*bf16 *bf16 *i64 *fp32 *fp32 *fp32 *fp32 *fp32 *bf16", "i32 i32 i32 i32 i32 fp32 fp32 fp32")}
+TYPES = {
+    "statistics": (
+        "*bf16 *bf16 *i64 *fp32 *fp32 *fp32 *fp32",
+        "i32 i32 i32 i32 i32 fp32 fp32 fp32",
+    ),
+    "dlogits": (
+        "*bf16 *bf16 *i64 *fp32 *fp32 *fp32 *fp32 *fp32 *bf16",
+        "i32 i32 i32 i32 i32 fp32 fp32 fp32",
+    ),
+}
 
 
 def compile_for(name, capability, dtype="bf16", cap=False):
-    """{"registers", "spill_bytes", "shared", "ttir"} of one kernel as launched: pointers and D are multiples of 16."""
+    """{"registers", "spill_bytes", "shared", "ttir"} of one kernel as launched: pointers and D
+    are multiples of 16."""
     kernel = getattr(kernels, name)
     types = " ".join(TYPES[name]).replace("bf16", dtype).split()
     names = kernel.arg_names
-    constants = dict(FLOAT=kernels.tl.float32, CAP=cap, UP=False, TN=kernels.TILE[0], TV=kernels.TILE[1], TD=kernels.TILE[2])
+    constants = dict(
+        FLOAT=kernels.tl.float32,
+        CAP=cap,
+        UP=False,
+        TN=kernels.TILE[0],
+        TV=kernels.TILE[1],
+        TD=kernels.TILE[2],
+    )
     aligned = [i for i, t in enumerate(types) if t.startswith("*")] + [names.index("D")]
-    source = ASTSource(kernel, dict(zip(names, types)) | {c: "constexpr" for c in constants}, constants,
-                       {(i,): [["tt.divisibility", 16]] for i in aligned})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernels.WARPS, "num_stages": kernels.STAGES})
+    source = ASTSource(
+        kernel,
+        dict(zip(names, types)) | {c: "constexpr" for c in constants},
+        constants,
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": kernels.WARPS, "num_stages": kernels.STAGES},
+    )
     arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "k.ptx").write_text(compiled.asm["ptx"])
         ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-        done = subprocess.run([ptxas, "-v", f"--gpu-name={arch}", "k.ptx", "-o", "k.o"], cwd=folder, capture_output=True, text=True, check=True)
-    stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr).groups())
-    return {"kernel": name, "capability": capability, "dtype": dtype, "softcap": cap, "registers": int(re.search(r"Used (\d+) registers", done.stderr)[1]),
-            "spill_bytes": stores + loads, "shared": compiled.metadata.shared, "ttir": compiled.asm["ttir"]}
+        done = subprocess.run(
+            [ptxas, "-v", f"--gpu-name={arch}", "k.ptx", "-o", "k.o"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    stores, loads = map(
+        int,
+        re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr).groups(),
+    )
+    return {
+        "kernel": name,
+        "capability": capability,
+        "dtype": dtype,
+        "softcap": cap,
+        "registers": int(re.search(r"Used (\d+) registers", done.stderr)[1]),
+        "spill_bytes": stores + loads,
+        "shared": compiled.metadata.shared,
+        "ttir": compiled.asm["ttir"],
+    }
 
 
 if __name__ == "__main__":

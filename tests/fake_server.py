@@ -1,19 +1,27 @@
-"""A small OpenAI-compatible server for tests, on 127.0.0.1 and a free port, that misbehaves on request.
+"""A small OpenAI-compatible server for tests, on 127.0.0.1 and a free port, that misbehaves on
+request.
 
-    with FakeServer(chat=lambda body: "hello", script=["429", "500"]) as fake:      # two bad answers, then normal ones
-        served.Server(fake.base_url, "m").chat_text([{"role": "user", "content": "hi"}], temperature=0, max_tokens=8)
-        fake.requests[0]["body"]["temperature"], fake.requests[0]["headers"]["authorization"]
+    with FakeServer(chat=lambda body: "hello", script=["429", "500"]) as fake:      # two bad
+    answers, then normal ones
+        served.Server(fake.base_url, "m").chat_text([{"role": "user", "content": "hi"}],
+        temperature=0, max_tokens=8) fake.requests[0]["body"]["temperature"],
+        fake.requests[0]["headers"]["authorization"]
 
-chat(body) makes the text of a chat or plain completion (a string, or {"text", "finish_reason"}).  Tokens are characters:
-id = code point mod 1000, and END closes an answer that stops.  distribution(prefix) -> the log-probs of VOCABULARY tokens
-after those ids; it scores prompts given as ids.  tokenizer: a transformers tokenizer to speak in instead of characters.
+chat(body) makes the text of a chat or plain completion (a string, or {"text",
+"finish_reason"}).  Tokens are characters: id = code point mod 1000, and END closes an answer
+that stops.  distribution(prefix) -> the log-probs of VOCABULARY tokens after those ids; it
+scores prompts given as ids.  tokenizer: a transformers tokenizer to speak in instead of
+characters.
 
-What a script entry does to one request: "normal"; "429", "500", "400", "401", "404", "quota", "long" (context length);
-"leak" (a 400 that quotes the key far into its message); "hang" (no answer before the server closes); "cut" (a shorter body
-than its JSON); "torn" (a shorter body than its Content-Length); "not_json"; "array"; "no_choices"; "filtered"; "null_text";
-"few_logprobs"; "no_logprobs"; "no_token_ids"; "no_prompt_logprobs"; "short_prompt_logprobs"; "wrong_prompt_logprobs".
-"no_response_format" and "no_max_tokens" refuse that one field.  `always` does the same to every request.
+What a script entry does to one request: "normal"; "429", "500", "400", "401", "404", "quota",
+"long" (context length); "leak" (a 400 that quotes the key far into its message); "hang" (no
+answer before the server closes); "cut" (a shorter body than its JSON); "torn" (a shorter body
+than its Content-Length); "not_json"; "array"; "no_choices"; "filtered"; "null_text";
+"few_logprobs"; "no_logprobs"; "no_token_ids"; "no_prompt_logprobs"; "short_prompt_logprobs";
+"wrong_prompt_logprobs". "no_response_format" and "no_max_tokens" refuse that one field.
+`always` does the same to every request.
 """
+
 import hashlib
 import json
 import math
@@ -25,14 +33,29 @@ END, VOCABULARY = 2, 16
 
 def distribution(prefix):
     """Some fixed log-probs over VOCABULARY tokens for every prefix of ids."""
-    logits = [byte / 32 for byte in hashlib.sha256(json.dumps(prefix).encode()).digest()[:VOCABULARY]]
+    logits = [
+        byte / 32 for byte in hashlib.sha256(json.dumps(prefix).encode()).digest()[:VOCABULARY]
+    ]
     total = math.log(sum(map(math.exp, logits)))
     return [z - total for z in logits]
 
 
 class FakeServer:
-    def __init__(self, chat=lambda body: "ok", script=(), always=None, distribution=distribution, retry_after="0.01", tokenizer=None):
-        self.chat, self.script, self.always, self.distribution = chat, list(script), always, distribution
+    def __init__(
+        self,
+        chat=lambda body: "ok",
+        script=(),
+        always=None,
+        distribution=distribution,
+        retry_after="0.01",
+        tokenizer=None,
+    ):
+        self.chat, self.script, self.always, self.distribution = (
+            chat,
+            list(script),
+            always,
+            distribution,
+        )
         self.retry_after, self.tokenizer = retry_after, tokenizer
         self.requests, self.in_flight, self.most_in_flight = [], 0, 0
         self._lock, self._closing = threading.Lock(), threading.Event()
@@ -52,7 +75,9 @@ class FakeServer:
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._http.daemon_threads, self._http.block_on_close = True, False
         self.base_url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
-        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_):
@@ -66,8 +91,13 @@ class FakeServer:
     def _serve(self, handler):
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         with self._lock:
-            self.requests.append({"path": handler.path, "body": body,
-                                  "headers": {k.lower(): v for k, v in handler.headers.items()}})
+            self.requests.append(
+                {
+                    "path": handler.path,
+                    "body": body,
+                    "headers": {k.lower(): v for k, v in handler.headers.items()},
+                }
+            )
             behaviour = self.always or (self.script.pop(0) if self.script else "normal")
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
@@ -79,10 +109,12 @@ class FakeServer:
             status, reply = self._reply(handler.path, body, behaviour)
             data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
             if behaviour == "cut":
-                data = data[:len(data) // 2]
+                data = data[: len(data) // 2]
             handler.send_response(status)
             handler.send_header("Content-Type", "application/json")
-            handler.send_header("Content-Length", str(len(data) + (100 if behaviour == "torn" else 0)))
+            handler.send_header(
+                "Content-Length", str(len(data) + (100 if behaviour == "torn" else 0))
+            )
             if status in (429, 500) and self.retry_after:
                 handler.send_header("Retry-After", self.retry_after)
             handler.end_headers()
@@ -97,6 +129,7 @@ class FakeServer:
     def _reply(self, path, body, behaviour):
         def refuse(status, message, code=None):
             return status, {"error": {"message": message, "type": "error", "code": code}}
+
         if behaviour == "429":
             return refuse(429, "slow down")
         if behaviour == "quota":
@@ -117,7 +150,9 @@ class FakeServer:
         if behaviour == "no_response_format" and "response_format" in body:
             return refuse(400, "response_format is not supported")
         if behaviour == "no_max_tokens" and "max_tokens" in body:
-            return refuse(400, "Unsupported parameter: use max_completion_tokens instead of max_tokens")
+            return refuse(
+                400, "Unsupported parameter: use max_completion_tokens instead of max_tokens"
+            )
         if behaviour == "not_json":
             return 200, b"<html>proxy error</html>"
         if behaviour == "array":
@@ -142,10 +177,16 @@ class FakeServer:
         prompt = body["messages"][-1]["content"] if chat else body["prompt"]
         prompt_ids = [ord(c) % 1000 for c in prompt] if isinstance(prompt, str) else prompt
         if self.tokenizer:  # a real vocabulary and template
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id] * (finish == "stop")
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] + [
+                self.tokenizer.eos_token_id
+            ] * (finish == "stop")
             if chat:
-                prompt = self.tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=body.get("add_generation_prompt", True),
-                                                            continue_final_message=body.get("continue_final_message", False))
+                prompt = self.tokenizer.apply_chat_template(
+                    body["messages"],
+                    tokenize=False,
+                    add_generation_prompt=body.get("add_generation_prompt", True),
+                    continue_final_message=body.get("continue_final_message", False),
+                )
             prompt_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         logprobs = [-0.5 - 0.01 * i for i in range(len(ids))]
         if behaviour == "few_logprobs":
@@ -153,19 +194,26 @@ class FakeServer:
         choice = {"index": 0, "finish_reason": finish, "logprobs": None}
         reply = {"id": "x", "created": 0, "model": body["model"], "choices": [choice]}
         if chat:
-            choice["message"] = {"role": "assistant", "content": None if behaviour == "null_text" else text}
+            choice["message"] = {
+                "role": "assistant",
+                "content": None if behaviour == "null_text" else text,
+            }
         else:
             choice["text"] = text
         if body.get("logprobs") and behaviour != "no_logprobs":
-            choice["logprobs"] = ({"content": [{"token": "?", "logprob": v} for v in logprobs]} if chat
-                                  else {"tokens": ["?"] * len(logprobs), "token_logprobs": logprobs})
+            choice["logprobs"] = (
+                {"content": [{"token": "?", "logprob": v} for v in logprobs]}
+                if chat
+                else {"tokens": ["?"] * len(logprobs), "token_logprobs": logprobs}
+            )
         if body.get("return_token_ids") and behaviour != "no_token_ids":
             choice["token_ids"] = ids
             (reply if chat else choice)["prompt_token_ids"] = prompt_ids
         return reply
 
     def _score(self, body, behaviour):
-        """prompt_logprobs as vLLM writes them: the best k and the token itself, here with the token last."""
+        """prompt_logprobs as vLLM writes them: the best k and the token itself, here with the
+        token last."""
         ids, k = body["prompt"], body["prompt_logprobs"]
         entries = [None]
         for i in range(1, len(ids)):
@@ -174,10 +222,20 @@ class FakeServer:
             shown = [token for token in reversed(rank[:k]) if token != ids[i]] + [ids[i]]
             if behaviour == "wrong_prompt_logprobs":
                 shown = [token for token in range(len(row)) if token != ids[i]][:k]
-            entries.append({str(t): {"logprob": row[t], "rank": rank.index(t) + 1, "decoded_token": "?"} for t in shown})
+            entries.append(
+                {
+                    str(t): {"logprob": row[t], "rank": rank.index(t) + 1, "decoded_token": "?"}
+                    for t in shown
+                }
+            )
         if behaviour == "short_prompt_logprobs":
             entries = [None]
-        choice = {"index": 0, "text": "?", "finish_reason": "length", "prompt_logprobs": entries}
+        choice = {
+            "index": 0,
+            "text": "?",
+            "finish_reason": "length",
+            "prompt_logprobs": entries,
+        }
         if behaviour == "no_prompt_logprobs":
             del choice["prompt_logprobs"]
         return {"id": "x", "created": 0, "model": body["model"], "choices": [choice]}

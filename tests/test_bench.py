@@ -1,4 +1,5 @@
 """The side-by-side measurements still run: on toy models, in seconds, without the peers."""
+
 import json
 import subprocess
 import sys
@@ -8,20 +9,47 @@ ROOT = Path(__file__).parent.parent
 
 
 def bench(*words):
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_a_round_is_measured_part_by_part_and_tabulated(world, tmp_path):
     out = tmp_path / "round.jsonl"
-    bench("bench/round.py", "--model", world.base, "--prompts", world.prompts, "--max-tokens", 8, "--repeats", 1, "--forms", "one-process", "--trl", "--out", out)
+    bench(
+        "bench/round.py",
+        "--model",
+        world.base,
+        "--prompts",
+        world.prompts,
+        "--max-tokens",
+        8,
+        "--repeats",
+        1,
+        "--forms",
+        "one-process",
+        "--trl",
+        "--out",
+        out,
+    )
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [r["round"] for r in rows] == [1, 2] and all(r["contender"] == "one-process" and r["tokens"] > 0 for r in rows)
+    assert [r["round"] for r in rows] == [1, 2] and all(
+        r["contender"] == "one-process" and r["tokens"] > 0 for r in rows
+    )
     for r in rows:
         parts = r["parts"]
-        assert parts["exit"] >= 0 and parts["other"] >= 0 and sum(parts.values()) <= r["seconds"] + 0.05 and {"startup", "load", "generate", "gradient", "optimiser", "jsonl", "save"} <= parts.keys()
-        assert min(parts[name] for name in ("startup", "generate", "gradient", "save")) > 0, "a stage's function was renamed and is no longer timed"
+        assert (
+            parts["exit"] >= 0
+            and parts["other"] >= 0
+            and sum(parts.values()) <= r["seconds"] + 0.05
+            and {"startup", "load", "generate", "gradient", "optimiser", "jsonl", "save"}
+            <= parts.keys()
+        )
+        assert min(parts[name] for name in ("startup", "generate", "gradient", "save")) > 0, (
+            "a stage's function was renamed and is no longer timed"
+        )
         assert str(world.base) not in json.dumps(r)
     table = bench("bench/round.py", "table", out)
     assert "| one-process | 1 |" in table
@@ -29,8 +57,20 @@ def test_a_round_is_measured_part_by_part_and_tabulated(world, tmp_path):
 
 def test_kernels_are_measured_and_claims_printed(tmp_path):
     out = tmp_path / "kernel.jsonl"
-    bench("bench/kernel.py", "--shapes", "64x16x512", "--dtypes", "bfloat16", "--repeats", 1, "--out", out)
+    bench(
+        "bench/kernel.py",
+        "--shapes",
+        "64x16x512",
+        "--dtypes",
+        "bfloat16",
+        "--repeats",
+        1,
+        "--out",
+        out,
+    )
     text = bench("bench/kernel.py", "table", out)
     assert "64x16x512, bfloat16 | kl | ours_slices" in text
-    accuracy = next(line for line in text.splitlines() if "bfloat16: log-probs within 1e-4" in line)
+    accuracy = next(
+        line for line in text.splitlines() if "bfloat16: log-probs within 1e-4" in line
+    )
     assert accuracy.endswith("| holds |")

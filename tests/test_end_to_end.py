@@ -1,4 +1,6 @@
-"""The whole pipeline: the main job's recipe in seconds, and every stage against a server that misbehaves."""
+"""The whole pipeline: the main job's recipe in seconds, and every stage against a server that
+misbehaves."""
+
 import json
 import os
 import signal
@@ -8,20 +10,22 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_server import FakeServer
 
 import records
 import rollout
 import rubric
 import teacher
 import toy
-from fake_server import FakeServer
 from recipes.ropd import ARMS
 
 ROOT = Path(__file__).parent.parent
 
 
 def run(*words, **options):
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, **options)
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +41,20 @@ def test_smoke_runs_every_arm_and_ends_in_a_table_and_a_picture(smoke):
     rows = list(records.read(out / "results.jsonl", "results"))
     assert {r["arm"] for r in rows if r["final"]} == set(ARMS)
     for r in rows:
-        assert 0 <= r["accuracy"] <= 1 and r["command"].startswith("python -m recipes.ropd") and r["versions"]["torch"]
+        assert (
+            0 <= r["accuracy"] <= 1
+            and r["command"].startswith("python -m recipes.ropd")
+            and r["versions"]["torch"]
+        )
     ropd = [r for r in rows if r["arm"] == "ropd"]
-    assert ropd[-1]["trained_tokens"] > 0 and ropd[-1]["teacher_tokens"] > 0 and ropd[-1]["generated_tokens"] >= ropd[-1]["trained_tokens"]
-    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG") and "| ropd |" in (out / "table.md").read_text()
+    assert (
+        ropd[-1]["trained_tokens"] > 0
+        and ropd[-1]["teacher_tokens"] > 0
+        and ropd[-1]["generated_tokens"] >= ropd[-1]["trained_tokens"]
+    )
+    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG") and "| ropd |" in (
+        out / "table.md"
+    ).read_text()
     assert "| ropd |" in done.stdout
 
 
@@ -49,10 +63,21 @@ def test_every_file_the_recipe_left_is_valid_and_joins(smoke):
     files = [f for f in out.rglob("*.jsonl") if ".run" not in f.name]
     assert len(files) > 40
     for f in files:
-        assert sum(1 for _ in records.read(f, "prompts" if f.parent.name == "toy" and f.name in ("train.jsonl", "dev.jsonl", "heldout.jsonl")
-                                           else records.guess_kind(f)))
+        assert sum(
+            1
+            for _ in records.read(
+                f,
+                "prompts"
+                if f.parent.name == "toy"
+                and f.name in ("train.jsonl", "dev.jsonl", "heldout.jsonl")
+                else records.guess_kind(f),
+            )
+        )
     place = out / "seed0" / "ropd" / "round1"
-    rollouts, rewards = records.Table(place / "rollouts.jsonl", "rollouts"), records.Table(place / "rewards.jsonl", "rewards")
+    rollouts, rewards = (
+        records.Table(place / "rollouts.jsonl", "rollouts"),
+        records.Table(place / "rewards.jsonl", "rewards"),
+    )
     for r in rollouts:
         assert records.partner(rewards, r, rollouts)["status"] == "ok"
 
@@ -61,11 +86,16 @@ def test_commands_can_be_pasted_and_say_that_they_are_done(smoke):
     out, _ = smoke
     lines = (out / "commands.sh").read_text().splitlines()
     assert all(line.startswith(sys.executable) for line in lines)
-    pasted = next(line for line in lines if "rollout.py" in line and "/ropd/round1/" in line).split()
-    # round 1 sampled from round 0's weights, which the recipe has tidied away: the stage says so instead of guessing
+    pasted = next(
+        line for line in lines if "rollout.py" in line and "/ropd/round1/" in line
+    ).split()
+    # round 1 sampled from round 0's weights, which the recipe has tidied away: the stage says
+    # so instead of guessing
     gone = run(*pasted[1:])
     assert gone.returncode == 2 and "neither a folder" in gone.stderr
-    pasted = next(line for line in lines if "rubric.py grade" in line and "/ropd/round1/" in line).split()
+    pasted = next(
+        line for line in lines if "rubric.py grade" in line and "/ropd/round1/" in line
+    ).split()
     before = Path(pasted[-1]).read_bytes()
     again = run(*pasted[1:])
     assert again.returncode == 0, again.stderr
@@ -80,7 +110,10 @@ def test_a_second_call_finds_everything_done(smoke):
     assert (out / "results.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("moment", ["ROPD on running sums", "pre-training the teacher", "sft: heldout"])  # while toy.py, train.py, an arm is at work
+# while toy.py, train.py, an arm is at work
+@pytest.mark.parametrize(
+    "moment", ["ROPD on running sums", "pre-training the teacher", "sft: heldout"]
+)
 def test_a_killed_recipe_goes_on(tmp_path, moment):
     command = [sys.executable, "-m", "recipes.ropd", "--smoke", "--out", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -99,7 +132,17 @@ def test_a_killed_recipe_goes_on(tmp_path, moment):
 
 def test_results_of_other_settings_are_refused(smoke, tmp_path):
     out, _ = smoke
-    for flags in (["--eval-split", "dev", "--out", str(out)], ["--verifier-noise", "0.5", "--out", str(tmp_path), "--results", str(out / "results.jsonl")]):
+    for flags in (
+        ["--eval-split", "dev", "--out", str(out)],
+        [
+            "--verifier-noise",
+            "0.5",
+            "--out",
+            str(tmp_path),
+            "--results",
+            str(out / "results.jsonl"),
+        ],
+    ):
         refused = run("-m", "recipes.ropd", "--smoke", *flags)
         assert refused.returncode == 2 and "now it is" in refused.stderr
 
@@ -110,63 +153,237 @@ def test_a_torn_results_line_is_made_again(smoke, tmp_path):
     whole = (out / "results.jsonl").read_bytes()
     torn.write_bytes(whole[:-20])
     from recipes import finished
+
     settings = next(records.read(out / "results.jsonl", "results"))["settings"]
     assert len(finished(torn, settings)) == len(ARMS) - 1
     assert whole.startswith(torn.read_bytes())
 
 
-# ------------------------------------------------------------------ served student, teacher and judge
+# ---- served student, teacher and judge
+
 
 def reply(body):
-    """A student or teacher that answers "#9"; a rubricator with four criteria; a verifier that approves of everything."""
+    """A student or teacher that answers "#9"; a rubricator with four criteria; a verifier that
+    approves of everything."""
     document = body["messages"][-1]["content"] if "messages" in body else ""
     if not document.startswith("{"):
         return "#9"
     data = json.loads(document)
     if "criteria" not in data:
-        return json.dumps({"criteria": [{"id": f"c{i}", "category": "Task Completion", "criterion": f"merit {i}", "points": i} for i in (1, 2, 3, 4)]})
+        return json.dumps(
+            {
+                "criteria": [
+                    {
+                        "id": f"c{i}",
+                        "category": "Task Completion",
+                        "criterion": f"merit {i}",
+                        "points": i,
+                    }
+                    for i in (1, 2, 3, 4)
+                ]
+            }
+        )
     answers = next(v for k, v in data.items() if k.startswith("answers"))
-    return json.dumps({"verdicts": [{"answer_index": i + 1, "judgement": [True] * 4} for i in range(len(answers))]})
+    return json.dumps(
+        {
+            "verdicts": [
+                {"answer_index": i + 1, "judgement": [True] * 4} for i in range(len(answers))
+            ]
+        }
+    )
 
 
 def test_the_served_pipeline_survives_429_500_timeouts_and_broken_bodies(tmp_path):
-    toy.main(["--out", str(tmp_path / "toy"), "--train-prompts", "3", "--eval-prompts", "2", "--clean", "4", "--mixed", "4"])
+    toy.main(
+        [
+            "--out",
+            str(tmp_path / "toy"),
+            "--train-prompts",
+            "3",
+            "--eval-prompts",
+            "2",
+            "--clean",
+            "4",
+            "--mixed",
+            "4",
+        ]
+    )
     student, prompts = str(tmp_path / "toy" / "student"), str(tmp_path / "toy" / "train.jsonl")
-    paths = {n: str(tmp_path / f"{n}.jsonl") for n in ("rollouts", "answers", "scores", "rubrics", "rewards")}
+    paths = {
+        n: str(tmp_path / f"{n}.jsonl")
+        for n in ("rollouts", "answers", "scores", "rubrics", "rewards")
+    }
 
     def served(fake):
-        return ["--model", student, "--base-url", fake.base_url, "--max-retries", "2", "--timeout", "1", "--concurrency", "3"]
+        return [
+            "--model",
+            student,
+            "--base-url",
+            fake.base_url,
+            "--max-retries",
+            "2",
+            "--timeout",
+            "1",
+            "--concurrency",
+            "3",
+        ]
+
     tokenizer = rollout.load_tokenizer(student)
-    with FakeServer(chat=reply, script=["429", "normal", "500", "torn", "hang"], tokenizer=tokenizer) as fake:
-        made = rollout.main(["--prompts", prompts, "--n", "2", "--max-tokens", "8", "--out", paths["rollouts"], *served(fake)])
+    with FakeServer(
+        chat=reply, script=["429", "normal", "500", "torn", "hang"], tokenizer=tokenizer
+    ) as fake:
+        made = rollout.main(
+            [
+                "--prompts",
+                prompts,
+                "--n",
+                "2",
+                "--max-tokens",
+                "8",
+                "--out",
+                paths["rollouts"],
+                *served(fake),
+            ]
+        )
         assert made["records"] == 6
-        assert all(b["temperature"] == 1.0 and b["top_p"] == 1.0 and "seed" in b for b in fake.bodies())
+        assert all(
+            b["temperature"] == 1.0 and b["top_p"] == 1.0 and "seed" in b for b in fake.bodies()
+        )
     with FakeServer(chat=reply) as fake:
-        assert teacher.main(["answer", "--prompts", prompts, "--n", "2", "--max-tokens", "8", "--out", paths["answers"], *served(fake)])["duplicates"] == 0.5
-    with FakeServer(script=["500"], distribution=lambda prefix: [-3.2 - (len(prefix) + t) % 7 / 10 for t in range(24)]) as fake:
-        scored = teacher.main(["score", "--rollouts", paths["rollouts"], "--top-k", "3", "--out", paths["scores"], *served(fake)])
+        assert (
+            teacher.main(
+                [
+                    "answer",
+                    "--prompts",
+                    prompts,
+                    "--n",
+                    "2",
+                    "--max-tokens",
+                    "8",
+                    "--out",
+                    paths["answers"],
+                    *served(fake),
+                ]
+            )["duplicates"]
+            == 0.5
+        )
+    with FakeServer(
+        script=["500"],
+        distribution=lambda prefix: [-3.2 - (len(prefix) + t) % 7 / 10 for t in range(24)],
+    ) as fake:
+        scored = teacher.main(
+            [
+                "score",
+                "--rollouts",
+                paths["rollouts"],
+                "--top-k",
+                "3",
+                "--out",
+                paths["scores"],
+                *served(fake),
+            ]
+        )
         assert scored["records"] == 6 and scored["noise_floor"] == 0
     with FakeServer(chat=reply, script=["429", "not_json"]) as fake:
         judge_flags = ["--max-failure-rate", "0.5", *served(fake)]
-        made = rubric.main(["create", "--rubricator", "llm", "--prompts", prompts, "--answers", paths["answers"], "--m", "2", "--rollouts", paths["rollouts"],
-                            "--out", paths["rubrics"], *judge_flags])
+        made = rubric.main(
+            [
+                "create",
+                "--rubricator",
+                "llm",
+                "--prompts",
+                prompts,
+                "--answers",
+                paths["answers"],
+                "--m",
+                "2",
+                "--rollouts",
+                paths["rollouts"],
+                "--out",
+                paths["rubrics"],
+                *judge_flags,
+            ]
+        )
         assert made["records"] + made["failed"] == 3
     with FakeServer(chat=reply) as fake:
-        rubric.main(["create", "--rubricator", "llm", "--prompts", prompts, "--answers", paths["answers"], "--m", "2", "--rollouts", paths["rollouts"],
-                     "--out", paths["rubrics"], *served(fake)[:2], "--base-url", fake.base_url, "--overwrite"])
-        graded = rubric.main(["grade", "--grader", "judge", "--prompts", prompts, "--answers", paths["answers"], "--rubrics", paths["rubrics"],
-                              "--rollouts", paths["rollouts"], "--out", paths["rewards"], *served(fake)])
+        rubric.main(
+            [
+                "create",
+                "--rubricator",
+                "llm",
+                "--prompts",
+                prompts,
+                "--answers",
+                paths["answers"],
+                "--m",
+                "2",
+                "--rollouts",
+                paths["rollouts"],
+                "--out",
+                paths["rubrics"],
+                *served(fake)[:2],
+                "--base-url",
+                fake.base_url,
+                "--overwrite",
+            ]
+        )
+        graded = rubric.main(
+            [
+                "grade",
+                "--grader",
+                "judge",
+                "--prompts",
+                prompts,
+                "--answers",
+                paths["answers"],
+                "--rubrics",
+                paths["rubrics"],
+                "--rollouts",
+                paths["rollouts"],
+                "--out",
+                paths["rewards"],
+                *served(fake),
+            ]
+        )
         assert graded["reward_mean"] == 1.0 and graded["failed"] == 0
     assert records.main(["check", *paths.values()])
-    assert os.environ.get("OPENAI_API_KEY", "EMPTY") not in "".join(Path(p).read_text() for p in paths.values()).replace("EMPTY", "")
+    assert os.environ.get("OPENAI_API_KEY", "EMPTY") not in "".join(
+        Path(p).read_text() for p in paths.values()
+    ).replace("EMPTY", "")
 
 
 @pytest.fixture
 def small(tmp_path):
     """(flags of a served student on one prompt, its tokenizer, the output file)."""
-    toy.main(["--out", str(tmp_path / "toy"), "--train-prompts", "4", "--eval-prompts", "1", "--clean", "1", "--mixed", "1"])
+    toy.main(
+        [
+            "--out",
+            str(tmp_path / "toy"),
+            "--train-prompts",
+            "4",
+            "--eval-prompts",
+            "1",
+            "--clean",
+            "1",
+            "--mixed",
+            "1",
+        ]
+    )
     student, out = str(tmp_path / "toy" / "student"), tmp_path / "r.jsonl"
-    flags = ["--prompts", str(tmp_path / "toy/train.jsonl"), "--max-tokens", "8", "--out", str(out), "--max-retries", "0", "--timeout", "5", "--concurrency", "2"]
+    flags = [
+        "--prompts",
+        str(tmp_path / "toy/train.jsonl"),
+        "--max-tokens",
+        "8",
+        "--out",
+        str(out),
+        "--max-retries",
+        "0",
+        "--timeout",
+        "5",
+        "--concurrency",
+        "2",
+    ]
     return [*flags, "--model", student], rollout.load_tokenizer(student), out
 
 
@@ -180,8 +397,13 @@ def test_a_served_student_of_unknown_vocabulary_is_refused_before_anything_is_as
 
 def test_a_server_with_another_template_is_refused(small):
     flags, tokenizer, out = small
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|user|>", "").replace("'<|' + m['role'] + '|>' + ", "")
-    with FakeServer(chat=reply, tokenizer=tokenizer) as fake, pytest.raises(records.BadInput, match="another tokenizer or chat template"):
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|user|>", "").replace(
+        "'<|' + m['role'] + '|>' + ", ""
+    )
+    with (
+        FakeServer(chat=reply, tokenizer=tokenizer) as fake,
+        pytest.raises(records.BadInput, match="another tokenizer or chat template"),
+    ):
         rollout.main([*flags, "--base-url", fake.base_url])
 
 
@@ -189,14 +411,19 @@ def test_a_server_may_move_between_two_runs(small):
     flags, tokenizer, out = small
     for n in ("1", "3"):
         with FakeServer(chat=reply, tokenizer=tokenizer) as fake:  # another port each time
-            assert rollout.main([*flags, "--n", n, "--base-url", fake.base_url])["records"] == 4 * int(n)
+            assert rollout.main([*flags, "--n", n, "--base-url", fake.base_url])[
+                "records"
+            ] == 4 * int(n)
 
 
 def test_failures_beyond_the_allowed_rate_stop_early_and_a_few_are_left_for_the_next_run(small):
     flags, tokenizer, out = small
     with FakeServer(chat=reply, always="500", tokenizer=tokenizer) as fake:
         with pytest.raises(records.BadInput, match="--max-failure-rate"):
-            rollout.main([*flags, "--n", "50", "--max-failure-rate", "1", "--base-url", fake.base_url])  # all of the first few fail
+            # all of the first few fail
+            rollout.main(
+                [*flags, "--n", "50", "--max-failure-rate", "1", "--base-url", fake.base_url]
+            )
         assert len(fake.requests) < 40
     with FakeServer(chat=reply, script=["normal", "500"], tokenizer=tokenizer) as fake:
         summary = rollout.main([*flags, "--n", "5", "--base-url", fake.base_url])
@@ -212,8 +439,40 @@ def test_an_answer_of_nothing_is_a_failure_and_no_empty_answer(small):
 
 
 def test_a_served_student_that_shows_no_tokens_is_refused_for_training(tmp_path):
-    toy.main(["--out", str(tmp_path / "toy"), "--train-prompts", "1", "--eval-prompts", "1", "--clean", "1", "--mixed", "1"])
+    toy.main(
+        [
+            "--out",
+            str(tmp_path / "toy"),
+            "--train-prompts",
+            "1",
+            "--eval-prompts",
+            "1",
+            "--clean",
+            "1",
+            "--mixed",
+            "1",
+        ]
+    )
     for behaviour in ("no_token_ids", "few_logprobs", "no_logprobs"):
-        with FakeServer(chat=reply, always=behaviour) as fake, pytest.raises(records.BadInput, match="token ids|log-probs"):
-            rollout.main(["--model", str(tmp_path / "toy/student"), "--base-url", fake.base_url, "--prompts", str(tmp_path / "toy/train.jsonl"), "--n", "1",
-                          "--out", str(tmp_path / f"{behaviour}.jsonl"), "--max-retries", "0", "--timeout", "2"])
+        with (
+            FakeServer(chat=reply, always=behaviour) as fake,
+            pytest.raises(records.BadInput, match="token ids|log-probs"),
+        ):
+            rollout.main(
+                [
+                    "--model",
+                    str(tmp_path / "toy/student"),
+                    "--base-url",
+                    fake.base_url,
+                    "--prompts",
+                    str(tmp_path / "toy/train.jsonl"),
+                    "--n",
+                    "1",
+                    "--out",
+                    str(tmp_path / f"{behaviour}.jsonl"),
+                    "--max-retries",
+                    "0",
+                    "--timeout",
+                    "2",
+                ]
+            )

@@ -1,4 +1,6 @@
-"""eval.py: the estimators against enumeration and simulation, grading and its resume, tables paired by seed, plots."""
+"""eval.py: the estimators against enumeration and simulation, grading and its resume, tables
+paired by seed, plots."""
+
 import importlib.util
 import itertools
 import json
@@ -21,7 +23,9 @@ from records import BadInput
 
 if importlib.util.find_spec("rubric") is None:  # eval.py needs this one function of rubric.py
     stub = types.ModuleType("rubric")
-    stub.is_correct = lambda text, answer: text.rpartition("#")[2].split("\n")[0].strip() == str(answer)
+    stub.is_correct = lambda text, answer: (
+        text.rpartition("#")[2].split("\n")[0].strip() == str(answer)
+    )
     sys.modules["rubric"] = stub
 
 
@@ -31,24 +35,57 @@ def write_lines(path, lines):
 
 
 def rollout(prompt_id, sample, text, finish_reason="stop", tokens=3):
-    return {"id": prompt_id, "sample": sample, "policy": {"model": "m"}, "text": text, "finish_reason": finish_reason,
-            "prompt_ids": [1], "response_ids": list(range(tokens)), "loss_mask": [1] * tokens, "logprobs": [-0.5] * tokens,
-            "temperature": 1.0, "top_p": 1.0}
+    return {
+        "id": prompt_id,
+        "sample": sample,
+        "policy": {"model": "m"},
+        "text": text,
+        "finish_reason": finish_reason,
+        "prompt_ids": [1],
+        "response_ids": list(range(tokens)),
+        "loss_mask": [1] * tokens,
+        "logprobs": [-0.5] * tokens,
+        "temperature": 1.0,
+        "top_p": 1.0,
+    }
 
 
 def result(arm, seed, accuracy, step=40, final=True, **more):
-    return {"arm": arm, "seed": seed, "step": step, "final": final, "accuracy": accuracy, "generated_tokens": 1000 * step,
-            "teacher_tokens": 0, "trained_tokens": 10 * step, "seconds": 2.0 * step, "command": "python -m recipes.x"} | more
+    return {
+        "arm": arm,
+        "seed": seed,
+        "step": step,
+        "final": final,
+        "accuracy": accuracy,
+        "generated_tokens": 1000 * step,
+        "teacher_tokens": 0,
+        "trained_tokens": 10 * step,
+        "seconds": 2.0 * step,
+        "command": "python -m recipes.x",
+    } | more
 
 
 @pytest.fixture
 def small(tmp_path):
-    """Two prompts, four answers each: one right answer to the first, four to the second, three truncated."""
-    prompts = write_lines(tmp_path / "prompts.jsonl", [{"id": 1, "prompt": "1+1=?", "answer": 2},
-                                                       {"id": "b", "prompt": "2+2=?", "answer": "4"}])
-    rollouts = write_lines(tmp_path / "rollouts.jsonl",
-                           [rollout(1, s, "1+1=2\n#2" if s == 0 else "#7", "length" if s else "stop", tokens=s + 1) for s in range(4)]
-                           + [rollout("b", s, "2+2=4\n#4", tokens=10) for s in range(4)])
+    """Two prompts, four answers each: one right answer to the first, four to the second, three
+    truncated."""
+    prompts = write_lines(
+        tmp_path / "prompts.jsonl",
+        [
+            {"id": 1, "prompt": "1+1=?", "answer": 2},
+            {"id": "b", "prompt": "2+2=?", "answer": "4"},
+        ],
+    )
+    rollouts = write_lines(
+        tmp_path / "rollouts.jsonl",
+        [
+            rollout(
+                1, s, "1+1=2\n#2" if s == 0 else "#7", "length" if s else "stop", tokens=s + 1
+            )
+            for s in range(4)
+        ]
+        + [rollout("b", s, "2+2=4\n#4", tokens=10) for s in range(4)],
+    )
     return prompts, rollouts, str(tmp_path / "eval.jsonl")
 
 
@@ -57,7 +94,8 @@ def evaluate(small, *flags):
     return evaluation.main(["--prompts", prompts, "--rollouts", rollouts, "--out", out, *flags])
 
 
-# ---------------------------------------------------------------------------------------------- estimators
+# ---- estimators
+
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
 def test_pass_at_k_counts_the_subsets_that_hold_a_right_answer(n):
@@ -65,14 +103,18 @@ def test_pass_at_k_counts_the_subsets_that_hold_a_right_answer(n):
         right = [True] * c + [False] * (n - c)
         for k in range(1, n + 1):
             subsets = list(itertools.combinations(right, k))
-            assert evaluation.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+            assert evaluation.pass_at_k(n, c, k) == pytest.approx(
+                sum(map(any, subsets)) / len(subsets), abs=1e-12
+            )
 
 
 def test_pass_at_k_is_unbiased_where_the_plug_in_is_not():
     n, k, p = 6, 4, 0.3  # expectation over the binomial number of right answers, exactly
     weight = [evaluation.math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
     truth = 1 - (1 - p) ** k
-    assert sum(w * evaluation.pass_at_k(n, c, k) for c, w in enumerate(weight)) == pytest.approx(truth, abs=1e-12)
+    assert sum(
+        w * evaluation.pass_at_k(n, c, k) for c, w in enumerate(weight)
+    ) == pytest.approx(truth, abs=1e-12)
     assert sum(w * (1 - (1 - c / n) ** k) for c, w in enumerate(weight)) < truth - 0.03
 
 
@@ -80,7 +122,9 @@ def test_t_quantile_matches_the_integral_of_the_density():
     for freedom in (1, 2, 3, 10, 11, 15, 30, 200):
         t = evaluation.t_quantile(freedom)
         x = np.linspace(0, t, 400_001)
-        scale = np.exp(evaluation.math.lgamma((freedom + 1) / 2) - evaluation.math.lgamma(freedom / 2)) / np.sqrt(freedom * np.pi)
+        scale = np.exp(
+            evaluation.math.lgamma((freedom + 1) / 2) - evaluation.math.lgamma(freedom / 2)
+        ) / np.sqrt(freedom * np.pi)
         inside = 2 * scale * np.trapezoid((1 + x**2 / freedom) ** (-(freedom + 1) / 2), x)
         assert inside == pytest.approx(0.95, abs=3e-4), freedom
 
@@ -92,7 +136,8 @@ def test_interval_worked_example_and_single_value():
 
 
 def test_interval_covers_95_percent_and_one_over_all_answers_does_not():
-    """Prompts of unlike difficulty, 16 answers each: prompts are the independent draws, answers are not."""
+    """Prompts of unlike difficulty, 16 answers each: prompts are the independent draws, answers
+    are not."""
     random_numbers = np.random.default_rng(0)
     trials, prompts, n, covered, covered_flat = 2000, 50, 16, 0, 0
     difficulty = random_numbers.beta(0.5, 0.5, (trials, prompts))
@@ -105,23 +150,35 @@ def test_interval_covers_95_percent_and_one_over_all_answers_does_not():
     assert covered_flat / trials < 0.6
 
 
-# ---------------------------------------------------------------------------------------------- repetition
+# ---- repetition
+
 
 def prose(characters):
-    words = "add the next term to the running sum then write what it makes and go on until no term is left seven nine four".split()
+    words = (
+        "add the next term to the running sum then write what it makes and go on until "
+        "no term is left seven nine four"
+    ).split()
     rng = random.Random(1)
-    return " ".join(rng.choice(words) + str(rng.randrange(100)) for _ in range(characters))[:characters]
+    return " ".join(rng.choice(words) + str(rng.randrange(100)) for _ in range(characters))[
+        :characters
+    ]
 
 
 def test_a_looping_string_raises_the_repetition_ratio_and_prose_does_not():
     for tail in (256, 512):
         assert evaluation.repetition_ratio("so 2+2=4\n" * 100, tail) > 4
         assert evaluation.repetition_ratio(prose(2000), tail) < 2.5
-    assert evaluation.repetition_ratio(prose(2000) + "so 2+2=4\n" * 50, 256) > 4, "only the tail counts"
-    assert evaluation.repetition_ratio("so 2+2=4\n" * 50 + prose(2000), 256) < 2.5, "only the tail counts"
+    assert evaluation.repetition_ratio(prose(2000) + "so 2+2=4\n" * 50, 256) > 4, (
+        "only the tail counts"
+    )
+    assert evaluation.repetition_ratio("so 2+2=4\n" * 50 + prose(2000), 256) < 2.5, (
+        "only the tail counts"
+    )
     assert evaluation.repetition_ratio("", 256) == 0
     assert evaluation.repetition_ratio("2+2=4\n" * 50, 1000) > 12, "the docstring's example"
-    assert evaluation.repetition_ratio("\ud800é" * 500, 256) > 4, "half a surrogate pair is not a crash"
+    assert evaluation.repetition_ratio("\ud800é" * 500, 256) > 4, (
+        "half a surrogate pair is not a crash"
+    )
 
 
 def test_the_papers_setting_flags_a_long_loop_only():
@@ -131,57 +188,114 @@ def test_the_papers_setting_flags_a_long_loop_only():
 
 def test_short_answers_are_never_repetitive():
     loop = "4\n" * 127  # 254 characters: the ratio is high, the length is below the tail
-    line = {"id": 1, "correct": False, "length": 9, "truncated": True, "text": loop, "repetition": 19.0}
+    line = {
+        "id": 1,
+        "correct": False,
+        "length": 9,
+        "truncated": True,
+        "text": loop,
+        "repetition": 19.0,
+    }
     longer = dict(line, text="4\n" * 128)
     assert evaluation.summarise([line], 256, 4.0)["repetition_rate"] == 0
     assert evaluation.summarise([line, longer], 256, 4.0)["repetition_rate"] == 0.5
     assert evaluation.summarise([line, longer], 256, 20.0)["repetition_rate"] == 0
 
 
-# ---------------------------------------------------------------------------------------------- grading
+# ---- grading
+
 
 def test_summary_of_a_fixture_is_exact(small, capsys):
     s = evaluate(small)
     assert (s["prompts"], s["n"], s["answers"]) == (2, 4, 8)
-    assert s["accuracy"] == s["pass@1"] == pytest.approx(0.625) and s["pass@2"] == pytest.approx(0.75) and s["pass@4"] == 1.0
+    assert (
+        s["accuracy"] == s["pass@1"] == pytest.approx(0.625)
+        and s["pass@2"] == pytest.approx(0.75)
+        and s["pass@4"] == 1.0
+    )
     assert s["truncated_fraction"] == 3 / 8 and s["repetition_rate"] == 0
-    assert s["length_mean"] == (1 + 2 + 3 + 4 + 40) / 8 and s["length_max"] == 10 and s["generated_tokens"] == 50
-    assert s["accuracy_low"] == 0 and s["accuracy_high"] == 1, "two prompts say next to nothing; clipped to [0, 1]"
+    assert (
+        s["length_mean"] == (1 + 2 + 3 + 4 + 40) / 8
+        and s["length_max"] == 10
+        and s["generated_tokens"] == 50
+    )
+    assert s["accuracy_low"] == 0 and s["accuracy_high"] == 1, (
+        "two prompts say next to nothing; clipped to [0, 1]"
+    )
     line = capsys.readouterr().out.strip()
     assert "\n" not in line and "accuracy 0.625" in line and "truncated 37.5%" in line
     lines = list(records.read(small[2], "evals"))
     assert [r["correct"] for r in lines] == [True, False, False, False] + [True] * 4
-    assert lines[0] | {"repetition": 0} == {"id": 1, "sample": 0, "text": "1+1=2\n#2", "correct": True, "length": 1,
-                                            "truncated": False, "repetition": 0}
+    assert lines[0] | {"repetition": 0} == {
+        "id": 1,
+        "sample": 0,
+        "text": "1+1=2\n#2",
+        "correct": True,
+        "length": 1,
+        "truncated": False,
+        "repetition": 0,
+    }
 
 
 def test_k_runs_over_powers_of_two_and_n(small):
-    line = {"id": 1, "correct": True, "length": 9, "truncated": False, "text": "", "repetition": 0}
+    line = {
+        "id": 1,
+        "correct": True,
+        "length": 9,
+        "truncated": False,
+        "text": "",
+        "repetition": 0,
+    }
     summary = evaluation.summarise([line] * 6, 256, 4)
-    assert [name for name in summary if name.startswith("pass@")] == ["pass@1", "pass@2", "pass@4", "pass@6"]
+    assert [name for name in summary if name.startswith("pass@")] == [
+        "pass@1",
+        "pass@2",
+        "pass@4",
+        "pass@6",
+    ]
     assert summary["accuracy_low"] is None, "one prompt has no spread to estimate"
     summary = evaluation.summarise([dict(line, id=i) for i in range(9)], 256, 4)
-    assert summary["accuracy"] == 1 and summary["accuracy_high"] is None, "nor have nine that agree: that is not certainty"
+    assert summary["accuracy"] == 1 and summary["accuracy_high"] is None, (
+        "nor have nine that agree: that is not certainty"
+    )
 
 
 def test_accuracy_is_the_mean_of_prompt_means():
-    lines = [{"id": i, "correct": c, "length": 1, "truncated": False, "text": "", "repetition": 0}
-             for i, c in [(1, True)] * 2 + [("1", False)] * 2 + [(2, True)]]
-    assert evaluation.summarise(lines, 256, 4)["accuracy"] == pytest.approx((0.5 + 1) / 2), "1 and \"1\" are one prompt"
+    lines = [
+        {"id": i, "correct": c, "length": 1, "truncated": False, "text": "", "repetition": 0}
+        for i, c in [(1, True)] * 2 + [("1", False)] * 2 + [(2, True)]
+    ]
+    assert evaluation.summarise(lines, 256, 4)["accuracy"] == pytest.approx((0.5 + 1) / 2), (
+        '1 and "1" are one prompt'
+    )
 
 
 def test_black_box_answers_have_no_token_lengths(small, tmp_path):
     prompts, _, out = small
-    answers = write_lines(tmp_path / "answers.jsonl", [{k: r[k] for k in ("id", "sample", "policy", "text", "finish_reason")}
-                                                       for r in (rollout(1, 0, "#2"), rollout("b", 0, "#5"))])
+    answers = write_lines(
+        tmp_path / "answers.jsonl",
+        [
+            {k: r[k] for k in ("id", "sample", "policy", "text", "finish_reason")}
+            for r in (rollout(1, 0, "#2"), rollout("b", 0, "#5"))
+        ],
+    )
     s = evaluation.main(["--prompts", prompts, "--rollouts", answers, "--out", out])
     assert s["accuracy"] == 0.5 and s["length_mean"] is None and s["generated_tokens"] is None
 
 
 def test_lengths_known_for_half_of_the_answers_are_not_averaged():
-    line = {"id": 1, "correct": True, "length": 9, "truncated": False, "text": "", "repetition": 0}
+    line = {
+        "id": 1,
+        "correct": True,
+        "length": 9,
+        "truncated": False,
+        "text": "",
+        "repetition": 0,
+    }
     summary = evaluation.summarise([line, dict(line, length=None)], 256, 4)
-    assert summary["length_mean"] is summary["length_max"] is summary["generated_tokens"] is None
+    assert (
+        summary["length_mean"] is summary["length_max"] is summary["generated_tokens"] is None
+    )
 
 
 def test_an_answer_stopped_by_the_tool_limit_is_not_truncated(small):
@@ -224,14 +338,20 @@ def test_resume_refuses_another_tail_and_changed_rollouts(small):
 
 @pytest.mark.parametrize("answer", [{}, {"answer": None}, {"answer": ""}])
 def test_a_prompt_without_an_answer_is_refused(small, answer):
-    write_lines(small[0], [{"id": 1, "prompt": "1+1=?", "answer": 2}, {"id": "b", "prompt": "?", **answer}])
+    write_lines(
+        small[0],
+        [{"id": 1, "prompt": "1+1=?", "answer": 2}, {"id": "b", "prompt": "?", **answer}],
+    )
     with pytest.raises(BadInput, match=r"prompts\.jsonl:2: answer: expected"):
         evaluate(small)
     assert not Path(small[2]).exists()
 
 
 def test_an_answer_of_zero_is_an_answer(small):
-    write_lines(small[0], [{"id": 1, "prompt": "1-1=?", "answer": 0}, {"id": "b", "prompt": "?", "answer": 4}])
+    write_lines(
+        small[0],
+        [{"id": 1, "prompt": "1-1=?", "answer": 0}, {"id": "b", "prompt": "?", "answer": 4}],
+    )
     assert evaluate(small)["accuracy"] == 0.5
 
 
@@ -269,24 +389,64 @@ def test_sampling_calls_rollout_with_its_flags(small, monkeypatch):
         Path(argv[argv.index("--out") + 1]).write_text(Path(rollouts).read_text())
 
     monkeypatch.setitem(sys.modules, "rollout", types.SimpleNamespace(main=sample))
-    s = evaluation.main(["--model", "M", "--prompts", prompts, "--n", "4", "--out", out, "--max-tokens", "9", "--seed", "3", "--overwrite"])
+    s = evaluation.main(
+        [
+            "--model",
+            "M",
+            "--prompts",
+            prompts,
+            "--n",
+            "4",
+            "--out",
+            out,
+            "--max-tokens",
+            "9",
+            "--seed",
+            "3",
+            "--overwrite",
+        ]
+    )
     expected = out.replace(".jsonl", ".rollouts.jsonl")
-    assert calls == [["--model", "M", "--prompts", prompts, "--n", "4", "--out", expected, "--overwrite", "--max-tokens", "9", "--seed", "3"]]
+    assert calls == [
+        [
+            "--model",
+            "M",
+            "--prompts",
+            prompts,
+            "--n",
+            "4",
+            "--out",
+            expected,
+            "--overwrite",
+            "--max-tokens",
+            "9",
+            "--seed",
+            "3",
+        ]
+    ]
     assert s["accuracy"] == pytest.approx(0.625)
 
 
 def test_flags_that_would_do_nothing_are_refused(small):
-    for flags in (["--seed", "3"], ["--n", "4"], ["--no-such-flag"], ["--part"], ["--model", "M"], ["--tail", "0"]):
+    for flags in (
+        ["--seed", "3"],
+        ["--n", "4"],
+        ["--no-such-flag"],
+        ["--part"],
+        ["--model", "M"],
+        ["--tail", "0"],
+    ):
         with pytest.raises(SystemExit) as stopped:
             evaluate(small, *flags)
         assert stopped.value.code == 2
 
 
-# ---------------------------------------------------------------------------------------------- table
+# ---- table
 
 # seeds differ a lot, the arms within a seed by 0.10, 0.11, 0.12: paired certain, unpaired not
-PAIRED = [result("before", s, a, step=0) for s, a in enumerate((0.1, 0.4, 0.7))] + \
-         [result("ropd", s, a, length_mean=30 + s) for s, a in enumerate((0.2, 0.51, 0.82))]
+PAIRED = [result("before", s, a, step=0) for s, a in enumerate((0.1, 0.4, 0.7))] + [
+    result("ropd", s, a, length_mean=30 + s) for s, a in enumerate((0.2, 0.51, 0.82))
+]
 
 
 def table(tmp_path, rows, *flags):
@@ -296,7 +456,9 @@ def table(tmp_path, rows, *flags):
 
 def test_table_pairs_by_seed(tmp_path, capsys):
     before, ropd = table(tmp_path, list(reversed(PAIRED)))[::-1]
-    assert ropd["difference"] == pytest.approx(0.11) and ropd["difference_half"] == pytest.approx(4.3027 * 0.01 / 3**0.5)
+    assert ropd["difference"] == pytest.approx(0.11) and ropd[
+        "difference_half"
+    ] == pytest.approx(4.3027 * 0.01 / 3**0.5)
     assert ropd["half"] > 0.5 and before["half"] > 0.5, "the arms themselves are uncertain"
     assert before["difference"] is None
     text = capsys.readouterr().out
@@ -314,18 +476,35 @@ def test_pairing_goes_by_seed_number_not_by_order(tmp_path):
 
 
 def test_only_final_checkpoints_count_and_arms_keep_their_order(tmp_path):
-    rows = [result("z", 0, 0.9, step=10, final=False), result("z", 0, 0.5, step=20), result("before", 0, 0.1), result("a", 0, 0.3)]
+    rows = [
+        result("z", 0, 0.9, step=10, final=False),
+        result("z", 0, 0.5, step=20),
+        result("before", 0, 0.1),
+        result("a", 0, 0.3),
+    ]
     lines = table(tmp_path, rows)
     assert [line["arm"] for line in lines] == ["z", "before", "a"]
-    assert lines[0]["mean"] == 0.5 and lines[0]["half"] is None and lines[0]["difference"] == pytest.approx(0.4)
+    assert (
+        lines[0]["mean"] == 0.5
+        and lines[0]["half"] is None
+        and lines[0]["difference"] == pytest.approx(0.4)
+    )
 
 
-@pytest.mark.parametrize("rows", [PAIRED[:-1], PAIRED[:-1] + [dict(PAIRED[-1], final=False)]], ids=["never begun", "stopped"])
+@pytest.mark.parametrize(
+    "rows",
+    [PAIRED[:-1], PAIRED[:-1] + [dict(PAIRED[-1], final=False)]],
+    ids=["never begun", "stopped"],
+)
 def test_missing_seeds_are_refused_or_marked(tmp_path, rows, capsys):
     with pytest.raises(BadInput, match="arm 'ropd' has no line with `final` true for seed 2"):
         table(tmp_path, rows)
     line = table(tmp_path, rows, "--partial")[1]
-    assert line["missing"] == [2] and line["pairs"] == 2 and line["difference"] == pytest.approx(0.105)
+    assert (
+        line["missing"] == [2]
+        and line["pairs"] == 2
+        and line["difference"] == pytest.approx(0.105)
+    )
     assert "| ropd | 2 (misses 2) |" in capsys.readouterr().out
 
 
@@ -357,7 +536,10 @@ def test_table_writes_markdown_once(tmp_path):
     out = tmp_path / "new folder" / "table.md"
     table(tmp_path, PAIRED, "--out", str(out), "--columns", "length_mean", "--baseline", "ropd")
     text = out.read_text()
-    assert "| arm | seeds | accuracy | vs ropd | length_mean | each seed |" in text and "| -0.110 ± 0.025 |" in text
+    assert (
+        "| arm | seeds | accuracy | vs ropd | length_mean | each seed |" in text
+        and "| -0.110 ± 0.025 |" in text
+    )
     with pytest.raises(BadInput, match="exists already"):
         table(tmp_path, PAIRED, "--out", str(out))
     table(tmp_path, PAIRED, "--out", str(out), "--overwrite")
@@ -365,17 +547,28 @@ def test_table_writes_markdown_once(tmp_path):
 
 def test_tables_of_two_files_do_not_mix(tmp_path, capsys):
     one = write_lines(tmp_path / "one.jsonl", PAIRED)
-    two = write_lines(tmp_path / "two.jsonl", [dict(row, accuracy=row["accuracy"] / 2) for row in PAIRED])
+    two = write_lines(
+        tmp_path / "two.jsonl", [dict(row, accuracy=row["accuracy"] / 2) for row in PAIRED]
+    )
     tables = evaluation.main(["table", one, two])
-    assert tables[one][1]["mean"] == pytest.approx(0.51) and tables[two][1]["mean"] == pytest.approx(0.255)
+    assert tables[one][1]["mean"] == pytest.approx(0.51) and tables[two][1][
+        "mean"
+    ] == pytest.approx(0.255)
     assert "## one" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------- plot
+# ---- plot
 
-CURVES = [result("before", s, 0.1 + s / 10, step=0) for s in range(3)] + [result("teacher", s, 0.97, step=0) for s in range(3)] + \
-         [result(arm, s, 0.1 + s / 10 + gain * step / 40, step=step, final=step == 40)
-          for arm, gain in (("ropd", 0.5), ("sft", 0.4)) for s in range(3) for step in (0, 20, 40)]
+CURVES = (
+    [result("before", s, 0.1 + s / 10, step=0) for s in range(3)]
+    + [result("teacher", s, 0.97, step=0) for s in range(3)]
+    + [
+        result(arm, s, 0.1 + s / 10 + gain * step / 40, step=step, final=step == 40)
+        for arm, gain in (("ropd", 0.5), ("sft", 0.4))
+        for s in range(3)
+        for step in (0, 20, 40)
+    ]
+)
 
 
 def test_plot_writes_a_png_with_a_line_an_arm(tmp_path):
@@ -384,13 +577,25 @@ def test_plot_writes_a_png_with_a_line_an_arm(tmp_path):
     assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     picture = evaluation.figure(summary["lines"], "accuracy", "step", "x")
     axes = picture.axes[0]
-    assert [(line.get_label().split()[0], line.get_linestyle()) for line in axes.lines] == [("before", "--"), ("teacher", ":"), ("ropd", "-"), ("sft", "-")]
+    assert [(line.get_label().split()[0], line.get_linestyle()) for line in axes.lines] == [
+        ("before", "--"),
+        ("teacher", ":"),
+        ("ropd", "-"),
+        ("sft", "-"),
+    ]
     assert len(axes.collections) == 2, "a band for each curve"
-    assert list(axes.lines[2].get_xdata()) == [0, 20, 40] and list(axes.lines[2].get_ydata()) == pytest.approx([0.2, 0.45, 0.7])
+    assert list(axes.lines[2].get_xdata()) == [0, 20, 40] and list(
+        axes.lines[2].get_ydata()
+    ) == pytest.approx([0.2, 0.45, 0.7])
     assert list(axes.lines[0].get_ydata()) == pytest.approx([0.2, 0.2])
     band = axes.collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == pytest.approx(0.1) and band[:, 1].max() == pytest.approx(0.8)
-    assert len(picture.legends[0].get_texts()) == 4 and axes.get_xlabel() and axes.get_ylabel() and axes.get_title(loc="left")
+    assert (
+        len(picture.legends[0].get_texts()) == 4
+        and axes.get_xlabel()
+        and axes.get_ylabel()
+        and axes.get_title(loc="left")
+    )
     with pytest.raises(BadInput, match="exists already"):
         evaluation.main(["plot", path, "--out", str(out)])
 
@@ -398,36 +603,91 @@ def test_plot_writes_a_png_with_a_line_an_arm(tmp_path):
 def test_plot_draws_the_arms_that_are_named(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", CURVES)
     arms = sorted({row["arm"] for row in CURVES})
-    summary = evaluation.main(["plot", path, "--out", str(tmp_path / "x.png"), "--arms", arms[0]])
+    summary = evaluation.main(
+        ["plot", path, "--out", str(tmp_path / "x.png"), "--arms", arms[0]]
+    )
     assert len(arms) > 1 and set(summary["lines"]) == {arms[0]}
     with pytest.raises(BadInput, match="expected arms of"):
-        evaluation.main(["plot", path, "--out", str(tmp_path / "y.png"), "--arms", f"{arms[0]},nobody"])
+        evaluation.main(
+            ["plot", path, "--out", str(tmp_path / "y.png"), "--arms", f"{arms[0]},nobody"]
+        )
 
 
 def test_plot_over_generated_tokens_and_another_metric(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", CURVES)
-    lines = evaluation.main(["plot", path, "--out", str(tmp_path / "y.png"), "--x", "generated_tokens", "--metric", "seconds"])["lines"]
-    assert [at for at, *_ in lines["ropd"]] == [0, 20_000, 40_000] and [mean for _, mean, *_ in lines["ropd"]] == [0, 40, 80]
+    lines = evaluation.main(
+        [
+            "plot",
+            path,
+            "--out",
+            str(tmp_path / "y.png"),
+            "--x",
+            "generated_tokens",
+            "--metric",
+            "seconds",
+        ]
+    )["lines"]
+    assert [at for at, *_ in lines["ropd"]] == [0, 20_000, 40_000] and [
+        mean for _, mean, *_ in lines["ropd"]
+    ] == [0, 40, 80]
 
 
 def test_plot_leaves_out_checkpoints_that_some_seed_has_not_reached(tmp_path, capsys):
-    rows = [row for row in CURVES if (row["arm"], row["seed"], row["step"]) not in {("ropd", 1, 40), ("sft", 0, 20), ("sft", 0, 40)}]
-    summary = evaluation.main(["plot", write_lines(tmp_path / "x.jsonl", rows), "--out", str(tmp_path / "x.png")])
+    rows = [
+        row
+        for row in CURVES
+        if (row["arm"], row["seed"], row["step"])
+        not in {("ropd", 1, 40), ("sft", 0, 20), ("sft", 0, 40)}
+    ]
+    summary = evaluation.main(
+        ["plot", write_lines(tmp_path / "x.jsonl", rows), "--out", str(tmp_path / "x.png")]
+    )
     assert [at for at, *_ in summary["lines"]["ropd"]] == [0, 20]
     assert "left out: arm 'ropd', step 40: no line for seed 1" in capsys.readouterr().out
     axes = evaluation.figure(summary["lines"], "accuracy", "step", "x").axes[0]
-    assert axes.lines[3].get_linestyle() == "-", "one checkpoint left of a curve is a point, not a level"
+    assert axes.lines[3].get_linestyle() == "-", (
+        "one checkpoint left of a curve is a point, not a level"
+    )
 
 
 def test_plot_leaves_out_lines_without_the_metric_and_says_so(tmp_path, capsys):
-    rows = [row if row["arm"] != "ropd" or row["step"] == 0 else row | {"proxy": row["step"] / 10} for row in CURVES]
+    rows = [
+        row if row["arm"] != "ropd" or row["step"] == 0 else row | {"proxy": row["step"] / 10}
+        for row in CURVES
+    ]
     path = write_lines(tmp_path / "x.jsonl", rows)
-    summary = evaluation.main(["plot", path, "--metric", "proxy", "--arms", "ropd,sft", "--out", str(tmp_path / "x.png")])
-    assert [(at, mean) for at, mean, *_ in summary["lines"]["ropd"]] == [(20, 2), (40, 4)] and "sft" not in summary["lines"]
+    summary = evaluation.main(
+        [
+            "plot",
+            path,
+            "--metric",
+            "proxy",
+            "--arms",
+            "ropd,sft",
+            "--out",
+            str(tmp_path / "x.png"),
+        ]
+    )
+    assert [(at, mean) for at, mean, *_ in summary["lines"]["ropd"]] == [
+        (20, 2),
+        (40, 4),
+    ] and "sft" not in summary["lines"]
     assert "left out: arm 'ropd', step 0: no proxy" in capsys.readouterr().out
-    for metric, changed in (("nothing", rows), ("proxy", [row | {"proxy": "high"} for row in rows])):
+    for metric, changed in (
+        ("nothing", rows),
+        ("proxy", [row | {"proxy": "high"} for row in rows]),
+    ):
         with pytest.raises(BadInput, match=f"{metric}: expected a finite number"):
-            evaluation.main(["plot", write_lines(tmp_path / "y.jsonl", changed), "--metric", metric, "--out", str(tmp_path / "y.png")])
+            evaluation.main(
+                [
+                    "plot",
+                    write_lines(tmp_path / "y.jsonl", changed),
+                    "--metric",
+                    metric,
+                    "--out",
+                    str(tmp_path / "y.png"),
+                ]
+            )
 
 
 def test_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
@@ -437,48 +697,105 @@ def test_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
         evaluation.main(["plot", path, "--out", str(tmp_path / "x.png")])
 
 
-# ---------------------------------------------------------------------------------------------- as a program
+# ---- as a program
+
 
 @pytest.mark.parametrize("argv", [["--help"], ["table", "--help"], ["plot", "--help"]])
 def test_help_opens_with_a_command(argv):
-    shown = subprocess.run([sys.executable, ROOT / "eval.py", *argv], capture_output=True, text=True)
+    shown = subprocess.run(
+        [sys.executable, ROOT / "eval.py", *argv], capture_output=True, text=True
+    )
     assert shown.returncode == 0 and "    python eval.py" in shown.stdout
 
 
 def test_bad_input_exits_with_2_and_one_line(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "eval.py", "table", tmp_path / "absent.jsonl"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    done = subprocess.run(
+        [sys.executable, ROOT / "eval.py", "table", tmp_path / "absent.jsonl"],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: ")
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_importing_eval_loads_neither_torch_nor_matplotlib():
-    code = "import sys, eval; print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
+    code = (
+        "import sys, eval; print(sorted({'torch', 'transformers', 'matplotlib'} & "
+        "set(sys.modules)))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+        ).stdout
+        == "[]\n"
+    )
 
 
-# ------------------------------------------------------------------ rewards against correctness
+# ---- rewards against correctness
+
 
 def test_auc_is_the_share_of_pairs_ranked_right():
     rng = np.random.default_rng(0)
     for _ in range(50):
         values, right = rng.integers(0, 4, 12) / 3, rng.random(12) < 0.4
-        pairs = [(a > b) + 0.5 * (a == b) for a, r in zip(values, right) if r for b, q in zip(values, right) if not q]
-        assert evaluation.auc(values, right) == (pytest.approx(np.mean(pairs)) if pairs else None)
+        pairs = [
+            (a > b) + 0.5 * (a == b)
+            for a, r in zip(values, right)
+            if r
+            for b, q in zip(values, right)
+            if not q
+        ]
+        assert evaluation.auc(values, right) == (
+            pytest.approx(np.mean(pairs)) if pairs else None
+        )
     assert evaluation.auc([0.9, 0.4, 0.4], [True, True, False]) == 0.75
 
 
 def test_rewards_are_joined_by_rollout_and_failed_ones_left_out(tmp_path):
-    rows = [{"id": i, "sample": s, "policy": {"model": "m"}, "text": text, "finish_reason": "stop"}
-            for i in ("a", "b") for s, text in enumerate(("#1", "#2", "#1"))]
+    rows = [
+        {"id": i, "sample": s, "policy": {"model": "m"}, "text": text, "finish_reason": "stop"}
+        for i in ("a", "b")
+        for s, text in enumerate(("#1", "#2", "#1"))
+    ]
     prompts = tmp_path / "p.jsonl"
-    prompts.write_text("".join(json.dumps({"id": i, "prompt": "?", "answer": "1"}) + "\n" for i in ("a", "b")))
+    prompts.write_text(
+        "".join(json.dumps({"id": i, "prompt": "?", "answer": "1"}) + "\n" for i in ("a", "b"))
+    )
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    values = {("a", 0): 0.9, ("a", 1): 0.8, ("a", 2): None, ("b", 0): 0.2, ("b", 1): 0.1, ("b", 2): 0.1}
-    rewards = [{"id": r["id"], "sample": r["sample"], "reward": values[r["id"], r["sample"]], "grader": "g", "rollout": records.fingerprint(r),
-                "status": "failed" if values[r["id"], r["sample"]] is None else "ok"} for r in rows]
+    values = {
+        ("a", 0): 0.9,
+        ("a", 1): 0.8,
+        ("a", 2): None,
+        ("b", 0): 0.2,
+        ("b", 1): 0.1,
+        ("b", 2): 0.1,
+    }
+    rewards = [
+        {
+            "id": r["id"],
+            "sample": r["sample"],
+            "reward": values[r["id"], r["sample"]],
+            "grader": "g",
+            "rollout": records.fingerprint(r),
+            "status": "failed" if values[r["id"], r["sample"]] is None else "ok",
+        }
+        for r in rows
+    ]
     (tmp_path / "w.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rewards))
-    arguments = ["--rollouts", str(tmp_path / "r.jsonl"), "--prompts", str(prompts), "--rewards", str(tmp_path / "w.jsonl")]
+    arguments = [
+        "--rollouts",
+        str(tmp_path / "r.jsonl"),
+        "--prompts",
+        str(prompts),
+        "--rewards",
+        str(tmp_path / "w.jsonl"),
+    ]
     summary = evaluation.main([*arguments, "--out", str(tmp_path / "e.jsonl")])
-    assert summary["reward_auc_within"] == pytest.approx((1 + 0.75) / 2)  # a: 0.9 above 0.8; b: one above, one tied
+    # a: 0.9 above 0.8; b: one above, one tied
+    assert summary["reward_auc_within"] == pytest.approx((1 + 0.75) / 2)
     assert summary["reward_auc"] == pytest.approx(np.mean([1, 1, 0, 1, 0, 0.5]))
     rows[0]["text"] = "#7"
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -487,23 +804,68 @@ def test_rewards_are_joined_by_rollout_and_failed_ones_left_out(tmp_path):
 
 
 def test_gaps_are_paired_by_seed_within_a_prefix(tmp_path):
-    """a - b is 0.1 and 0.3 at 0.5, x-a - x-b is -0.2 in the one seed both have, at the mean of x-b in that seed; seeds differ by more than the arms."""
-    rows = [{"arm": arm, "seed": seed, "step": step, "final": step == 4, "accuracy": value if step == 4 else 0.0, "share": share}
-            for arm, seed, value, share in (("b", 0, 0.2, 0.4), ("b", 1, 0.6, 0.6), ("a", 0, 0.3, 0), ("a", 1, 0.9, 0), ("x-b", 1, 0.5, 0.9), ("x-b", 2, 0.1, 0.1), ("x-a", 1, 0.3, 0), ("y-a", 1, 0.3, 0))
-            for step in (4, 0)]
+    """a - b is 0.1 and 0.3 at 0.5, x-a - x-b is -0.2 in the one seed both have, at the mean of
+    x-b in that seed; seeds differ by more than the arms."""
+    rows = [
+        {
+            "arm": arm,
+            "seed": seed,
+            "step": step,
+            "final": step == 4,
+            "accuracy": value if step == 4 else 0.0,
+            "share": share,
+        }
+        for arm, seed, value, share in (
+            ("b", 0, 0.2, 0.4),
+            ("b", 1, 0.6, 0.6),
+            ("a", 0, 0.3, 0),
+            ("a", 1, 0.9, 0),
+            ("x-b", 1, 0.5, 0.9),
+            ("x-b", 2, 0.1, 0.1),
+            ("x-a", 1, 0.3, 0),
+            ("y-a", 1, 0.3, 0),
+        )
+        for step in (4, 0)
+    ]
     path = tmp_path / "r.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = evaluation.main(["gaps", str(path), "--arms", "a", "--against", "b", "--at", "share", "--out", str(tmp_path / "g.png")])
+    found = evaluation.main(
+        [
+            "gaps",
+            str(path),
+            "--arms",
+            "a",
+            "--against",
+            "b",
+            "--at",
+            "share",
+            "--out",
+            str(tmp_path / "g.png"),
+        ]
+    )
     (name, at, mean, half), (other, far, gap, none) = found["a"]
-    assert (name, other, none) == ("", "x", None) and (at, mean, far, gap) == pytest.approx((0.5, 0.2, 0.9, -0.2)) and half == pytest.approx(12.7062 * np.std([0.1, 0.3], ddof=1) / 2**0.5)
+    assert (
+        (name, other, none) == ("", "x", None)
+        and (at, mean, far, gap) == pytest.approx((0.5, 0.2, 0.9, -0.2))
+        and half == pytest.approx(12.7062 * np.std([0.1, 0.3], ddof=1) / 2**0.5)
+    )
     assert (tmp_path / "g.png").read_bytes()[:4] == b"\x89PNG"
-    for wrong, words in ((["--arms", "z", "--against", "b"], "'z'"), (["--arms", "a", "--against", "z"], "'z'")):
+    for wrong, words in (
+        (["--arms", "z", "--against", "b"], "'z'"),
+        (["--arms", "a", "--against", "z"], "'z'"),
+    ):
         with pytest.raises(BadInput, match=words):
-            evaluation.main(["gaps", str(path), *wrong, "--at", "share", "--out", str(tmp_path / "h.png")])
+            evaluation.main(
+                ["gaps", str(path), *wrong, "--at", "share", "--out", str(tmp_path / "h.png")]
+            )
 
 
 def test_a_slice_of_the_prompts_is_measured_only_when_meant(world, tmp_path, capsys):
     flags = dict(model=world.base, prompts=world.prompts, n=1, slice="0:2", max_tokens=8)
-    assert "--slice, --shard: leave prompts out" in refusal(evaluation.main, argv(out=tmp_path / "e.jsonl", **flags), capsys)
+    assert "--slice, --shard: leave prompts out" in refusal(
+        evaluation.main, argv(out=tmp_path / "e.jsonl", **flags), capsys
+    )
     assert not (tmp_path / "e.rollouts.jsonl").exists()
-    assert evaluation.main(argv(out=tmp_path / "e.jsonl", partial=True, **flags))["answers"] == 2
+    assert (
+        evaluation.main(argv(out=tmp_path / "e.jsonl", partial=True, **flags))["answers"] == 2
+    )

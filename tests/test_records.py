@@ -1,4 +1,6 @@
-"""records.py: every kind's validation, damaged files, resume after kill -9 and on a full disk, packing, memory."""
+"""records.py: every kind's validation, damaged files, resume after kill -9 and on a full disk,
+packing, memory."""
+
 import base64
 import json
 import re
@@ -21,20 +23,80 @@ from records import BadInput, Table, Writer, read
 
 POLICY = {"model": "m", "weights": "abc"}
 PACKED = records.pack(np.zeros((2, 3), dtype=np.float32))
-ROLLOUT = {"id": "p1", "sample": 0, "policy": POLICY, "text": "#2", "finish_reason": "stop", "prompt_ids": [5, 6], "response_ids": [7, 8],
-           "loss_mask": [1, 1], "logprobs": [-0.5, 0.0], "temperature": 1.0, "top_p": 1}
+ROLLOUT = {
+    "id": "p1",
+    "sample": 0,
+    "policy": POLICY,
+    "text": "#2",
+    "finish_reason": "stop",
+    "prompt_ids": [5, 6],
+    "response_ids": [7, 8],
+    "loss_mask": [1, 1],
+    "logprobs": [-0.5, 0.0],
+    "temperature": 1.0,
+    "top_p": 1,
+}
 GOOD = {
-    "prompts": {"id": 7, "messages": [{"role": "user", "content": "1+1?"}], "answer": 2, "solution": "#2"},
+    "prompts": {
+        "id": 7,
+        "messages": [{"role": "user", "content": "1+1?"}],
+        "answer": 2,
+        "solution": "#2",
+    },
     "answers": {"id": 7, "sample": 0, "policy": POLICY, "text": "", "finish_reason": "length"},
-    "rollouts": ROLLOUT | {"steps": [[0, 1, True], [1, 2, None]], "calls": [{"name": "calculator", "output": "2", "ok": True}], "final": "#2"},
-    "scores": {"id": "p1", "sample": 0, "policy": POLICY, "rollout": "0123456789ab", "logprobs": [-1, -2.5],
-               "topk": {"ids": PACKED, "logprobs": PACKED}, "topk_of": "abc", "end_mass": 0.5,
-               "units": [[0, 2, 0, 1]], "unit_logprobs": [-2.0], "unit_logits": [3.5], "unit_logz": [5], "unit_topk": {"ids": PACKED, "logprobs": PACKED}, "prefixes": PACKED, "sorted": PACKED,
-               "bytes": [3, 3, 0]},
-    "weights": {"id": "p1", "sample": 0, "rollout": "0123456789ab", "rule": "release", "weights": [2.5, 0]},
-    "rubrics": {"id": "p1", "criteria": [{"id": "c1", "category": "answer", "criterion": "ends in #2", "points": 5}], "rubricator": "contrast"},
-    "rewards": {"id": "p1", "sample": 0, "reward": 0.5, "status": "ok", "rollout": "0123456789ab", "grader": "check", "verdicts": {}},
-    "labels": {"id": "p1", "question": "1f0c9be2a4d7", "spent_on": "teacher-rl", "again": False},
+    "rollouts": ROLLOUT
+    | {
+        "steps": [[0, 1, True], [1, 2, None]],
+        "calls": [{"name": "calculator", "output": "2", "ok": True}],
+        "final": "#2",
+    },
+    "scores": {
+        "id": "p1",
+        "sample": 0,
+        "policy": POLICY,
+        "rollout": "0123456789ab",
+        "logprobs": [-1, -2.5],
+        "topk": {"ids": PACKED, "logprobs": PACKED},
+        "topk_of": "abc",
+        "end_mass": 0.5,
+        "units": [[0, 2, 0, 1]],
+        "unit_logprobs": [-2.0],
+        "unit_logits": [3.5],
+        "unit_logz": [5],
+        "unit_topk": {"ids": PACKED, "logprobs": PACKED},
+        "prefixes": PACKED,
+        "sorted": PACKED,
+        "bytes": [3, 3, 0],
+    },
+    "weights": {
+        "id": "p1",
+        "sample": 0,
+        "rollout": "0123456789ab",
+        "rule": "release",
+        "weights": [2.5, 0],
+    },
+    "rubrics": {
+        "id": "p1",
+        "criteria": [
+            {"id": "c1", "category": "answer", "criterion": "ends in #2", "points": 5}
+        ],
+        "rubricator": "contrast",
+    },
+    "rewards": {
+        "id": "p1",
+        "sample": 0,
+        "reward": 0.5,
+        "status": "ok",
+        "rollout": "0123456789ab",
+        "grader": "check",
+        "verdicts": {},
+    },
+    "labels": {
+        "id": "p1",
+        "question": "1f0c9be2a4d7",
+        "spent_on": "teacher-rl",
+        "again": False,
+    },
     "evals": {"id": "p1", "sample": 0, "text": "#2", "correct": True},
     "metrics": {"step": 0, "train/loss": 1.5},
     "results": {"arm": "ropd", "seed": 0, "step": 40, "accuracy": 0.5},
@@ -44,7 +106,16 @@ BAD = {  # type name -> values that are not of it
     "int": [-1, 1.0, "1", None, True],
     "text": [None, 3, ["a"], {}],
     "number": ["1", None, True, float("nan"), float("inf"), [1]],
-    "messages": [[], "hello", [{"role": "user"}], [{"content": "x"}], [{"role": "user", "content": None}], ["x"], None, {}],
+    "messages": [
+        [],
+        "hello",
+        [{"role": "user"}],
+        [{"content": "x"}],
+        [{"role": "user", "content": None}],
+        ["x"],
+        None,
+        {},
+    ],
     "policy": [None, "m", {}, {"model": None}, []],
     "finish": [None, "eos", "", 1, ["stop"]],
     "ids": [None, "12", [1.0], [-1], [True], [None], [[1]], {}],
@@ -54,25 +125,69 @@ BAD = {  # type name -> values that are not of it
     "numbers": [None, ["1"], [float("nan")], [None], [True], 1.0],
     "units": [None, [[0, 1]], [[0, 1, 0, -1]], [[0, 1, 0, 1.0]], [1], "x", {}],
     "packed": [None, {}, {"dtype": "float32"}, [1], "x"],
-    "steps": [None, [[0, 1]], [1], "x", {}, [["0", 1, True]], [[0, None, True]], [[0, 1, 1]], [[0, 1, "ok"]]],
-    "calls": [None, {}, ["x"], [{"output": "2"}], [{"ok": True}], [{"output": 2, "ok": True}], [{"output": "2", "ok": 1}]],
-    "topk": [None, {}, {"ids": PACKED}, {"ids": [1], "logprobs": [2]}, {"ids": PACKED, "logprobs": {"dtype": "float32"}}],
+    "steps": [
+        None,
+        [[0, 1]],
+        [1],
+        "x",
+        {},
+        [["0", 1, True]],
+        [[0, None, True]],
+        [[0, 1, 1]],
+        [[0, 1, "ok"]],
+    ],
+    "calls": [
+        None,
+        {},
+        ["x"],
+        [{"output": "2"}],
+        [{"ok": True}],
+        [{"output": 2, "ok": True}],
+        [{"output": "2", "ok": 1}],
+    ],
+    "topk": [
+        None,
+        {},
+        {"ids": PACKED},
+        {"ids": [1], "logprobs": [2]},
+        {"ids": PACKED, "logprobs": {"dtype": "float32"}},
+    ],
     "criteria": [None, [], {}, ["c"], [{"id": "c", "category": "a", "criterion": "b"}]]
-                + [[GOOD["rubrics"]["criteria"][0] | change] for change in
-                   ({"points": 0}, {"points": 6}, {"points": 2.0}, {"points": True}, {"points": -1}, {"id": ""}, {"id": 1}, {"criterion": ""},
-                    {"category": None})],
+    + [
+        [GOOD["rubrics"]["criteria"][0] | change]
+        for change in (
+            {"points": 0},
+            {"points": 6},
+            {"points": 2.0},
+            {"points": True},
+            {"points": -1},
+            {"id": ""},
+            {"id": 1},
+            {"criterion": ""},
+            {"category": None},
+        )
+    ],
     "reward": [-0.1, 1.1, "1", True, float("nan"), [0.5]],
     "status": [None, "OK", "", 0, ["ok"]],
 }
 
 
 def write_lines(path, lines):
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    )
     return path
 
 
 def reward(i, **more):
-    return {"id": i, "sample": 0, "reward": 0.5, "status": "ok", "rollout": "0123456789ab", "grader": "check"} | more
+    return {
+        "id": i,
+        "sample": 0,
+        "reward": 0.5,
+        "status": "ok",
+        "rollout": "0123456789ab",
+        "grader": "check",
+    } | more
 
 
 def failed(i):
@@ -87,10 +202,17 @@ def problem_of(path, kind):
 
 def python(code, *argv, **kwargs):
     """Runs code that may import records; its stdout, stderr and exit code."""
-    return subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True, cwd=ROOT, **kwargs)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, argv)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        **kwargs,
+    )
 
 
-# ---------------------------------------------------------------------------------------------- validation
+# ---- validation
+
 
 @pytest.mark.parametrize("kind", GOOD)
 def test_good_records_are_read_back_as_they_are(tmp_path, kind):
@@ -101,22 +223,33 @@ def test_good_records_are_read_back_as_they_are(tmp_path, kind):
     assert records.guess_kind(path) == kind
 
 
-FIELDS = [(kind, field, type_name, required) for kind, (_, must, may) in records.KINDS.items()
-          for fields, required in ((must, True), (may, False)) for field, type_name in fields.items()]
+FIELDS = [
+    (kind, field, type_name, required)
+    for kind, (_, must, may) in records.KINDS.items()
+    for fields, required in ((must, True), (may, False))
+    for field, type_name in fields.items()
+]
 
 
 @pytest.mark.parametrize("kind,field,type_name,required", FIELDS)
-def test_wrong_and_missing_fields_are_named_with_file_and_line(tmp_path, kind, field, type_name, required):
+def test_wrong_and_missing_fields_are_named_with_file_and_line(
+    tmp_path, kind, field, type_name, required
+):
     good = GOOD[kind]
     if required:
         without = {k: v for k, v in good.items() if k != field}
         path = write_lines(tmp_path / "x.jsonl", [without])
-        assert problem_of(path, kind) == f"{path}:1: {field}: expected {records.TYPES[type_name][0]}, but the field is missing"
+        assert problem_of(path, kind) == (
+            f"{path}:1: {field}: expected {records.TYPES[type_name][0]}, but the field is "
+            f"missing"
+        )
     second = {"id": "other"} if "id" in good else {}
     for value in BAD.get(type_name, []):
         path = write_lines(tmp_path / "x.jsonl", [good, good | second | {field: value}])
         message = problem_of(path, kind)
-        assert message.startswith(f"{path}:2: {field}: expected {records.TYPES[type_name][0]}, came "), (value, message)
+        assert message.startswith(
+            f"{path}:2: {field}: expected {records.TYPES[type_name][0]}, came "
+        ), (value, message)
 
 
 def test_every_type_name_has_bad_examples():
@@ -130,10 +263,22 @@ def test_a_line_must_be_an_object(tmp_path, line):
     assert f"{path}:1: expected a JSON object, came {line}" == problem_of(path, "metrics")
 
 
-@pytest.mark.parametrize("change,field", [
-    ({"steps": [[0, 3, None]]}, "steps"), ({"steps": [[1, 2, True], [0, 1, None]]}, "steps"), ({"steps": [[0, 2, True], [1, 2, None]]}, "steps"), ({"steps": [[-1, 2, None]]}, "steps"), ({"steps": []}, "steps"), ({"steps": [[0, 1, None]]}, "loss_mask"), ({"steps": [[1, 2, None]]}, "loss_mask"),
-    ({"loss_mask": [1]}, "loss_mask"), ({"logprobs": [-1.0] * 3}, "logprobs"), ({"prompt_ids": []}, "prompt_ids"),
-    ({"response_ids": []}, "loss_mask")])
+@pytest.mark.parametrize(
+    "change,field",
+    [
+        ({"steps": [[0, 3, None]]}, "steps"),
+        ({"steps": [[1, 2, True], [0, 1, None]]}, "steps"),
+        ({"steps": [[0, 2, True], [1, 2, None]]}, "steps"),
+        ({"steps": [[-1, 2, None]]}, "steps"),
+        ({"steps": []}, "steps"),
+        ({"steps": [[0, 1, None]]}, "loss_mask"),
+        ({"steps": [[1, 2, None]]}, "loss_mask"),
+        ({"loss_mask": [1]}, "loss_mask"),
+        ({"logprobs": [-1.0] * 3}, "logprobs"),
+        ({"prompt_ids": []}, "prompt_ids"),
+        ({"response_ids": []}, "loss_mask"),
+    ],
+)
 def test_per_token_lists_have_one_value_a_token(tmp_path, change, field):
     path = write_lines(tmp_path / "x.jsonl", [ROLLOUT | change])
     assert problem_of(path, "rollouts").startswith(f"{path}:1: {field}: expected ")
@@ -146,13 +291,20 @@ def test_an_empty_response_is_a_rollout(tmp_path):
 
 def test_a_prompt_has_messages_or_a_prompt(tmp_path):
     for bad in ({"id": 1}, GOOD["prompts"] | {"prompt": "x"}):
-        assert "exactly one of `messages` and `prompt`" in problem_of(write_lines(tmp_path / "x.jsonl", [bad]), "prompts")
-    assert len(list(read(write_lines(tmp_path / "x.jsonl", [{"id": 1, "prompt": ""}]), "prompts"))) == 1
+        assert "exactly one of `messages` and `prompt`" in problem_of(
+            write_lines(tmp_path / "x.jsonl", [bad]), "prompts"
+        )
+    assert (
+        len(list(read(write_lines(tmp_path / "x.jsonl", [{"id": 1, "prompt": ""}]), "prompts")))
+        == 1
+    )
 
 
 def test_a_reward_is_null_exactly_when_it_failed(tmp_path):
     for bad in ({"reward": None}, {"status": "failed"}, {"status": "failed", "reward": 0}):
-        assert ":1: reward: expected null exactly when" in problem_of(write_lines(tmp_path / "x.jsonl", [reward(1) | bad]), "rewards")
+        assert ":1: reward: expected null exactly when" in problem_of(
+            write_lines(tmp_path / "x.jsonl", [reward(1) | bad]), "rewards"
+        )
     assert len(list(read(write_lines(tmp_path / "x.jsonl", [failed(1)]), "rewards"))) == 1
 
 
@@ -161,7 +313,8 @@ def test_long_values_are_shortened_in_messages(tmp_path):
     assert len(problem_of(path, "rollouts")) < 300 + len(str(path))
 
 
-# ---------------------------------------------------------------------------------------------- damaged files
+# ---- damaged files
+
 
 def test_missing_empty_and_folder(tmp_path):
     assert "there is no such file" in problem_of(tmp_path / "absent.jsonl", "prompts")
@@ -177,11 +330,17 @@ def test_a_file_of_blank_lines_is_empty(tmp_path):
 
 def test_blank_lines_crlf_and_bom_are_read(tmp_path):
     path = tmp_path / "x.jsonl"
-    first, second = (json.dumps(reward(i, note="ü\u2028"), ensure_ascii=False).encode() for i in (1, 2))
+    first, second = (
+        json.dumps(reward(i, note="ü\u2028"), ensure_ascii=False).encode() for i in (1, 2)
+    )
     path.write_bytes(b"\xef\xbb\xbf" + first + b"\r\n\r\n   \n" + second + b"\r\n")
     assert [r["id"] for r in read(path, "rewards")] == [1, 2]
     table = Table(path, "rewards")
-    assert table[("2", 0)]["id"] == 2 and table[("1", 0)]["note"] == "ü\u2028" and table.where(("2", 0)) == f"{path}:4"
+    assert (
+        table[("2", 0)]["id"] == 2
+        and table[("1", 0)]["note"] == "ü\u2028"
+        and table.where(("2", 0)) == f"{path}:4"
+    )
 
 
 def test_line_numbers_count_blank_lines(tmp_path):
@@ -189,23 +348,54 @@ def test_line_numbers_count_blank_lines(tmp_path):
     assert problem_of(path, "rewards").startswith(f"{path}:3: status: ")
 
 
-@pytest.mark.parametrize("line", [b'{"id": 1, "text": "\xff\xfe"}', b"\xff\xfe\x00\x00", b"{'id': 1}", b'{"id": 1,}', b'{"id": 1} {"id": 2}',
-                                  b"\x00\x00\x00", b"{" * 100_000, b"[" * 100_000, b'{"a":' * 5_000 + b"1" + b"}" * 5_000],
-                         ids=["latin", "utf-32 mark", "quotes", "comma", "two", "zeros", "braces", "brackets", "deep"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"id": 1, "text": "\xff\xfe"}',
+        b"\xff\xfe\x00\x00",
+        b"{'id': 1}",
+        b'{"id": 1,}',
+        b'{"id": 1} {"id": 2}',
+        b"\x00\x00\x00",
+        b"{" * 100_000,
+        b"[" * 100_000,
+        b'{"a":' * 5_000 + b"1" + b"}" * 5_000,
+    ],
+    ids=[
+        "latin",
+        "utf-32 mark",
+        "quotes",
+        "comma",
+        "two",
+        "zeros",
+        "braces",
+        "brackets",
+        "deep",
+    ],
+)
 def test_lines_that_are_not_json_are_named(tmp_path, line):
     path = tmp_path / "x.jsonl"
     path.write_bytes(json.dumps(reward(1)).encode() + b"\n" + line + b"\n")
     message = problem_of(path, "rewards")
-    assert message.startswith(f"{path}:2: expected one JSON object a line, came ") and len(message) < 1000 + len(str(path))
+    assert message.startswith(f"{path}:2: expected one JSON object a line, came ") and len(
+        message
+    ) < 1000 + len(str(path))
 
 
-@pytest.mark.parametrize("number", ["1" + "0" * 400, "-1" + "0" * 400, "1e999", "NaN", "-Infinity", "1" * 5000])
+@pytest.mark.parametrize(
+    "number", ["1" + "0" * 400, "-1" + "0" * 400, "1e999", "NaN", "-Infinity", "1" * 5000]
+)
 def test_numbers_no_float_can_hold_are_bad_input(tmp_path, number):
-    path = write_lines(tmp_path / "x.jsonl", ['{"arm": "a", "seed": 0, "step": 0, "accuracy": ' + number + "}"])
+    path = write_lines(
+        tmp_path / "x.jsonl", ['{"arm": "a", "seed": 0, "step": 0, "accuracy": ' + number + "}"]
+    )
     assert problem_of(path, "results").startswith(f"{path}:1: ")
 
 
-@pytest.mark.parametrize("tail", [b'{"id": 2, "sam', b'{"id": 2, "sample": 0, "grader": "\xc3', b"{", b"\x00\x00\x00\x00"])
+@pytest.mark.parametrize(
+    "tail",
+    [b'{"id": 2, "sam', b'{"id": 2, "sample": 0, "grader": "\xc3', b"{", b"\x00\x00\x00\x00"],
+)
 def test_a_torn_last_line_stops_the_reader_and_is_mended_by_the_writer(tmp_path, tail):
     path = tmp_path / "x.jsonl"
     with Writer(path, "rewards", {}) as out:
@@ -264,9 +454,13 @@ def test_damage_in_the_middle_is_never_mended_silently(tmp_path):
     assert path.read_bytes() == lines[0] + lines[1][:30] + b"\n" + lines[2]
 
 
-@pytest.mark.parametrize("kind,second", [("rewards", {"id": "7"}), ("rewards", {}), ("prompts", {"id": "7"})])
+@pytest.mark.parametrize(
+    "kind,second", [("rewards", {"id": "7"}), ("rewards", {}), ("prompts", {"id": "7"})]
+)
 def test_duplicates_are_refused_and_7_is_the_string_7(tmp_path, kind, second):
-    path = write_lines(tmp_path / "x.jsonl", [GOOD[kind] | {"id": 7}, GOOD[kind] | {"id": 7} | second])
+    path = write_lines(
+        tmp_path / "x.jsonl", [GOOD[kind] | {"id": 7}, GOOD[kind] | {"id": 7} | second]
+    )
     assert problem_of(path, kind).startswith(f"{path}:2: duplicate key: id ")
     with pytest.raises(BadInput, match="duplicate"):
         Table(path, kind)
@@ -275,10 +469,15 @@ def test_duplicates_are_refused_and_7_is_the_string_7(tmp_path, kind, second):
 def test_other_samples_and_unlike_ids_are_no_duplicates(tmp_path):
     rows = [reward(7), reward(7, sample=1), reward("07"), reward(-1), reward(-2), reward("7 ")]
     assert len(list(read(write_lines(tmp_path / "x.jsonl", rows), "rewards"))) == 6
-    assert len(list(read(write_lines(tmp_path / "m.jsonl", [{"step": 1}, {"step": 1}]), "metrics"))) == 2
+    assert (
+        len(
+            list(read(write_lines(tmp_path / "m.jsonl", [{"step": 1}, {"step": 1}]), "metrics"))
+        )
+        == 2
+    )
 
 
-# ---------------------------------------------------------------------------------------------- packed arrays, floats
+# ---- packed arrays, floats
 
 DTYPES = ["float16", "float32", "float64", "int32", "int64", "uint16", "uint8"]
 
@@ -286,13 +485,30 @@ DTYPES = ["float16", "float32", "float64", "int32", "int64", "uint16", "uint8"]
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pack_round_trip(dtype):
     array = (np.random.default_rng(0).normal(size=(5, 4)) * 50).astype(dtype)
-    for view in (array, array.T, array[::2, 1::2], array[::-1], np.asfortranarray(array), array.astype(array.dtype.newbyteorder(">")),
-                 array[:0], array[:, :0], array[:1, :1], np.broadcast_to(array[0], (3, 4))):
+    for view in (
+        array,
+        array.T,
+        array[::2, 1::2],
+        array[::-1],
+        np.asfortranarray(array),
+        array.astype(array.dtype.newbyteorder(">")),
+        array[:0],
+        array[:, :0],
+        array[:1, :1],
+        np.broadcast_to(array[0], (3, 4)),
+    ):
         packed = json.loads(json.dumps(records.pack(view)))
         back = records.unpack(packed)
-        assert back.dtype == np.dtype(dtype) and back.shape == view.shape and np.array_equal(back, view)
+        assert (
+            back.dtype == np.dtype(dtype)
+            and back.shape == view.shape
+            and np.array_equal(back, view)
+        )
         assert back.flags.writeable and back.flags.c_contiguous
-    assert base64.b64decode(records.pack(np.array([[1]], dtype=">i4"))["data"]) == b"\x01\x00\x00\x00", "little-endian on disk"
+    assert (
+        base64.b64decode(records.pack(np.array([[1]], dtype=">i4"))["data"])
+        == b"\x01\x00\x00\x00"
+    ), "little-endian on disk"
 
 
 def test_pack_keeps_nan_infinity_and_the_sign_of_zero():
@@ -300,9 +516,17 @@ def test_pack_keeps_nan_infinity_and_the_sign_of_zero():
     assert records.unpack(records.pack(array)).tobytes() == array.tobytes()
 
 
-@pytest.mark.parametrize("array", [np.zeros((1, 1), dtype=bool), np.zeros((1, 1), dtype=np.int16), np.array([[{}]]), np.array([["a"]]),
-                                   np.zeros((1, 1), complex)],
-                         ids=["bool", "int16", "object", "string", "complex"])
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((1, 1), dtype=bool),
+        np.zeros((1, 1), dtype=np.int16),
+        np.array([[{}]]),
+        np.array([["a"]]),
+        np.zeros((1, 1), complex),
+    ],
+    ids=["bool", "int16", "object", "string", "complex"],
+)
 def test_pack_refuses_what_unpack_cannot_read(array):
     with pytest.raises(ValueError):
         records.pack(array)
@@ -311,37 +535,81 @@ def test_pack_refuses_what_unpack_cannot_read(array):
 GOOD_PACK = {"dtype": "float32", "shape": [2, 3], "data": PACKED["data"]}
 
 
-@pytest.mark.parametrize("change", [
-    {"dtype": "object"}, {"dtype": "O"}, {"dtype": None}, {"dtype": "float33"}, {"dtype": ["float32"]}, {"dtype": "float64"},
-    {"shape": [3, 3]}, {"shape": [2]}, {"data": PACKED["data"][:-4]}, {"data": PACKED["data"][:-1]}, {"data": ""}, {"data": "*" * 32},
-    {"data": "é" * 32}, {"data": None}, {"data": 7}, {"shape": None}, {"shape": 6}, {"shape": ["2", "3"]}, {"shape": [-2, -3]}, {"shape": [2.0, 3.0]}, {"shape": [2, 3, -1]}],
-    ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "object"},
+        {"dtype": "O"},
+        {"dtype": None},
+        {"dtype": "float33"},
+        {"dtype": ["float32"]},
+        {"dtype": "float64"},
+        {"shape": [3, 3]},
+        {"shape": [2]},
+        {"data": PACKED["data"][:-4]},
+        {"data": PACKED["data"][:-1]},
+        {"data": ""},
+        {"data": "*" * 32},
+        {"data": "é" * 32},
+        {"data": None},
+        {"data": 7},
+        {"shape": None},
+        {"shape": 6},
+        {"shape": ["2", "3"]},
+        {"shape": [-2, -3]},
+        {"shape": [2.0, 3.0]},
+        {"shape": [2, 3, -1]},
+    ],
+    ids=str,
+)
 def test_damaged_packs_are_bad_input(change):
     with pytest.raises(BadInput, match="packed array"):
         records.unpack(GOOD_PACK | change)
 
 
 def test_floats_are_exact_float32():
-    bits = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint64).astype(np.uint32)
+    bits = (
+        np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint64).astype(np.uint32)
+    )
     values = bits.view(np.float32)
-    values = np.concatenate([values[np.isfinite(values)], np.float32([0, -0.0, 1e-45, -1e-45, 3.4028235e38, 1 / 3, -1e-8])])
+    values = np.concatenate(
+        [
+            values[np.isfinite(values)],
+            np.float32([0, -0.0, 1e-45, -1e-45, 3.4028235e38, 1 / 3, -1e-8]),
+        ]
+    )
     back = np.array(json.loads(json.dumps(records.floats(values))), dtype=np.float32)
     assert back.tobytes() == values.tobytes()
     assert len(json.dumps(records.floats([-1 / 3]))) <= 16, "not the 17 digits of a float64"
     assert records.floats([]) == []
 
 
-# ---------------------------------------------------------------------------------------------- fingerprint, Table, partner
+# ---- fingerprint, Table, partner
+
 
 def test_fingerprint_changes_with_text_and_tokens_only():
     same = records.fingerprint(ROLLOUT)
-    assert len(same) == 12 and records.fingerprint(ROLLOUT | {"id": 9, "logprobs": [-9, -9], "temperature": 2}) == same
-    assert len({same, records.fingerprint(ROLLOUT | {"text": "#3"}), records.fingerprint(ROLLOUT | {"response_ids": [8, 7]}),
-                records.fingerprint({k: v for k, v in ROLLOUT.items() if k != "response_ids"})}) == 4
+    assert (
+        len(same) == 12
+        and records.fingerprint(ROLLOUT | {"id": 9, "logprobs": [-9, -9], "temperature": 2})
+        == same
+    )
+    assert (
+        len(
+            {
+                same,
+                records.fingerprint(ROLLOUT | {"text": "#3"}),
+                records.fingerprint(ROLLOUT | {"response_ids": [8, 7]}),
+                records.fingerprint({k: v for k, v in ROLLOUT.items() if k != "response_ids"}),
+            }
+        )
+        == 4
+    )
 
 
 def test_fingerprint_tells_the_same_short_answer_to_another_prompt():
-    """Terse answers repeat across prompts; a regenerated prompt file has the same ids and other questions."""
+    """Terse answers repeat across prompts; a regenerated prompt file has the same ids and other
+    questions."""
     assert records.fingerprint(ROLLOUT | {"prompt_ids": [6, 5]}) != records.fingerprint(ROLLOUT)
 
 
@@ -357,11 +625,16 @@ def test_table_reads_any_record_in_any_order(tmp_path):
     with pytest.raises(KeyError):
         table[("nobody", 0)]
     iterator = iter(table)
-    assert [next(iterator)["id"], table[("498", 0)]["id"], next(iterator)["id"]] == [0, 498, "ü1"], "reading within a walk"
+    assert [next(iterator)["id"], table[("498", 0)]["id"], next(iterator)["id"]] == [
+        0,
+        498,
+        "ü1",
+    ], "reading within a walk"
 
 
 def test_table_may_be_read_by_many_threads(tmp_path):
-    """The stages that ask a server look records up in worker threads: a shared file position would mix records up."""
+    """The stages that ask a server look records up in worker threads: a shared file position
+    would mix records up."""
     rows = [reward(i, note="x" * (i % 3000)) for i in range(400)]
     table = Table(write_lines(tmp_path / "x.jsonl", rows), "rewards")
 
@@ -379,8 +652,13 @@ def test_table_may_be_read_by_many_threads(tmp_path):
 
 
 def score(of, **more):
-    return {"id": of["id"], "sample": of["sample"], "policy": POLICY, "rollout": records.fingerprint(of),
-            "logprobs": [-1.0] * len(of["response_ids"])} | more
+    return {
+        "id": of["id"],
+        "sample": of["sample"],
+        "policy": POLICY,
+        "rollout": records.fingerprint(of),
+        "logprobs": [-1.0] * len(of["response_ids"]),
+    } | more
 
 
 def test_partner_joins_by_fingerprint(tmp_path):
@@ -388,17 +666,27 @@ def test_partner_joins_by_fingerprint(tmp_path):
     rollouts = Table(write_lines(tmp_path / "rollouts.jsonl", [first, second]), "rollouts")
 
     def join(kind, *rows):
-        return records.partner(Table(write_lines(tmp_path / f"{kind}.jsonl", rows), kind), second, rollouts)
+        return records.partner(
+            Table(write_lines(tmp_path / f"{kind}.jsonl", rows), kind), second, rollouts
+        )
 
     assert join("scores", score(first), score(second))["id"] == "p2"
     assert join("rewards", reward("p2", rollout=records.fingerprint(second)))["reward"] == 0.5
-    with pytest.raises(BadInput, match=r"scores\.jsonl: expected a record for id 'p2', sample 0 .*rollouts\.jsonl:2"):
+    with pytest.raises(
+        BadInput,
+        match=r"scores\.jsonl: expected a record for id 'p2', sample 0 .*rollouts\.jsonl:2",
+    ):
         join("scores", score(first))
-    with pytest.raises(BadInput, match=r"scores\.jsonl:2: rollout: expected .* were made for other rollouts"):
+    with pytest.raises(
+        BadInput, match=r"scores\.jsonl:2: rollout: expected .* were made for other rollouts"
+    ):
         join("scores", score(first), score(second, rollout=records.fingerprint(first)))
     with pytest.raises(BadInput, match=r"rewards\.jsonl:1: rollout: expected"):
         join("rewards", reward("p2"))
-    with pytest.raises(BadInput, match=r"scores\.jsonl:1: logprobs: expected 2 values, one per response token, came 1"):
+    with pytest.raises(
+        BadInput,
+        match=r"scores\.jsonl:1: logprobs: expected 2 values, one per response token, came 1",
+    ):
         join("scores", score(second, logprobs=[-1.0]))
     three_tokens = records.pack(np.zeros((3, 4), dtype=np.int32))
     with pytest.raises(BadInput, match=r"scores\.jsonl:1: topk: expected"):
@@ -408,7 +696,10 @@ def test_partner_joins_by_fingerprint(tmp_path):
 def test_memory_stays_far_below_a_list_of_records(tmp_path):
     path, count = tmp_path / "rewards.jsonl", 200_000
     with open(path, "w") as f:
-        f.writelines(json.dumps(reward(f"prompt-{i:07d}", verdicts={"c1": True, "c2": False})) + "\n" for i in range(count))
+        f.writelines(
+            json.dumps(reward(f"prompt-{i:07d}", verdicts={"c1": True, "c2": False})) + "\n"
+            for i in range(count)
+        )
 
     def peak(use):
         tracemalloc.start()
@@ -417,15 +708,21 @@ def test_memory_stays_far_below_a_list_of_records(tmp_path):
         tracemalloc.stop()
         return most / count
 
-    assert 2 < peak(lambda: sum(r["reward"] for r in read(path, "rewards"))) < 150, "bytes a record"
+    assert 2 < peak(lambda: sum(r["reward"] for r in read(path, "rewards"))) < 150, (
+        "bytes a record"
+    )
     count = 20_000
     with open(path) as f:
-        assert peak(lambda: [json.loads(line) for line, _ in zip(f, range(count))]) > 600, "what the bound is held against"
+        assert peak(lambda: [json.loads(line) for line, _ in zip(f, range(count))]) > 600, (
+            "what the bound is held against"
+        )
 
 
 def test_table_memory_is_what_the_header_says(tmp_path):
     count = 50_000
-    path = write_lines(tmp_path / "rewards.jsonl", [reward(f"prompt-{i:07d}") for i in range(count)])
+    path = write_lines(
+        tmp_path / "rewards.jsonl", [reward(f"prompt-{i:07d}") for i in range(count)]
+    )
     tracemalloc.start()
     table = Table(path, "rewards")
     kept, _ = tracemalloc.get_traced_memory()
@@ -434,7 +731,8 @@ def test_table_memory_is_what_the_header_says(tmp_path):
     assert len(table) == count and said / 1.5 < kept / count < 1.2 * said
 
 
-# ---------------------------------------------------------------------------------------------- Writer
+# ---- Writer
+
 
 def test_writer_refuses_bad_records_and_leaves_the_file_alone(tmp_path):
     path = tmp_path / "x.jsonl"
@@ -451,7 +749,8 @@ def test_writer_refuses_bad_records_and_leaves_the_file_alone(tmp_path):
 
 
 def test_writer_refuses_a_key_it_has_written(tmp_path):
-    """A double record would make the file unreadable for every later stage, and for the resume itself."""
+    """A double record would make the file unreadable for every later stage, and for the resume
+    itself."""
     path = tmp_path / "x.jsonl"
     with Writer(path, "rewards", {}) as out:
         out.write(reward(7))
@@ -471,8 +770,11 @@ def test_writer_keeps_non_ascii_text_and_line_separators(tmp_path):
 
 
 def test_half_a_surrogate_pair_survives_reading_and_writing(tmp_path):
-    """JSON can carry it ("\\ud83d"), UTF-8 cannot; a file a reader accepts must not stop the next writer."""
-    source = write_lines(tmp_path / "in.jsonl", [r'{"id": 1, "sample": 0, "text": "\ud83d", "correct": false}'])
+    """JSON can carry it ("\\ud83d"), UTF-8 cannot; a file a reader accepts must not stop the
+    next writer."""
+    source = write_lines(
+        tmp_path / "in.jsonl", [r'{"id": 1, "sample": 0, "text": "\ud83d", "correct": false}']
+    )
     record = next(read(source, "evals"))
     with Writer(tmp_path / "x.jsonl", "evals", {}) as out:
         out.write(record)
@@ -481,7 +783,10 @@ def test_half_a_surrogate_pair_survives_reading_and_writing(tmp_path):
 
 def test_not_a_number_in_unlisted_keys_cannot_travel(tmp_path):
     """A reader that lets NaN in hands it to a writer that cannot write it."""
-    path = write_lines(tmp_path / "x.jsonl", ['{"id": 1, "sample": 0, "text": "", "correct": false, "extra": NaN}'])
+    path = write_lines(
+        tmp_path / "x.jsonl",
+        ['{"id": 1, "sample": 0, "text": "", "correct": false, "extra": NaN}'],
+    )
     assert problem_of(path, "evals").startswith(f"{path}:1: ")
 
 
@@ -489,7 +794,10 @@ SETTINGS = {"model": "m", "seed": 0, "shape": (1, 2), "path": Path("x")}
 
 
 def begin(tmp_path, **kwargs):
-    path, source = tmp_path / "x.jsonl", write_lines(tmp_path / "in.jsonl", [reward(1), reward(2)])
+    path, source = (
+        tmp_path / "x.jsonl",
+        write_lines(tmp_path / "in.jsonl", [reward(1), reward(2)]),
+    )
     with Writer(path, "rewards", SETTINGS, [source], **kwargs) as out:
         out.write(reward(1))
     return path, source
@@ -504,9 +812,15 @@ def test_resume_with_the_same_settings(tmp_path):
     assert [r["id"] for r in read(path, "rewards")] == [1, 2]
 
 
-@pytest.mark.parametrize("settings,message", [
-    (SETTINGS | {"seed": 1}, "was begun with seed = 0, now it is 1"), (SETTINGS | {"new": 1}, "was begun with new = null, now it is 1"),
-    ({"model": "m", "seed": 0}, "was begun with path = "), (SETTINGS | {"model": None}, 'model = "m", now it is null')])
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        (SETTINGS | {"seed": 1}, "was begun with seed = 0, now it is 1"),
+        (SETTINGS | {"new": 1}, "was begun with new = null, now it is 1"),
+        ({"model": "m", "seed": 0}, "was begun with path = "),
+        (SETTINGS | {"model": None}, 'model = "m", now it is null'),
+    ],
+)
 def test_resume_with_other_settings_is_refused(tmp_path, settings, message):
     path, source = begin(tmp_path)
     before = path.read_bytes(), (tmp_path / "x.jsonl.run.json").read_bytes()
@@ -522,9 +836,17 @@ def test_an_input_may_grow_but_not_change(tmp_path):
         f.write(json.dumps(reward(3)) + "\n")
     Writer(path, "rewards", SETTINGS, [source])._file.close()
     grown = source.read_text()
-    for changed in (grown.replace("0.5", "0.6", 1), grown[:-1], grown[:40], "", grown.replace("check", "judge")):
+    for changed in (
+        grown.replace("0.5", "0.6", 1),
+        grown[:-1],
+        grown[:40],
+        "",
+        grown.replace("check", "judge"),
+    ):
         source.write_text(changed)
-        with pytest.raises(BadInput, match=r"was made from .*in\.jsonl, which has changed since"):
+        with pytest.raises(
+            BadInput, match=r"was made from .*in\.jsonl, which has changed since"
+        ):
             Writer(path, "rewards", SETTINGS, [source])
 
 
@@ -544,7 +866,8 @@ def test_the_same_input_in_another_place_is_accepted(tmp_path):
 
 
 def test_an_output_that_is_its_own_input_is_refused(tmp_path):
-    """`--out` typed as the input's name: --overwrite must not delete the data it was to be made from."""
+    """`--out` typed as the input's name: --overwrite must not delete the data it was to be made
+    from."""
     source = write_lines(tmp_path / "in.jsonl", [reward(1)])
     for out in (source, tmp_path / "." / "in.jsonl"):
         with pytest.raises(BadInput):
@@ -600,7 +923,12 @@ def test_retry_drops_failed_records_and_makes_them_again(tmp_path):
     with Writer(path, "rewards", {}, retry=lambda r: r["status"] == "failed") as out:
         assert out.done == {("1", 0), ("3", 0)} and path.read_bytes() == kept[0] + kept[2]
         out.write(reward(4), failed(2))
-    assert [(r["id"], r["status"]) for r in read(path, "rewards")] == [(1, "ok"), (3, "ok"), (4, "ok"), (2, "failed")]
+    assert [(r["id"], r["status"]) for r in read(path, "rewards")] == [
+        (1, "ok"),
+        (3, "ok"),
+        (4, "ok"),
+        (2, "failed"),
+    ]
     with Writer(path, "rewards", {}, retry=lambda r: True) as out:
         assert out.done == set() and path.read_bytes() == b""
 
@@ -615,7 +943,9 @@ def main():
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         for i in range(0, count, 5):
-            new = [{"id": j, "sample": 0, "reward": 0.5, "status": "ok", "rollout": "x" * 50, "grader": "check"} for j in range(i, i + 5)]
+            rest = {"sample": 0, "reward": 0.5, "status": "ok"}
+            rest |= {"rollout": "x" * 50, "grader": "check"}
+            new = [{"id": j} | rest for j in range(i, i + 5)]
             out.write(*(r for r in new if (str(r["id"]), 0) not in out))
             if i == 0:
                 print("begun", flush=True)
@@ -628,7 +958,11 @@ def test_a_full_disk_leaves_whole_lines_and_a_rerun_completes(tmp_path, limit):
     path = tmp_path / "x.jsonl"
     stopped = python(WRITE_MANY, path, 500, limit)
     assert stopped.returncode == 2, stopped.stderr
-    assert stopped.stderr.startswith("error: ") and stopped.stderr.count("\n") == 1 and "could not append" in stopped.stderr
+    assert (
+        stopped.stderr.startswith("error: ")
+        and stopped.stderr.count("\n") == 1
+        and "could not append" in stopped.stderr
+    )
     data = path.read_bytes()
     assert data.endswith(b"\n") and 8000 < len(data) <= limit
     ids = [r["id"] for r in read(path, "rewards")]
@@ -638,7 +972,10 @@ def test_a_full_disk_leaves_whole_lines_and_a_rerun_completes(tmp_path, limit):
 
 
 def test_a_disk_that_is_full_from_the_start_is_bad_input_too(tmp_path):
-    full = "    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n    resource.setrlimit(resource.RLIMIT_FSIZE, (5, 5))\n"
+    full = (
+        "    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n    "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5, 5))\n"
+    )
     code = WRITE_MANY.replace("    with records.Writer", full + "    with records.Writer")
     stopped = python(code, tmp_path / "x.jsonl", 500, 0)
     assert stopped.returncode == 2 and "Traceback" not in stopped.stderr, stopped.stderr
@@ -648,7 +985,11 @@ def test_a_disk_that_is_full_from_the_start_is_bad_input_too(tmp_path):
 def test_kill_9_loses_and_doubles_nothing(tmp_path):
     path, count, in_the_middle = tmp_path / "x.jsonl", 20_000, 0
     for pause in (0, 0.01, 0.03, 0.06):
-        process = subprocess.Popen([sys.executable, "-c", WRITE_MANY, str(path), str(count), "0"], stdout=subprocess.PIPE, cwd=ROOT)
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITE_MANY, str(path), str(count), "0"],
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+        )
         process.stdout.readline()
         time.sleep(pause)
         process.send_signal(signal.SIGKILL)
@@ -694,26 +1035,38 @@ def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path):
     assert path.read_text(encoding="utf-8") == "new ü"
 
 
-# ---------------------------------------------------------------------------------------------- command lines
+# ---- command lines
+
 
 def check(*argv):
-    return subprocess.run([sys.executable, ROOT / "records.py", *map(str, argv)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "records.py", *map(str, argv)], capture_output=True, text=True
+    )
 
 
 def test_check_says_what_a_file_holds(tmp_path):
     paths = [write_lines(tmp_path / f"{kind}.jsonl", [record]) for kind, record in GOOD.items()]
     done = check("check", *paths)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "".join(f"{path}: 1 {kind}, all valid\n" for path, kind in zip(paths, GOOD))
+    assert done.stdout == "".join(
+        f"{path}: 1 {kind}, all valid\n" for path, kind in zip(paths, GOOD)
+    )
 
 
-@pytest.mark.parametrize("content", ["", "{", "7\n", '{"id": 1}\n', (json.dumps(reward(1)) + "\n") * 2, "[" * 100_000 + "\n"],
-                         ids=["empty", "torn", "number", "no prompt", "duplicate", "deep"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "7\n", '{"id": 1}\n', (json.dumps(reward(1)) + "\n") * 2, "[" * 100_000 + "\n"],
+    ids=["empty", "torn", "number", "no prompt", "duplicate", "deep"],
+)
 def test_check_exits_with_2_and_one_line(tmp_path, content):
     path = tmp_path / "x.jsonl"
     path.write_text(content)
     done = check("check", path)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {path}") and done.stderr.count("\n") == 1, done.stderr[-500:]
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith(f"error: {path}")
+        and done.stderr.count("\n") == 1
+    ), done.stderr[-500:]
 
 
 def test_check_of_a_missing_file_and_of_another_kind(tmp_path):
@@ -723,10 +1076,25 @@ def test_check_of_a_missing_file_and_of_another_kind(tmp_path):
     assert done.returncode == 2 and ":1: policy: expected an object" in done.stderr
 
 
-@pytest.mark.parametrize("argv", [["check", "--kin", "rewards", "x"], ["check", "--no-such-flag", "x"], ["--che"], [], ["chec", "x"], ["check"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["check", "--kin", "rewards", "x"],
+        ["check", "--no-such-flag", "x"],
+        ["--che"],
+        [],
+        ["chec", "x"],
+        ["check"],
+    ],
+)
 def test_abbreviations_and_unknown_flags_of_check_are_refused(tmp_path, argv):
     write_lines(tmp_path / "x", [reward(1)])
-    done = subprocess.run([sys.executable, ROOT / "records.py", *argv], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, ROOT / "records.py", *argv],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.returncode == 2 and done.stderr.startswith("usage: "), done.stderr
 
 
@@ -742,7 +1110,9 @@ def test_parser_refuses_abbreviations_and_unknown_flags():
     assert p.parse_args(["--max-tokens", "3"]).max_tokens == 3
     shown = p.format_help()
     assert "    python x.py --model M" in shown and "longest answer (default: 512)" in shown
-    assert "begin anew\n" in shown and "a 5 % note\n" in shown, "no default where there is nothing to say"
+    assert "begin anew\n" in shown and "a 5 % note\n" in shown, (
+        "no default where there is nothing to say"
+    )
 
 
 def test_subcommands_of_parser_refuse_abbreviations_too():
@@ -760,7 +1130,10 @@ def test_run_turns_bad_input_into_exit_code_2(capsys):
     def interrupted():
         raise KeyboardInterrupt
 
-    for main, code, text in ((bad, 2, "error: x.jsonl:3: id: expected a, came b\n"), (interrupted, 130, "stopped")):
+    for main, code, text in (
+        (bad, 2, "error: x.jsonl:3: id: expected a, came b\n"),
+        (interrupted, 130, "stopped"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             records.run(main)
         assert stopped.value.code == code and capsys.readouterr().err.startswith(text)
@@ -768,8 +1141,11 @@ def test_run_turns_bad_input_into_exit_code_2(capsys):
         records.run(lambda: (_ for _ in ()).throw(RuntimeError("bug")))
 
 
-@pytest.mark.parametrize("first", ["", "[" * 100_000, '{"a": 1' + "0" * 5000 + "}", "\ufeff{}", "7", '"x"', "[[]]"],
-                         ids=["blank", "deep", "digits", "bom", "number", "string", "list"])
+@pytest.mark.parametrize(
+    "first",
+    ["", "[" * 100_000, '{"a": 1' + "0" * 5000 + "}", "\ufeff{}", "7", '"x"', "[[]]"],
+    ids=["blank", "deep", "digits", "bom", "number", "string", "list"],
+)
 def test_guess_kind_guesses_prompts_when_it_cannot_tell(tmp_path, first):
     assert records.guess_kind(write_lines(tmp_path / "x.jsonl", [first])) == "prompts"
 

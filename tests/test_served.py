@@ -1,4 +1,6 @@
-"""served.py against a fake server: what is sent, what is believed, what is retried, and how it fails."""
+"""served.py against a fake server: what is sent, what is believed, what is retried, and how it
+fails."""
+
 import logging
 import os
 import sys
@@ -11,10 +13,11 @@ import pytest
 pytest.importorskip("openai")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-import served  # noqa: E402
 from fake_server import END, VOCABULARY, FakeServer, distribution  # noqa: E402
+
+import served  # noqa: E402
 from records import BadInput  # noqa: E402
-from served import Server, ServedFailure  # noqa: E402
+from served import ServedFailure, Server  # noqa: E402
 
 ASK = [{"role": "user", "content": "2+2=?"}]
 SAMPLING = dict(max_tokens=7, temperature=0.7, top_p=0.9, seed=11)
@@ -23,6 +26,7 @@ SAMPLING = dict(max_tokens=7, temperature=0.7, top_p=0.9, seed=11)
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     import openai._base_client as client
+
     monkeypatch.setattr(client, "INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setattr(client, "MAX_RETRY_DELAY", 0.02)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -30,10 +34,18 @@ def no_waiting(monkeypatch):
 
 
 def connect(fake, max_retries=2, timeout=5.0, concurrency=3):
-    return Server(fake.base_url, "m", "FAKE_KEY", concurrency=concurrency, max_retries=max_retries, timeout=timeout)
+    return Server(
+        fake.base_url,
+        "m",
+        "FAKE_KEY",
+        concurrency=concurrency,
+        max_retries=max_retries,
+        timeout=timeout,
+    )
 
 
-# ---------------------------------------------------------------------------------------------- what is sent
+# ---- what is sent
+
 
 def test_every_sampling_field_is_sent_and_vllm_fields_only_with_tokens():
     with FakeServer() as fake:
@@ -42,21 +54,52 @@ def test_every_sampling_field_is_sent_and_vllm_fields_only_with_tokens():
             for need_tokens in (True, False):
                 server.sample(prompt, need_tokens=need_tokens, **SAMPLING)
                 body = fake.requests[-1]["body"]
-                assert {k: body[k] for k in ("model", "max_tokens", "temperature", "top_p", "seed", "n", "presence_penalty",
-                                             "frequency_penalty")} == {
-                    "model": "m", "max_tokens": 7, "temperature": 0.7, "top_p": 0.9, "seed": 11, "n": 1,
-                    "presence_penalty": 0, "frequency_penalty": 0}
-                vllm = {k: body[k] for k in ("top_k", "min_p", "repetition_penalty", "return_token_ids") if k in body}
-                assert vllm == ({"top_k": -1, "min_p": 0, "repetition_penalty": 1, "return_token_ids": True}
-                                if need_tokens else {})
+                assert {
+                    k: body[k]
+                    for k in (
+                        "model",
+                        "max_tokens",
+                        "temperature",
+                        "top_p",
+                        "seed",
+                        "n",
+                        "presence_penalty",
+                        "frequency_penalty",
+                    )
+                } == {
+                    "model": "m",
+                    "max_tokens": 7,
+                    "temperature": 0.7,
+                    "top_p": 0.9,
+                    "seed": 11,
+                    "n": 1,
+                    "presence_penalty": 0,
+                    "frequency_penalty": 0,
+                }
+                vllm = {
+                    k: body[k]
+                    for k in ("top_k", "min_p", "repetition_penalty", "return_token_ids")
+                    if k in body
+                }
+                assert vllm == (
+                    {"top_k": -1, "min_p": 0, "repetition_penalty": 1, "return_token_ids": True}
+                    if need_tokens
+                    else {}
+                )
                 assert bool(body.get("logprobs")) == need_tokens
-        assert [r["path"] for r in fake.requests] == ["/v1/chat/completions"] * 2 + ["/v1/completions"] * 2
-        assert fake.requests[0]["headers"]["authorization"] == "Bearer sk-very-secret-1234567890"
+        assert [r["path"] for r in fake.requests] == ["/v1/chat/completions"] * 2 + [
+            "/v1/completions"
+        ] * 2
+        assert (
+            fake.requests[0]["headers"]["authorization"] == "Bearer sk-very-secret-1234567890"
+        )
 
 
 def test_template_options_reach_the_chat_template():
     with FakeServer() as fake:
-        connect(fake).sample(ASK, need_tokens=False, template_options={"enable_thinking": False}, **SAMPLING)
+        connect(fake).sample(
+            ASK, need_tokens=False, template_options={"enable_thinking": False}, **SAMPLING
+        )
         assert fake.requests[0]["body"]["chat_template_kwargs"] == {"enable_thinking": False}
 
 
@@ -66,39 +109,79 @@ def test_flags_reach_the_server_and_an_unset_key_is_EMPTY(monkeypatch):
     parser.add_argument("--model")
     served.add_flags(parser)
     with FakeServer(always="500") as fake:
-        args = parser.parse_args(["--model", "m2", "--base-url", fake.base_url + "/", "--api-key-env", "NO_SUCH_KEY",
-                                  "--concurrency", "2", "--max-retries", "1", "--timeout", "3"])
+        args = parser.parse_args(
+            [
+                "--model",
+                "m2",
+                "--base-url",
+                fake.base_url + "/",
+                "--api-key-env",
+                "NO_SUCH_KEY",
+                "--concurrency",
+                "2",
+                "--max-retries",
+                "1",
+                "--timeout",
+                "3",
+            ]
+        )
         server = Server.from_flags(args)
-        assert server.base_url == fake.base_url and server.concurrency == 2 and server._client.timeout == 3
+        assert (
+            server.base_url == fake.base_url
+            and server.concurrency == 2
+            and server._client.timeout == 3
+        )
         with pytest.raises(ServedFailure):
             server.chat_text(ASK, temperature=0, max_tokens=5)
         assert len(fake.requests) == 2 and fake.requests[0]["body"]["model"] == "m2"
         assert fake.requests[0]["headers"]["authorization"] == "Bearer EMPTY"
     defaults = parser.parse_args([])
-    assert (defaults.base_url, defaults.api_key_env, defaults.concurrency, defaults.max_retries, defaults.timeout) == (
-        None, "OPENAI_API_KEY", 8, 5, 120.0)
+    assert (
+        defaults.base_url,
+        defaults.api_key_env,
+        defaults.concurrency,
+        defaults.max_retries,
+        defaults.timeout,
+    ) == (None, "OPENAI_API_KEY", 8, 5, 120.0)
 
 
-# ---------------------------------------------------------------------------------------------- what is believed
+# ---- what is believed
+
 
 @pytest.mark.parametrize("prompt", [ASK, "2+2=?"])
 def test_sampled_ids_and_logprobs_come_back_as_they_are(prompt):
     with FakeServer(chat=lambda body: "=4") as fake:
         assert connect(fake).sample(prompt, need_tokens=True, **SAMPLING) == {
-            "text": "=4", "finish_reason": "stop", "prompt_ids": [ord(c) for c in "2+2=?"],
-            "response_ids": [ord("="), ord("4"), END], "logprobs": [-0.5, -0.51, -0.52]}
+            "text": "=4",
+            "finish_reason": "stop",
+            "prompt_ids": [ord(c) for c in "2+2=?"],
+            "response_ids": [ord("="), ord("4"), END],
+            "logprobs": [-0.5, -0.51, -0.52],
+        }
 
 
 def test_a_cut_answer_has_no_end_token_and_a_black_box_answer_no_tokens():
     with FakeServer(chat=lambda body: {"text": "=4", "finish_reason": "length"}) as fake:
         answer = connect(fake).sample(ASK, need_tokens=True, **SAMPLING)
-        assert answer["finish_reason"] == "length" and answer["response_ids"] == [ord("="), ord("4")]
-        assert connect(fake).sample(ASK, need_tokens=False, **SAMPLING) == {"text": "=4", "finish_reason": "length"}
+        assert answer["finish_reason"] == "length" and answer["response_ids"] == [
+            ord("="),
+            ord("4"),
+        ]
+        assert connect(fake).sample(ASK, need_tokens=False, **SAMPLING) == {
+            "text": "=4",
+            "finish_reason": "length",
+        }
 
 
 @pytest.mark.parametrize("prompt", [ASK, "2+2=?"])
-@pytest.mark.parametrize("behaviour, words", [("few_logprobs", "expected 3 log-probs, one per response token, came 2"),
-                                              ("no_logprobs", "came none"), ("no_token_ids", "no token ids")])
+@pytest.mark.parametrize(
+    "behaviour, words",
+    [
+        ("few_logprobs", "expected 3 log-probs, one per response token, came 2"),
+        ("no_logprobs", "came none"),
+        ("no_token_ids", "no token ids"),
+    ],
+)
 def test_an_answer_without_its_tokens_or_logprobs_is_refused(prompt, behaviour, words):
     with FakeServer(always=behaviour) as fake, pytest.raises(BadInput, match=words):
         connect(fake).sample(prompt, need_tokens=True, **SAMPLING)
@@ -111,18 +194,32 @@ def test_prompt_logprobs_are_found_by_id_not_by_place():
         logprobs, topk_ids, topk_logprobs = server.score(ids, 2, 4)
         rows = [distribution(ids[:i]) for i in (2, 3, 4)]
         assert logprobs == [row[i] for row, i in zip(rows, ids[2:])]
-        assert topk_ids == [sorted(range(VOCABULARY), key=lambda t: -row[t])[:4] for row in rows]
+        assert topk_ids == [
+            sorted(range(VOCABULARY), key=lambda t: -row[t])[:4] for row in rows
+        ]
         assert topk_logprobs == [sorted(row, reverse=True)[:4] for row in rows]
         assert server.score(ids, 2, 0) == (logprobs, None, None)
-        assert server.score(ids, 2, VOCABULARY)[2] == [sorted(row, reverse=True) for row in rows]
+        assert server.score(ids, 2, VOCABULARY)[2] == [
+            sorted(row, reverse=True) for row in rows
+        ]
         body = fake.requests[0]["body"]
-        assert body["prompt"] == ids and body["max_tokens"] == 1 and body["temperature"] == 1 and body["top_p"] == 1
+        assert (
+            body["prompt"] == ids
+            and body["max_tokens"] == 1
+            and body["temperature"] == 1
+            and body["top_p"] == 1
+        )
         assert body["prompt_logprobs"] == 4 and fake.requests[1]["body"]["prompt_logprobs"] == 1
 
 
-@pytest.mark.parametrize("behaviour, words", [("no_prompt_logprobs", "expected 3 prompt_logprobs, one per token, came none"),
-                                              ("short_prompt_logprobs", "came 1"),
-                                              ("wrong_prompt_logprobs", "include token 8")])
+@pytest.mark.parametrize(
+    "behaviour, words",
+    [
+        ("no_prompt_logprobs", "expected 3 prompt_logprobs, one per token, came none"),
+        ("short_prompt_logprobs", "came 1"),
+        ("wrong_prompt_logprobs", "include token 8"),
+    ],
+)
 def test_a_server_that_cannot_score_is_refused(behaviour, words):
     with FakeServer(always=behaviour) as fake, pytest.raises(BadInput, match=words):
         connect(fake).score([5, 8, 9], 1, 2)
@@ -133,11 +230,15 @@ def test_fewer_top_k_than_asked_is_refused():
         connect(fake).score([5, 8], 1, VOCABULARY + 1)
 
 
-# ---------------------------------------------------------------------------------------------- trouble
+# ---- trouble
+
 
 def test_429_500_and_a_torn_body_are_retried_then_succeed():
     with FakeServer(script=["429", "500", "torn"]) as fake:
-        assert connect(fake, max_retries=3).sample(ASK, need_tokens=False, **SAMPLING)["text"] == "ok"
+        assert (
+            connect(fake, max_retries=3).sample(ASK, need_tokens=False, **SAMPLING)["text"]
+            == "ok"
+        )
         assert len(fake.requests) == 4
     with FakeServer(script=["429"], retry_after="0") as fake:
         assert connect(fake, max_retries=1).chat_text(ASK, temperature=0, max_tokens=5) == "ok"
@@ -158,10 +259,15 @@ def test_a_server_that_never_answers_is_given_up():
         assert len(fake.requests) == 3
 
 
-@pytest.mark.parametrize("behaviour", ["cut", "not_json", "array", "no_choices", "filtered", "long"])
+@pytest.mark.parametrize(
+    "behaviour", ["cut", "not_json", "array", "no_choices", "filtered", "long"]
+)
 def test_one_bad_reply_fails_one_request(behaviour):
-    for call in (lambda s: s.sample(ASK, need_tokens=True, **SAMPLING), lambda s: s.sample("x", need_tokens=False, **SAMPLING),
-                 lambda s: s.chat_text(ASK, temperature=0, max_tokens=5)):
+    for call in (
+        lambda s: s.sample(ASK, need_tokens=True, **SAMPLING),
+        lambda s: s.sample("x", need_tokens=False, **SAMPLING),
+        lambda s: s.chat_text(ASK, temperature=0, max_tokens=5),
+    ):
         with FakeServer(always=behaviour) as fake, pytest.raises(ServedFailure):
             call(connect(fake))
     if behaviour != "filtered":
@@ -169,11 +275,20 @@ def test_one_bad_reply_fails_one_request(behaviour):
             connect(fake).score([5, 8, 9], 1)
 
 
-@pytest.mark.parametrize("choice", [{}, None, "x", [], {"message": None, "finish_reason": "stop"},
-                                    {"message": {"content": 7}, "finish_reason": "stop"},
-                                    {"message": {"content": "\ud83d"}, "finish_reason": "stop"},
-                                    {"message": {"content": "x"}, "finish_reason": ["stop"]},
-                                    {"message": {"content": "x"}, "finish_reason": "tool_calls"}])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {},
+        None,
+        "x",
+        [],
+        {"message": None, "finish_reason": "stop"},
+        {"message": {"content": 7}, "finish_reason": "stop"},
+        {"message": {"content": "\ud83d"}, "finish_reason": "stop"},
+        {"message": {"content": "x"}, "finish_reason": ["stop"]},
+        {"message": {"content": "x"}, "finish_reason": "tool_calls"},
+    ],
+)
 def test_no_shape_of_reply_is_a_traceback(choice, monkeypatch):
     server = Server("http://127.0.0.1:9/v1", "m", "FAKE_KEY")
     monkeypatch.setattr(server, "_call", lambda *_: {"choices": [choice]})
@@ -181,23 +296,50 @@ def test_no_shape_of_reply_is_a_traceback(choice, monkeypatch):
         server.sample(ASK, need_tokens=False, **SAMPLING)
 
 
-@pytest.mark.parametrize("logprobs", [[], "xy", {}, {"content": None}, {"content": [None]}, {"token_logprobs": [float("nan")]},
-                                      {"token_logprobs": ["-1"]}, {"token_logprobs": None}])
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        [],
+        "xy",
+        {},
+        {"content": None},
+        {"content": [None]},
+        {"token_logprobs": [float("nan")]},
+        {"token_logprobs": ["-1"]},
+        {"token_logprobs": None},
+    ],
+)
 def test_no_shape_of_logprobs_is_a_traceback(logprobs, monkeypatch):
     server = Server("http://127.0.0.1:9/v1", "m", "FAKE_KEY")
-    choice = {"text": "x", "finish_reason": "length", "token_ids": [1], "prompt_token_ids": [2], "logprobs": logprobs}
+    choice = {
+        "text": "x",
+        "finish_reason": "length",
+        "token_ids": [1],
+        "prompt_token_ids": [2],
+        "logprobs": logprobs,
+    }
     monkeypatch.setattr(server, "_call", lambda *_: {"choices": [choice]})
     with pytest.raises(BadInput, match="expected 1 log-probs"):
         server.sample("y", need_tokens=True, **SAMPLING)
 
 
-@pytest.mark.parametrize("behaviour, words", [("401", "FAKE_KEY"), ("404", "no model 'm'"), ("400", "unknown field"),
-                                              ("quota", "credit"), ("leak", "bad bad")])
+@pytest.mark.parametrize(
+    "behaviour, words",
+    [
+        ("401", "FAKE_KEY"),
+        ("404", "no model 'm'"),
+        ("400", "unknown field"),
+        ("quota", "credit"),
+        ("leak", "bad bad"),
+    ],
+)
 def test_what_only_a_person_can_mend_stops_at_once(behaviour, words, caplog):
     caplog.set_level(logging.DEBUG)
     with FakeServer(always=behaviour) as fake:
         with pytest.raises(BadInput, match=words) as raised:
-            connect(fake, max_retries=0 if behaviour == "quota" else 2).sample(ASK, need_tokens=False, **SAMPLING)
+            connect(fake, max_retries=0 if behaviour == "quota" else 2).sample(
+                ASK, need_tokens=False, **SAMPLING
+            )
         assert len(fake.requests) == 1
     assert raised.value.__suppress_context__ and raised.value.__cause__ is None
     assert "secret" not in str(raised.value) and "secret" not in caplog.text
@@ -210,7 +352,10 @@ def test_nobody_listening_stops():
         server.sample(ASK, need_tokens=False, **SAMPLING)
 
 
-@pytest.mark.parametrize("base_url", [None, "", "localhost:8000/v1", "http://user:secret@host/v1", "http://host/v1?key=secret"])
+@pytest.mark.parametrize(
+    "base_url",
+    [None, "", "localhost:8000/v1", "http://user:secret@host/v1", "http://host/v1?key=secret"],
+)
 def test_a_bad_address_is_refused_without_repeating_its_secrets(base_url):
     with pytest.raises(BadInput, match="--base-url") as raised:
         Server(base_url, "m")
@@ -238,18 +383,25 @@ def test_openai_missing_says_what_to_install(monkeypatch):
         Server("http://127.0.0.1:9/v1", "m")
 
 
-# ---------------------------------------------------------------------------------------------- judges
+# ---- judges
+
 
 def test_a_refused_response_format_is_dropped_and_remembered():
     with FakeServer(always="no_response_format") as fake:
         server = connect(fake)
-        assert [server.chat_text(ASK, temperature=0, max_tokens=5) for _ in range(2)] == ["ok", "ok"]
+        assert [server.chat_text(ASK, temperature=0, max_tokens=5) for _ in range(2)] == [
+            "ok",
+            "ok",
+        ]
         assert ["response_format" in body for body in fake.bodies()] == [True, False, False]
         assert fake.bodies()[-1]["top_p"] == 1 and fake.bodies()[-1]["n"] == 1
     with FakeServer() as fake:
         connect(fake).chat_text(ASK, temperature=0, max_tokens=5)
         connect(fake).chat_text(ASK, temperature=0, max_tokens=5, json_reply=False)
-        assert [body.get("response_format") for body in fake.bodies()] == [{"type": "json_object"}, None]
+        assert [body.get("response_format") for body in fake.bodies()] == [
+            {"type": "json_object"},
+            None,
+        ]
 
 
 def test_another_refusal_is_not_taken_for_the_response_format():
@@ -265,11 +417,14 @@ def test_the_newer_spelling_of_max_tokens_is_learnt():
         server = connect(fake)
         for _ in range(2):
             assert server.sample(ASK, need_tokens=False, **SAMPLING)["text"] == "ok"
-        assert [(body.get("max_tokens"), body.get("max_completion_tokens")) for body in fake.bodies()] == [
-            (7, None), (None, 7), (None, 7)]
+        assert [
+            (body.get("max_tokens"), body.get("max_completion_tokens"))
+            for body in fake.bodies()
+        ] == [(7, None), (None, 7), (None, 7)]
 
 
-# ---------------------------------------------------------------------------------------------- many at a time
+# ---- many at a time
+
 
 def test_map_yields_every_item_once_with_its_own_result_and_failures_in_place():
     server = Server("http://127.0.0.1:9/v1", "m", "FAKE_KEY", concurrency=4)
@@ -278,9 +433,12 @@ def test_map_yields_every_item_once_with_its_own_result_and_failures_in_place():
         if item % 7 == 0:
             raise ServedFailure(f"no {item}")
         return item * 10
+
     results = dict(server.map(call, range(50)))
     assert sorted(results) == list(range(50))
-    assert all(str(results[i]) == f"no {i}" if i % 7 == 0 else results[i] == i * 10 for i in range(50))
+    assert all(
+        str(results[i]) == f"no {i}" if i % 7 == 0 else results[i] == i * 10 for i in range(50)
+    )
     assert list(server.map(call, [])) == []
 
 
@@ -301,6 +459,7 @@ def test_map_keeps_to_its_concurrency_and_does_not_run_ahead():
         nonlocal taken
         for taken in range(1, 1_000_001):
             yield taken
+
     for done, _ in enumerate(server.map(call, million()), 1):
         assert taken <= done + 2 * 3
         if done == 30:
@@ -311,7 +470,16 @@ def test_map_keeps_to_its_concurrency_and_does_not_run_ahead():
 def test_map_sends_at_most_concurrency_requests_at_once():
     with FakeServer() as fake:
         server = connect(fake, concurrency=2)
-        assert len(list(server.map(lambda i: server.sample(ASK, need_tokens=False, **SAMPLING), range(12)))) == 12
+        assert (
+            len(
+                list(
+                    server.map(
+                        lambda i: server.sample(ASK, need_tokens=False, **SAMPLING), range(12)
+                    )
+                )
+            )
+            == 12
+        )
         assert len(fake.requests) == 12 and fake.most_in_flight <= 2
 
 
@@ -319,7 +487,11 @@ def test_map_stops_on_a_wrong_key_without_asking_for_everything():
     with FakeServer(always="401") as fake:
         server = connect(fake, concurrency=2)
         with pytest.raises(BadInput, match="FAKE_KEY"):
-            list(server.map(lambda i: server.sample(ASK, need_tokens=False, **SAMPLING), range(1000)))
+            list(
+                server.map(
+                    lambda i: server.sample(ASK, need_tokens=False, **SAMPLING), range(1000)
+                )
+            )
         assert len(fake.requests) < 20
 
 
@@ -329,29 +501,46 @@ def test_map_runs_nothing_after_an_error():
     def call(item):
         calls.append(item)
         raise BadInput("stop")
+
     with pytest.raises(BadInput, match="stop"):
-        list(Server("http://127.0.0.1:9/v1", "m", "FAKE_KEY", concurrency=1).map(call, range(9)))
+        list(
+            Server("http://127.0.0.1:9/v1", "m", "FAKE_KEY", concurrency=1).map(call, range(9))
+        )
     assert calls == [0]
 
 
 def test_map_can_be_interrupted_while_the_server_hangs():
-    """Ctrl-C in the middle of a hanging call: the process ends instead of joining its threads."""
+    """Ctrl-C in the middle of a hanging call: the process ends instead of joining its
+    threads."""
     import signal
     import subprocess
+
     with FakeServer(always="hang") as fake:
-        code = ("import served, signal, sys\n"
-                "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a test run in the background would pass on that it is ignored
-                f"server = served.Server({fake.base_url!r}, 'm', 'FAKE_KEY', timeout=600)\n"
-                "call = lambda i: server.sample('x', max_tokens=1, temperature=1, top_p=1, seed=0, need_tokens=False)\n"
-                "print('ready', flush=True)\n"
-                "list(server.map(call, range(9)))\n")
-        child = subprocess.Popen([sys.executable, "-c", code], cwd=Path(served.__file__).parent, stdout=subprocess.PIPE,
-                                 stderr=subprocess.PIPE, env={**os.environ, "NO_PROXY": "127.0.0.1"})
+        code = (
+            "import served, signal, sys\n"
+            # a test run in the background would pass on that it is ignored
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            f"server = served.Server({fake.base_url!r}, 'm', 'FAKE_KEY', timeout=600)\n"
+            "call = lambda i: server.sample('x', max_tokens=1, temperature=1, top_p=1, "
+            "seed=0, need_tokens=False)\n"
+            "print('ready', flush=True)\n"
+            "list(server.map(call, range(9)))\n"
+        )
+        child = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=Path(served.__file__).parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "NO_PROXY": "127.0.0.1"},
+        )
         try:
             assert child.stdout.readline() == b"ready\n"
             while not fake.requests and child.poll() is None:
                 threading.Event().wait(0.01)
             child.send_signal(signal.SIGINT)
-            assert b"KeyboardInterrupt" in child.communicate(timeout=15)[1] and child.returncode != 0
+            assert (
+                b"KeyboardInterrupt" in child.communicate(timeout=15)[1]
+                and child.returncode != 0
+            )
         finally:
             child.kill()
