@@ -22,12 +22,13 @@ Rubricators: `contrast` needs no model.  It mines a library of predicates for th
 teacher's answers pass and the rollouts fail; most of the library are decoys (length, layout,
 opening), so a rubric can be led astray by style.  It never sees the `answer` field, but one
 predicate, `total_right`, redoes the sum of the question: an examiner who can do the task.
-`--without total_right` takes that one away.  `llm` asks a served model (judge.py). Graders:
+`--without total_right` takes that one away.  `llm` asks a served model (opd/judge.py). Graders:
 `check` evaluates the predicates; `judge` asks a served model, with --answers the teacher's in
 the same anonymous pool; `scalar` is the baseline without a rubric (one holistic 0-10 score);
 `answer` compares final answers (it reads `answer`; with --ledger it writes down which labels it
-spent on what, labels.py); `discriminator` takes the score of a trained one (discriminator.py),
-any number, and with --answers tells how often it scores them above the rollouts.
+spent on what, methods/sparse_to_dense.py); `discriminator` takes the score of a trained one
+(methods/gad.py), any number, and with --answers tells how often it scores them above the
+rollouts.
 
 A judgement that fails is null, never zero, never cached; train.py drops its group.  More than
 --max-failure-rate of them stop the stage.  Run it again to ask only for what failed.
@@ -39,58 +40,18 @@ taste for length, rounded to 0-10, with the --verifier-noise of `check`.
 """
 
 import hashlib
-import re
-from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 
-import judge
-import labels
-import records
-import served
-from records import BadInput
-
-# ---- reading an answer
-
-# commas between thousands only: 1,2 is a pair
-NUMBER = r"[-+]?(?:[0-9]{1,31}|[0-9]{1,3}(?:,[0-9]{3}){1,10})(?:\.[0-9]{1,30})?"
-INTEGER = "[0-9]{1,9}"  # no answer can make code convert a number of a million digits, or a ²
-
-
-def final_answer(text):
-    """The final answer a text commits to, or None: the last \\boxed{...}, else what follows the
-    last `####` of a line, else the last `#`s.
-
-    final_answer("7+5=12\\n#12") -> "12";   final_answer("... so \\\\boxed{\\\\frac{1}{2}}") ->
-                                            "\\\\frac{1}{2}";   final_answer("12") -> None.
-    Thoughts commit to nothing: only what follows the last </think> counts, and nothing of a
-    thought that has no end."""
-    text = text.rpartition("</think>")[2].partition("<think>")[0].strip()
-    start = len(text)
-    while (start := text.rfind("\\boxed{", 0, start)) >= 0:
-        depth = 0
-        for at in range(start + 6, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            if not depth:
-                return text[start + 7 : at].strip()
-    marked = re.findall(r"^#### *(.+?)\s*$", text, re.M) or re.findall(
-        r"^#+ *(.+?)\s*$", text, re.M
-    )
-    return marked[-1] if marked else None
-
-
-def is_correct(text, answer):
-    """Whether the text's final answer equals `answer`, as numbers when both are numbers
-    ("1,024" == "1024.0"; "1,2" is none)."""
-    given, wanted = final_answer(text), str(answer).strip()
-    if given is None:
-        return False
-    if re.fullmatch(NUMBER, given) and re.fullmatch(NUMBER, wanted):
-        return Decimal(given.replace(",", "")) == Decimal(wanted.replace(",", ""))
-    return given == wanted
+from methods import sparse_to_dense
+from methods.gad import load_scorer, verdicts
+from opd import files, judge, records, served
+from opd.answers import is_correct, question_of
+from opd.batches import answer_ids
+from opd.policy import check_tokens
+from opd.records import BadInput
+from worlds.predicates import CHECKS, MERITS, Check, passes
 
 
 def one_piece(rollout, path):
@@ -98,7 +59,7 @@ def one_piece(rollout, path):
     tool's words, and a tool could speak to the judge."""
     if len(rollout.get("steps", ())) > 1:
         raise BadInput(
-            f"{path}: id {rollout['id']!r}: steps: expected an answer in one piece, came an "
+            f"{path}: id {rollout['id']!r}: steps: expected an answer in one piece, got an "
             f"episode with tools: rubrics and judges would read the tools' words "
             f"as the model's; "
             "use --grader answer or discriminator"
@@ -112,229 +73,6 @@ def outcome(rollout, answer, shape=False):
     if is_correct(records.answered(rollout), answer):
         return 1.0
     return min(0.2, 0.05 * len(rollout.get("calls", ()))) if shape else 0.0
-
-
-def question_of(prompt):
-    """What the judge is shown as the question: the prompt's text, or its messages other than
-    the system's."""
-    if "prompt" in prompt:
-        return prompt["prompt"]
-    return "\n\n".join(m["content"] for m in prompt["messages"] if m["role"] != "system")
-
-
-def terms_of(question):
-    """ "7+5-3=?" -> [7, 5, -3]; [] for a question that is no running sum."""
-    match = re.fullmatch(rf"\s*({INTEGER}(?:[+-]{INTEGER})*)=\?\s*", question)
-    return [int(t) for t in re.findall(r"[+-]?\d+", match[1])] if match else []
-
-
-def steps_of(question, text):
-    """The calculations an answer writes out, whatever its style, as (total before, term, total
-    after).
-
-    "7+5=12-3=9" -> [(7, 5, 12), (12, -3, 9)];  "7\\n+5:12" -> [(7, 5, 12)];  "7,12,9" takes its
-    terms from the question."""
-    equations = re.findall(f"(?<![0-9])(?=({INTEGER})([+-]{INTEGER})=({INTEGER}))", text)
-    if equations:
-        return [tuple(map(int, e)) for e in equations]
-    steps, total, terms = [], None, terms_of(question)
-    for line in text.split("\n"):
-        if entry := re.fullmatch(f"([+-]{INTEGER}):({INTEGER})", line):
-            steps.append((total, int(entry[1]), int(entry[2])))
-            total = int(entry[2])
-        elif re.fullmatch(f"{INTEGER}(,{INTEGER})+", line):
-            totals = list(map(int, line.split(",")))
-            steps += [
-                (a, terms[i] if i < len(terms) else None, b)
-                for i, (a, b) in enumerate(zip(totals, totals[1:]), 1)
-            ]
-        elif re.fullmatch(INTEGER, line):
-            total = int(line)
-    return steps
-
-
-# ---- the predicate library
-
-
-@dataclass(frozen=True)
-class Check:
-    """A criterion that code can verify.  `propose(references)` lists the argument tuples worth
-    trying."""
-
-    category: str
-    criterion: str  # with {} for the arguments
-    test: Callable  # test(question, text, *arguments) -> bool
-    # the default: a general property without arguments
-    propose: Callable = lambda references: [()]
-
-
-def _arithmetic_right(question, text):
-    steps = steps_of(question, text)
-    return bool(steps) and all(None not in s and s[0] + s[1] == s[2] for s in steps)
-
-
-def _all_terms(question, text):
-    terms = terms_of(question)
-    return bool(terms) and [s[1] for s in steps_of(question, text)] == terms[1:]
-
-
-def _total_right(question, text):
-    terms, final = terms_of(question), final_answer(text)
-    return (
-        bool(terms)
-        and final is not None
-        and bool(re.fullmatch(INTEGER, final))
-        and int(final) == sum(terms)
-    )
-
-
-def _conclusion_follows(question, text):
-    steps = steps_of(question, text)
-    return bool(steps) and final_answer(text) == str(steps[-1][2])
-
-
-def _work(text):
-    return [line for line in text.split("\n") if line and not line.startswith("#")]
-
-
-def _same(values):
-    """[(value,)] when all references agree on it, else nothing to propose."""
-    return [(values[0],)] if len(set(values)) == 1 else []
-
-
-TASK, QUALITY, REASONING = "Task Completion", "Observable Quality", "General Reasoning"
-MERITS = {  # what makes an answer good, in any style
-    "final_line": Check(
-        TASK,
-        "The answer commits to a final result on a line that starts with #.",
-        lambda q, t: final_answer(t) is not None,
-    ),
-    "total_right": Check(
-        TASK,
-        "The final result is the value of the expression that was asked for.",
-        _total_right,
-    ),
-    "arithmetic_right": Check(
-        REASONING,
-        "At least one calculation is written out, and every one of them is right.",
-        _arithmetic_right,
-    ),
-    "all_terms": Check(
-        REASONING, "Every term of the question is used, one step each, in order.", _all_terms
-    ),
-    "first_step_right": Check(
-        REASONING,
-        "The first calculation that is written out is right.",
-        lambda q, t: (
-            bool(s := steps_of(q, t)) and None not in s[0] and s[0][0] + s[0][1] == s[0][2]
-        ),
-    ),
-    "conclusion_follows": Check(
-        REASONING,
-        "The final result is the total that the written work arrives at.",
-        _conclusion_follows,
-    ),
-    "shows_work": Check(
-        QUALITY, "Work stands before the final result.", lambda q, t: bool(_work(t))
-    ),
-    "one_result": Check(
-        QUALITY,
-        "Exactly one final result is given.",
-        lambda q, t: len(re.findall("^#", t, re.M)) == 1,
-    ),
-}
-# of layout, or of the problem at hand: a teacher may have them by accident.  None compares with
-# a final answer
-DECOYS = {
-    "length_band": Check(
-        QUALITY,
-        "The answer is {} to {} characters long.",
-        lambda q, t, low, high: low <= len(t) <= high,
-        lambda refs: [(int(0.9 * min(map(len, refs))), int(1.1 * max(map(len, refs))) + 1)],
-    ),
-    "at_least": Check(
-        QUALITY,
-        "The answer has at least {} characters.",
-        lambda q, t, low: len(t) >= low,
-        lambda refs: [(int(0.9 * min(map(len, refs))),)],
-    ),
-    "line_count": Check(
-        QUALITY,
-        "The answer has exactly {} lines.",
-        lambda q, t, n: t.count("\n") + 1 == n,
-        lambda refs: _same([r.count("\n") + 1 for r in refs]),
-    ),
-    "opens_with": Check(
-        QUALITY,
-        "The answer opens with {!r}.",
-        lambda q, t, opening: t.startswith(opening),
-        lambda refs: _same([r[:3] for r in refs]),
-    ),
-    "outweighs_question": Check(
-        QUALITY,
-        "The answer is at least twice as long as the question.",
-        lambda q, t: len(t) >= 2 * len(q),
-    ),
-    "equals_sign": Check(
-        QUALITY, "Steps are written with an equals sign.", lambda q, t: "=" in t
-    ),
-    "comma_list": Check(QUALITY, "Totals are listed with commas.", lambda q, t: "," in t),
-    "colon": Check(
-        QUALITY, "Steps are written as entries with a colon.", lambda q, t: ":" in t
-    ),
-    "one_line_of_work": Check(
-        QUALITY, "All work stands on one line.", lambda q, t: len(_work(t)) == 1
-    ),
-    "one_step_a_line": Check(
-        QUALITY,
-        "Every line of work holds exactly one equation.",
-        lambda q, t: bool(_work(t)) and all(w.count("=") == 1 for w in _work(t)),
-    ),
-    "signed_lines": Check(
-        QUALITY,
-        "Lines of work open with a sign.",
-        lambda q, t: any(w[0] in "+-" for w in _work(t)),
-    ),
-    "restates": Check(
-        QUALITY,
-        "The answer repeats the beginning of the question.",
-        lambda q, t: t.startswith(q[:3]),
-    ),
-    "starts_bare": Check(
-        QUALITY, "The first line is a bare number.", lambda q, t: t.split("\n")[0].isdigit()
-    ),
-    "two_digits": Check(
-        QUALITY,
-        "The final result has two digits.",
-        lambda q, t: len(final_answer(t) or "") == 2,
-    ),
-    "even_result": Check(
-        QUALITY,
-        "The final result is even.",
-        lambda q, t: (final_answer(t) or "1")[-1] in "02468",
-    ),
-    "short_lines": Check(
-        QUALITY,
-        "No line is longer than 8 characters.",
-        lambda q, t: max(map(len, t.split("\n"))) <= 8,
-    ),
-    "many_numbers": Check(
-        QUALITY,
-        "At least five numbers are written.",
-        lambda q, t: len(re.findall(r"\d+", t)) >= 5,
-    ),
-    "no_zero": Check(QUALITY, "No zero is written.", lambda q, t: "0" not in t),
-    "no_minus": Check(QUALITY, "No minus sign is written.", lambda q, t: "-" not in t),
-}
-CHECKS = MERITS | DECOYS
-
-
-def passes(check, question, text):
-    """Evaluates a rubric's `check` = [name, *arguments]."""
-    name, *arguments = check
-    if name not in CHECKS:
-        raise BadInput(f"criterion check: expected one of {', '.join(CHECKS)}, came {name!r}")
-    return bool(CHECKS[name].test(question, text, *arguments))
 
 
 # ---- create
@@ -385,7 +123,7 @@ def contrast(question, references, attempts, flat=False, without=(), most=8):
 def by_prompt(path, kind, limit=None):
     """{prompt id: [(text, fingerprint) in sample order]}, at most `limit` a prompt."""
     found = {}
-    for r in records.read(path, kind):
+    for r in files.read(path, kind):
         found.setdefault(str(r["id"]), []).append(
             (r["sample"], one_piece(r, path)["text"], records.fingerprint(r))
         )
@@ -400,7 +138,7 @@ def texts(pairs):
 
 
 def create(argv):
-    p = records.parser(__doc__)
+    p = files.parser(__doc__)
     p.add_argument("--prompts", required=True, help="JSONL of prompts")
     p.add_argument("--answers", required=True, help="JSONL of teacher answers")
     p.add_argument(
@@ -436,7 +174,7 @@ def create(argv):
     )
     add_judge_flags(p, temperature=0.7, max_tokens=8192)
     args = p.parse_args(argv)
-    prompts = {str(r["id"]): r for r in records.read(args.prompts, "prompts")}
+    prompts = {str(r["id"]): r for r in files.read(args.prompts, "prompts")}
     answers, attempts = (
         by_prompt(args.answers, "answers", args.m),
         by_prompt(args.rollouts, "rollouts"),
@@ -449,14 +187,13 @@ def create(argv):
             )
         if len(answers.get(key, ())) < args.m:
             raise BadInput(
-                f"{args.answers}: expected {args.m} answers (--m) to prompt {key!r}, came "
+                f"{args.answers}: expected {args.m} answers (--m) to prompt {key!r}, got "
                 f"{len(answers.get(key, ()))}"
             )
     without = [name for name in args.without.split(",") if name]
     if unknown := set(without) - CHECKS.keys():
         raise BadInput(
-            f"--without: expected some of {', '.join(CHECKS)}, came "
-            f"{', '.join(sorted(unknown))}"
+            f"--without: expected some of {', '.join(CHECKS)}, got {', '.join(sorted(unknown))}"
         )
     if (args.flat_points or without) and args.rubricator != "contrast":
         raise BadInput("--flat-points and --without go with --rubricator contrast")
@@ -467,7 +204,7 @@ def create(argv):
         "without": without,
     } | judge_settings(args)
     failures = []
-    with records.Writer(
+    with files.Writer(
         args.out,
         "rubrics",
         settings,
@@ -503,9 +240,7 @@ def create(argv):
                 ),
                 todo,
             )
-        for key, criteria in records.progress(
-            results, total=len(todo), desc=Path(args.out).name
-        ):
+        for key, criteria in files.progress(results, total=len(todo), desc=Path(args.out).name):
             if criteria is None or isinstance(criteria, Exception):
                 failures.append(
                     criteria or "fewer than 4 predicates hold for the teacher's answers"
@@ -524,7 +259,7 @@ def create(argv):
                 }
             )
         made = len(writer.done)
-    rubrics = list(records.read(args.out, "rubrics")) if made else []
+    rubrics = list(files.read(args.out, "rubrics")) if made else []
     summary = {
         "out": args.out,
         "records": made,
@@ -586,7 +321,7 @@ def impression(question, text, view, noise, *names):
 
 
 def grade(argv):
-    p = records.parser(__doc__)
+    p = files.parser(__doc__)
     p.add_argument(
         "--prompts",
         required=True,
@@ -679,7 +414,7 @@ def grade(argv):
             "beside them: only that grader spends labels"
         )
     if args.shape_calls and args.grader != "answer":
-        raise BadInput(f"--shape-calls: goes with --grader answer, came {args.grader}")
+        raise BadInput(f"--shape-calls: goes with --grader answer, got {args.grader}")
     needs_rubric = args.grader in ("check", "judge")
     if needs_rubric != bool(args.rubrics):
         raise BadInput(
@@ -688,18 +423,18 @@ def grade(argv):
         )
     if args.verifier_noise and (args.grader in ("judge", "answer") or args.base_url):
         raise BadInput("--verifier-noise: goes with --grader check or scalar, without a server")
-    prompts = {str(r["id"]): r for r in records.read(args.prompts, "prompts")}
+    prompts = {str(r["id"]): r for r in files.read(args.prompts, "prompts")}
     rubrics = (
-        {str(r["id"]): r for r in records.read(args.rubrics, "rubrics")} if args.rubrics else {}
+        {str(r["id"]): r for r in files.read(args.rubrics, "rubrics")} if args.rubrics else {}
     )
     # a discriminator reads their tokens
     pool = by_prompt(args.answers, "answers") if args.answers and not args.discriminator else {}
     groups = {}
-    rollouts = records.Table(args.rollouts, "rollouts")
+    rollouts = files.Table(args.rollouts, "rollouts")
     for key in rollouts.keys():
         if key[0] not in prompts:
             raise BadInput(
-                f"{rollouts.where(key)}: id: expected one of the ids in {args.prompts}, came "
+                f"{rollouts.where(key)}: id: expected one of the ids in {args.prompts}, got "
                 f"{key[0]!r}"
             )
         if args.grader == "answer" and "answer" not in prompts[key[0]]:
@@ -710,7 +445,9 @@ def grade(argv):
         groups.setdefault(key[0], []).append(key)
     # before one is read
     spent = (
-        labels.spend(args.ledger, [prompts[i] for i in groups], args.spend, args.spend_again)
+        sparse_to_dense.spend(
+            args.ledger, [prompts[i] for i in groups], args.spend, args.spend_again
+        )
         if args.ledger
         else {}
     )
@@ -840,7 +577,7 @@ def grade(argv):
     )
     failures, teacher_scores, beaten = [], [], []
     inputs = [f for f in (args.prompts, args.rubrics, args.rollouts, args.answers) if f]
-    with records.Writer(
+    with files.Writer(
         args.out,
         "rewards",
         settings,
@@ -852,7 +589,7 @@ def grade(argv):
         results = (
             server.map(grade_group, todo) if server else ((g, grade_group(g)) for g in todo)
         )
-        for prompt_id, result in records.progress(
+        for prompt_id, result in files.progress(
             results, total=len(todo), desc=Path(args.out).name
         ):
             rewards, teachers = (
@@ -899,7 +636,7 @@ def grade(argv):
             )
 
     by_group, failed = {}, 0
-    for r in records.read(args.out, "rewards"):
+    for r in files.read(args.out, "rewards"):
         failed += r["status"] == "failed"
         if r["reward"] is not None:
             by_group.setdefault(str(r["id"]), []).append(r["reward"])
@@ -941,8 +678,6 @@ class Discriminator:
     (--answers) to compare with, which earn nothing."""
 
     def __init__(self, args, rollouts, groups):
-        from discriminator import load_scorer
-        from rollout import check_tokens
 
         self.scorer, self.rollouts, self.groups, self.given, self.seen = (
             load_scorer(args.discriminator),
@@ -956,12 +691,11 @@ class Discriminator:
             check_tokens(
                 rollouts[key], rollouts.where(key), self.scorer.identity, self.scorer.vocabulary
             )
-        for answer in records.read(args.answers, "answers") if args.answers else ():
+        for answer in files.read(args.answers, "answers") if args.answers else ():
             self.given.setdefault(str(answer["id"]), []).append(answer)
 
     def judge(self, prompt_id):
         """Scores of the group's rollouts, in order."""
-        from data import answer_ids
 
         rollouts = [self.rollouts[key] for key in self.groups[prompt_id]]
         answers = [
@@ -984,7 +718,6 @@ class Discriminator:
         return scores[: len(rollouts)]
 
     def summary(self):
-        from discriminator import verdicts
 
         return verdicts(self.seen) if self.seen else {}
 
@@ -1063,8 +796,8 @@ def attempt(function, *args, **options):
 
 
 def main(argv=None):
-    return records.dispatch(__doc__, {"create": create, "grade": grade}, argv)
+    return files.dispatch(__doc__, {"create": create, "grade": grade}, argv)
 
 
 if __name__ == "__main__":
-    records.run(main)
+    files.run(main)

@@ -20,7 +20,7 @@ probability of ending where the last token stands.  With --prompts the teacher r
 prompts than the student did, the answer in them, say: then a model can teach itself (OPSD,
 arXiv 2601.18734), and what it teaches is the difference that the answer makes. `shuffle` deals
 a file's log-probs out at random: a null control.  `units` is for a teacher of another
-vocabulary (units.py).
+vocabulary (methods/simct/units.py).
 
 Scoring starts with a self-test: one rollout is scored alone and again inside a padded batch.
 The difference is the noise floor; a teacher-student gap below it is no signal.
@@ -37,15 +37,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import records
-import served
-import units
-from kernel import linear_logp
-from records import BadInput
-from rollout import (
+from opd import files, records, served
+from opd.kernel import linear_logp
+from opd.policy import (
     add_model_flags,
-    add_sampling_flags,
-    answer_prompts,
     check_tokens,
     hidden_at,
     likeliest,
@@ -57,17 +52,19 @@ from rollout import (
     vocabulary_size,
     who,
 )
+from opd.records import BadInput
+from opd.sampling import add_sampling_flags, answer_prompts
 
 # ---- answer
 
 
 def answer(argv):
-    p = records.parser(__doc__)
+    p = files.parser(__doc__)
     add_sampling_flags(p, n=4)
     args = p.parse_args(argv)
     summary = answer_prompts(args, "answers", need_tokens=False)
     seen, distinct, prompts, tokens = set(), 0, set(), 0
-    for r in records.read(args.out, "answers"):
+    for r in files.read(args.out, "answers"):
         text = (str(r["id"]), hash(r["text"]))
         distinct += text not in seen
         seen.add(text)
@@ -173,74 +170,6 @@ def token_pair(text, tokenizer):
     return vocabulary[names[0]], vocabulary[names[1]]
 
 
-def shuffle(argv):
-    """teacher.py shuffle: the null control of dense supervision."""
-    p = records.parser(
-        "The same log-probs, dealt out at random among all tokens of the file: a teacher "
-        "that knows nothing.\n\n"
-        "    python teacher.py shuffle --scores scores.jsonl --out null.jsonl"
-    )
-    p.add_argument("--scores", required=True, help="JSONL of scores")
-    p.add_argument("--out", required=True, help="JSONL to write; top-k fields are left out")
-    p.add_argument(
-        "--rollouts",
-        help="the rollouts of these scores: tokens that their loss mask hides, a tool's, "
-        "keep their own",
-    )
-    p.add_argument("--seed", type=int, default=0, help="of the permutation")
-    p.add_argument("--overwrite", action="store_true", help="begin the output anew")
-    args = p.parse_args(argv)
-    rows = [
-        {k: v for k, v in row.items() if k not in ("topk", "topk_of", "end_mass")}
-        for row in records.read(args.scores, "scores")
-    ]
-    if args.rollouts:
-        scores, rollouts = (
-            records.Table(args.scores, "scores"),
-            records.Table(args.rollouts, "rollouts"),
-        )
-        masks = {
-            key: rollouts[key]["loss_mask"]
-            for key in rollouts.keys()
-            if records.partner(scores, rollouts[key], rollouts)
-        }
-        if missing := [key for key in scores.keys() if key not in masks]:
-            raise BadInput(
-                f"{scores.where(missing[0])}: expected the scores of a rollout of "
-                f"{args.rollouts}, came those of another"
-            )
-    flat = np.concatenate([row["logprobs"] for row in rows])
-    counts = (
-        np.concatenate(
-            [
-                masks[records.key_of(row, "scores")]
-                if args.rollouts
-                else np.ones(len(row["logprobs"]))
-                for row in rows
-            ]
-        )
-        > 0
-    )
-    flat[counts] = np.random.default_rng(args.seed).permutation(flat[counts])
-    with records.Writer(
-        args.out,
-        "scores",
-        {"shuffle": args.seed},
-        [args.scores] + [args.rollouts] * bool(args.rollouts),
-        args.overwrite,
-    ) as writer:
-        for row, part in zip(
-            rows, np.split(flat, np.cumsum([len(row["logprobs"]) for row in rows])[:-1])
-        ):
-            if records.key_of(row, "scores") not in writer:
-                writer.write(row | {"logprobs": part.tolist()})
-    print(
-        f"teacher.py shuffle: {args.out}: {len(rows)} rollouts, {counts.sum()} log-probs "
-        f"dealt out"
-    )
-    return {"out": args.out, "records": len(rows)}
-
-
 def hinted(prompt, hint, where):
     """A prompts record whose question, the last message of the user's or the text, is `hint`
     filled in: {question}, {answer}, {solution}.
@@ -257,7 +186,7 @@ def hinted(prompt, hint, where):
     )
     if turn is None and "messages" in prompt:
         raise BadInput(
-            f"{where}: messages: expected one of the user's for --hint to stand in, came none"
+            f"{where}: messages: expected one of the user's for --hint to stand in, got none"
         )
     fields = {name: prompt[name] for name in ("answer", "solution") if name in prompt} | {
         "question": prompt["prompt"] if turn is None else prompt["messages"][turn]["content"]
@@ -272,7 +201,7 @@ def hinted(prompt, hint, where):
     except (ValueError, IndexError, AttributeError) as error:
         raise BadInput(
             f"--hint: expected text with {{question}}, {{answer}} or {{solution}}, and {{{{ "
-            f"and }}}} for braces, came {hint!r} ({error})"
+            f"and }}}} for braces, got {hint!r} ({error})"
         ) from None
     if turn is None:
         return prompt | {"prompt": text}
@@ -286,7 +215,7 @@ def hinted(prompt, hint, where):
 def other_prompts(args, tokenizer, rollouts):
     """{prompt id: token ids} of what the teacher reads in place of the student's prompts; {}
     without --prompts."""
-    prompts, found = records.Table(args.prompts, "prompts") if args.prompts else None, {}
+    prompts, found = files.Table(args.prompts, "prompts") if args.prompts else None, {}
     for name, _ in rollouts.keys() if prompts else ():
         if name not in found:  # keys are strings, whatever the ids
             if (name,) not in prompts:
@@ -329,7 +258,7 @@ def served_noise_floor(server, rollouts):
 
 
 def score(argv):
-    p = records.parser(__doc__)
+    p = files.parser(__doc__)
     p.add_argument(
         "--model", required=True, help="the teacher: folder, Hugging Face id, or a served name"
     )
@@ -383,7 +312,7 @@ def score(argv):
     served.add_flags(p)
     args = p.parse_args(argv)
     if args.top_k < 0:
-        raise BadInput(f"--top-k: expected 0 or more, came {args.top_k}")
+        raise BadInput(f"--top-k: expected 0 or more, got {args.top_k}")
     if args.top_k_of and (args.top_k or args.base_url):
         reason = "and a server gives only its own likeliest ones"
         if args.top_k:
@@ -399,8 +328,8 @@ def score(argv):
         raise BadInput("--hint: needs --prompts, the records whose fields it names")
 
     rollouts, others = (
-        records.Table(args.rollouts, "rollouts"),
-        records.Table(args.top_k_of, "scores") if args.top_k_of else None,
+        files.Table(args.rollouts, "rollouts"),
+        files.Table(args.top_k_of, "scores") if args.top_k_of else None,
     )
     if args.base_url:
         policy, (tokenizer, identity) = None, served_policy(args)
@@ -432,13 +361,13 @@ def score(argv):
         ):
             raise BadInput(
                 f"{rollouts.where(key)}: policy.template: expected {identity['template']}, "
-                f"the teacher's chat template, came "
+                f"the teacher's chat template, got "
                 f"{rollout['policy'].get('template')}: a teacher off its own template scores "
                 f"badly; pass --allow-template-mismatch "
                 "if this is meant"
             )
         if others:
-            proposal = records.partner(others, rollout, rollouts)
+            proposal = files.partner(others, rollout, rollouts)
             if "topk" not in proposal:
                 raise BadInput(
                     f"{others.where(key)}: topk: expected ids to score, but the field is "
@@ -448,7 +377,7 @@ def score(argv):
             if proposal["policy"].get("weights") != proposer:
                 raise BadInput(
                     f"{others.where(key)}: policy.weights: expected {proposer} as in the "
-                    f"lines before, came {proposal['policy'].get('weights')}"
+                    f"lines before, got {proposal['policy'].get('weights')}"
                 )
         lengths.append((key, len(read(rollout)["prompt_ids"]) + len(rollout["response_ids"])))
 
@@ -470,7 +399,7 @@ def score(argv):
         **({"same_token": args.same_token} if args.same_token else {}),
         **({"hint": args.hint} if args.hint else {}),
     }
-    with records.Writer(
+    with files.Writer(
         args.out,
         "scores",
         settings,
@@ -482,7 +411,7 @@ def score(argv):
             [todo[i][0] for i in b]
             for b in token_batches([n for _, n in todo], args.batch_tokens if policy else 1)
         ]
-        with records.progress(
+        with files.progress(
             total=len(lengths), initial=len(lengths) - len(todo), desc=Path(args.out).name
         ) as bar:
 
@@ -529,7 +458,7 @@ def score(argv):
         )
 
     # log mu - log p_T on the sampled tokens: its mean estimates the reverse KL
-    for record in records.read(args.out, "scores"):
+    for record in files.read(args.out, "scores"):
         rollout = rollouts[records.key_of(record, "scores")]
         gap = np.subtract(rollout["logprobs"], record["logprobs"])
         if "steps" in rollout:  # what a tool said, nobody sampled
@@ -558,18 +487,8 @@ def score(argv):
 
 
 def main(argv=None):
-    return records.dispatch(
-        __doc__,
-        {
-            "answer": answer,
-            "score": score,
-            "shuffle": shuffle,
-            "units": units.main,
-            "regroup": units.regroup,
-        },
-        argv,
-    )
+    return files.dispatch(__doc__, {"answer": answer, "score": score}, argv)
 
 
 if __name__ == "__main__":
-    records.run(main)
+    files.run(main)

@@ -9,8 +9,8 @@
 
 Reads rollouts (or answers, for sft), the rewards and scores that belong to them, and a model
 folder; writes a model folder that transformers, vLLM and lm-eval load as it is, with
-metrics.jsonl and the optimiser's state beside it. loss.py says what is descended, data.py what
-a step is made of: this file has no branch that is named after a method.
+metrics.jsonl and the optimiser's state beside it. opd/loss.py says what is descended,
+opd/batches.py what a step is made of: this file has no branch that is named after a method.
 
 One call is one round: the rollouts are walked once (--epochs), in a seeded order, --batch-size
 prompts with all their rollouts an optimiser step.  The log-probs of the starting weights are
@@ -43,14 +43,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import loss as losses
-import records
-from data import Data, check_teacher, plan, taught_by
-from discriminator import load_scorer, weigh_scores
-from explain import explain as explain_row
-from kernel import KERNELS, linear_token_loss, token_numbers
-from records import BadInput
-from rollout import (
+from methods.explain import explain as explain_row
+from methods.gad import load_scorer, weigh_scores
+from methods.simct.units import raw_logits
+from opd import files
+from opd import loss as losses
+from opd.batches import Data, check_teacher, plan, taught_by
+from opd.kernel import KERNELS, linear_token_loss, token_numbers
+from opd.policy import (
     find_folder,
     hash_weights,
     hidden_at,
@@ -59,8 +59,8 @@ from rollout import (
     response_positions,
     token_batches,
 )
-from tools import call_use
-from units import raw_logits
+from opd.records import BadInput
+from opd.tools import call_use
 
 # ---- one step
 
@@ -489,7 +489,7 @@ def save(folder, policy, masters, optimiser, state):
             f"{folder}: could not be written ({error}): make room and run the same command "
             f"again, it goes on from its last checkpoint"
         ) from None
-    records.write_atomically(
+    files.write_atomically(
         folder / "trainer" / "state.json", json.dumps(state, indent=1, default=str) + "\n"
     )
 
@@ -516,7 +516,7 @@ def checkpoint(partial, step, *content):
     """Writes OUT.partial/step-N, then points LATEST at it: a kill at any moment leaves one
     complete checkpoint."""
     save(partial / f"step-{step}", *content)
-    records.write_atomically(partial / "LATEST", f"step-{step}")
+    files.write_atomically(partial / "LATEST", f"step-{step}")
     for old in partial.glob("step-*"):
         if old.name != f"step-{step}":
             shutil.rmtree(old)
@@ -565,7 +565,7 @@ def check_inputs(args, method):
     if args.teacher and method.coefficient in ("unit", "sorted"):
         raise BadInput(
             f"{row}: a teacher of another vocabulary is read from --scores (teacher.py "
-            f"units), came --teacher"
+            f"units), got --teacher"
         )
     if args.teacher and method.divergence == "jsd" and not args.teacher_top_k:
         raise BadInput(
@@ -586,7 +586,7 @@ def load_teacher(args, policy, weights):
         if teacher.identity[field] != policy.identity[field]:
             raise BadInput(
                 f"--teacher {args.teacher}: expected the {field} of {args.model}, "
-                f"{policy.identity[field]}, came {teacher.identity[field]}: "
+                f"{policy.identity[field]}, got {teacher.identity[field]}: "
                 + (
                     "their token ids mean different things"
                     if field == "vocabulary"
@@ -601,7 +601,7 @@ def load_teacher(args, policy, weights):
 
 def explain(argv):
     """train.py --explain NAME [--set COLUMN=VALUE]."""
-    p = records.parser(
+    p = files.parser(
         "A row of loss.METHODS in words.\n\n    python train.py --explain gkd --set "
         "interpolation=0.1"
     )
@@ -625,7 +625,7 @@ def explain(argv):
 
 
 def main(argv=None):
-    p = records.parser(__doc__)
+    p = files.parser(__doc__)
     p.add_argument(
         "--explain",
         metavar="NAME",
@@ -687,7 +687,8 @@ def main(argv=None):
     )
     p.add_argument(
         "--token-weights",
-        help="JSONL of a number for every token of these rollouts (weigh.py), for a method "
+        help="JSONL of a number for every token of these rollouts (methods.prefix), for a "
+        "method "
         "that reads them (release, sod)",
     )
     p.add_argument(
@@ -827,7 +828,7 @@ def main(argv=None):
     ):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise BadInput(
-                f"--{flag.replace('_', '-')}: expected at least 1, came {getattr(args, flag)}"
+                f"--{flag.replace('_', '-')}: expected at least 1, got {getattr(args, flag)}"
             )
     if args.steps and args.epochs:
         raise BadInput("--steps and --epochs both say how long to train: give one of them")
@@ -864,7 +865,7 @@ def main(argv=None):
         "weights": hash_weights(source),
         "teacher": hash_weights(find_folder(args.teacher)) if args.teacher else None,
         "inputs": {
-            f: records.hash_file(f)
+            f: files.hash_file(f)
             for f in (
                 args.rollouts,
                 args.rewards,
@@ -883,7 +884,7 @@ def main(argv=None):
     if not args.overwrite:
         for state_file in (out / "trainer" / "state.json", partial / "run.json"):
             if state_file.exists() and (
-                difference := records.first_difference(
+                difference := files.first_difference(
                     json.loads(state_file.read_text()).get("run"), run
                 )
             ):
@@ -938,7 +939,7 @@ def main(argv=None):
         )
     if given and (missing := [prompt for prompt in data.groups if prompt not in given.groups]):
         raise BadInput(
-            f"{args.data}: expected an answer to every prompt of {args.rollouts}, came none "
+            f"{args.data}: expected an answer to every prompt of {args.rollouts}, got none "
             f"to id {missing[0]!r}"
         )
     if args.overwrite:  # only now, when the new run's inputs are known to be good
@@ -974,12 +975,10 @@ def main(argv=None):
         state = load_trainer_state(folder, policy, masters, optimiser)
         done, before = state["done"], state["before"]
         kept = metrics_path.read_text().splitlines(keepends=True)[:done]
-        records.write_atomically(metrics_path, kept)
+        files.write_atomically(metrics_path, kept)
     else:
         partial.mkdir(parents=True, exist_ok=True)
-        records.write_atomically(
-            partial / "run.json", json.dumps({"run": run}, indent=1) + "\n"
-        )
+        files.write_atomically(partial / "run.json", json.dumps({"run": run}, indent=1) + "\n")
         metrics_path.unlink(missing_ok=True)
         continued = source / "trainer" / "state.json"
         if (
@@ -998,7 +997,7 @@ def main(argv=None):
         0,
     )
     with open(metrics_path, "ab", buffering=0) as log:
-        for index in records.progress(
+        for index in files.progress(
             range(done, len(steps)), initial=done, total=len(steps), desc=f"train {args.method}"
         ):
             step = before["step"] + index
@@ -1044,7 +1043,7 @@ def main(argv=None):
             }
             if method.rewards:
                 metrics |= data.signals
-            records.append_whole(log, json.dumps({"step": step + 1} | metrics).encode() + b"\n")
+            files.append_whole(log, json.dumps({"step": step + 1} | metrics).encode() + b"\n")
             if (index + 1) % args.save_every == 0 and index + 1 < len(steps):
                 checkpoint(
                     partial,
@@ -1082,7 +1081,7 @@ def main(argv=None):
     )
     shutil.copy(metrics_path, final / "metrics.jsonl")
     if taught := taught_by(source, method, data):
-        records.write_atomically(final / "sft_teacher.json", json.dumps(taught) + "\n")
+        files.write_atomically(final / "sft_teacher.json", json.dumps(taught) + "\n")
     final.rename(out)
     shutil.rmtree(partial)
     if alarms:
@@ -1102,4 +1101,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    records.run(main)
+    files.run(main)

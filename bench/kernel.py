@@ -1,4 +1,4 @@
-"""kernel.py beside everything else that computes log-probs or a KL from hidden states and a
+"""opd/kernel.py beside everything else that computes log-probs or a KL from hidden states and a
 head: time, memory, accuracy.
 
     python bench/kernel.py --out results/kernel.jsonl                     # every shape, float32
@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kernel import linear_logp, linear_reverse_kl, linear_token_loss  # noqa: E402
+from opd.kernel import linear_logp, linear_reverse_kl, linear_token_loss
 
 SHAPES = "2048x576x49152 512x1024x151936 4096x1024x32000"
 

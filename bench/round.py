@@ -11,7 +11,7 @@ the CPU.  The teacher is a copy of the model: the cost is what is measured, not 
 Contenders take turns, every one in fresh processes.
 
     stages        rollout.py, then train.py --teacher: a process each, as a person runs them
-    one-process   the same two stages in one process, as a recipe runs them
+    one-process   the same two stages in one process, as a experiment runs them
     disk          rollout.py, teacher.py score --top-k 20, train.py --scores: a process each; 20
                   tokens and a tail instead of all
     trl-RxA       DistillationTrainer, A micro-batches of R answers; -checkpointing: activations
@@ -170,7 +170,7 @@ def versions(*packages):
 
 def child_stages(job):
     """Runs stages one after the other in this process, with clocks around what PARTS names."""
-    sys.path.insert(0, str(ROOT))  # before bench/, where another kernel.py lies
+    sys.path.insert(0, str(ROOT))  # before bench/, where another opd/kernel.py lies
     stages = [importlib.import_module(name.removesuffix(".py")) for name, *_ in job["lines"]]
     import torch
 

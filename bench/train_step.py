@@ -20,9 +20,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from opd import policy as policies
+from opd import records
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import records  # noqa: E402
 
 
 def make_records(model, folder, rollouts, length):
@@ -30,9 +32,7 @@ def make_records(model, folder, rollouts, length):
     random token ids."""
     import numpy as np
 
-    import rollout
-
-    policy = rollout.load_policy(model)
+    policy = policies.load_policy(model)
     rng = np.random.default_rng(0)
     with open(folder / "rollouts.jsonl", "w") as r, open(folder / "scores.jsonl", "w") as s:
         for i in range(rollouts):

@@ -24,6 +24,12 @@ if not Path("/dev/nvidia0").exists():
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import rollout  # noqa: E402
+import teacher  # noqa: E402
+import train  # noqa: E402
+from opd import files, records  # noqa: E402
+from worlds import sums  # noqa: E402
+
 
 def load(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
@@ -57,11 +63,10 @@ def argv(*parts, **flags):
 def refusal(main, arguments, capsys):
     """The one-line message with which a stage, run as a program, refuses: exit code 2, no
     traceback."""
-    import records
 
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        records.run(lambda: main(arguments))
+        files.run(lambda: main(arguments))
     message = capsys.readouterr().err
     assert stop.value.code == 2, message
     assert message.startswith("error: ") and message.count("\n") == 1, message
@@ -85,17 +90,19 @@ def kill_while_writing(stage, arguments, after):
     code = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import records, {stage} as stage
-written, write = [0], records.Writer.write
+import json
+from opd import files
+import {stage} as stage
+written, write = [0], files.Writer.write
 def dying(self, *rows):
     for row in rows:
         if written[0] == {after}:
-            self._file.write(records.json.dumps(row).encode()[:50])
+            self._file.write(json.dumps(row).encode()[:50])
             os.kill(os.getpid(), signal.SIGKILL)
         write(self, row)
         written[0] += 1
-records.Writer.write = dying
-records.run(lambda: stage.main({[str(a) for a in arguments]!r}))
+files.Writer.write = dying
+files.run(lambda: stage.main({[str(a) for a in arguments]!r}))
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -151,7 +158,6 @@ def same_bits(a, b):
 def make_rewards(rollouts, path, reward=None):
     """Rewards for a rollouts file: reward(record), by default a number in [0, 1] drawn from the
     key's hash."""
-    import records
 
     rows = []
     for r in load(rollouts):
@@ -183,14 +189,9 @@ def world(tmp_path_factory):
     rewards."""
     import torch
 
-    import rollout
-    import teacher
-    import toy
-    import train
-
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("world")
-    toy.main(argv(out=root / "toy", train_prompts=24, eval_prompts=8, clean=1500, mixed=300))
+    sums.main(argv(out=root / "toy", train_prompts=24, eval_prompts=8, clean=1500, mixed=300))
     sft = dict(
         method="sft",
         rollouts=root / "toy" / "clean.jsonl",
@@ -265,7 +266,6 @@ def variant(source, folder, tokenizer=None, model=None):
 def drifted(world, tmp_path_factory):
     """The base model after some more training: log pi differs from the log-probs the rollouts
     were sampled with."""
-    import train
 
     out = tmp_path_factory.mktemp("drifted") / "m"
     train.main(
@@ -287,13 +287,9 @@ def agents(tmp_path_factory):
     """A world with a calculator: toy, prompts, student (pre-trained for seconds: some calls are
     right, some malformed, some are none), teacher, and of the student: rollouts (8 prompts x 4,
     a third of the calls in outage), scores (teacher, whole vocabulary), rewards."""
-    import rollout
-    import teacher
-    import toy
-    import train
 
     root = tmp_path_factory.mktemp("agents")
-    toy.main(
+    sums.main(
         argv(
             task="tools",
             out=root / "toy",

@@ -18,8 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from opd import kernel_triton
+from opd import kernel_triton as kernels
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import kernel_triton as kernels  # noqa: E402
 
 TYPES = {
     "statistics": (
@@ -40,12 +42,12 @@ def compile_for(name, capability, dtype="bf16", cap=False):
     types = " ".join(TYPES[name]).replace("bf16", dtype).split()
     names = kernel.arg_names
     constants = dict(
-        FLOAT=kernels.tl.float32,
+        FLOAT=kernel_triton.tl.float32,
         CAP=cap,
         UP=False,
-        TN=kernels.TILE[0],
-        TV=kernels.TILE[1],
-        TD=kernels.TILE[2],
+        TN=kernel_triton.TILE[0],
+        TV=kernel_triton.TILE[1],
+        TD=kernel_triton.TILE[2],
     )
     aligned = [i for i, t in enumerate(types) if t.startswith("*")] + [names.index("D")]
     source = ASTSource(
@@ -57,7 +59,7 @@ def compile_for(name, capability, dtype="bf16", cap=False):
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": kernels.WARPS, "num_stages": kernels.STAGES},
+        options={"num_warps": kernel_triton.WARPS, "num_stages": kernel_triton.STAGES},
     )
     arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
     with tempfile.TemporaryDirectory() as folder:

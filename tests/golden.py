@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # what may differ from run to run, or names a place or a command
 UNSTABLE = {
+    "model",
     "policy",
     "seconds",
     "settings",

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import align
-import records
-import toy
+from methods.simct import align
+from opd import records
+from worlds import sums
 
 TEXTS = [
     "the quick brown fox jumps over the lazy dog 12 34 567 8901",
@@ -140,8 +140,8 @@ KINDS = (
 def tokenizers():
     found = {kind: trained(kind) for kind in KINDS[:4]}
     found |= {
-        "characters": toy.build_tokenizer(),
-        "merged digits": toy.build_tokenizer(merges=toy.TWO_DIGITS),
+        "characters": sums.build_tokenizer(),
+        "merged digits": sums.build_tokenizer(merges=sums.TWO_DIGITS),
     }
     real = Path(os.environ.get("OPD_REAL_MODEL", "/nonexistent"))
     return found | ({"SmolLM2": AutoTokenizer.from_pretrained(real)} if real.is_dir() else {})
@@ -431,6 +431,6 @@ def test_an_unknown_decoder_is_refused():
     core = Tokenizer(models.BPE(vocab={"a": 0, "<end>": 1}, merges=[]))
     core.decoder = decoders.CTC()
     with pytest.raises(
-        records.BadInput, match="decoder: expected steps whose bytes are known, came CTC"
+        records.BadInput, match="decoder: expected steps whose bytes are known, got CTC"
     ):
         align.spelling(wrap(core, eos_token="<end>"))

@@ -1,5 +1,5 @@
-"""data.py: only what belongs together becomes a training step; groups, weights and ends of
-answers; whose answers they are."""
+"""opd/batches.py: only what belongs together becomes a training step; groups, weights and ends
+of answers; whose answers they are."""
 
 import re
 import types
@@ -23,11 +23,12 @@ from conftest import (
 from test_teacher import padded, permuted
 from test_train import END, FAST, V, gradient, metrics, needs, refused, run, same_gradient
 
-import records
 import rollout
 import teacher
 import train
-from loss import METHODS
+from opd import policy as policies
+from opd import records
+from opd.loss import METHODS
 
 # ---- ends of answers
 
@@ -55,7 +56,7 @@ TEXTS = [("1+2=?", "#3"), ("4+5-2=?", "4+5=9\n9-2=7\n#7"), ("9-3=?", "9-3=6\n#6"
 @pytest.mark.parametrize("finish, extra", [("stop", 1), ("length", 0), ("tool_limit", 0)])
 def test_only_answers_that_ended_get_an_end_token(world, tmp_path, finish, extra):
     path = answers_file(tmp_path / "a.jsonl", TEXTS, finish)
-    policy = rollout.load_policy(str(world.base))
+    policy = policies.load_policy(str(world.base))
     args = types.SimpleNamespace(
         method="sft",
         model=str(world.base),
@@ -88,7 +89,7 @@ def test_only_answers_that_ended_get_an_end_token(world, tmp_path, finish, extra
 
 def end_probability(folder, texts):
     """Mean probability of the end token after each whole text."""
-    model, tokenizer = naive_model(folder), rollout.load_policy(str(folder)).tokenizer
+    model, tokenizer = naive_model(folder), policies.load_policy(str(folder)).tokenizer
     out = []
     with torch.no_grad():
         for question, text in texts:
@@ -113,7 +114,7 @@ def test_the_end_token_is_learnt_also_where_it_is_the_pad_token(
             tokenizer.pad_token = tokenizer.eos_token
 
     folder = variant(world.base, tmp_path / "m", change)
-    policy = rollout.load_policy(str(folder))
+    policy = policies.load_policy(str(folder))
     assert (
         policy.tokenizer.pad_token_id == END
     ) == pad_is_end and policy.tokenizer.eos_token_id == END
@@ -126,7 +127,7 @@ def test_the_end_token_is_learnt_also_where_it_is_the_pad_token(
                 r
                 | {
                     "policy": policy.identity,
-                    "prompt_ids": rollout.render(policy.tokenizer, r),
+                    "prompt_ids": policies.render(policy.tokenizer, r),
                     "response_ids": ids,
                     "loss_mask": [1] * len(ids),
                     "logprobs": [-1.0] * len(ids),
@@ -660,7 +661,7 @@ def test_teacher_scores_need_rollouts_at_temperature_one_and_one_temperature_a_f
 ):
     rows = [dict(r, temperature=0.7) for r in load(world.rollouts)]
     warm = dump(tmp_path / "r.jsonl", rows)
-    assert "r.jsonl:1: temperature: expected 1, came 0.7" in refused(
+    assert "r.jsonl:1: temperature: expected 1, got 0.7" in refused(
         world, tmp_path, capsys, method="opd", rollouts=warm
     )
     rows[9]["temperature"] = 0.9
@@ -710,7 +711,6 @@ def test_a_missing_record_is_named(world, tmp_path, capsys, method, flag):
 def test_scores_after_another_prompt_teach_but_are_no_reference(world, tmp_path, capsys):
     """A student that is taught by itself with the answer before it: a step moves it; without
     the answer there is nothing to learn."""
-    import teacher
 
     told, same = tmp_path / "told.jsonl", tmp_path / "same.jsonl"
     teacher.main(

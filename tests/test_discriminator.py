@@ -10,15 +10,16 @@ import pytest
 import torch
 from conftest import argv, by_key, dump, load, refusal, variant
 
-import discriminator
-import loss as losses
-import records
 import rollout
 import rubric
 import teacher
 import train
-from discriminator import load_scorer, pair_weights, verdicts
-from explain import explain
+from methods import gad
+from methods.explain import explain
+from methods.gad import load_scorer, pair_weights, verdicts
+from opd import files, records
+from opd import loss as losses
+from opd import policy as policies
 
 END = 4
 
@@ -222,7 +223,7 @@ def test_a_text_only_answer_is_the_same_answer(world, pairs, tmp_path):
     the very gradient of the ids."""
     questions, tokenizer = (
         {p["id"]: p["messages"] for p in load(world.prompts)},
-        rollout.load_tokenizer(str(world.base)),
+        policies.load_tokenizer(str(world.base)),
     )
     # no <|user|> in its midst
     spelt = [
@@ -259,7 +260,7 @@ def test_a_first_discriminator_is_the_policy_with_a_seeded_head(world):
         and heads[0].head.shape == (1, 64)
     )
     assert float(heads[0].head.std()) < 0.05
-    own = rollout.load_policy(str(world.base)).model.model.state_dict()
+    own = policies.load_policy(str(world.base)).model.model.state_dict()
     assert all(torch.equal(own[k], v) for k, v in heads[0].model.model.state_dict().items())
 
 
@@ -284,10 +285,10 @@ def test_the_folder_is_a_transformers_classifier_and_goes_on(world, pairs, tmp_p
     )
     assert done["steps"] == 2 and done["step"] == 4, "optimiser and step count go on"
     assert (
-        list(records.read(tmp_path / "d2" / "metrics.jsonl", "metrics"))[-1][
+        list(files.read(tmp_path / "d2" / "metrics.jsonl", "metrics"))[-1][
             "discriminator/accuracy"
         ]
-        > list(records.read(pairs.d / "metrics.jsonl", "metrics"))[0]["discriminator/accuracy"]
+        > list(files.read(pairs.d / "metrics.jsonl", "metrics"))[0]["discriminator/accuracy"]
     )
 
 
@@ -374,7 +375,7 @@ def test_rewards_are_the_scores_and_name_the_discriminator(world, pairs, tmp_pat
     assert {k: r["reward"] for k, r in rewards.items()} == pytest.approx(
         want, abs=1e-4
     ) and any(not 0 <= x <= 1 for x in want.values())
-    assert {r["discriminator"] for r in rewards.values()} == {rollout.hash_weights(pairs.d)}
+    assert {r["discriminator"] for r in rewards.values()} == {policies.hash_weights(pairs.d)}
     hits = [(t > s) + 0.5 * (t == s) for (prompt, _), s in want.items() for t in given[prompt]]
     assert done["accuracy"] == pytest.approx(np.mean(hits), abs=0.02) and done[
         "margin"
@@ -405,7 +406,7 @@ def test_a_reward_beyond_0_and_1_needs_a_discriminators_name():
         "grader": "g",
     }
     assert (
-        "expected a number in [0, 1] or null, came 2.5" in records.validate(line, "rewards")
+        "expected a number in [0, 1] or null, got 2.5" in records.validate(line, "rewards")
         and records.validate(line | {"discriminator": "d"}, "rewards") is None
     )
 
@@ -434,7 +435,7 @@ def test_grading_is_refused_where_it_would_mean_nothing(world, pairs, tmp_path, 
 
     assert "expected --discriminator FOLDER" in message(discriminator=None)
     assert "expected no --discriminator" in message(grader="answer")
-    assert "expected a sequence classifier, came LlamaForCausalLM" in message(
+    assert "expected a sequence classifier, got LlamaForCausalLM" in message(
         discriminator=world.base
     )
     foreign = dump(
@@ -603,6 +604,6 @@ def test_a_killed_run_goes_on(world, pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "optimise", step)
     train.main(argv(out=tmp_path / "cut", **flags))
     a, b = (naive_discriminator(tmp_path / name).state_dict() for name in ("whole", "cut"))
-    assert all(torch.equal(a[k], b[k]) for k in a) and discriminator.hash_weights(
+    assert all(torch.equal(a[k], b[k]) for k in a) and gad.hash_weights(
         tmp_path / "whole"
-    ) == discriminator.hash_weights(tmp_path / "cut")
+    ) == gad.hash_weights(tmp_path / "cut")

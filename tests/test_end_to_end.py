@@ -1,5 +1,5 @@
-"""The whole pipeline: the main job's recipe in seconds, and every stage against a server that
-misbehaves."""
+"""The whole pipeline: the main job's experiment in seconds, and every stage against a server
+that misbehaves."""
 
 import json
 import os
@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 from fake_server import FakeServer
 
-import records
 import rollout
 import rubric
 import teacher
-import toy
-from recipes.ropd import ARMS
+from experiments.ropd import ARMS
+from opd import policy as policies
+from opd import records
+from opd.files import Table, guess_kind, main, partner, read
+from worlds import sums
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,19 +33,19 @@ def run(*words, **options):
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     out = tmp_path_factory.mktemp("smoke")
-    done = run("-m", "recipes.ropd", "--smoke", "--out", str(out))
+    done = run("-m", "experiments.ropd", "--smoke", "--out", str(out))
     assert done.returncode == 0, done.stderr
     return out, done
 
 
 def test_smoke_runs_every_arm_and_ends_in_a_table_and_a_picture(smoke):
     out, done = smoke
-    rows = list(records.read(out / "results.jsonl", "results"))
+    rows = list(read(out / "results.jsonl", "results"))
     assert {r["arm"] for r in rows if r["final"]} == set(ARMS)
     for r in rows:
         assert (
             0 <= r["accuracy"] <= 1
-            and r["command"].startswith("python -m recipes.ropd")
+            and r["command"].startswith("python -m experiments.ropd")
             and r["versions"]["torch"]
         )
     ropd = [r for r in rows if r["arm"] == "ropd"]
@@ -65,21 +67,21 @@ def test_every_file_the_recipe_left_is_valid_and_joins(smoke):
     for f in files:
         assert sum(
             1
-            for _ in records.read(
+            for _ in read(
                 f,
                 "prompts"
                 if f.parent.name == "toy"
                 and f.name in ("train.jsonl", "dev.jsonl", "heldout.jsonl")
-                else records.guess_kind(f),
+                else guess_kind(f),
             )
         )
     place = out / "seed0" / "ropd" / "round1"
     rollouts, rewards = (
-        records.Table(place / "rollouts.jsonl", "rollouts"),
-        records.Table(place / "rewards.jsonl", "rewards"),
+        Table(place / "rollouts.jsonl", "rollouts"),
+        Table(place / "rewards.jsonl", "rewards"),
     )
     for r in rollouts:
-        assert records.partner(rewards, r, rollouts)["status"] == "ok"
+        assert partner(rewards, r, rollouts)["status"] == "ok"
 
 
 def test_commands_can_be_pasted_and_say_that_they_are_done(smoke):
@@ -89,7 +91,8 @@ def test_commands_can_be_pasted_and_say_that_they_are_done(smoke):
     pasted = next(
         line for line in lines if "rollout.py" in line and "/ropd/round1/" in line
     ).split()
-    # round 1 sampled from round 0's weights, which the recipe has tidied away: the stage says
+    # round 1 sampled from round 0's weights, which the experiment has tidied away: the stage
+    # says
     # so instead of guessing
     gone = run(*pasted[1:])
     assert gone.returncode == 2 and "neither a folder" in gone.stderr
@@ -105,17 +108,17 @@ def test_commands_can_be_pasted_and_say_that_they_are_done(smoke):
 def test_a_second_call_finds_everything_done(smoke):
     out, _ = smoke
     before = (out / "results.jsonl").read_bytes()
-    again = run("-m", "recipes.ropd", "--smoke", "--out", str(out))
+    again = run("-m", "experiments.ropd", "--smoke", "--out", str(out))
     assert again.returncode == 0 and again.stdout.count("done before") == len(ARMS)
     assert (out / "results.jsonl").read_bytes() == before
 
 
-# while toy.py, train.py, an arm is at work
+# while worlds.sums, train.py, an arm is at work
 @pytest.mark.parametrize(
     "moment", ["ROPD on running sums", "pre-training the teacher", "sft: heldout"]
 )
 def test_a_killed_recipe_goes_on(tmp_path, moment):
-    command = [sys.executable, "-m", "recipes.ropd", "--smoke", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "experiments.ropd", "--smoke", "--out", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if moment in line:
@@ -123,9 +126,9 @@ def test_a_killed_recipe_goes_on(tmp_path, moment):
     time.sleep(0.3)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = run("-m", "recipes.ropd", "--smoke", "--out", str(tmp_path))
+    done = run("-m", "experiments.ropd", "--smoke", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    rows = list(records.read(tmp_path / "results.jsonl", "results"))
+    rows = list(read(tmp_path / "results.jsonl", "results"))
     keys = [(r["arm"], r["seed"], r["step"]) for r in rows]
     assert len(keys) == len(set(keys)) and sum(r["final"] for r in rows) == len(ARMS)
 
@@ -143,7 +146,7 @@ def test_results_of_other_settings_are_refused(smoke, tmp_path):
             str(out / "results.jsonl"),
         ],
     ):
-        refused = run("-m", "recipes.ropd", "--smoke", *flags)
+        refused = run("-m", "experiments.ropd", "--smoke", *flags)
         assert refused.returncode == 2 and "now it is" in refused.stderr
 
 
@@ -152,9 +155,9 @@ def test_a_torn_results_line_is_made_again(smoke, tmp_path):
     torn = tmp_path / "results.jsonl"
     whole = (out / "results.jsonl").read_bytes()
     torn.write_bytes(whole[:-20])
-    from recipes import finished
+    from experiments import finished
 
-    settings = next(records.read(out / "results.jsonl", "results"))["settings"]
+    settings = next(read(out / "results.jsonl", "results"))["settings"]
     assert len(finished(torn, settings)) == len(ARMS) - 1
     assert whole.startswith(torn.read_bytes())
 
@@ -194,7 +197,7 @@ def reply(body):
 
 
 def test_the_served_pipeline_survives_429_500_timeouts_and_broken_bodies(tmp_path):
-    toy.main(
+    sums.main(
         [
             "--out",
             str(tmp_path / "toy"),
@@ -228,7 +231,7 @@ def test_the_served_pipeline_survives_429_500_timeouts_and_broken_bodies(tmp_pat
             "3",
         ]
 
-    tokenizer = rollout.load_tokenizer(student)
+    tokenizer = policies.load_tokenizer(student)
     with FakeServer(
         chat=reply, script=["429", "normal", "500", "torn", "hang"], tokenizer=tokenizer
     ) as fake:
@@ -346,7 +349,7 @@ def test_the_served_pipeline_survives_429_500_timeouts_and_broken_bodies(tmp_pat
             ]
         )
         assert graded["reward_mean"] == 1.0 and graded["failed"] == 0
-    assert records.main(["check", *paths.values()])
+    assert main(["check", *paths.values()])
     assert os.environ.get("OPENAI_API_KEY", "EMPTY") not in "".join(
         Path(p).read_text() for p in paths.values()
     ).replace("EMPTY", "")
@@ -355,7 +358,7 @@ def test_the_served_pipeline_survives_429_500_timeouts_and_broken_bodies(tmp_pat
 @pytest.fixture
 def small(tmp_path):
     """(flags of a served student on one prompt, its tokenizer, the output file)."""
-    toy.main(
+    sums.main(
         [
             "--out",
             str(tmp_path / "toy"),
@@ -384,7 +387,7 @@ def small(tmp_path):
         "--concurrency",
         "2",
     ]
-    return [*flags, "--model", student], rollout.load_tokenizer(student), out
+    return [*flags, "--model", student], policies.load_tokenizer(student), out
 
 
 def test_a_served_student_of_unknown_vocabulary_is_refused_before_anything_is_asked(small):
@@ -435,11 +438,11 @@ def test_an_answer_of_nothing_is_a_failure_and_no_empty_answer(small):
     flags, tokenizer, out = small
     with FakeServer(chat=reply, script=["normal", "null_text"]) as fake:
         summary = teacher.main(["answer", *flags, "--n", "5", "--base-url", fake.base_url])
-    assert summary["failed"] == 1 and all(r["text"] for r in records.read(out, "answers"))
+    assert summary["failed"] == 1 and all(r["text"] for r in read(out, "answers"))
 
 
 def test_a_served_student_that_shows_no_tokens_is_refused_for_training(tmp_path):
-    toy.main(
+    sums.main(
         [
             "--out",
             str(tmp_path / "toy"),

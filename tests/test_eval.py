@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from conftest import argv, refusal
 
+import eval as evaluation
+from experiments import report
+from opd import files, records, stats
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import eval as evaluation
-import records
-from records import BadInput
+from opd.records import BadInput
 
 if importlib.util.find_spec("rubric") is None:  # eval.py needs this one function of rubric.py
     stub = types.ModuleType("rubric")
@@ -61,7 +63,7 @@ def result(arm, seed, accuracy, step=40, final=True, **more):
         "teacher_tokens": 0,
         "trained_tokens": 10 * step,
         "seconds": 2.0 * step,
-        "command": "python -m recipes.x",
+        "command": "python -m experiments.x",
     } | more
 
 
@@ -103,7 +105,7 @@ def test_pass_at_k_counts_the_subsets_that_hold_a_right_answer(n):
         right = [True] * c + [False] * (n - c)
         for k in range(1, n + 1):
             subsets = list(itertools.combinations(right, k))
-            assert evaluation.pass_at_k(n, c, k) == pytest.approx(
+            assert stats.pass_at_k(n, c, k) == pytest.approx(
                 sum(map(any, subsets)) / len(subsets), abs=1e-12
             )
 
@@ -112,15 +114,15 @@ def test_pass_at_k_is_unbiased_where_the_plug_in_is_not():
     n, k, p = 6, 4, 0.3  # expectation over the binomial number of right answers, exactly
     weight = [evaluation.math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
     truth = 1 - (1 - p) ** k
-    assert sum(
-        w * evaluation.pass_at_k(n, c, k) for c, w in enumerate(weight)
-    ) == pytest.approx(truth, abs=1e-12)
+    assert sum(w * stats.pass_at_k(n, c, k) for c, w in enumerate(weight)) == pytest.approx(
+        truth, abs=1e-12
+    )
     assert sum(w * (1 - (1 - c / n) ** k) for c, w in enumerate(weight)) < truth - 0.03
 
 
 def test_t_quantile_matches_the_integral_of_the_density():
     for freedom in (1, 2, 3, 10, 11, 15, 30, 200):
-        t = evaluation.t_quantile(freedom)
+        t = stats.t_quantile(freedom)
         x = np.linspace(0, t, 400_001)
         scale = np.exp(
             evaluation.math.lgamma((freedom + 1) / 2) - evaluation.math.lgamma(freedom / 2)
@@ -130,9 +132,9 @@ def test_t_quantile_matches_the_integral_of_the_density():
 
 
 def test_interval_worked_example_and_single_value():
-    mean, half = evaluation.interval([0.2, 0.4, 0.6])
+    mean, half = stats.interval([0.2, 0.4, 0.6])
     assert mean == pytest.approx(0.4) and half == pytest.approx(4.3027 * 0.2 / 3**0.5)
-    assert evaluation.interval([0.7]) == (0.7, None)
+    assert stats.interval([0.7]) == (0.7, None)
 
 
 def test_interval_covers_95_percent_and_one_over_all_answers_does_not():
@@ -143,7 +145,7 @@ def test_interval_covers_95_percent_and_one_over_all_answers_does_not():
     difficulty = random_numbers.beta(0.5, 0.5, (trials, prompts))
     share = random_numbers.binomial(n, difficulty) / n
     for row in share:
-        mean, half = evaluation.interval(row)
+        mean, half = stats.interval(row)
         covered += abs(mean - 0.5) <= half
         covered_flat += abs(mean - 0.5) <= 1.96 * (mean * (1 - mean) / (prompts * n)) ** 0.5
     assert 0.935 < covered / trials < 0.965
@@ -166,24 +168,24 @@ def prose(characters):
 
 def test_a_looping_string_raises_the_repetition_ratio_and_prose_does_not():
     for tail in (256, 512):
-        assert evaluation.repetition_ratio("so 2+2=4\n" * 100, tail) > 4
-        assert evaluation.repetition_ratio(prose(2000), tail) < 2.5
-    assert evaluation.repetition_ratio(prose(2000) + "so 2+2=4\n" * 50, 256) > 4, (
+        assert stats.repetition_ratio("so 2+2=4\n" * 100, tail) > 4
+        assert stats.repetition_ratio(prose(2000), tail) < 2.5
+    assert stats.repetition_ratio(prose(2000) + "so 2+2=4\n" * 50, 256) > 4, (
         "only the tail counts"
     )
-    assert evaluation.repetition_ratio("so 2+2=4\n" * 50 + prose(2000), 256) < 2.5, (
+    assert stats.repetition_ratio("so 2+2=4\n" * 50 + prose(2000), 256) < 2.5, (
         "only the tail counts"
     )
-    assert evaluation.repetition_ratio("", 256) == 0
-    assert evaluation.repetition_ratio("2+2=4\n" * 50, 1000) > 12, "the docstring's example"
-    assert evaluation.repetition_ratio("\ud800é" * 500, 256) > 4, (
+    assert stats.repetition_ratio("", 256) == 0
+    assert stats.repetition_ratio("2+2=4\n" * 50, 1000) > 12, "the docstring's example"
+    assert stats.repetition_ratio("\ud800é" * 500, 256) > 4, (
         "half a surrogate pair is not a crash"
     )
 
 
 def test_the_papers_setting_flags_a_long_loop_only():
-    assert evaluation.repetition_ratio("wait, let me check again. " * 1000, 10_000) > 10
-    assert evaluation.repetition_ratio(prose(20_000), 10_000) < 10
+    assert stats.repetition_ratio("wait, let me check again. " * 1000, 10_000) > 10
+    assert stats.repetition_ratio(prose(20_000), 10_000) < 10
 
 
 def test_short_answers_are_never_repetitive():
@@ -224,7 +226,7 @@ def test_summary_of_a_fixture_is_exact(small, capsys):
     )
     line = capsys.readouterr().out.strip()
     assert "\n" not in line and "accuracy 0.625" in line and "truncated 37.5%" in line
-    lines = list(records.read(small[2], "evals"))
+    lines = list(files.read(small[2], "evals"))
     assert [r["correct"] for r in lines] == [True, False, False, False] + [True] * 4
     assert lines[0] | {"repetition": 0} == {
         "id": 1,
@@ -359,14 +361,14 @@ def test_missing_prompts_and_unequal_samples_are_refused_unless_partial(small):
     prompts, rollouts, out = small
     lines = Path(rollouts).read_text().splitlines(keepends=True)
     Path(rollouts).write_text("".join(lines[:4]))
-    with pytest.raises(BadInput, match="4 answers to every prompt, came 0 to id 'b'"):
+    with pytest.raises(BadInput, match="4 answers to every prompt, got 0 to id 'b'"):
         evaluate(small)
     Path(rollouts).write_text("".join(lines[:7]))
-    with pytest.raises(BadInput, match="came 3 to id 'b'"):
+    with pytest.raises(BadInput, match="got 3 to id 'b'"):
         evaluate(small)
     s = evaluate(small, "--partial")
     assert s["n"] == 3 and s["answers"] == 7 and s["accuracy"] == pytest.approx(0.625)
-    assert s["pass@3"] == pytest.approx((evaluation.pass_at_k(4, 1, 3) + 1) / 2)
+    assert s["pass@3"] == pytest.approx((stats.pass_at_k(4, 1, 3) + 1) / 2)
 
 
 def test_rollouts_of_other_prompts_and_other_files_are_refused(small, tmp_path):
@@ -451,7 +453,7 @@ PAIRED = [result("before", s, a, step=0) for s, a in enumerate((0.1, 0.4, 0.7))]
 
 def table(tmp_path, rows, *flags):
     path = write_lines(tmp_path / "results.jsonl", rows)
-    return evaluation.main(["table", path, *flags])[path]
+    return report.main(["table", path, *flags])[path]
 
 
 def test_table_pairs_by_seed(tmp_path, capsys):
@@ -520,13 +522,13 @@ def test_an_arm_without_any_final_line_is_an_empty_row(tmp_path):
 
 
 def test_table_refuses_doubled_runs_and_unknown_arms(tmp_path):
-    with pytest.raises(BadInput, match="one line, came another"):
+    with pytest.raises(BadInput, match="one line, got another"):
         table(tmp_path, PAIRED + PAIRED[-1:])
     with pytest.raises(BadInput, match="one final line"):
         table(tmp_path, PAIRED + [dict(PAIRED[-1], step=80)])
     with pytest.raises(BadInput, match="no_such_arm"):
         table(tmp_path, PAIRED, "--baseline", "no_such_arm")
-    with pytest.raises(BadInput, match="no_such_metric: expected a finite number, came None"):
+    with pytest.raises(BadInput, match="no_such_metric: expected a finite number, got None"):
         table(tmp_path, PAIRED, "--metric", "no_such_metric")
     with pytest.raises(BadInput, match="(?i)nan"):
         table(tmp_path, [dict(row, kl=float("nan")) for row in PAIRED], "--metric", "kl")
@@ -550,7 +552,7 @@ def test_tables_of_two_files_do_not_mix(tmp_path, capsys):
     two = write_lines(
         tmp_path / "two.jsonl", [dict(row, accuracy=row["accuracy"] / 2) for row in PAIRED]
     )
-    tables = evaluation.main(["table", one, two])
+    tables = report.main(["table", one, two])
     assert tables[one][1]["mean"] == pytest.approx(0.51) and tables[two][1][
         "mean"
     ] == pytest.approx(0.255)
@@ -573,9 +575,9 @@ CURVES = (
 
 def test_plot_writes_a_png_with_a_line_an_arm(tmp_path):
     path, out = write_lines(tmp_path / "x.jsonl", CURVES), tmp_path / "x.png"
-    summary = evaluation.main(["plot", path, "--out", str(out)])
+    summary = report.main(["plot", path, "--out", str(out)])
     assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    picture = evaluation.figure(summary["lines"], "accuracy", "step", "x")
+    picture = report.figure(summary["lines"], "accuracy", "step", "x")
     axes = picture.axes[0]
     assert [(line.get_label().split()[0], line.get_linestyle()) for line in axes.lines] == [
         ("before", "--"),
@@ -597,25 +599,23 @@ def test_plot_writes_a_png_with_a_line_an_arm(tmp_path):
         and axes.get_title(loc="left")
     )
     with pytest.raises(BadInput, match="exists already"):
-        evaluation.main(["plot", path, "--out", str(out)])
+        report.main(["plot", path, "--out", str(out)])
 
 
 def test_plot_draws_the_arms_that_are_named(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", CURVES)
     arms = sorted({row["arm"] for row in CURVES})
-    summary = evaluation.main(
-        ["plot", path, "--out", str(tmp_path / "x.png"), "--arms", arms[0]]
-    )
+    summary = report.main(["plot", path, "--out", str(tmp_path / "x.png"), "--arms", arms[0]])
     assert len(arms) > 1 and set(summary["lines"]) == {arms[0]}
     with pytest.raises(BadInput, match="expected arms of"):
-        evaluation.main(
+        report.main(
             ["plot", path, "--out", str(tmp_path / "y.png"), "--arms", f"{arms[0]},nobody"]
         )
 
 
 def test_plot_over_generated_tokens_and_another_metric(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", CURVES)
-    lines = evaluation.main(
+    lines = report.main(
         [
             "plot",
             path,
@@ -639,12 +639,12 @@ def test_plot_leaves_out_checkpoints_that_some_seed_has_not_reached(tmp_path, ca
         if (row["arm"], row["seed"], row["step"])
         not in {("ropd", 1, 40), ("sft", 0, 20), ("sft", 0, 40)}
     ]
-    summary = evaluation.main(
+    summary = report.main(
         ["plot", write_lines(tmp_path / "x.jsonl", rows), "--out", str(tmp_path / "x.png")]
     )
     assert [at for at, *_ in summary["lines"]["ropd"]] == [0, 20]
     assert "left out: arm 'ropd', step 40: no line for seed 1" in capsys.readouterr().out
-    axes = evaluation.figure(summary["lines"], "accuracy", "step", "x").axes[0]
+    axes = report.figure(summary["lines"], "accuracy", "step", "x").axes[0]
     assert axes.lines[3].get_linestyle() == "-", (
         "one checkpoint left of a curve is a point, not a level"
     )
@@ -656,7 +656,7 @@ def test_plot_leaves_out_lines_without_the_metric_and_says_so(tmp_path, capsys):
         for row in CURVES
     ]
     path = write_lines(tmp_path / "x.jsonl", rows)
-    summary = evaluation.main(
+    summary = report.main(
         [
             "plot",
             path,
@@ -678,7 +678,7 @@ def test_plot_leaves_out_lines_without_the_metric_and_says_so(tmp_path, capsys):
         ("proxy", [row | {"proxy": "high"} for row in rows]),
     ):
         with pytest.raises(BadInput, match=f"{metric}: expected a finite number"):
-            evaluation.main(
+            report.main(
                 [
                     "plot",
                     write_lines(tmp_path / "y.jsonl", changed),
@@ -694,7 +694,7 @@ def test_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     path = write_lines(tmp_path / "x.jsonl", CURVES)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(BadInput, match="pip install matplotlib"):
-        evaluation.main(["plot", path, "--out", str(tmp_path / "x.png")])
+        report.main(["plot", path, "--out", str(tmp_path / "x.png")])
 
 
 # ---- as a program
@@ -710,7 +710,8 @@ def test_help_opens_with_a_command(argv):
 
 def test_bad_input_exits_with_2_and_one_line(tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / "eval.py", "table", tmp_path / "absent.jsonl"],
+        [sys.executable, "-m", "experiments.report", "table", tmp_path / "absent.jsonl"],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
@@ -748,10 +749,8 @@ def test_auc_is_the_share_of_pairs_ranked_right():
             for b, q in zip(values, right)
             if not q
         ]
-        assert evaluation.auc(values, right) == (
-            pytest.approx(np.mean(pairs)) if pairs else None
-        )
-    assert evaluation.auc([0.9, 0.4, 0.4], [True, True, False]) == 0.75
+        assert stats.auc(values, right) == (pytest.approx(np.mean(pairs)) if pairs else None)
+    assert stats.auc([0.9, 0.4, 0.4], [True, True, False]) == 0.75
 
 
 def test_rewards_are_joined_by_rollout_and_failed_ones_left_out(tmp_path):
@@ -829,7 +828,7 @@ def test_gaps_are_paired_by_seed_within_a_prefix(tmp_path):
     ]
     path = tmp_path / "r.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = evaluation.main(
+    found = report.main(
         [
             "gaps",
             str(path),
@@ -855,7 +854,7 @@ def test_gaps_are_paired_by_seed_within_a_prefix(tmp_path):
         (["--arms", "a", "--against", "z"], "'z'"),
     ):
         with pytest.raises(BadInput, match=words):
-            evaluation.main(
+            report.main(
                 ["gaps", str(path), *wrong, "--at", "share", "--out", str(tmp_path / "h.png")]
             )
 

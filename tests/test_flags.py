@@ -10,40 +10,40 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = [
-    "toy.py",
+    "worlds/sums.py",
     "rollout.py",
     "teacher.py",
     "rubric.py",
     "train.py",
     "eval.py",
-    "support.py",
-    "recipes/__init__.py",
-    "recipes/ropd.py",
-    "recipes/opd.py",
-    "recipes/unified.py",
-    "recipes/lightning.py",
-    "recipes/prefix.py",
-    "recipes/stable.py",
-    "recipes/sparse_to_dense.py",
-    "recipes/gad.py",
-    "recipes/gad_toy.py",
-    "recipes/simct.py",
-    "recipes/sod.py",
-    "recipes/opsd.py",
-    "weigh.py",
-    "stepweights.py",
-    "align.py",
-    "units.py",
+    "methods/unified.py",
+    "experiments/__init__.py",
+    "experiments/ropd.py",
+    "experiments/opd.py",
+    "experiments/unified.py",
+    "experiments/lightning.py",
+    "experiments/prefix.py",
+    "experiments/stable.py",
+    "experiments/sparse_to_dense.py",
+    "experiments/gad.py",
+    "experiments/gad_toy.py",
+    "experiments/simct.py",
+    "experiments/sod.py",
+    "experiments/opsd.py",
+    "methods/prefix.py",
+    "methods/sod/weights.py",
+    "methods/simct/align.py",
+    "methods/simct/units.py",
 ]
 # a flag may be read in a file that its stage hands `args` to
 READERS = {
-    "rollout.py": ["served.py"],
-    "teacher.py": ["rollout.py", "served.py"],
-    "rubric.py": ["served.py"],
-    "units.py": ["rollout.py"],
-    "train.py": ["data.py"],
-    "recipes/__init__.py": ["recipes/opd.py"],
-    "recipes/opd.py": ["recipes/ropd.py"],
+    "rollout.py": ["opd/served.py", "opd/sampling.py", "opd/policy.py"],
+    "teacher.py": ["opd/served.py", "opd/sampling.py", "opd/policy.py"],
+    "rubric.py": ["opd/served.py"],
+    "methods/simct/units.py": ["opd/policy.py"],
+    "train.py": ["opd/batches.py"],
+    "experiments/__init__.py": ["experiments/opd.py"],
+    "experiments/opd.py": ["experiments/ropd.py"],
 }
 
 
@@ -74,7 +74,7 @@ def flags_and_reads(path):
     return flags, reads
 
 
-@pytest.mark.parametrize("path", FILES + ["served.py"])
+@pytest.mark.parametrize("path", FILES + ["opd/served.py"])
 def test_every_flag_is_read(path):
     flags, reads = flags_and_reads(path)
     for other in READERS.get(path, []):
@@ -95,30 +95,30 @@ def test_the_check_notices_a_dead_flag(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "command",
     [
-        "toy.py",
+        "worlds/sums.py",
         "rollout.py",
         "teacher.py answer",
         "teacher.py score",
-        "teacher.py shuffle",
-        "weigh.py cut",
-        "weigh.py null",
-        "weigh.py steps",
-        "weigh.py drift",
+        "experiments.shuffle_scores",
+        "methods.prefix weigh",
+        "experiments.prefix_null",
+        "methods.sod weigh",
+        "experiments.sod_drift",
         "rubric.py create",
         "rubric.py grade",
         "train.py",
         "eval.py",
-        "eval.py support",
-        "records.py check",
-        "recipes/ropd.py",
-        "recipes/opd.py",
-        "recipes/unified.py",
-        "recipes/lightning.py",
-        "recipes/prefix.py",
-        "recipes/stable.py",
-        "recipes/sod.py",
-        "recipes/opsd.py",
-        "eval.py gaps",
+        "methods.unified",
+        "python -m opd.files check",
+        "experiments/ropd.py",
+        "experiments/opd.py",
+        "experiments/unified.py",
+        "experiments/lightning.py",
+        "experiments/prefix.py",
+        "experiments/stable.py",
+        "experiments/sod.py",
+        "experiments/opsd.py",
+        "experiments.report gaps",
     ],
 )
 def test_help_opens_with_a_runnable_example_and_unknown_flags_fail(command, capsys):
@@ -128,8 +128,10 @@ def test_help_opens_with_a_runnable_example_and_unknown_flags_fail(command, caps
         main([*words, "--help"])
     shown = capsys.readouterr().out
     assert stop.value.code == 0
-    name = f"-m recipes.{file[8:-3]}" if file.startswith("recipes") else file
-    assert file == "records.py" or re.search(rf"^    python {re.escape(name)} ", shown, re.M)
+    name = f"-m experiments.{file[8:-3]}" if file.startswith("experiments") else file
+    assert file == "opd/records.py" or re.search(
+        rf"^    python {re.escape(name)} ", shown, re.M
+    )
     for wrong in ("--no-such-flag", "--ou"):  # unknown, and an abbreviation of --out
         with pytest.raises(SystemExit) as stop:
             main([*words, wrong, "x"])

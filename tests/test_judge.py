@@ -1,5 +1,5 @@
-"""judge.py: what a judge is shown, what is believed of its replies, what is cached, and that
-answers cannot steer it."""
+"""opd/judge.py: what a judge is shown, what is believed of its replies, what is cached, and
+that answers cannot steer it."""
 
 import json
 import re
@@ -10,15 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 
+from opd import judge
+
 pytest.importorskip("openai")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from fake_server import FakeServer  # noqa: E402
 
-import judge  # noqa: E402
-from judge import Cache, JudgeFailure  # noqa: E402
-from records import BadInput, validate  # noqa: E402
-from served import ServedFailure, Server  # noqa: E402
+from opd.judge import Cache, JudgeFailure
+from opd.records import BadInput, validate
+from opd.served import ServedFailure, Server
 
 CRITERIA = [
     {

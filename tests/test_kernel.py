@@ -1,5 +1,5 @@
-"""kernel.py and kernel_triton.py against float64 on the same operands, finite differences, and
-the bugs others have had.
+"""opd/kernel.py and opd/kernel_triton.py against float64 on the same operands, finite
+differences, and the bugs others have had.
 
 BUGS is the list of them: a check that every implementation here must pass, beside a small
 variant that has the bug and must fail the very same check.  Three implementations are held to
@@ -18,11 +18,11 @@ import torch
 from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernel
-from kernel import linear_logp, linear_reverse_kl, linear_token_loss, token_numbers
+from opd import kernel
+from opd.kernel import linear_logp, linear_reverse_kl, linear_token_loss, token_numbers
 
 try:
-    import kernel_triton
+    from opd import kernel_triton
 except ImportError:
     kernel_triton = None
 needs_triton = pytest.mark.skipif(

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-import labels
-import records
 import rubric
+from methods import sparse_to_dense
+from opd import files, records
 
 
 def prompt(i, text=None, **more):
@@ -25,12 +25,12 @@ def lines(path):
 
 def test_one_purpose_takes_its_labels_as_often_as_it_likes(tmp_path):
     ledger = tmp_path / "labels.jsonl"
-    assert labels.spend(ledger, [prompt(1), prompt(2)], "teacher-rl") == {
+    assert sparse_to_dense.spend(ledger, [prompt(1), prompt(2)], "teacher-rl") == {
         "labels": 2,
         "labels_new": 2,
         "labels_spent": 2,
     }
-    assert labels.spend(ledger, [prompt(2), prompt(3)], "teacher-rl") == {
+    assert sparse_to_dense.spend(ledger, [prompt(2), prompt(3)], "teacher-rl") == {
         "labels": 2,
         "labels_new": 1,
         "labels_spent": 3,
@@ -42,54 +42,58 @@ def test_one_purpose_takes_its_labels_as_often_as_it_likes(tmp_path):
 
 def test_another_purpose_is_refused_and_nothing_is_written(tmp_path):
     ledger = tmp_path / "labels.jsonl"
-    labels.spend(ledger, [prompt(1), prompt(2)], "teacher-rl")
+    sparse_to_dense.spend(ledger, [prompt(1), prompt(2)], "teacher-rl")
     before = ledger.read_bytes()
     with pytest.raises(
         records.BadInput,
-        match=r"labels\.jsonl:2: spent_on: expected 'student-rl' .* label 't2', came "
+        match=r"labels\.jsonl:2: spent_on: expected 'student-rl' .* label 't2', got "
         r"'teacher-rl'.*--spend-again",
     ):
-        labels.spend(ledger, [prompt(7), prompt(2)], "student-rl")
+        sparse_to_dense.spend(ledger, [prompt(7), prompt(2)], "student-rl")
     assert ledger.read_bytes() == before
 
 
 def test_spending_again_is_said_in_the_ledger(tmp_path):
     ledger = tmp_path / "labels.jsonl"
-    labels.spend(ledger, [prompt(1)], "teacher-rl")
-    assert labels.spend(ledger, [prompt(1), prompt(2)], "student-rl", again=True) == {
+    sparse_to_dense.spend(ledger, [prompt(1)], "teacher-rl")
+    assert sparse_to_dense.spend(ledger, [prompt(1), prompt(2)], "student-rl", again=True) == {
         "labels": 2,
         "labels_new": 1,
         "labels_spent": 2,
     }
     assert [line["again"] for line in lines(ledger)] == [False, True, False]
     # this purpose has it now
-    assert labels.spend(ledger, [prompt(1)], "student-rl")["labels_new"] == 0
+    assert sparse_to_dense.spend(ledger, [prompt(1)], "student-rl")["labels_new"] == 0
 
 
 def test_the_question_makes_a_label_not_its_id(tmp_path):
     ledger = tmp_path / "labels.jsonl"
-    labels.spend(ledger, [prompt(1)], "teacher-rl")
+    sparse_to_dense.spend(ledger, [prompt(1)], "teacher-rl")
     with pytest.raises(records.BadInput, match="copy"):
-        labels.spend(ledger, [prompt(1) | {"id": "copy"}], "student-rl")
+        sparse_to_dense.spend(ledger, [prompt(1) | {"id": "copy"}], "student-rl")
     # `prompt` is short for one message of a user
     with pytest.raises(records.BadInput, match="plain"):
-        labels.spend(ledger, [{"id": "plain", "prompt": "1+1=?", "answer": "2"}], "student-rl")
-    assert labels.spend(ledger, [prompt(1, "1 + 1 = ?")], "student-rl")["labels_new"] == 1
+        sparse_to_dense.spend(
+            ledger, [{"id": "plain", "prompt": "1+1=?", "answer": "2"}], "student-rl"
+        )
+    assert (
+        sparse_to_dense.spend(ledger, [prompt(1, "1 + 1 = ?")], "student-rl")["labels_new"] == 1
+    )
 
 
 def test_a_torn_last_line_is_dropped_and_a_bad_one_named(tmp_path):
     ledger = tmp_path / "labels.jsonl"
-    labels.spend(ledger, [prompt(1)], "teacher-rl")
+    sparse_to_dense.spend(ledger, [prompt(1)], "teacher-rl")
     with open(ledger, "a") as f:
         f.write('{"id": "t2", "quest')
-    assert labels.spend(ledger, [prompt(2)], "teacher-rl")["labels_spent"] == 2
+    assert sparse_to_dense.spend(ledger, [prompt(2)], "teacher-rl")["labels_spent"] == 2
     with open(ledger, "a") as f:
         f.write('{"id": "t3", "question": "abc"}\n')
     with pytest.raises(
         records.BadInput,
         match=r"labels\.jsonl:3: spent_on: expected a string, but the field is missing",
     ):
-        labels.spend(ledger, [prompt(4)], "teacher-rl")
+        sparse_to_dense.spend(ledger, [prompt(4)], "teacher-rl")
 
 
 def grade(tmp_path, prompts, *more):
@@ -148,13 +152,13 @@ def test_grade_spends_the_labels_it_reads_and_no_others(tmp_path):
         and done["reward_mean"] == 0.5
         and [line["id"] for line in lines(ledger)] == ["t1", "t2"]
     )
-    assert records.main(["check", str(ledger)]) == {str(ledger): 2}
+    assert files.main(["check", str(ledger)]) == {str(ledger): 2}
 
 
 def test_grade_refused_a_label_writes_no_reward(tmp_path):
     ledger = tmp_path / "labels.jsonl"
-    labels.spend(ledger, [prompt(1)], "teacher-rl")
-    with pytest.raises(records.BadInput, match="came 'teacher-rl'"):
+    sparse_to_dense.spend(ledger, [prompt(1)], "teacher-rl")
+    with pytest.raises(records.BadInput, match="got 'teacher-rl'"):
         grade(
             tmp_path, [prompt(1), prompt(2)], "--ledger", str(ledger), "--spend", "student-rl"
         )

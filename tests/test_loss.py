@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import loss as losses
-from explain import explain
-from loss import METHODS, Method
-from records import BadInput
+from methods.explain import explain
+from opd import loss as losses
+from opd.loss import METHODS, Method
+from opd.records import BadInput
 
 V = 5
 TRL = {
@@ -86,7 +86,7 @@ def test_k1_on_stale_samples_is_corrected_by_the_ratio_to_the_policy_that_sample
 
 
 def by_definition(kind, logp, teacher, b=0.5):
-    """D(pi, p_T) as its paper writes it, no shortcut shared with loss.py."""
+    """D(pi, p_T) as its paper writes it, no shortcut shared with opd/loss.py."""
     p, q = logp.exp(), teacher.exp()
     m = b * q + (1 - b) * p
     return {
@@ -176,8 +176,8 @@ def test_estimators_that_are_losses_stay_exact_on_stale_samples(coefficient, kin
     "kind, b", [("rkl", 1.0), ("fkl", 0.0), ("jsd", 0.1), ("jsd", 0.9), ("mix", 0.3)]
 )
 def test_full_is_pi_times_g_of_the_ratio(kind, b):
-    """The coefficients c(a) = pi(a) g(p_T(a) / pi(a)) of loss.py's docstring, against autograd
-    on the value."""
+    """The coefficients c(a) = pi(a) g(p_T(a) / pi(a)) of opd/loss.py's docstring, against
+    autograd on the value."""
     logits, teacher, _ = distributions(7)
     logp = torch.log_softmax(logits, -1)
     value = losses.divergence(kind, logp[None], teacher[None], True, b)[0]
@@ -975,7 +975,7 @@ def test_explain_tells_the_row_and_its_worked_token_is_the_rows_gradient(name):
     )
     assert (
         ("--rewards" in text) == method.rewards
-        and ("--scores or --teacher" in text or "--scores (teacher.py units" in text)
+        and ("--scores or --teacher" in text or "--scores (methods.simct score" in text)
         == method.teacher
         and ("--reference" in text) == method.reference
     )

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import eval as evaluation
-import records
 import rollout
 import teacher
 import train
+from opd import files, records
 
 MODEL = os.environ.get("OPD_REAL_MODEL")
 pytestmark = pytest.mark.skipif(
@@ -82,12 +82,12 @@ def test_sampler_and_scorer_agree(prompts, dtype, mean_bound, max_bound):
         ]
     )
     sampled = {
-        records.key_of(r, "rollouts"): r["logprobs"] for r in records.read(rollouts, "rollouts")
+        records.key_of(r, "rollouts"): r["logprobs"] for r in files.read(rollouts, "rollouts")
     }
     gap = np.concatenate(
         [
             np.abs(np.subtract(s["logprobs"], sampled[records.key_of(s, "scores")]))
-            for s in records.read(scores, "scores")
+            for s in files.read(scores, "scores")
         ]
     )
     assert len(gap) > 50 and gap.mean() < mean_bound and gap.max() < max_bound
@@ -97,7 +97,7 @@ def test_rollouts_carry_the_chat_template(prompts):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    for r in records.read(prompts.with_name("rollouts.float32.jsonl"), "rollouts"):
+    for r in files.read(prompts.with_name("rollouts.float32.jsonl"), "rollouts"):
         question = QUESTIONS[int(r["id"][1:])]
         assert tokenizer.decode(r["prompt_ids"]) == tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
@@ -122,7 +122,7 @@ def test_one_update_and_the_folder_loads_and_generates(prompts):
             "grader": "test",
             "rollout": records.fingerprint(r),
         }
-        for r in records.read(rollouts, "rollouts")
+        for r in files.read(rollouts, "rollouts")
     ]
     rewards.write_text("".join(json.dumps(r) + "\n" for r in rows))
     done = train.main(

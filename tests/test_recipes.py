@@ -1,4 +1,5 @@
-"""What recipes make of result lines: verdicts by hand, and the smaller recipes in seconds."""
+"""What experiments make of result lines: verdicts by hand, and the smaller experiments in
+seconds."""
 
 import importlib
 import json
@@ -8,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import records
-import rollout
-from recipes import Claim, claims_table, gad_toy, last, resample, settle, verdict
-from recipes.gad import in_style
-from recipes.sparse_to_dense import check_start, groups
+from experiments import Claim, claims_table, gad_toy, last, resample, settle, verdict
+from experiments.gad import in_style
+from experiments.sparse_to_dense import check_start, groups
+from opd import files, records
+from opd import policy as policies
 
 METHODS = {
     "opd": ("sft", "seqkd", "fkl", "opd", "opd-full", "gkd", "dagger", "ppo-clip"),
@@ -164,7 +165,7 @@ def ledgers(out):
     def of(arm):
         return {
             (line["id"], line["spent_on"], line["again"])
-            for line in records.read(out / "seed0" / arm / "labels.jsonl", "labels")
+            for line in files.read(out / "seed0" / arm / "labels.jsonl", "labels")
         }
 
     half, new, replay = of("teacher-half"), of("half-new"), of("half-replay")
@@ -184,7 +185,7 @@ def ledgers(out):
     ), "replayed ones are its own, and say so"
     assert not any(
         {"answer", "solution"} & set(prompt)
-        for prompt in records.read(out / "world" / "unlabelled.jsonl", "prompts")
+        for prompt in files.read(out / "world" / "unlabelled.jsonl", "prompts")
     )
     lines = (out / "commands.sh").read_text().splitlines()
     assert all("unlabelled.jsonl" in line for line in lines if "teacher.py answer" in line)
@@ -231,14 +232,14 @@ def order(out):
     used = [
         {
             r["discriminator"]
-            for r in records.read(
+            for r in files.read(
                 out / "seed0" / "arm-gad" / f"round{i}" / "rewards.jsonl", "rewards"
             )
         }
         for i in range(2)
     ]
     assert (
-        used[0] == {rollout.hash_weights(out / "seed0" / "warm" / "judge")}
+        used[0] == {policies.hash_weights(out / "seed0" / "warm" / "judge")}
         and used[0] != used[1]
     )
     frozen = [
@@ -246,7 +247,7 @@ def order(out):
             iter(
                 {
                     r["discriminator"]
-                    for r in records.read(
+                    for r in files.read(
                         out / "seed0" / "arm-frozen" / f"round{i}" / "rewards.jsonl", "rewards"
                     )
                 }
@@ -318,7 +319,7 @@ LOOKS = (
     "d_result",
     "way_mistake_result",
     "way_result_result",
-    # of sod's weigh.py drift, and not to be had of four episodes that make no mistake
+    # of sod's experiments.sod_drift, and not to be had of four episodes that make no mistake
     "snr_after_mistake",
     "snr_after_result",
     "snr_at_mistake",
@@ -339,10 +340,10 @@ MORE = {"sparse_to_dense": ledgers, "gad": order}  # what else a smoke run must 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_smoke_runs_every_arm_and_ends_in_claims(name, tmp_path):
-    recipe = importlib.import_module(f"recipes.{name}")
-    recipe.main(["--smoke", "--out", str(tmp_path)])
-    rows = list(records.read(tmp_path / "results.jsonl", "results"))
-    assert {r["arm"] for r in rows if r["final"]} == set(recipe.ARMS)
+    experiment = importlib.import_module(f"experiments.{name}")
+    experiment.main(["--smoke", "--out", str(tmp_path)])
+    rows = list(files.read(tmp_path / "results.jsonl", "results"))
+    assert {r["arm"] for r in rows if r["final"]} == set(experiment.ARMS)
     # answers of 8 tokens hold no loop whose advantage could be compared, and agents of four
     # steps no mistake to look at
     report = (tmp_path / "report.md").read_text()
@@ -353,7 +354,7 @@ def test_smoke_runs_every_arm_and_ends_in_claims(name, tmp_path):
         else unmeasured <= ({*LOOKS, "after_error"} if name == "sod" else set())
     ), unmeasured
     assert (
-        all(claim.text in report for claim in recipe.CLAIMS)
+        all(claim.text in report for claim in experiment.CLAIMS)
         and (tmp_path / "accuracy.png").exists()
     )
     assert all(
@@ -366,16 +367,16 @@ def test_smoke_runs_every_arm_and_ends_in_claims(name, tmp_path):
 @pytest.mark.parametrize("name", ["ropd", *METHODS])
 def test_every_claim_reads_arms_that_exist(name):
     """A typing error in an arm's name would leave the claim out without a word."""
-    recipe = importlib.import_module(f"recipes.{name}")
+    experiment = importlib.import_module(f"experiments.{name}")
 
     class Line(dict):
         def __missing__(self, key):
             return dict.fromkeys(LOOKS + ALWAYS, 0.5) if key == "drift" else 0.5
 
     arms = {
-        arm: [Line(step=0, accuracy=0.1), Line(step=8, accuracy=0.5)] for arm in recipe.ARMS
+        arm: [Line(step=0, accuracy=0.1), Line(step=8, accuracy=0.5)] for arm in experiment.ARMS
     }
-    for claim in recipe.CLAIMS:
+    for claim in experiment.CLAIMS:
         assert isinstance(claim.value(arms), float) and claim.test in (
             "above",
             "below",

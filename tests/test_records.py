@@ -1,5 +1,5 @@
-"""records.py: every kind's validation, damaged files, resume after kill -9 and on a full disk,
-packing, memory."""
+"""opd/records.py: every kind's validation, damaged files, resume after kill -9 and on a full
+disk, packing, memory."""
 
 import base64
 import json
@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from opd import files, records
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import records
-from records import BadInput, Table, Writer, read
+from opd.files import Table, Writer, read
+from opd.records import BadInput
 
 POLICY = {"model": "m", "weights": "abc"}
 PACKED = records.pack(np.zeros((2, 3), dtype=np.float32))
@@ -220,7 +222,7 @@ def test_good_records_are_read_back_as_they_are(tmp_path, kind):
     odd = GOOD[kind] | {"of_somebody_else": {"deep": [None, 1e300, "ü"]}, "": 0}
     path = write_lines(tmp_path / "x.jsonl", [odd])
     assert list(read(path, kind)) == [odd], "keys that are not listed pass through"
-    assert records.guess_kind(path) == kind
+    assert files.guess_kind(path) == kind
 
 
 FIELDS = [
@@ -248,7 +250,7 @@ def test_wrong_and_missing_fields_are_named_with_file_and_line(
         path = write_lines(tmp_path / "x.jsonl", [good, good | second | {field: value}])
         message = problem_of(path, kind)
         assert message.startswith(
-            f"{path}:2: {field}: expected {records.TYPES[type_name][0]}, came "
+            f"{path}:2: {field}: expected {records.TYPES[type_name][0]}, got "
         ), (value, message)
 
 
@@ -260,7 +262,7 @@ def test_every_type_name_has_bad_examples():
 @pytest.mark.parametrize("line", ["[]", "7", "null", '"text"', "true", "[{}]"])
 def test_a_line_must_be_an_object(tmp_path, line):
     path = write_lines(tmp_path / "x.jsonl", [line])
-    assert f"{path}:1: expected a JSON object, came {line}" == problem_of(path, "metrics")
+    assert f"{path}:1: expected a JSON object, got {line}" == problem_of(path, "metrics")
 
 
 @pytest.mark.parametrize(
@@ -377,7 +379,7 @@ def test_lines_that_are_not_json_are_named(tmp_path, line):
     path = tmp_path / "x.jsonl"
     path.write_bytes(json.dumps(reward(1)).encode() + b"\n" + line + b"\n")
     message = problem_of(path, "rewards")
-    assert message.startswith(f"{path}:2: expected one JSON object a line, came ") and len(
+    assert message.startswith(f"{path}:2: expected one JSON object a line, got ") and len(
         message
     ) < 1000 + len(str(path))
 
@@ -666,7 +668,7 @@ def test_partner_joins_by_fingerprint(tmp_path):
     rollouts = Table(write_lines(tmp_path / "rollouts.jsonl", [first, second]), "rollouts")
 
     def join(kind, *rows):
-        return records.partner(
+        return files.partner(
             Table(write_lines(tmp_path / f"{kind}.jsonl", rows), kind), second, rollouts
         )
 
@@ -685,7 +687,7 @@ def test_partner_joins_by_fingerprint(tmp_path):
         join("rewards", reward("p2"))
     with pytest.raises(
         BadInput,
-        match=r"scores\.jsonl:1: logprobs: expected 2 values, one per response token, came 1",
+        match=r"scores\.jsonl:1: logprobs: expected 2 values, one per response token, got 1",
     ):
         join("scores", score(second, logprobs=[-1.0]))
     three_tokens = records.pack(np.zeros((3, 4), dtype=np.int32))
@@ -727,7 +729,7 @@ def test_table_memory_is_what_the_header_says(tmp_path):
     table = Table(path, "rewards")
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    said = int(re.search(r"about (\d+) bytes a record", records.__doc__)[1])
+    said = int(re.search(r"about (\d+) bytes a record", files.__doc__)[1])
     assert len(table) == count and said / 1.5 < kept / count < 1.2 * said
 
 
@@ -935,10 +937,10 @@ def test_retry_drops_failed_records_and_makes_them_again(tmp_path):
 
 WRITE_MANY = """
 import resource, signal, sys
-import records
+from opd import files
 def main():
     path, count, limit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    with records.Writer(path, "rewards", {"seed": 0}) as out:
+    with files.Writer(path, "rewards", {"seed": 0}) as out:
         if limit:  # a file may not grow beyond this: the same failure as a full disk
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -949,7 +951,7 @@ def main():
             out.write(*(r for r in new if (str(r["id"]), 0) not in out))
             if i == 0:
                 print("begun", flush=True)
-records.run(main)
+files.run(main)
 """
 
 
@@ -1022,16 +1024,16 @@ def test_a_cut_at_every_byte_resumes_to_the_same_file(tmp_path):
 
 def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path):
     path = tmp_path / "x.json"
-    records.write_atomically(path, "old")
+    files.write_atomically(path, "old")
 
     def parts():
         yield "new"
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError):
-        records.write_atomically(path, parts())
+        files.write_atomically(path, parts())
     assert path.read_text() == "old"
-    records.write_atomically(path, iter(["ne", "w ü"]))
+    files.write_atomically(path, iter(["ne", "w ü"]))
     assert path.read_text(encoding="utf-8") == "new ü"
 
 
@@ -1040,7 +1042,9 @@ def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path):
 
 def check(*argv):
     return subprocess.run(
-        [sys.executable, ROOT / "records.py", *map(str, argv)], capture_output=True, text=True
+        [sys.executable, ROOT / "opd/records.py", *map(str, argv)],
+        capture_output=True,
+        text=True,
     )
 
 
@@ -1090,7 +1094,7 @@ def test_check_of_a_missing_file_and_of_another_kind(tmp_path):
 def test_abbreviations_and_unknown_flags_of_check_are_refused(tmp_path, argv):
     write_lines(tmp_path / "x", [reward(1)])
     done = subprocess.run(
-        [sys.executable, ROOT / "records.py", *argv],
+        [sys.executable, ROOT / "opd/records.py", *argv],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -1099,7 +1103,7 @@ def test_abbreviations_and_unknown_flags_of_check_are_refused(tmp_path, argv):
 
 
 def test_parser_refuses_abbreviations_and_unknown_flags():
-    p = records.parser("Text.\n\n    python x.py --model M")
+    p = files.parser("Text.\n\n    python x.py --model M")
     p.add_argument("--max-tokens", type=int, default=512, help="longest answer")
     p.add_argument("--overwrite", action="store_true", help="begin anew")
     p.add_argument("--note", help="a 5 %% note")
@@ -1116,7 +1120,7 @@ def test_parser_refuses_abbreviations_and_unknown_flags():
 
 
 def test_subcommands_of_parser_refuse_abbreviations_too():
-    p = records.parser("Text.")
+    p = files.parser("Text.")
     sub = p.add_subparsers(dest="command").add_parser("answer")
     sub.add_argument("--max-tokens", type=int)
     with pytest.raises(SystemExit):
@@ -1125,20 +1129,20 @@ def test_subcommands_of_parser_refuse_abbreviations_too():
 
 def test_run_turns_bad_input_into_exit_code_2(capsys):
     def bad():
-        raise BadInput("x.jsonl:3: id: expected a, came b")
+        raise BadInput("x.jsonl:3: id: expected a, got b")
 
     def interrupted():
         raise KeyboardInterrupt
 
     for main, code, text in (
-        (bad, 2, "error: x.jsonl:3: id: expected a, came b\n"),
+        (bad, 2, "error: x.jsonl:3: id: expected a, got b\n"),
         (interrupted, 130, "stopped"),
     ):
         with pytest.raises(SystemExit) as stopped:
-            records.run(main)
+            files.run(main)
         assert stopped.value.code == code and capsys.readouterr().err.startswith(text)
     with pytest.raises(RuntimeError):  # a bug is not bad input: it keeps its traceback
-        records.run(lambda: (_ for _ in ()).throw(RuntimeError("bug")))
+        files.run(lambda: (_ for _ in ()).throw(RuntimeError("bug")))
 
 
 @pytest.mark.parametrize(
@@ -1147,25 +1151,25 @@ def test_run_turns_bad_input_into_exit_code_2(capsys):
     ids=["blank", "deep", "digits", "bom", "number", "string", "list"],
 )
 def test_guess_kind_guesses_prompts_when_it_cannot_tell(tmp_path, first):
-    assert records.guess_kind(write_lines(tmp_path / "x.jsonl", [first])) == "prompts"
+    assert files.guess_kind(write_lines(tmp_path / "x.jsonl", [first])) == "prompts"
 
 
 def test_guess_kind_looks_past_blank_lines_and_a_bom(tmp_path):
     path = tmp_path / "x.jsonl"
     for mark in (b"\n", b"\xef\xbb\xbf"):
         path.write_bytes(mark + json.dumps(reward(1)).encode() + b"\n")
-        assert records.guess_kind(path) == "rewards"
+        assert files.guess_kind(path) == "rewards"
 
 
 def test_guess_kind_tells_a_black_box_answer_with_logprobs_from_a_score(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", [GOOD["answers"] | {"logprobs": [-1.0]}])
-    assert list(read(path, "answers")) and records.guess_kind(path) == "answers"
+    assert list(read(path, "answers")) and files.guess_kind(path) == "answers"
 
 
 def test_two_writers_of_one_file_are_refused(tmp_path):
-    with records.Writer(tmp_path / "w.jsonl", "rewards", {}):
+    with files.Writer(tmp_path / "w.jsonl", "rewards", {}):
         with pytest.raises(BadInput, match="another process"):
-            records.Writer(tmp_path / "w.jsonl", "rewards", {})
+            files.Writer(tmp_path / "w.jsonl", "rewards", {})
         with pytest.raises(BadInput, match="another process"):
-            records.Writer(tmp_path / "w.jsonl", "rewards", {}, overwrite=True)
-    records.Writer(tmp_path / "w.jsonl", "rewards", {}).__exit__()
+            files.Writer(tmp_path / "w.jsonl", "rewards", {}, overwrite=True)
+    files.Writer(tmp_path / "w.jsonl", "rewards", {}).__exit__()

@@ -23,7 +23,9 @@ from conftest import (
 import rollout
 import teacher
 import train
-from kernel import linear_logp, token_numbers
+from opd import policy as policies
+from opd import sampling
+from opd.kernel import linear_logp, token_numbers
 
 V = 16
 END = "<|end|>"
@@ -110,12 +112,12 @@ def test_only_the_right_shift_gives_log_prob_zero(shift):
     policy = successor_policy()
     sequences = [c["prompt_ids"] + c["response_ids"] for c in CHAINS]
     positions = [
-        [q + shift for q in rollout.response_positions(c["prompt_ids"], c["mask"])]
+        [q + shift for q in policies.response_positions(c["prompt_ids"], c["mask"])]
         for c in CHAINS
     ]
     ids = torch.tensor([t for c in CHAINS for t in c["response_ids"]])
     logp, _ = linear_logp(
-        rollout.hidden_at(policy.model, sequences, positions), policy.head, ids
+        policies.hidden_at(policy.model, sequences, positions), policy.head, ids
     )
     if shift == 0:
         assert logp.abs().max() < 1e-6
@@ -143,7 +145,7 @@ def test_sampler_walks_the_chain_and_rows_leave_when_they_stop():
     """Left padding, positions and the shrinking batch: a row that is mixed up with another
     leaves its chain."""
     stops = [7, 12]
-    answers = rollout.sample_batch(
+    answers = sampling.sample_batch(
         successor_policy(stops),
         PROMPTS,
         np.full((4, 20), 0.5),
@@ -171,7 +173,7 @@ def test_sampler_walks_the_chain_and_rows_leave_when_they_stop():
 
 def picked(logits, draws, temperature=1.0, top_p=1.0):
     draws = torch.as_tensor(draws, dtype=torch.float64)
-    return rollout.pick(logits.expand(len(draws), -1), draws, temperature, top_p)
+    return sampling.pick(logits.expand(len(draws), -1), draws, temperature, top_p)
 
 
 def some_logits(seed=0, size=24):
@@ -192,7 +194,7 @@ def test_recorded_uniforms_give_the_softmax_frequencies():
     """The numbers the stage really draws, one a token and sample: a chi-square test at about 1
     in 10,000."""
     logits, n = some_logits(1, 6), 3000
-    draws = np.concatenate([rollout.uniforms(0, f"p{i}", i % 4, 5) for i in range(n // 5)])
+    draws = np.concatenate([sampling.uniforms(0, f"p{i}", i % 4, 5) for i in range(n // 5)])
     ids, _ = picked(logits, draws)
     expected = n * torch.softmax(logits.double(), -1)
     chi_square = ((torch.bincount(ids, minlength=6) - expected) ** 2 / expected).sum()
@@ -245,9 +247,9 @@ def test_impossible_tokens_are_never_drawn_at_the_ends_of_the_interval(dead, see
 def test_rows_do_not_see_each_other():
     logits = torch.stack([some_logits(s) for s in range(4)])
     draws = torch.tensor([0.1, 0.9, 0.5, 0.7], dtype=torch.float64)
-    together = rollout.pick(logits, draws, 1.0, 0.8)[0].tolist()
+    together = sampling.pick(logits, draws, 1.0, 0.8)[0].tolist()
     assert together == [
-        int(rollout.pick(logits[i : i + 1], draws[i : i + 1], 1.0, 0.8)[0]) for i in range(4)
+        int(sampling.pick(logits[i : i + 1], draws[i : i + 1], 1.0, 0.8)[0]) for i in range(4)
     ]
 
 
@@ -293,7 +295,7 @@ def test_recorded_log_probs_are_those_of_the_model(world, base64bit, tmp_path, t
         len({len(r["prompt_ids"]) for r in rows}) > 2
         and len({len(r["response_ids"]) for r in rows}) > 5
     )
-    policy = rollout.load_policy(str(world.base))
+    policy = policies.load_policy(str(world.base))
     with torch.no_grad():
         trainer = trainer_logps(
             policy, [dict(r, mask=r["loss_mask"]) for r in rows], temperature
@@ -308,7 +310,7 @@ def test_recorded_log_probs_are_those_of_the_model(world, base64bit, tmp_path, t
 
 
 def test_a_record_is_what_was_sampled(world):
-    policy = rollout.load_policy(str(world.base))
+    policy = policies.load_policy(str(world.base))
     end = policy.tokenizer.convert_tokens_to_ids(END)
     prompts = {p["id"]: p for p in load(world.prompts)}
     reasons = set()
@@ -372,11 +374,11 @@ def test_another_seed_sample_or_prompt_draws_other_numbers(world, tmp_path):
     for prompt in {k[0] for k in whole}:
         assert len({tuple(whole[prompt, s]["response_ids"]) for s in range(4)}) > 1
     draws = [
-        rollout.uniforms(*names, 50)
+        sampling.uniforms(*names, 50)
         for names in ((0, "p", 0), (1, "p", 0), (0, "q", 0), (0, "p", 1))
     ]
     assert all(not np.isin(a, b).any() for i, a in enumerate(draws) for b in draws[:i])
-    assert np.array_equal(draws[0], rollout.uniforms(0, "p", 0, 80)[:50]), (
+    assert np.array_equal(draws[0], sampling.uniforms(0, "p", 0, 80)[:50]), (
         "a longer --max-tokens keeps the beginning"
     )
 
@@ -488,7 +490,7 @@ def test_pad_equal_to_end_hides_no_end_token(world, tmp_path):
     assert answers(rows) == answers(by_key(load(world.rollouts))), (
         "the pad token has no say in sampling"
     )
-    end = rollout.load_policy(str(folder)).tokenizer.pad_token_id
+    end = policies.load_policy(str(folder)).tokenizer.pad_token_id
     ended = [r for r in rows.values() if r["finish_reason"] == "stop"]
     assert ended and all(
         r["response_ids"][-1] == end and r["loss_mask"][-1] == 1 for r in ended
@@ -497,7 +499,7 @@ def test_pad_equal_to_end_hides_no_end_token(world, tmp_path):
 
 def test_every_stop_id_of_the_generation_config_stops(world, tmp_path):
     """A chat model may end a turn with another token than its tokenizer's end token."""
-    hash_id = rollout.load_policy(str(world.base)).tokenizer.convert_tokens_to_ids("#")
+    hash_id = policies.load_policy(str(world.base)).tokenizer.convert_tokens_to_ids("#")
 
     def two_ends(model):
         model.generation_config.eos_token_id = [model.config.eos_token_id, hash_id]
@@ -577,7 +579,7 @@ def test_scaled_and_capped_heads_are_read_from_the_config_and_proven_on_the_mode
     family, expected
 ):
     model = special_head(family)
-    options = rollout.head_options(model, 24)
+    options = policies.head_options(model, 24)
     assert options == expected
     ids = torch.arange(24)[None]
     with torch.no_grad():
@@ -597,15 +599,15 @@ def test_heads_that_are_no_plain_matrix_are_refused(world):
 
     model = AutoModelForCausalLM.from_pretrained(world.base)
     model.lm_head = torch.nn.Linear(64, 24, bias=True)
-    with pytest.raises(rollout.BadInput, match="bias"):
-        rollout.head_options(model, 24)
+    with pytest.raises(sampling.BadInput, match="bias"):
+        policies.head_options(model, 24)
 
     class Wrapped(torch.nn.Linear):  # as a LoRA adapter wraps the head
         pass
 
     model.lm_head = Wrapped(64, 24, bias=False)
-    with pytest.raises(rollout.BadInput, match="Wrapped"):
-        rollout.head_options(model, 24)
+    with pytest.raises(sampling.BadInput, match="Wrapped"):
+        policies.head_options(model, 24)
 
 
 def test_a_head_that_does_something_unheard_of_is_noticed(world, monkeypatch):
@@ -620,10 +622,10 @@ def test_a_head_that_does_something_unheard_of_is_noticed(world, monkeypatch):
         out.logits = 3 * torch.tanh(out.logits / 3)
         return out
 
-    assert rollout.head_options(model, 24) == {"scale": 1.0, "softcap": None}
+    assert policies.head_options(model, 24) == {"scale": 1.0, "softcap": None}
     monkeypatch.setattr(model, "forward", capped)
-    with pytest.raises(rollout.BadInput, match="not hidden @ head.T"):
-        rollout.head_options(model, 24)
+    with pytest.raises(sampling.BadInput, match="not hidden @ head.T"):
+        policies.head_options(model, 24)
 
 
 @pytest.mark.parametrize(
@@ -662,15 +664,17 @@ def test_pickled_weights_are_never_loaded(world, tmp_path):
     for file in folder.glob("*.safetensors"):
         file.unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(rollout.BadInput, match="safetensors"):
-        rollout.load_policy(str(folder))
+    with pytest.raises(sampling.BadInput, match="safetensors"):
+        policies.load_policy(str(folder))
 
 
 def test_identity_follows_parameters_template_and_vocabulary_only(world, tmp_path):
-    base = rollout.load_policy(str(world.base)).identity
+    base = policies.load_policy(str(world.base)).identity
 
     def identity(name, *changes):
-        return rollout.load_policy(str(variant(world.base, tmp_path / name, *changes))).identity
+        return policies.load_policy(
+            str(variant(world.base, tmp_path / name, *changes))
+        ).identity
 
     def differs(other):
         return {f for f in ("weights", "template", "vocabulary") if other[f] != base[f]}
@@ -688,17 +692,17 @@ def test_identity_follows_parameters_template_and_vocabulary_only(world, tmp_pat
 
     assert differs(identity("nudged", None, nudge)) == {"weights"}
     assert (
-        rollout.load_policy(str(world.base), template_options={"x": 1}).identity["template"]
+        policies.load_policy(str(world.base), template_options={"x": 1}).identity["template"]
         != base["template"]
     )
 
 
 def test_batches_respect_the_budget_and_lose_nothing():
     rng = np.random.default_rng(0)
-    assert rollout.token_batches([3, 9, 4], 10) == [[1], [2, 0]]
+    assert policies.token_batches([3, 9, 4], 10) == [[1], [2, 0]]
     for budget in (1, 10, 64, 10_000):
         lengths = rng.integers(0, 40, 50).tolist()
-        batches = rollout.token_batches(lengths, budget)
+        batches = policies.token_batches(lengths, budget)
         assert sorted(i for b in batches for i in b) == list(range(50))
         for b in batches:
             assert len(b) == 1 or len(b) * max(lengths[i] for i in b) <= budget
@@ -728,7 +732,7 @@ def test_a_last_message_of_the_assistants_is_continued_locally_and_by_a_server(w
     rollout.main(
         argv(model=world.base, prompts=begun, n=2, max_tokens=4, out=tmp_path / "r.jsonl")
     )
-    tokenizer = rollout.load_tokenizer(str(world.base))
+    tokenizer = policies.load_tokenizer(str(world.base))
     for r in load(tmp_path / "r.jsonl"):
         assert tokenizer.decode(r["prompt_ids"]) == "<|user|>1+2=?<|assistant|>1+"
         assert (
@@ -775,7 +779,7 @@ def test_a_model_with_a_recurrent_state_goes_on_when_a_row_has_ended(world, tmp_
             tie_word_embeddings=False,
         )
     ).eval()
-    tokenizer = rollout.load_tokenizer(world.base)
+    tokenizer = policies.load_tokenizer(world.base)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(tmp_path / "hybrid")
     tokenizer.save_pretrained(tmp_path / "hybrid")

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from fake_server import FakeServer
 
-import records
 import rubric
-import toy
-from records import BadInput
+from opd.answers import is_correct
+from opd.files import read
+from opd.records import BadInput
+from worlds import predicates, sums
 
 RNG = np.random.default_rng(0)
 POLICY = {"model": "m", "weights": "w", "template": "t", "vocabulary": "v"}
@@ -48,7 +49,7 @@ def answer(prompt_id, sample, text):
 
 
 TERMS = [7, 5, -3]
-RIGHT = [toy.write_work(TERMS, toy.running_totals(TERMS), style) for style in toy.STYLES]
+RIGHT = [sums.write_work(TERMS, sums.running_totals(TERMS), style) for style in sums.STYLES]
 WRONG = ["#12", "7+5=13\n13-3=10\n#10", "#7", "7,12,8\n#8"]
 
 
@@ -57,7 +58,7 @@ def files(tmp_path):
     return {
         "prompts": write(
             tmp_path / "p.jsonl",
-            [{"id": i, "messages": toy.question(TERMS), "answer": "9"} for i in ("a", "b")],
+            [{"id": i, "messages": sums.question(TERMS), "answer": "9"} for i in ("a", "b")],
         ),
         "answers": write(
             tmp_path / "a.jsonl",
@@ -104,39 +105,43 @@ def grade(files, *extra, out="w.jsonl"):
 
 
 def rewards(files, out="w.jsonl"):
-    return {(r["id"], r["sample"]): r for r in records.read(files["dir"] / out, "rewards")}
+    return {(r["id"], r["sample"]): r for r in read(files["dir"] / out, "rewards")}
 
 
 # ---- the predicates
 
 
-@pytest.mark.parametrize("style", toy.STYLES)
+@pytest.mark.parametrize("style", sums.STYLES)
 def test_merits_hold_for_right_work_in_every_style_and_name_the_slip(style):
-    source = toy.problems(np.random.default_rng(3), "train", terms=(3, 6))
+    source = sums.problems(np.random.default_rng(3), "train", terms=(3, 6))
     for terms in (next(source) for _ in range(50)):
-        question, totals = toy.expression_of(terms) + "=?", toy.running_totals(terms)
-        good = toy.write_work(terms, totals, style)
-        assert {m for m in rubric.MERITS if not rubric.passes([m], question, good)} == set()
+        question, totals = sums.expression_of(terms) + "=?", sums.running_totals(terms)
+        good = sums.write_work(terms, totals, style)
+        assert {
+            m for m in predicates.MERITS if not predicates.passes([m], question, good)
+        } == set()
         # the last step wrong, the end consistent with it
-        slip = toy.write_work(terms, totals[:-1] + [totals[-1] + 1], style)
-        failed = {m for m in rubric.MERITS if not rubric.passes([m], question, slip)}
+        slip = sums.write_work(terms, totals[:-1] + [totals[-1] + 1], style)
+        failed = {m for m in predicates.MERITS if not predicates.passes([m], question, slip)}
         assert (
             {"total_right", "arithmetic_right"}
             <= failed
             <= {"total_right", "arithmetic_right", "first_step_right"}
         )
         guess = f"#{totals[-1]}"
-        assert {m for m in rubric.MERITS if not rubric.passes([m], question, guess)} == {
+        assert {
+            m for m in predicates.MERITS if not predicates.passes([m], question, guess)
+        } == {
             "arithmetic_right",
             "all_terms",
             "first_step_right",
             "conclusion_follows",
             "shows_work",
         }
-        skipped = toy.write_work(terms[:-1], totals[:-1], style, final=totals[-1])
-        assert not rubric.passes(["all_terms"], question, skipped) and not rubric.passes(
-            ["conclusion_follows"], question, skipped
-        )
+        skipped = sums.write_work(terms[:-1], totals[:-1], style, final=totals[-1])
+        assert not predicates.passes(
+            ["all_terms"], question, skipped
+        ) and not predicates.passes(["conclusion_follows"], question, skipped)
 
 
 def test_no_predicate_raises_on_any_text():
@@ -159,9 +164,12 @@ def test_no_predicate_raises_on_any_text():
         "\x00",
     ):
         for question in ("7+5=?", "What is love?", ""):
-            for name, check in rubric.CHECKS.items():
+            for name, check in predicates.CHECKS.items():
                 for arguments in check.propose([text or "x", "7+5=12\n#12"]):
-                    assert rubric.passes([name, *arguments], question, text) in (True, False)
+                    assert predicates.passes([name, *arguments], question, text) in (
+                        True,
+                        False,
+                    )
 
 
 @pytest.mark.parametrize(
@@ -181,7 +189,7 @@ def test_no_predicate_raises_on_any_text():
     ],
 )
 def test_final_answers(text, answer_, right):
-    assert rubric.is_correct(text, answer_) is right
+    assert is_correct(text, answer_) is right
 
 
 # ---- create
@@ -190,7 +198,7 @@ def test_final_answers(text, answer_, right):
 def test_contrast_puts_the_points_on_what_the_teacher_has_and_the_student_lacks(files):
     summary = create(files)
     assert summary["records"] == 2 and summary["failed"] == 0
-    for r in records.read(files["dir"] / "c.jsonl", "rubrics"):
+    for r in read(files["dir"] / "c.jsonl", "rubrics"):
         assert (
             4 <= len(r["criteria"]) <= 12
             and len(set(r["drawn_from"]["answers"])) == 4
@@ -198,14 +206,14 @@ def test_contrast_puts_the_points_on_what_the_teacher_has_and_the_student_lacks(
         )
         names = [c["check"][0] for c in r["criteria"]]
         # four styles: no decoy holds for all of them and for few students
-        assert set(names[:2]) <= set(rubric.MERITS)
+        assert set(names[:2]) <= set(predicates.MERITS)
         assert r["criteria"][0]["points"] == 5 and all(
             a["points"] >= b["points"] for a, b in zip(r["criteria"], r["criteria"][1:])
         )
         for c in r["criteria"]:
-            teacher = np.mean([rubric.passes(c["check"], "7+5-3=?", t) for t in RIGHT])
+            teacher = np.mean([predicates.passes(c["check"], "7+5-3=?", t) for t in RIGHT])
             student = np.mean(
-                [rubric.passes(c["check"], "7+5-3=?", t) for t in WRONG + RIGHT[:2]]
+                [predicates.passes(c["check"], "7+5-3=?", t) for t in WRONG + RIGHT[:2]]
             )
             assert teacher >= 0.75 and c["gap"] == pytest.approx(teacher - student, abs=1e-3)
 
@@ -216,7 +224,7 @@ def test_one_reference_anchors_the_rubric_to_its_style():
     one = rubric.contrast("7+5-3=?", RIGHT[:1], WRONG)
     four = rubric.contrast("7+5-3=?", RIGHT, WRONG)
     decoys = [
-        sum(c["points"] for c in r if c["check"][0] in rubric.DECOYS)
+        sum(c["points"] for c in r if c["check"][0] in predicates.DECOYS)
         / sum(c["points"] for c in r)
         for r in (one, four)
     ]
@@ -225,7 +233,7 @@ def test_one_reference_anchors_the_rubric_to_its_style():
 
 def test_the_rubricator_never_sees_the_answer_field(files):
     create(files)
-    secret = [{"id": i, "messages": toy.question(TERMS), "answer": "-999"} for i in ("a", "b")]
+    secret = [{"id": i, "messages": sums.question(TERMS), "answer": "-999"} for i in ("a", "b")]
     write(files["prompts"], secret)
     create(files, out="c2.jsonl")
     assert (files["dir"] / "c.jsonl").read_bytes() == (files["dir"] / "c2.jsonl").read_bytes()
@@ -234,14 +242,11 @@ def test_the_rubricator_never_sees_the_answer_field(files):
 def test_flat_points_and_m(files):
     create(files, "--flat-points", out="flat.jsonl")
     assert {
-        c["points"]
-        for r in records.read(files["dir"] / "flat.jsonl", "rubrics")
-        for c in r["criteria"]
+        c["points"] for r in read(files["dir"] / "flat.jsonl", "rubrics") for c in r["criteria"]
     } == {3}
     create(files, "--m", "1", out="m1.jsonl")
     assert all(
-        len(r["drawn_from"]["answers"]) == 1
-        for r in records.read(files["dir"] / "m1.jsonl", "rubrics")
+        len(r["drawn_from"]["answers"]) == 1 for r in read(files["dir"] / "m1.jsonl", "rubrics")
     )
     with pytest.raises(BadInput, match="expected 5 answers"):
         create(files, "--m", "5", out="m5.jsonl")
@@ -264,12 +269,10 @@ def test_rewards_are_the_weighted_pass_rate_recomputed_by_hand(files):
     summary = grade(
         files, "--rubrics", str(files["dir"] / "c.jsonl"), "--answers", str(files["answers"])
     )
-    rubrics = {
-        r["id"]: r["criteria"] for r in records.read(files["dir"] / "c.jsonl", "rubrics")
-    }
+    rubrics = {r["id"]: r["criteria"] for r in read(files["dir"] / "c.jsonl", "rubrics")}
     for (i, s), r in rewards(files).items():
         text = (WRONG + RIGHT[:2])[s]
-        verdicts = [rubric.passes(c["check"], "7+5-3=?", text) for c in rubrics[i]]
+        verdicts = [predicates.passes(c["check"], "7+5-3=?", text) for c in rubrics[i]]
         points = [c["points"] for c in rubrics[i]]
         assert r["verdicts"] == verdicts
         assert r["reward"] == pytest.approx(
@@ -323,9 +326,7 @@ def test_scalar_stand_in_needs_no_server_and_lies_in_the_unit_interval(files):
 def test_predicates_can_be_left_out_and_unknown_names_are_refused(files):
     create(files, "--without", "total_right,length_band")
     names = {
-        c["check"][0]
-        for r in records.read(files["dir"] / "c.jsonl", "rubrics")
-        for c in r["criteria"]
+        c["check"][0] for r in read(files["dir"] / "c.jsonl", "rubrics") for c in r["criteria"]
     }
     assert names and not names & {"total_right", "length_band"}
     with pytest.raises(BadInput, match="nonsense"):
@@ -446,7 +447,7 @@ def test_failed_judgements_are_null_counted_stopped_and_asked_again(files):
     write(
         files["prompts"],
         [
-            {"id": "a", "messages": toy.question(TERMS)},
+            {"id": "a", "messages": sums.question(TERMS)},
             {"id": "b", "messages": [{"role": "user", "content": "second?"}]},
         ],
     )
@@ -524,4 +525,4 @@ def test_combinations_that_make_no_sense_are_refused(files, extra):
     ],
 )
 def test_answers_as_real_models_write_them(text, answer, right):
-    assert rubric.is_correct(text, answer) is right
+    assert is_correct(text, answer) is right

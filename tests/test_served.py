@@ -1,5 +1,5 @@
-"""served.py against a fake server: what is sent, what is believed, what is retried, and how it
-fails."""
+"""opd/served.py against a fake server: what is sent, what is believed, what is retried, and how
+it fails."""
 
 import logging
 import os
@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from opd import served
+
 pytest.importorskip("openai")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from fake_server import END, VOCABULARY, FakeServer, distribution  # noqa: E402
 
-import served  # noqa: E402
-from records import BadInput  # noqa: E402
-from served import ServedFailure, Server  # noqa: E402
+from opd.records import BadInput
+from opd.served import ServedFailure, Server
 
 ASK = [{"role": "user", "content": "2+2=?"}]
 SAMPLING = dict(max_tokens=7, temperature=0.7, top_p=0.9, seed=11)
@@ -177,8 +178,8 @@ def test_a_cut_answer_has_no_end_token_and_a_black_box_answer_no_tokens():
 @pytest.mark.parametrize(
     "behaviour, words",
     [
-        ("few_logprobs", "expected 3 log-probs, one per response token, came 2"),
-        ("no_logprobs", "came none"),
+        ("few_logprobs", "expected 3 log-probs, one per response token, got 2"),
+        ("no_logprobs", "got none"),
         ("no_token_ids", "no token ids"),
     ],
 )
@@ -215,8 +216,8 @@ def test_prompt_logprobs_are_found_by_id_not_by_place():
 @pytest.mark.parametrize(
     "behaviour, words",
     [
-        ("no_prompt_logprobs", "expected 3 prompt_logprobs, one per token, came none"),
-        ("short_prompt_logprobs", "came 1"),
+        ("no_prompt_logprobs", "expected 3 prompt_logprobs, one per token, got none"),
+        ("short_prompt_logprobs", "got 1"),
         ("wrong_prompt_logprobs", "include token 8"),
     ],
 )

@@ -1,5 +1,5 @@
-"""stepweights.py and the row sod: weights by step, and what they do to a gradient (arXiv
-2605.07725)."""
+"""methods/sod/weights.py and the row sod: weights by step, and what they do to a gradient
+(arXiv 2605.07725)."""
 
 import dataclasses
 import json
@@ -21,12 +21,15 @@ from conftest import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import loss
-import records
-import stepweights
+import teacher
 import train
-import weigh
-from records import BadInput
+from experiments import sod_drift
+from methods.sod import __main__ as sod_command
+from methods.sod import weights as stepweights
+from opd import loss as losses
+from opd import policy as policies
+from opd import records, sampling
+from opd.records import BadInput
 
 # ---- the weights
 
@@ -124,7 +127,7 @@ def test_an_outage_is_no_mistake():
         == stepweights.outcomes({"response_ids": [1], "finish_reason": "length"})[0]
         == "cut"
     )
-    assert stepweights.events(
+    assert sod_drift.events(
         ["result", "mistake", "result", "outage", "result", "result", "answer"]
     ) == ["result", "mistake", "recovery", "outage", "recovery", "result"]
 
@@ -143,9 +146,9 @@ def test_shuffled_keeps_an_episodes_weights_and_loses_their_places():
 
 
 def weighed(agents, path, rule, **flags):
-    weigh.main(
+    sod_command.main(
         argv(
-            "steps",
+            "weigh",
             rollouts=agents.rollouts,
             scores=agents.scores,
             rule=rule,
@@ -159,10 +162,10 @@ def weighed(agents, path, rule, **flags):
 @pytest.mark.parametrize("rule", stepweights.RULES)
 def test_weights_of_a_file_by_hand(agents, tmp_path, rule):
     """Against a second computation, from plain transformers in float64."""
-    came, rollouts = weighed(agents, tmp_path / "w.jsonl", rule), by_key(load(agents.rollouts))
+    got, rollouts = weighed(agents, tmp_path / "w.jsonl", rule), by_key(load(agents.rollouts))
     student, teacher, d = naive_model(agents.student), naive_model(agents.teacher), {}
     with torch.no_grad():
-        for key, r in rollouts.items():
+        for key, r in sampling.items():
             ids = torch.tensor(r["response_ids"])[:, None]
             gap = (
                 (
@@ -174,15 +177,15 @@ def test_weights_of_a_file_by_hand(agents, tmp_path, rule):
             )
             d[key] = [float(gap[a:b].mean()) for a, b, _ in r["steps"]]
     sod = {key: [min((v[0] + 1e-6) / (x + 1e-6), 1.2) for x in v] for key, v in d.items()}
-    sizes = {key: [b - a for a, b, _ in r["steps"]] for key, r in rollouts.items()}
+    sizes = {key: [b - a for a, b, _ in r["steps"]] for key, r in sampling.items()}
     mean = sum(np.dot(sod[k], sizes[k]) for k in d) / sum(map(sum, sizes.values()))
     left = sum(np.dot(np.multiply(sod[k], d[k]), sizes[k]) for k in d) / sum(
         np.dot(d[k], sizes[k]) for k in d
     )
     first = np.mean([v[0] for v in d.values()])
-    for key, r in rollouts.items():
+    for key, r in sampling.items():
         w, failed = (
-            came[key]["w"],
+            got[key]["w"],
             [not c["ok"] and "no answer, try again" not in c["output"] for c in r["calls"]]
             + [False],
         )
@@ -199,22 +202,22 @@ def test_weights_of_a_file_by_hand(agents, tmp_path, rule):
             "amount": [left] * len(w),
             "batch": [min((first + 1e-6) / (x + 1e-6), 1.2) for x in d[key]],
         }
-        assert came[key]["d"] == pytest.approx(d[key], abs=1e-4)
+        assert got[key]["d"] == pytest.approx(d[key], abs=1e-4)
         assert (
             sorted(w) == pytest.approx(sorted(sod[key]), rel=2e-3)
             if rule == "shuffled"
             else w == pytest.approx(expected[rule], rel=2e-3)
         )
         for (start, end, _), each in zip(r["steps"], w):
-            assert came[key]["weights"][start:end] == pytest.approx([each] * (end - start))
+            assert got[key]["weights"][start:end] == pytest.approx([each] * (end - start))
         inside = {t for a, b, _ in r["steps"] for t in range(a, b)}
-        assert all(x == 0 for t, x in enumerate(came[key]["weights"]) if t not in inside)
+        assert all(x == 0 for t, x in enumerate(got[key]["weights"]) if t not in inside)
 
 
 def test_an_answer_without_tools_is_one_step(world, tmp_path):
-    weigh.main(
+    sod_command.main(
         argv(
-            "steps",
+            "weigh",
             rollouts=world.rollouts,
             scores=world.scores,
             rule="sod",
@@ -225,16 +228,15 @@ def test_an_answer_without_tools_is_one_step(world, tmp_path):
 
 
 def test_a_teacher_that_is_the_student_has_no_drift_and_no_pull(agents, tmp_path):
-    import teacher
 
     teacher.main(
         argv(
             "score", model=agents.student, rollouts=agents.rollouts, out=tmp_path / "own.jsonl"
         )
     )
-    weigh.main(
+    sod_command.main(
         argv(
-            "steps",
+            "weigh",
             rollouts=agents.rollouts,
             scores=tmp_path / "own.jsonl",
             own_scores=tmp_path / "own.jsonl",
@@ -251,9 +253,9 @@ def test_a_teacher_that_is_the_student_has_no_drift_and_no_pull(agents, tmp_path
 
 def test_own_scores_must_be_the_writers(agents, tmp_path, capsys):
     message = refusal(
-        weigh.main,
+        sod_command.main,
         argv(
-            "steps",
+            "weigh",
             rollouts=agents.rollouts,
             scores=agents.scores,
             own_scores=agents.scores,
@@ -299,9 +301,9 @@ def test_weights_of_one_are_grpo_plus_opd_bit_for_bit(agents, tmp_path):
 
 
 def test_rows_differ_in_their_weights_alone():
-    a, b = (dataclasses.asdict(loss.METHODS[name]) for name in ("sod", "opd-grpo"))
+    a, b = (dataclasses.asdict(losses.METHODS[name]) for name in ("sod", "opd-grpo"))
     assert {k for k in a if a[k] != b[k]} == {"token_weight", "about"}
-    row = loss.METHODS["sod"]
+    row = losses.METHODS["sod"]
     assert (
         row.clip_low,
         row.clip_high,
@@ -316,7 +318,7 @@ def test_rows_differ_in_their_weights_alone():
 def test_the_gradient_of_one_token_by_hand():
     """pi / pi_old = 1: c = A + w (log p_T - log mu), so dL/dlogit = -c (onehot - pi)."""
     row, logits = (
-        loss.METHODS["sod"],
+        losses.METHODS["sod"],
         torch.tensor([[0.3, -0.2, 0.1]], dtype=torch.float64, requires_grad=True),
     )
     logp = torch.log_softmax(logits, -1)
@@ -328,7 +330,7 @@ def test_the_gradient_of_one_token_by_hand():
             "token_weight": torch.tensor([w]).double(),
         }
         (gradient,) = torch.autograd.grad(
-            loss.token_loss(row, logp[:, 1:2], torch.zeros(1), batch).sum(),
+            losses.token_loss(row, logp[:, 1:2], torch.zeros(1), batch).sum(),
             logits,
             retain_graph=True,
         )
@@ -421,7 +423,7 @@ def test_one_number_a_token_is_all_that_is_counted(agents, tmp_path):
 )
 def test_a_weight_of_the_teachers_term_needs_both_terms(row, change, words):
     with pytest.raises(BadInput, match=words):
-        loss.settings(row, [change])
+        losses.settings(row, [change])
 
 
 def test_sod_wants_its_weights(agents, tmp_path, capsys):
@@ -488,8 +490,8 @@ def looked_at(tmp_path, pairs, name="d", **flags):
     rollouts, scores = (
         dump(tmp_path / f"{name}.{kind}.jsonl", rows) for kind, rows in zip("rs", zip(*pairs))
     )
-    return weigh.main(
-        argv("drift", rollouts=rollouts, scores=scores, out=tmp_path / f"{name}.json", **flags)
+    return sod_drift.main(
+        argv(rollouts=rollouts, scores=scores, out=tmp_path / f"{name}.json", **flags)
     )
 
 
@@ -579,7 +581,9 @@ def test_a_placebo_is_held_against_the_first_look(tmp_path):
     ]["above"] == pytest.approx(0.5)
     (tmp_path / "no.json").write_text("[1]")
     for wrong in ("no.json", "nothing.json"):
-        with pytest.raises(BadInput, match="--against .*expected what weigh.py drift writes"):
+        with pytest.raises(
+            BadInput, match="--against .*expected what experiments.sod_drift writes"
+        ):
             looked_at(tmp_path, padded, f"x{wrong}", against=tmp_path / wrong)
 
 
@@ -594,13 +598,13 @@ def test_longer_errors_and_larger_drifts(tmp_path):
 
 def test_log_probs_at_another_temperature_are_no_drift(tmp_path):
     rollout, score = episode("a", 0, [True], [0.1, 0.2], [3])
-    with pytest.raises(BadInput, match="temperature: expected 1, as scores are, came 0.7"):
+    with pytest.raises(BadInput, match="temperature: expected 1, as scores are, got 0.7"):
         looked_at(tmp_path, [(rollout | {"temperature": 0.7}, score)])
 
 
 def test_entropy_is_the_teachers_and_needs_all_of_it(agents, tmp_path):
-    result = weigh.main(
-        argv("drift", rollouts=agents.rollouts, scores=agents.scores, out=tmp_path / "d.json")
+    result = sod_drift.main(
+        argv(rollouts=agents.rollouts, scores=agents.scores, out=tmp_path / "d.json")
     )
     teacher, sums = naive_model(agents.teacher), {}
     with torch.no_grad():
@@ -636,9 +640,8 @@ def test_entropy_is_the_teachers_and_needs_all_of_it(agents, tmp_path):
     )
     rows = [{k: v for k, v in r.items() if k != "topk"} for r in load(agents.scores)]
     assert (
-        weigh.main(
+        sod_drift.main(
             argv(
-                "drift",
                 rollouts=agents.rollouts,
                 scores=dump(tmp_path / "plain.jsonl", rows),
                 out=tmp_path / "p.json",
@@ -654,9 +657,8 @@ def test_entropy_is_the_teachers_and_needs_all_of_it(agents, tmp_path):
 def test_signal_and_noise_against_products_of_all_pairs(agents, tmp_path):
     """A float64 model of plain transformers, one gradient a step and episode kept in memory,
     and the mean of g_i . g_j over all i != j."""
-    result = weigh.main(
+    result = sod_drift.main(
         argv(
-            "drift",
             rollouts=agents.rollouts,
             scores=agents.scores,
             out=tmp_path / "d.json",
@@ -748,13 +750,13 @@ def test_signal_and_noise_against_products_of_all_pairs(agents, tmp_path):
 def test_signal_is_without_bias_and_a_constant_has_no_noise():
     random, signals = np.random.default_rng(0), []
     for _ in range(400):
-        spread = stepweights.Spread()
+        spread = sod_drift.Spread()
         for _ in range(4):
             spread.add(torch.tensor([1.0, 0, 0] + random.normal(0, 2, 3)))
         signals.append(spread.numbers()["signal"])
     # |E g|^2 = 1, whatever the noise of 12 around it
     assert abs(np.mean(signals) - 1) < 4 * np.std(signals) / 20 and np.std(signals) / 20 < 0.3
-    spread = stepweights.Spread()
+    spread = sod_drift.Spread()
     assert spread.numbers() == {"count": 0, "signal": None, "noise": None, "snr": None}
     for _ in range(3):
         spread.add(torch.tensor([3.0, 4.0]))
@@ -766,9 +768,8 @@ def test_signal_and_noise_are_of_the_writers(agents, tmp_path):
         BadInput,
         match="policy.weights: expected .*--model is the model that wrote the rollouts",
     ):
-        weigh.main(
+        sod_drift.main(
             argv(
-                "drift",
                 rollouts=agents.rollouts,
                 scores=agents.scores,
                 out=tmp_path / "d.json",
@@ -817,8 +818,8 @@ def test_a_step_that_nobody_learns_from_counts_nowhere(tmp_path):
     rollouts, scores = (
         dump(tmp_path / f"x.{kind}.jsonl", rows) for kind, rows in zip("rs", zip(*pairs))
     )
-    summary = weigh.main(
-        argv("steps", rollouts=rollouts, scores=scores, rule="sod", out=tmp_path / "w.jsonl")
+    summary = sod_command.main(
+        argv("weigh", rollouts=rollouts, scores=scores, rule="sod", out=tmp_path / "w.jsonl")
     )
     rows = by_key(load(tmp_path / "w.jsonl"))
     assert (
@@ -829,26 +830,25 @@ def test_a_step_that_nobody_learns_from_counts_nowhere(tmp_path):
     nothing = [(r | {"loss_mask": [0] * len(r["loss_mask"])}, s) for r, s in pairs]
     nothing = [(r, s | {"rollout": records.fingerprint(r)}) for r, s in nothing]
     with pytest.raises(
-        BadInput, match="loss_mask: expected rollouts with loss tokens, came none"
+        BadInput, match="loss_mask: expected rollouts with loss tokens, got none"
     ):
         looked_at(tmp_path, nothing, "nothing")
 
 
 def test_gradients_of_a_masked_step_are_zero(agents, tmp_path):
-    import rollout as rollouts
 
     policy, scores = (
-        rollouts.load_policy(str(agents.student), "float32"),
+        policies.load_policy(str(agents.student), "float32"),
         by_key(load(agents.scores)),
     )
     r = next(r for r in load(agents.rollouts) if len(r["steps"]) > 2)
-    full = list(stepweights.step_gradients(policy, r, scores[r["id"], r["sample"]], r["steps"]))
+    full = list(sod_drift.step_gradients(policy, r, scores[r["id"], r["sample"]], r["steps"]))
     start, end, _ = r["steps"][1]
     hidden = r | {
         "loss_mask": [0 if start <= t < end else m for t, m in enumerate(r["loss_mask"])]
     }
     part = list(
-        stepweights.step_gradients(policy, hidden, scores[r["id"], r["sample"]], r["steps"])
+        sod_drift.step_gradients(policy, hidden, scores[r["id"], r["sample"]], r["steps"])
     )
     assert not part[1].any() and full[1].any()
     assert torch.allclose(part[0], full[0], atol=1e-5) and torch.allclose(

@@ -1,5 +1,5 @@
-"""support.py: against every sequence scored one by one, against dicts worked out by hand, and
-its refusals."""
+"""methods/unified.py: against every sequence scored one by one, against dicts worked out by
+hand, and its refusals."""
 
 import itertools
 import math
@@ -10,11 +10,12 @@ from conftest import argv, dump, load, naive_logps, naive_model, refusal, varian
 from test_flags import flags_and_reads
 
 import eval as evaluation
-import records
 import rollout
-import support
-import toy
-from rubric import is_correct
+from methods import unified
+from opd import policy as policies
+from opd import records
+from opd.answers import is_correct
+from worlds import sums
 
 LENGTH, END = 3, 4  # <|end|> is the fifth of the special tokens
 
@@ -41,7 +42,7 @@ def tiny(tmp_path_factory):
     """Two models of 8 tokens; three prompts of which two are the same; of each model {(x, y):
     P(y|x)} by brute force."""
     root = tmp_path_factory.mktemp("support")
-    toy.write_model(root / "untrained", toy.build_tokenizer("1#?"), (16, 1, 2), 0)
+    sums.write_model(root / "untrained", sums.build_tokenizer("1#?"), (16, 1, 2), 0)
     models = {
         name: variant(root / "untrained", root / name, model=loud(seed))
         for name, seed in (("before", 1), ("after", 7))
@@ -74,9 +75,8 @@ def tiny(tmp_path_factory):
 
 
 def measure(tiny, out, *more, **flags):
-    return evaluation.main(
+    return unified.main(
         argv(
-            "support",
             *more,
             **(
                 dict(
@@ -115,9 +115,9 @@ def pairs_by_hand(answers, weight, only=lambda x, y: True):
 
 @pytest.mark.parametrize("name", ["before", "after"])
 def test_enumeration_is_every_sequence_with_its_probability(tiny, name):
-    policy = rollout.load_policy(str(getattr(tiny, name)))
+    policy = policies.load_policy(str(getattr(tiny, name)))
     for x, prompt in enumerate(tiny.ids):
-        answers, stubs = support.enumerate_answers(policy, prompt, LENGTH, 0.0, 10_000)
+        answers, stubs = unified.enumerate_answers(policy, prompt, LENGTH, 0.0, 10_000)
         expected = {y: p for (of, y), p in tiny.truth[name].items() if of == x}
         assert len(expected) == 1 + 7 + 49 * 8 and answers.keys() == expected.keys()
         assert answers == pytest.approx(expected, rel=2e-5) and max(
@@ -227,7 +227,7 @@ def test_a_model_compared_with_itself_has_neither_expanded_nor_shrunk_nor_moved(
 
 @pytest.mark.parametrize("floor", [0.002, 0.02])
 def test_what_the_floor_cuts_is_reported_as_missed(tiny, floor):
-    policy = rollout.load_policy(str(tiny.before))
+    policy = policies.load_policy(str(tiny.before))
     truth = {y: p for (x, y), p in tiny.truth["before"].items() if x == 0}
     prefix = {
         y[:t]: sum(p for other, p in truth.items() if other[:t] == y[:t])
@@ -239,20 +239,20 @@ def test_what_the_floor_cuts_is_reported_as_missed(tiny, floor):
         for y, p in truth.items()
         if all(prefix[y[:t]] >= floor for t in range(1, len(y) + 1))
     }
-    answers, stubs = support.enumerate_answers(policy, tiny.ids[0], LENGTH, floor, 10_000)
+    answers, stubs = unified.enumerate_answers(policy, tiny.ids[0], LENGTH, floor, 10_000)
     missed = sum(stubs.values())
     assert answers == pytest.approx(kept, rel=2e-5) and 0 < len(kept) < len(truth)
     assert missed == pytest.approx(1 - sum(kept.values()), rel=1e-4) and missed > 0.005
     # a pair above the cut has all of its mass, up to the length of what was cut; without the
     # stubs it would lack that mass
-    got = support.occupancy(
+    got = unified.occupancy(
         {(0, y): p for y, p in answers.items()},
         [1.0],
         {(0, y): p for y, p in stubs.items()},
         LENGTH,
     )
     want = {s: sum(p / len(y) for y, p in truth.items() if y[: len(s)] == s) for s in prefix}
-    bare = support.occupancy({(0, y): p for y, p in answers.items()}, [1.0])
+    bare = unified.occupancy({(0, y): p for y, p in answers.items()}, [1.0])
     for (_, s), d in got.items():
         longer = sum(
             p * (1 / (len(s) + 1) - 1 / LENGTH) for y, p in stubs.items() if y[: len(s)] == s
@@ -266,9 +266,9 @@ def test_what_the_floor_cuts_is_reported_as_missed(tiny, floor):
 def test_missed_mass_of_the_summary_is_the_mean_over_prompts_of_the_worse_model(tiny, tmp_path):
     lost = {}
     for name in ("before", "after"):
-        policy = rollout.load_policy(str(getattr(tiny, name)))
+        policy = policies.load_policy(str(getattr(tiny, name)))
         lost[name] = sum(
-            w * sum(support.enumerate_answers(policy, ids, LENGTH, 2e-5, 10_000)[1].values())
+            w * sum(unified.enumerate_answers(policy, ids, LENGTH, 2e-5, 10_000)[1].values())
             for w, ids in zip(tiny.weight, tiny.ids)
         )
     assert lost["before"] != lost["after"] and 0 < max(lost.values()) < 1e-3
@@ -303,14 +303,14 @@ def test_the_sampler_draws_from_the_listed_distribution(tiny, tmp_path):
 
 
 def test_occupancy_shares_an_answer_among_its_tokens():
-    assert support.occupancy({(0, (1, 9)): 0.75, (0, (9,)): 0.25}, [1.0]) == {
+    assert unified.occupancy({(0, (1, 9)): 0.75, (0, (9,)): 0.25}, [1.0]) == {
         (0, (1,)): 0.375,
         (0, (1, 9)): 0.375,
         (0, (9,)): 0.25,
     }
     # answers that share a beginning add up there; the same tokens after another prompt are
     # another pair
-    d = support.occupancy(
+    d = unified.occupancy(
         {(0, (1, 2)): 0.5, (0, (1, 3)): 0.5, (1, (1, 2, 3, 4)): 1.0}, [0.75, 0.25]
     )
     assert d == pytest.approx(
@@ -328,7 +328,7 @@ def test_occupancy_shares_an_answer_among_its_tokens():
 
 def test_change_by_hand():
     before, after = {"A": 0.6, "B": 0.4}, {"A": 0.3, "B": 0.05, "C": 0.65}
-    assert support.change(before, after, {"A": 0.2, "C": 0.13}, 0.1) == pytest.approx(
+    assert unified.change(before, after, {"A": 0.2, "C": 0.13}, 0.1) == pytest.approx(
         {
             "support_before": 2,
             "support_after": 2,
@@ -346,35 +346,35 @@ def test_change_by_hand():
         }
     )
     # a lower threshold takes B for common: no attrition, more moved
-    lower = support.change(before, after, {}, 0.05)
+    lower = unified.change(before, after, {}, 0.05)
     assert (lower["attrition"], lower["common"], lower["expansion_right"]) == (
         0,
         2,
         0,
     ) and lower["moved"] == pytest.approx((0.3 + 0.35) / 2)
     # the other way round what was gained is lost
-    back = support.change(after, before, {}, 0.1)
+    back = unified.change(after, before, {}, 0.1)
     assert (
         back["expansion"],
         back["expansion_mass"],
         back["attrition"],
         back["attrition_mass"],
     ) == (1, 0.4, 1, 0.65)
-    assert support.change(before, before, {}, 0.4)["support_before"] == 2, (
+    assert unified.change(before, before, {}, 0.4)["support_before"] == 2, (
         "eps itself is inside"
     )
-    assert support.total_variation(before, after, "ABC") == pytest.approx(
+    assert unified.total_variation(before, after, "ABC") == pytest.approx(
         (0.3 + 0.35 + 0.65) / 2
     )
 
 
 def test_answer_numbers_by_hand():
-    numbers = support.answer_numbers({(0, (1,)): 0.25, (0, (2,)): 0.75}, {(0, (1,))}, [1.0])
+    numbers = unified.answer_numbers({(0, (1,)): 0.25, (0, (2,)): 0.75}, {(0, (1,))}, [1.0])
     assert numbers["accuracy"] == numbers["pass@1"] == 0.25 and numbers[
         "pass@4"
     ] == pytest.approx(1 - 0.75**4)
     assert numbers["entropy"] == pytest.approx(0.25 * math.log(4) + 0.75 * math.log(4 / 3))
-    one_solved = support.answer_numbers(
+    one_solved = unified.answer_numbers(
         {(0, (1,)): 1.0, (1, (1,)): 1.0}, {(0, (1,))}, [0.25, 0.75]
     )
     assert (
@@ -387,12 +387,12 @@ def test_answer_numbers_by_hand():
 
 def test_styles_and_one_prompt_by_hand():
     assert (
-        support.style("17+5=22\n#22")
-        == support.style("7+5=12\n#1")
+        unified.style("17+5=22\n#22")
+        == unified.style("7+5=12\n#1")
         == "0+0=0\n#0"
-        != support.style("0+0=0 #0")
+        != unified.style("0+0=0 #0")
     )
-    assert support.prompt_change(
+    assert unified.prompt_change(
         [("a#4", True), ("b#7", False)], [("a#4", True), ("c#4", True)]
     ) == {
         "right_before": 1,
@@ -406,7 +406,7 @@ def test_styles_and_one_prompt_by_hand():
         "new_styles": ["c#0"],
         "lost_styles": [],
     }
-    renumbered = support.prompt_change([("1+3\n#4", True)], [("2+2\n#4", True)])
+    renumbered = unified.prompt_change([("1+3\n#4", True)], [("2+2\n#4", True)])
     assert (renumbered["new_answers"], renumbered["lost_answers"]) == (
         ["2+2\n#4"],
         ["1+3\n#4"],
@@ -426,9 +426,8 @@ def evals(path, rows):
 
 
 def compare(tmp_path, before, after, **flags):
-    return evaluation.main(
+    return unified.main(
         argv(
-            "support",
             before_evals=evals(tmp_path / "b.jsonl", before),
             after_evals=evals(tmp_path / "a.jsonl", after),
             out=tmp_path / "s.jsonl",
@@ -499,10 +498,10 @@ def test_other_prompts_and_other_counts_are_refused(tmp_path):
     with pytest.raises(records.BadInput, match="a.jsonl: id: .* id 'c'"):
         compare(tmp_path, two, two | {"c": ["x", "y!"]})
     with pytest.raises(
-        records.BadInput, match="expected 2 samples a prompt, as in .*b.jsonl, came 1"
+        records.BadInput, match="expected 2 samples a prompt, as in .*b.jsonl, got 1"
     ):
         compare(tmp_path, two, {"a": ["x"], "b": ["x"]})
-    with pytest.raises(records.BadInput, match="as many samples of every prompt, came 1 and 2"):
+    with pytest.raises(records.BadInput, match="as many samples of every prompt, got 1 and 2"):
         compare(tmp_path, two, two | {"b": ["x"]})
     assert not (tmp_path / "s.jsonl").exists()
 
@@ -528,19 +527,16 @@ def test_the_same_ids_in_another_prompts_file_are_refused(tmp_path):
         files.append(tmp_path / f"{name}.jsonl")
         evaluation.main(argv(rollouts=answers, prompts=prompts, out=files[-1]))
     assert (
-        evaluation.main(
-            argv(
-                "support", before_evals=files[0], after_evals=files[0], out=tmp_path / "s.jsonl"
-            )
+        unified.main(
+            argv(before_evals=files[0], after_evals=files[0], out=tmp_path / "s.jsonl")
         )["accuracy_after"]
         == 1
     )
     with pytest.raises(
         records.BadInput, match="two.jsonl: expected answers to the prompts file"
     ):
-        evaluation.main(
+        unified.main(
             argv(
-                "support",
                 before_evals=files[0],
                 after_evals=files[1],
                 out=tmp_path / "s2.jsonl",
@@ -559,13 +555,13 @@ def test_what_cannot_be_exact_is_refused_and_names_the_way_out(tiny, tmp_path, c
         max_tokens=LENGTH,
         out=tmp_path / "s.jsonl",
     )
-    message = refusal(evaluation.main, argv("support", floor=0.05, **flags, eps=0.06), capsys)
+    message = refusal(unified.main, argv(floor=0.05, **flags, eps=0.06), capsys)
     assert (
         "missed_mass: expected at most 0.01" in message
         and "--floor" in message
         and "--before-evals" in message
     )
-    message = refusal(evaluation.main, argv("support", max_prefixes=500, **flags), capsys)
+    message = refusal(unified.main, argv(max_prefixes=500, **flags), capsys)
     assert (
         "at most 500 live prefixes" in message
         and "prompt 2 of 2" in message
@@ -578,9 +574,9 @@ def test_what_cannot_be_exact_is_refused_and_names_the_way_out(tiny, tmp_path, c
         dict(floor=-1),
         dict(floor=0.1),
     ):
-        assert "must be" in refusal(evaluation.main, argv("support", **flags | wrong), capsys)
+        assert "must be" in refusal(unified.main, argv(**flags | wrong), capsys)
     assert "512 positions" in refusal(
-        evaluation.main, argv("support", **flags | dict(max_tokens=600)), capsys
+        unified.main, argv(**flags | dict(max_tokens=600)), capsys
     )
     assert not (tmp_path / "s.jsonl").exists()
 
@@ -599,9 +595,8 @@ def test_prompts_without_an_answer_or_with_two_are_refused(tiny, tmp_path, capsy
     ):
         prompts = dump(tmp_path / "p.jsonl", rows)
         assert expected in refusal(
-            evaluation.main,
+            unified.main,
             argv(
-                "support",
                 before=tiny.before,
                 after=tiny.after,
                 prompts=prompts,
@@ -613,7 +608,7 @@ def test_prompts_without_an_answer_or_with_two_are_refused(tiny, tmp_path, capsy
 
 
 def test_models_of_two_vocabularies_or_templates_are_refused(tiny, tmp_path, capsys):
-    toy.write_model(tmp_path / "other", toy.build_tokenizer("#1?"), (16, 1, 2), 0)
+    sums.write_model(tmp_path / "other", sums.build_tokenizer("#1?"), (16, 1, 2), 0)
 
     def strict(tokenizer):
         tokenizer.chat_template += " "
@@ -621,9 +616,8 @@ def test_models_of_two_vocabularies_or_templates_are_refused(tiny, tmp_path, cap
     variant(tiny.before, tmp_path / "template", tokenizer=strict)
     for name, field in (("other", "vocabulary"), ("template", "template")):
         message = refusal(
-            evaluation.main,
+            unified.main,
             argv(
-                "support",
                 before=tiny.before,
                 after=tmp_path / name,
                 prompts=tiny.prompts,
@@ -652,18 +646,18 @@ def test_flags_of_the_other_mode_and_missing_ones_are_refused(tmp_path, capsys):
     ]
     for flags, expected in cases:
         with pytest.raises(SystemExit) as stopped:
-            evaluation.main(["support", *flags, "--out", str(tmp_path / "s.jsonl")])
+            unified.main([*flags, "--out", str(tmp_path / "s.jsonl")])
         assert stopped.value.code == 2 and expected in capsys.readouterr().err
     (tmp_path / "s.jsonl").write_text("mine")
     assert "exists already" in refusal(
-        evaluation.main, ["support", *sampled, "--out", str(tmp_path / "s.jsonl")], capsys
+        unified.main, [*sampled, "--out", str(tmp_path / "s.jsonl")], capsys
     )
     assert (tmp_path / "s.jsonl").read_text() == "mine"
 
 
 def test_every_flag_is_read_and_help_opens_with_a_runnable_example(capsys):
-    flags, reads = flags_and_reads("support.py")
+    flags, reads = flags_and_reads("methods/unified.py")
     assert flags and not flags - reads
     with pytest.raises(SystemExit):
-        evaluation.main(["support", "--help"])
-    assert "    python eval.py support --before " in capsys.readouterr().out
+        unified.main(["--help"])
+    assert "    python -m methods.unified --before " in capsys.readouterr().out

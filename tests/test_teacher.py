@@ -19,9 +19,10 @@ from conftest import (
     variant,
 )
 
-import records
 import teacher
-from rollout import load_tokenizer
+from experiments import shuffle_scores
+from opd import records
+from opd.policy import load_tokenizer
 
 V = 24
 
@@ -155,7 +156,7 @@ def test_the_mass_on_ending_is_that_of_the_stop_tokens_at_the_last_position(
 ):
     scores = by_key(load(world.scores))
     for r in load(world.rollouts):
-        for model, came in (
+        for model, got in (
             (base64bit, r["end_mass"]),
             (teacher64bit, scores[r["id"], r["sample"]]["end_mass"]),
         ):
@@ -164,7 +165,7 @@ def test_the_mass_on_ending_is_that_of_the_stop_tokens_at_the_last_position(
                 want = float(
                     naive_logps(model, r["prompt_ids"], r["response_ids"])[-1, 4].exp()
                 )
-            assert came == pytest.approx(want, rel=1e-3, abs=1e-6)
+            assert got == pytest.approx(want, rel=1e-3, abs=1e-6)
     assert {r["finish_reason"] for r in load(world.rollouts)} == {"stop", "length"}, (
         "the fixture should have answers of both kinds"
     )
@@ -176,7 +177,7 @@ def test_a_token_that_means_the_same_lends_its_mass(world, teacher64bit, tmp_pat
     for r in load(world.rollouts):
         with torch.no_grad():
             table = naive_logps(teacher64bit, r["prompt_ids"], r["response_ids"])
-        for t, (token, came) in enumerate(
+        for t, (token, got) in enumerate(
             zip(r["response_ids"], scores[r["id"], r["sample"]]["logprobs"])
         ):
             want = (
@@ -184,7 +185,7 @@ def test_a_token_that_means_the_same_lends_its_mass(world, teacher64bit, tmp_pat
                 if token == 4
                 else table[t, token]
             )
-            assert came == pytest.approx(float(want), abs=2e-5)
+            assert got == pytest.approx(float(want), abs=2e-5)
             changed += token == 4
     assert changed > 3
     for flags in (
@@ -223,13 +224,11 @@ def test_a_teacher_may_read_more_than_the_student(world, base64bit, tmp_path, ca
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        came = scores[r["id"], r["sample"]]
-        assert ids != r["prompt_ids"] and came["rollout"] == records.fingerprint(r)
-        assert (
-            came["context"] == records.fingerprint(r | {"prompt_ids": ids}) != came["rollout"]
-        )
+        got = scores[r["id"], r["sample"]]
+        assert ids != r["prompt_ids"] and got["rollout"] == records.fingerprint(r)
+        assert got["context"] == records.fingerprint(r | {"prompt_ids": ids}) != got["rollout"]
         np.testing.assert_allclose(
-            came["logprobs"], naive_own(base64bit, r | {"prompt_ids": ids}), atol=2e-5, rtol=0
+            got["logprobs"], naive_own(base64bit, r | {"prompt_ids": ids}), atol=2e-5, rtol=0
         )
     # the same prompts: the student itself
     without = score(world, tmp_path / "own.jsonl", model=world.base, prompts=world.prompts)[0]
@@ -336,8 +335,8 @@ def test_prompts_that_the_rollouts_do_not_answer_are_refused(world, tmp_path, ca
 
 
 def test_shuffled_scores_are_the_same_numbers_at_other_tokens(world, tmp_path):
-    summary = teacher.main(
-        argv("shuffle", scores=world.scores, out=tmp_path / "null.jsonl", seed=3)
+    summary = shuffle_scores.main(
+        argv(scores=world.scores, out=tmp_path / "null.jsonl", seed=3)
     )
     before, after = load(world.scores), load(tmp_path / "null.jsonl")
     assert summary["records"] == len(before) == len(after)
@@ -354,9 +353,8 @@ def test_shuffled_scores_are_the_same_numbers_at_other_tokens(world, tmp_path):
 def test_a_tools_tokens_keep_their_scores_when_the_others_are_dealt_out(
     agents, tmp_path, capsys
 ):
-    teacher.main(
+    shuffle_scores.main(
         argv(
-            "shuffle",
             scores=agents.scores,
             rollouts=agents.rollouts,
             out=tmp_path / "null.jsonl",
@@ -386,8 +384,8 @@ def test_a_tools_tokens_keep_their_scores_when_the_others_are_dealt_out(
     assert np.array_equal(*map(np.sort, own)) and np.mean(own[0] == own[1]) < 0.2
     part = dump(tmp_path / "part.jsonl", load(agents.rollouts)[:-1])
     message = refusal(
-        teacher.main,
-        argv("shuffle", scores=agents.scores, rollouts=part, out=tmp_path / "x.jsonl"),
+        shuffle_scores.main,
+        argv(scores=agents.scores, rollouts=part, out=tmp_path / "x.jsonl"),
         capsys,
     )
     assert "expected the scores of a rollout of" in message and str(agents.scores) in message

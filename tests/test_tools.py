@@ -1,5 +1,5 @@
-"""tools.py, agents.py and the episodes of rollout.py: what is run, what is masked, what the
-model has read."""
+"""opd/tools.py, worlds/agents.py and the episodes of rollout.py: what is run, what is masked,
+what the model has read."""
 
 import ast
 import os
@@ -25,16 +25,17 @@ from conftest import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import agents as world_of_agents
 import eval as evaluation
-import records
 import rollout
 import rubric
 import teacher
-import tools
-import toy
 import train
-from tools import Calculator, Expression, Mistake, Toolbox, written
+from methods.simct import __main__ as simct_command
+from opd import policy as policies
+from opd import records, sampling, tools
+from opd.tools import Calculator, Expression, Mistake, Toolbox, written
+from worlds import sums
+from worlds.agents import MORE_SPECIAL, SYMBOLS, TEMPLATE, result
 
 END = "<|end|>"
 
@@ -398,7 +399,7 @@ def test_a_tool_of_ones_own(monkeypatch):
         box.run({"name": "echo", "arguments": {"text": "x" * 5000}}, "k")["output"]
     ) == tools.MOST_OUTPUT + len(" (cut)")
     with pytest.raises(
-        records.BadInput, match="expected tools of different names, came calculator twice"
+        records.BadInput, match="expected tools of different names, got calculator twice"
     ):
         Toolbox("calculator,calculator", {}, "hermes", 4)
     for wrong in (
@@ -418,10 +419,10 @@ def test_a_tool_of_ones_own(monkeypatch):
 def scripted(monkeypatch, lines, tokenizer=None):
     """A policy whose next step is the next of `lines` for its row, by the row's prompt; the end
     token is sampled unless a line ends in "..."."""
-    tokenizer = tokenizer or toy.build_tokenizer(
-        world_of_agents.SYMBOLS,
-        more_special=world_of_agents.MORE_SPECIAL,
-        template=world_of_agents.TEMPLATE,
+    tokenizer = tokenizer or sums.build_tokenizer(
+        SYMBOLS,
+        more_special=MORE_SPECIAL,
+        template=TEMPLATE,
     )
     policy = types.SimpleNamespace(
         tokenizer=tokenizer,
@@ -443,13 +444,13 @@ def scripted(monkeypatch, lines, tokenizer=None):
             out.append((ids, [-0.5] * len(ids), "stop" if whole else "length", 0.5))
         return out
 
-    monkeypatch.setattr(rollout, "sample_batch", sample_batch)
+    monkeypatch.setattr(sampling, "sample_batch", sample_batch)
     return policy, contexts
 
 
 def play(policy, starts, max_tokens=200, form="brackets", most=4, **options):
     draws = np.zeros((len(starts), max_tokens))
-    return rollout.sample_episodes(
+    return sampling.sample_episodes(
         policy,
         starts,
         draws,
@@ -593,9 +594,9 @@ def test_the_answers_depend_on_no_batch_and_a_killed_run_is_completed(agents, tm
     rollout.main(argv(out=tmp_path / "killed.jsonl", batch_tokens=2000, **flags))
     wanted = by_key(load(agents.rollouts))
     for path in ("alone.jsonl", "killed.jsonl"):
-        came = by_key(load(tmp_path / path))
-        assert came.keys() == wanted.keys()
-        for key, r in came.items():
+        got = by_key(load(tmp_path / path))
+        assert got.keys() == wanted.keys()
+        for key, r in got.items():
             assert {
                 k: r[k]
                 for k in (
@@ -827,7 +828,7 @@ def test_the_corpora_are_what_they_say(agents):
                 records.validate(r, "answers") is None
                 and len(r["response_ids"]) + len(r["prompt_ids"]) < 512
             )
-            expected = toy.split_of(r["messages"][0]["content"].removesuffix("=?"))
+            expected = sums.split_of(r["messages"][0]["content"].removesuffix("=?"))
             assert expected == "train"
             for (start, end, ok), call in zip(r["steps"], r["calls"]):
                 bad = ok is False and "no answer" not in call["output"]
@@ -836,7 +837,7 @@ def test_the_corpora_are_what_they_say(agents):
                 if name == "mixed":
                     assert all(r["loss_mask"][start:end])
             chain = r["messages"][0]["content"].removesuffix("=?").split(",")
-            wrong += name == "clean" and r["final"] != f"#{world_of_agents.result(chain)}"
+            wrong += name == "clean" and r["final"] != f"#{result(chain)}"
     assert malformed > 100 and learnt == 0 and wrong == 0
     assert 0.8 < oks["clean"] < 0.95 and 0.4 < oks["mixed"] < 0.75
 
@@ -872,9 +873,9 @@ def test_what_cannot_read_episodes_refuses_them(agents, world, tmp_path, capsys)
     for main, arguments in (
         (rubric.main, argv("grade", grader="scalar", **flags)),
         (rubric.main, argv("create", answers=tmp_path / "answers.jsonl", **flags)),
-        (teacher.main, argv("units", model=world.base, student=agents.student, **flags)),
+        (simct_command.main, argv("score", model=world.base, student=agents.student, **flags)),
     ):
-        assert "came an episode with tools" in refusal(main, arguments, capsys)
+        assert "got an episode with tools" in refusal(main, arguments, capsys)
     message = refusal(
         train.main,
         argv(
@@ -911,7 +912,7 @@ def test_a_tools_words_are_no_loop_of_the_models(tmp_path):
 
 def test_more_problems_than_there_are(tmp_path, capsys):
     message = refusal(
-        toy.main,
+        sums.main,
         argv(
             task="tools", out=tmp_path / "t", terms="1:1", train_prompts=20000, clean=1, mixed=1
         ),
@@ -933,13 +934,13 @@ def test_more_problems_than_there_are(tmp_path, capsys):
     ],
 )
 def test_worlds_that_cannot_be(tmp_path, capsys, flags, words):
-    assert words in refusal(toy.main, argv(task="tools", out=tmp_path / "t", **flags), capsys)
+    assert words in refusal(sums.main, argv(task="tools", out=tmp_path / "t", **flags), capsys)
 
 
 def test_a_world_is_its_seed(tmp_path):
     flags = dict(task="tools", train_prompts=4, eval_prompts=4, clean=20, mixed=20)
     for name in ("a", "b"):
-        assert run_program("toy.py", argv(out=tmp_path / name, **flags)).returncode == 0
+        assert run_program("worlds.sums", argv(out=tmp_path / name, **flags)).returncode == 0
     for name in ("train.jsonl", "clean.jsonl", "mixed.jsonl", "student/model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -1012,7 +1013,7 @@ def test_a_tools_answer_carries_its_name(monkeypatch):
 def test_a_template_with_tools_is_told_of_them_in_its_own_way():
     tokenizer, box = byte_tokenizer(QWEN), Toolbox("calculator", {}, "hermes", 4)
     prompt = {"id": "a", "messages": [{"role": "user", "content": "What is 37*4?"}]}
-    text = tokenizer.decode(box.prompt(rollout.render, tokenizer, prompt, {}))
+    text = tokenizer.decode(box.prompt(policies.render, tokenizer, prompt, {}))
     assert (
         text.startswith("<|im_start|>system\n# Tools\n{")
         and '"name": "calculator"' in text
@@ -1068,7 +1069,7 @@ def test_a_template_without_tools_gets_a_system_message_and_one_without_their_tu
             "id": "a",
             "messages": [*before, {"role": "user", "content": "What is 37*4?"}],
         }
-        text = tokenizer.decode(box.prompt(rollout.render, tokenizer, prompt, {}))
+        text = tokenizer.decode(box.prompt(policies.render, tokenizer, prompt, {}))
         assert (
             text.startswith(
                 "<|im_start|>system\n"
@@ -1079,7 +1080,7 @@ def test_a_template_without_tools_gets_a_system_message_and_one_without_their_tu
             and '"name": "calculator"' in text
         )
     with pytest.raises(records.BadInput, match="tools need `messages`"):
-        box.prompt(rollout.render, tokenizer, {"id": "a", "prompt": "x"}, {})
+        box.prompt(policies.render, tokenizer, {"id": "a", "prompt": "x"}, {})
     deaf = byte_tokenizer(
         "{% for m in messages %}{% if m['role'] != 'tool' %}{{ m['content'] }}{% endif %}{% "
         "endfor %}"

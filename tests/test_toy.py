@@ -1,5 +1,5 @@
-"""toy.py: right answers are right, splits never meet, and every text survives its tokenizer; of
-forks: corpora hold what they say."""
+"""worlds.sums: right answers are right, splits never meet, and every text survives its
+tokenizer; of forks: corpora hold what they say."""
 
 import re
 from collections import Counter
@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from conftest import argv, load, refusal
 
-import eval as evaluation
-import records
-import rubric
-import toy
+import train
+from opd import answers, batches, files, records, stats
+from opd.policy import load_policy, stop_ids
+from worlds import predicates, sums
 
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
     """Files large enough that an overlap of the splits would show."""
     folder = tmp_path_factory.mktemp("toy")
-    toy.main(argv(out=folder, train_prompts=1500, eval_prompts=300, clean=6000, mixed=6000))
+    sums.main(argv(out=folder, train_prompts=1500, eval_prompts=300, clean=6000, mixed=6000))
     return folder
 
 
@@ -52,7 +52,7 @@ def test_no_problem_stands_in_two_splits(big):
     shares = (
         np.bincount(
             [
-                ("train", "dev", "heldout").index(toy.split_of(f"{i}+{j}-{k}"))
+                ("train", "dev", "heldout").index(sums.split_of(f"{i}+{j}-{k}"))
                 for i in range(10)
                 for j in range(10)
                 for k in range(10)
@@ -65,9 +65,9 @@ def test_no_problem_stands_in_two_splits(big):
 
 def test_prompts_carry_the_right_answer_and_a_right_solution(big):
     for name in ("train", "dev", "heldout"):
-        for p in records.read(big / f"{name}.jsonl", "prompts"):
+        for p in files.read(big / f"{name}.jsonl", "prompts"):
             expression = p["messages"][0]["content"].removesuffix("=?")
-            assert p["answer"] == str(value(expression)) and rubric.is_correct(
+            assert p["answer"] == str(value(expression)) and answers.is_correct(
                 p["solution"], p["answer"]
             )
             assert "answer" not in p["messages"][0]["content"] and 0 <= value(expression) <= 40
@@ -86,38 +86,38 @@ def totals_in(text, style):
     return [int(work[0])] + [int(line.split("=")[1]) for line in work.split("\n")]
 
 
-@pytest.mark.parametrize("style", toy.STYLES)
+@pytest.mark.parametrize("style", sums.STYLES)
 def test_clean_work_is_right_in_every_step_of_every_style(style):
-    rng, source = np.random.default_rng(0), toy.problems(np.random.default_rng(1), "train")
+    rng, source = np.random.default_rng(0), sums.problems(np.random.default_rng(1), "train")
     for _ in range(300):
         terms = next(source)
-        text = toy.clean_answer(rng, terms, (style,))
+        text = sums.clean_answer(rng, terms, (style,))
         assert totals_in(text, style) == [sum(terms[: i + 1]) for i in range(len(terms))]
         assert text.rpartition("#")[2] == str(sum(terms)) and text.count("#") == 1
-        assert rubric.is_correct(text, sum(terms)) and not rubric.is_correct(
+        assert answers.is_correct(text, sum(terms)) and not answers.is_correct(
             text, sum(terms) + 1
         )
-        question = toy.expression_of(terms) + "=?"
-        assert rubric.passes(["arithmetic_right"], question, text) and rubric.passes(
+        question = sums.expression_of(terms) + "=?"
+        assert predicates.passes(["arithmetic_right"], question, text) and predicates.passes(
             ["all_terms"], question, text
         )
 
 
 def test_the_styles_of_the_docstring():
     terms, totals = [7, 5, -3, 8], [7, 12, 9, 17]
-    assert toy.expression_of(terms) == "7+5-3+8" and toy.running_totals(terms) == totals
-    assert toy.write_work(terms, totals, "lines") == "7+5=12\n12-3=9\n9+8=17\n#17"
-    assert toy.write_work(terms, totals, "chain") == "7+5=12-3=9+8=17\n#17"
-    assert toy.write_work(terms, totals, "totals") == "7,12,9,17\n#17"
-    assert toy.write_work(terms, totals, "ledger") == "7\n+5:12\n-3:9\n+8:17\n#17"
+    assert sums.expression_of(terms) == "7+5-3+8" and sums.running_totals(terms) == totals
+    assert sums.write_work(terms, totals, "lines") == "7+5=12\n12-3=9\n9+8=17\n#17"
+    assert sums.write_work(terms, totals, "chain") == "7+5=12-3=9+8=17\n#17"
+    assert sums.write_work(terms, totals, "totals") == "7,12,9,17\n#17"
+    assert sums.write_work(terms, totals, "ledger") == "7\n+5:12\n-3:9\n+8:17\n#17"
     with pytest.raises(ValueError, match="style"):
-        toy.write_work(terms, totals, "prose")
+        sums.write_work(terms, totals, "prose")
 
 
 def test_the_clean_corpus_is_all_right_in_all_styles(big):
-    rows = list(records.read(big / "clean.jsonl", "answers"))
+    rows = list(files.read(big / "clean.jsonl", "answers"))
     assert all(
-        rubric.is_correct(r["text"], value(r["messages"][0]["content"][:-2]))
+        answers.is_correct(r["text"], value(r["messages"][0]["content"][:-2]))
         and r["finish_reason"] == "stop"
         for r in rows
     )
@@ -139,14 +139,14 @@ def test_the_mixed_corpus_has_the_stated_shares(big):
     """45 % guesses, 25 % slips, 20 % skipped steps, 10 % right work: told apart by what the
     text shows."""
     counts, right = {"guess": 0, "slip": 0, "skipped": 0, "right work": 0}, 0
-    for r in records.read(big / "mixed.jsonl", "answers"):
+    for r in files.read(big / "mixed.jsonl", "answers"):
         question, text = r["messages"][0]["content"], r["text"]
-        right += rubric.is_correct(text, value(question[:-2]))
+        right += answers.is_correct(text, value(question[:-2]))
         missing = (
-            len(rubric.terms_of(question))
+            len(predicates.terms_of(question))
             - 1
             - len(
-                rubric.steps_of(
+                predicates.steps_of(
                     question, text.replace("=-", "=").replace(":-", ":").replace(",-", ",")
                 )
             )
@@ -158,8 +158,8 @@ def test_the_mixed_corpus_has_the_stated_shares(big):
         else:
             counts[
                 "right work"
-                if rubric.passes(["arithmetic_right"], question, text)
-                and rubric.is_correct(text, value(question[:-2]))
+                if predicates.passes(["arithmetic_right"], question, text)
+                and answers.is_correct(text, value(question[:-2]))
                 else "slip"
             ] += 1
     shares = {name: n / 6000 for name, n in counts.items()}
@@ -172,7 +172,7 @@ def test_the_mixed_corpus_has_the_stated_shares(big):
 
 @pytest.mark.parametrize("merge_digits", [False, True])
 def test_every_text_survives_the_tokenizer(big, merge_digits):
-    tokenizer = toy.build_tokenizer(merges=toy.TWO_DIGITS if merge_digits else ())
+    tokenizer = sums.build_tokenizer(merges=sums.TWO_DIGITS if merge_digits else ())
     texts = [r["text"] for name in ("clean", "mixed") for r in load(big / f"{name}.jsonl")]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert [tokenizer.decode(i) for i in ids] == texts
@@ -195,21 +195,18 @@ def test_every_text_survives_the_tokenizer(big, merge_digits):
 
 
 def test_the_two_vocabularies_are_different_maps_and_share_no_hash(big):
-    import rollout
 
     one, two = (
-        rollout.load_policy(str(big / name)).identity["vocabulary"]
+        load_policy(str(big / name)).identity["vocabulary"]
         for name in ("teacher", "teacher_merged_digits")
     )
-    assert (
-        one != two and one == rollout.load_policy(str(big / "student")).identity["vocabulary"]
-    )
+    assert one != two and one == load_policy(str(big / "student")).identity["vocabulary"]
 
 
 def test_the_same_seed_writes_the_same_world(big, tmp_path):
     flags = dict(train_prompts=30, eval_prompts=5, clean=20, mixed=20)
     for name, seed in (("a", 4), ("b", 4), ("c", 5)):
-        toy.main(argv(out=tmp_path / name, seed=seed, **flags))
+        sums.main(argv(out=tmp_path / name, seed=seed, **flags))
     for file in (
         "train.jsonl",
         "heldout.jsonl",
@@ -223,9 +220,9 @@ def test_the_same_seed_writes_the_same_world(big, tmp_path):
 
 def test_asking_for_more_of_one_file_changes_no_other(tmp_path):
     flags = dict(train_prompts=20, eval_prompts=5, clean=20, mixed=20)
-    toy.main(argv(out=tmp_path / "plain", **flags))
+    sums.main(argv(out=tmp_path / "plain", **flags))
     for name in flags:
-        toy.main(argv(out=tmp_path / name, **flags | {name: 30}))
+        sums.main(argv(out=tmp_path / name, **flags | {name: 30}))
         changed = {"train_prompts": {"train"}, "eval_prompts": {"dev", "heldout"}}.get(
             name, {name}
         )
@@ -242,7 +239,7 @@ def test_asking_for_more_of_one_file_changes_no_other(tmp_path):
 def test_the_sums_world_is_the_one_the_recorded_results_were_measured_on(tmp_path):
     """Hashes of its files before --task existed: a changed random stream would make old and new
     results two experiments."""
-    toy.main(
+    sums.main(
         argv(
             out=tmp_path / "toy",
             task="sums",
@@ -253,7 +250,7 @@ def test_the_sums_world_is_the_one_the_recorded_results_were_measured_on(tmp_pat
         )
     )
     hashes = {
-        name: records.hash_file(tmp_path / "toy" / f"{name}.jsonl")["sha256"][:12]
+        name: files.hash_file(tmp_path / "toy" / f"{name}.jsonl")["sha256"][:12]
         for name in ("train", "dev", "heldout", "clean", "mixed")
     }
     assert hashes == {
@@ -266,7 +263,7 @@ def test_the_sums_world_is_the_one_the_recorded_results_were_measured_on(tmp_pat
 
 
 def test_every_file_passes_the_contract(big):
-    counts = records.main(
+    counts = files.main(
         [
             "check",
             *(str(big / f"{n}.jsonl") for n in ("train", "dev", "heldout", "clean", "mixed")),
@@ -294,7 +291,7 @@ def style_of(text, loop=False):
     end = ".{0,10}" if loop else r"\n?#-?\d+"
     found = [
         style
-        for style in toy.STYLES
+        for style in sums.STYLES
         if re.fullmatch(f"{FIRST[style]}(?:{STEPS[style]}){{2,}}{end}", text, re.DOTALL)
     ]
     assert len(found) == 1, (text, found)
@@ -302,7 +299,7 @@ def style_of(text, loop=False):
 
 
 def terms_in(row):
-    return rubric.terms_of(row["messages"][0]["content"])
+    return predicates.terms_of(row["messages"][0]["content"])
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +314,7 @@ def long(tmp_path_factory):
         loop_share=0.2,
         planted_share=0.6,
     )
-    summary = toy.main(
+    summary = sums.main(
         argv(out=folder, train_prompts=50, eval_prompts=20, clean=1500, mixed=1500, **flags)
     )
     assert summary == {
@@ -342,7 +339,7 @@ def test_terms_bound_every_problem_in_every_file(long):
         assert all(
             0 <= total <= 40
             for row in load(long / f"{name}.jsonl")
-            for total in toy.running_totals(terms_in(row))
+            for total in sums.running_totals(terms_in(row))
         )
 
 
@@ -360,7 +357,7 @@ def test_styles_are_only_these_in_equal_parts_and_prompts_do_not_depend_on_them(
         ("one", dict(styles="chain")),
         ("all", {}),
     ):
-        toy.main(
+        sums.main(
             argv(
                 out=tmp_path / name,
                 terms="4:5",
@@ -398,7 +395,7 @@ def test_slips_share_right_work_with_one_slip_that_propagates_and_nothing_else(
     folder = long
     if share != 0.3:
         folder = tmp_path / "w"
-        toy.main(argv(out=folder, terms="7:12", slips=share, **SMALL | dict(mixed=200)))
+        sums.main(argv(out=folder, terms="7:12", slips=share, **SMALL | dict(mixed=200)))
     rows, slips, places = load(folder / "mixed.jsonl"), Counter(), Counter()
     for row in rows:
         terms, text = terms_in(row), row["text"]
@@ -408,7 +405,7 @@ def test_slips_share_right_work_with_one_slip_that_propagates_and_nothing_else(
             and text.rpartition("#")[2] == str(written[-1])
             and row["finish_reason"] == "stop"
         ), "whole work, its own end"
-        errors = [a - b for a, b in zip(written, toy.running_totals(terms))]
+        errors = [a - b for a, b in zip(written, sums.running_totals(terms))]
         at = next((i for i, e in enumerate(errors) if e), None)
         assert at is None or (at >= 1 and len(set(errors[at:])) == 1), (text, errors)
         slips[errors[-1]] += 1
@@ -419,26 +416,24 @@ def test_slips_share_right_work_with_one_slip_that_propagates_and_nothing_else(
     assert not share or set(range(1, 7)) <= set(places), "a slip comes anywhere"
 
 
-@pytest.mark.parametrize("style", toy.STYLES)
+@pytest.mark.parametrize("style", sums.STYLES)
 @pytest.mark.parametrize(
     "terms, length", [((2, 6), 320), ((10, 30), 320), ((10, 30), 448), ((2, 6), 256)]
 )
 def test_a_loop_begins_right_and_repeats_its_last_step_to_the_end(style, terms, length):
     rng, source, beginnings = (
         np.random.default_rng(0),
-        toy.problems(np.random.default_rng(1), "train", terms),
+        sums.problems(np.random.default_rng(1), "train", terms),
         set(),
     )
     for _ in range(200):
         problem = next(source)
-        text = toy.loop_answer(rng, problem, (style,), length)
+        text = sums.loop_answer(rng, problem, (style,), length)
         assert (
-            len(text) == length
-            and "#" not in text
-            and evaluation.repetition_ratio(text, 256) > 4
+            len(text) == length and "#" not in text and stats.repetition_ratio(text, 256) > 4
         ), text
-        clean = toy.clean_answer(rng, problem, (style,))
-        assert evaluation.repetition_ratio(clean, 256) < 2.2, clean
+        clean = sums.clean_answer(rng, problem, (style,))
+        assert stats.repetition_ratio(clean, 256) < 2.2, clean
         steps = list(re.finditer(STEPS[style], text + "\n"))
         work = re.match(FIRST[style] + f"(?:{STEPS[style]})*", clean)[0]
         right = [m[0] for m in re.finditer(STEPS[style], work)]
@@ -461,9 +456,9 @@ def test_a_loop_begins_right_and_repeats_its_last_step_to_the_end(style, terms, 
 
 def test_the_loop_of_the_docstring():
     terms, texts = [7, 5, -3, 8], {}
-    for style in toy.STYLES:
+    for style in sums.STYLES:
         rng = np.random.default_rng(0)
-        texts[style] = {toy.loop_answer(rng, terms, (style,), 100) for _ in range(50)}
+        texts[style] = {sums.loop_answer(rng, terms, (style,), 100) for _ in range(50)}
         assert len(texts[style]) == 3 - (style == "lines"), (
             "begun with one, two or three steps, as far as a fifth of the text has room"
         )
@@ -494,10 +489,10 @@ def test_loops_have_the_asked_share_no_end_and_the_company_of_clean_and_mixed(lo
     ), "random numbers of their own"
     slips = {}
     for name, share in (("looping", 0.2), ("planted", 0.6)):
-        rows = list(records.read(long / f"{name}.jsonl", "answers"))
+        rows = list(files.read(long / f"{name}.jsonl", "answers"))
         ended = [r for r in rows if r["finish_reason"] == "stop"]
         for r in rows:
-            loops = evaluation.repetition_ratio(r["text"], 256) > 4
+            loops = stats.repetition_ratio(r["text"], 256) > 4
             assert (
                 loops
                 == (r["finish_reason"] == "length")
@@ -506,13 +501,13 @@ def test_loops_have_the_asked_share_no_end_and_the_company_of_clean_and_mixed(lo
             ), r
         assert abs(1 - len(ended) / len(rows) - share) < 0.05, (name, len(ended))
         slips[name] = sum(
-            not rubric.is_correct(r["text"], sum(terms_in(r))) for r in ended
+            not answers.is_correct(r["text"], sum(terms_in(r))) for r in ended
         ) / len(ended)
-        assert all(toy.split_of(toy.expression_of(terms_in(r))) == "train" for r in rows)
+        assert all(sums.split_of(sums.expression_of(terms_in(r))) == "train" for r in rows)
     assert slips["looping"] == 0 and abs(slips["planted"] - 0.3) < 0.06, (
         "the others are as clean and as mixed"
     )
-    default = toy.main(argv(out=tmp_path / "w", **SMALL | dict(loops=2000)))
+    default = sums.main(argv(out=tmp_path / "w", **SMALL | dict(loops=2000)))
     share = {
         name: sum(
             r["finish_reason"] == "length" for r in load(tmp_path / "w" / f"{name}.jsonl")
@@ -538,7 +533,7 @@ def test_loops_change_no_other_file_and_without_them_there_is_none(tmp_path):
         ("more", dict(loops=30)),
         ("shorter", dict(loops=20, loop_tokens=300, loop_share=1)),
     ):
-        toy.main(argv(out=tmp_path / name, **SMALL | flags))
+        sums.main(argv(out=tmp_path / name, **SMALL | flags))
     names = {
         folder: {f.relative_to(tmp_path / folder) for f in (tmp_path / folder).rglob("*.*")}
         for folder in ("plain", "loops")
@@ -561,8 +556,8 @@ def test_loops_change_no_other_file_and_without_them_there_is_none(tmp_path):
 
 def test_hints_put_a_solution_behind_half_of_the_questions_and_change_no_text(tmp_path):
     plain, told = tmp_path / "plain", tmp_path / "told"
-    toy.main(argv(out=plain, **SMALL | dict(clean=400)))
-    toy.main(argv(out=told, hints=0.5, **SMALL | dict(clean=400)))
+    sums.main(argv(out=plain, **SMALL | dict(clean=400)))
+    sums.main(argv(out=told, hints=0.5, **SMALL | dict(clean=400)))
     before, after = load(plain / "clean.jsonl"), load(told / "clean.jsonl")
     assert [r["text"] for r in before] == [r["text"] for r in after]
     asked = [
@@ -607,23 +602,22 @@ def test_hints_put_a_solution_behind_half_of_the_questions_and_change_no_text(tm
 def test_with_a_second_end_teacher_and_student_share_a_vocabulary_and_end_differently(
     tmp_path, monkeypatch
 ):
-    import data
-    import rollout
-    import train
 
-    trained, sequences = [], data.Data.sequences
+    trained, sequences = [], batches.Data.sequences
 
     def spy(self, keys):
         trained.extend(items := sequences(self, keys))
         return items
 
-    monkeypatch.setattr(data.Data, "sequences", spy)
-    toy.main(argv(out=tmp_path / "plain", **SMALL | dict(loops=5, loop_share=0.5)))
-    toy.main(argv(out=tmp_path / "w", second_end=True, **SMALL | dict(loops=5, loop_share=0.5)))
+    monkeypatch.setattr(batches.Data, "sequences", spy)
+    sums.main(argv(out=tmp_path / "plain", **SMALL | dict(loops=5, loop_share=0.5)))
+    sums.main(
+        argv(out=tmp_path / "w", second_end=True, **SMALL | dict(loops=5, loop_share=0.5))
+    )
     ends = {"student": "<|end|>", "teacher": "<|eot|>", "teacher_merged_digits": "<|end|>"}
-    policies = {name: rollout.load_policy(str(tmp_path / "w" / name)) for name in ends}
+    policies = {name: load_policy(str(tmp_path / "w" / name)) for name in ends}
     for name, policy in policies.items():
-        before = rollout.load_policy(str(tmp_path / "plain" / name))
+        before = load_policy(str(tmp_path / "plain" / name))
         eot = before.vocabulary  # appended: no other token changes its id
         assert (
             policy.tokenizer.get_vocab() == before.tokenizer.get_vocab() | {"<|eot|>": eot}
@@ -638,7 +632,7 @@ def test_with_a_second_end_teacher_and_student_share_a_vocabulary_and_end_differ
         )
         end = policy.tokenizer.get_vocab()[ends[name]]
         assert (
-            rollout.stop_ids(policy.model, policy.tokenizer) == [end]
+            stop_ids(policy.model, policy.tokenizer) == [end]
             and policy.model.generation_config.eos_token_id == end
         )
         both = policy.tokenizer("#3<|end|><|eot|>", add_special_tokens=False)["input_ids"]
@@ -664,8 +658,8 @@ def test_with_a_second_end_teacher_and_student_share_a_vocabulary_and_end_differ
             assert policy.tokenizer.decode(item["response_ids"]) == row["text"] + ends[name] * (
                 row["finish_reason"] == "stop"
             )
-        again = rollout.load_policy(str(tmp_path / f"trained_{name}"))
-        assert rollout.stop_ids(again.model, again.tokenizer) == [end], (
+        again = load_policy(str(tmp_path / f"trained_{name}"))
+        assert stop_ids(again.model, again.tokenizer) == [end], (
             "training keeps the folder's end"
         )
     assert (
@@ -678,7 +672,7 @@ def test_what_a_sums_world_cannot_be_is_refused(tmp_path, capsys):
         *(
             (
                 dict(terms=terms),
-                f"--terms: expected FEWEST:MOST with 2 <= FEWEST <= MOST <= 30, came {terms}",
+                f"--terms: expected FEWEST:MOST with 2 <= FEWEST <= MOST <= 30, got {terms}",
             )
             for terms in ("1:6", "6:2", "2:31", "6", "2:6:7", "a:b")
         ),
@@ -686,23 +680,23 @@ def test_what_a_sums_world_cannot_be_is_refused(tmp_path, capsys):
             (
                 dict(styles=styles),
                 f"--styles: expected some of lines,chain,totals,ledger, each once, with "
-                f"commas between, came '{styles}'",
+                f"commas between, got '{styles}'",
             )
             for styles in ("prose", "lines,prose", "lines,lines", "lines,")
         ),
-        (dict(slips=1.5), "--slips: expected a share from 0 to 1, came 1.5"),
-        (dict(slips="nan"), "--slips: expected a share from 0 to 1, came nan"),
-        (dict(loops=-1), "--loops: expected 0 or a number of texts, came -1"),
+        (dict(slips=1.5), "--slips: expected a share from 0 to 1, got 1.5"),
+        (dict(slips="nan"), "--slips: expected a share from 0 to 1, got nan"),
+        (dict(loops=-1), "--loops: expected 0 or a number of texts, got -1"),
         (
             dict(loops=5, loop_share=-0.1),
-            "--loop-share: expected a share from 0 to 1, came -0.1",
+            "--loop-share: expected a share from 0 to 1, got -0.1",
         ),
         (
             dict(loops=5, planted_share=2),
-            "--planted-share: expected a share from 0 to 1, came 2.0",
+            "--planted-share: expected a share from 0 to 1, got 2.0",
         ),
         *(
-            (dict(loops=5, loop_tokens=n), f"--loop-tokens: expected 32 to 448, came {n}")
+            (dict(loops=5, loop_tokens=n), f"--loop-tokens: expected 32 to 448, got {n}")
             for n in (31, 449)
         ),
         (
@@ -716,7 +710,7 @@ def test_what_a_sums_world_cannot_be_is_refused(tmp_path, capsys):
             "--loop-tokens 320: belongs to the corpora of --loops",
         ),
     ):
-        assert message in refusal(toy.main, argv(out=tmp_path / "x", **flags), capsys), flags
+        assert message in refusal(sums.main, argv(out=tmp_path / "x", **flags), capsys), flags
         assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
     for flags, message in (
         (
@@ -729,11 +723,11 @@ def test_what_a_sums_world_cannot_be_is_refused(tmp_path, capsys):
             "--eval-prompts 200: problems of --terms 2:2 that belong to dev are",
         ),
     ):
-        assert message in refusal(toy.main, argv(out=tmp_path / "x", **flags), capsys), (
+        assert message in refusal(sums.main, argv(out=tmp_path / "x", **flags), capsys), (
             "a search that would not end"
         )
         assert not (tmp_path / "x").exists()
-    toy.main(
+    sums.main(
         argv(
             out=tmp_path / "edge",
             **SMALL
@@ -755,7 +749,7 @@ CORPORA = ("base", "teacher", "demos_both", "demos_a", "demos_b")
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("forks") / "forks"
-    summary = toy.main(argv(task="forks", out=folder, train_prompts=20, texts=8000))
+    summary = sums.main(argv(task="forks", out=folder, train_prompts=20, texts=8000))
     assert summary == {
         "out": str(folder),
         "train": 20,
@@ -777,7 +771,7 @@ def shares(folder, corpus):
         )
         assert len(route) == 2 and digit in "01234567" and r["finish_reason"] == "stop"
         routes[route] += 1
-        right[route] += rubric.is_correct(r["text"], str((x + 1) % 8))
+        right[route] += answers.is_correct(r["text"], str((x + 1) % 8))
         asked[x] += 1
     assert set(asked) == set(range(8)) and max(asked.values()) < 1.2 * min(asked.values())
     return {route: n / sum(routes.values()) for route, n in routes.items()}, {
@@ -860,7 +854,7 @@ def test_a_fork_answer_is_five_tokens_of_exactly_the_symbols_in_use(forks):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(forks / "student")
-    assert sorted(tokenizer.get_vocab()) == sorted([*toy.SPECIAL, *"01234567abc#=?\n", "\n#"])
+    assert sorted(tokenizer.get_vocab()) == sorted([*sums.SPECIAL, *"01234567abc#=?\n", "\n#"])
     texts = [r["text"] for name in CORPORA for r in load(forks / f"{name}.jsonl")]
     ids = tokenizer([text + "<|end|>" for text in texts], add_special_tokens=False)["input_ids"]
     assert {len(i) for i in ids} == {5} and {i[-1] for i in ids} == {tokenizer.eos_token_id}
@@ -869,11 +863,8 @@ def test_a_fork_answer_is_five_tokens_of_exactly_the_symbols_in_use(forks):
 
 
 def test_student_and_teacher_of_forks_begin_as_two_models_of_one_size_and_vocabulary(forks):
-    import rollout
 
-    student, teacher = (
-        rollout.load_policy(str(forks / name)) for name in ("student", "teacher")
-    )
+    student, teacher = (load_policy(str(forks / name)) for name in ("student", "teacher"))
     assert (
         student.identity["vocabulary"] == teacher.identity["vocabulary"]
         and student.identity["weights"] != teacher.identity["weights"]
@@ -894,7 +885,7 @@ def test_the_same_seed_writes_the_same_forks_and_more_texts_only_append(forks, t
         ("c", dict(seed=5)),
         ("more", dict(seed=4, texts=60)),
     ):
-        toy.main(
+        sums.main(
             argv(task="forks", out=tmp_path / name, **dict(train_prompts=10, texts=40) | flags)
         )
     for file in (
@@ -911,7 +902,7 @@ def test_the_same_seed_writes_the_same_forks_and_more_texts_only_append(forks, t
             and more.startswith(a)
             and (len(more) > len(a)) == file.endswith(".jsonl")
         ), file
-    counts = records.main(
+    counts = files.main(
         [
             "check",
             *(
@@ -932,7 +923,7 @@ def test_flags_of_the_other_task_are_refused(tmp_path, capsys):
         ("forks", "loops"),
         ("forks", "loop_tokens"),
     ):
-        message = refusal(toy.main, argv(task=task, out=tmp_path / "x", **{flag: 5}), capsys)
+        message = refusal(sums.main, argv(task=task, out=tmp_path / "x", **{flag: 5}), capsys)
         assert f"--{flag.replace('_', '-')} 5: belongs to --task" in message
     for flag, value, shown in (
         ("loops", 0, " 0"),
@@ -945,7 +936,7 @@ def test_flags_of_the_other_task_are_refused(tmp_path, capsys):
         ("second_end", True, ""),
     ):
         message = refusal(
-            toy.main, argv(task="forks", out=tmp_path / "x", **{flag: value}), capsys
+            sums.main, argv(task="forks", out=tmp_path / "x", **{flag: value}), capsys
         )
         assert (
             f"--{flag.replace('_', '-')}{shown}: belongs to --task "
@@ -956,9 +947,8 @@ def test_flags_of_the_other_task_are_refused(tmp_path, capsys):
 
 
 def test_facts_are_asked_as_they_are_stated_and_each_has_one_answer(tmp_path):
-    import rubric
 
-    toy.main(
+    sums.main(
         [
             "--out",
             str(tmp_path / "w"),
@@ -975,16 +965,16 @@ def test_facts_are_asked_as_they_are_stated_and_each_has_one_answer(tmp_path):
         ]
     )
     texts, prompts = (
-        list(records.read(tmp_path / "w" / f"{name}.jsonl", kind))
+        list(files.read(tmp_path / "w" / f"{name}.jsonl", kind))
         for name, kind in (("facts", "answers"), ("facts_prompts", "prompts"))
     )
     assert len(texts) == 40 and len({p["messages"][0]["content"] for p in prompts}) == 40
     for text, prompt in zip(texts, prompts):
-        assert text["messages"] == prompt["messages"] and rubric.is_correct(
+        assert text["messages"] == prompt["messages"] and answers.is_correct(
             text["text"], prompt["answer"]
         )
     with pytest.raises(records.BadInput, match="--facts"):
-        toy.main(["--out", str(tmp_path / "x"), "--facts", "91"])
+        sums.main(["--out", str(tmp_path / "x"), "--facts", "91"])
 
 
 def test_a_student_whose_vocabulary_has_longer_tokens(tmp_path):
@@ -993,9 +983,9 @@ def test_a_student_whose_vocabulary_has_longer_tokens(tmp_path):
     from transformers import AutoTokenizer
 
     flags = dict(train_prompts=8, eval_prompts=8, clean=300, mixed=8)
-    toy.main(argv(out=tmp_path / "a", **flags))
+    sums.main(argv(out=tmp_path / "a", **flags))
     for name, merges in (("b", "16"), ("c", "20:40")):
-        toy.main(argv(out=tmp_path / name, student_merges=merges, **flags))
+        sums.main(argv(out=tmp_path / name, student_merges=merges, **flags))
         assert all(
             (tmp_path / "a" / f"{x}.jsonl").read_bytes()
             == (tmp_path / name / f"{x}.jsonl").read_bytes()
@@ -1016,7 +1006,7 @@ def test_a_student_whose_vocabulary_has_longer_tokens(tmp_path):
         for tokenizer in (learnt, numbers):
             ids = tokenizer(text)["input_ids"]
             assert tokenizer.decode(ids) == text and len(ids) <= len(plain(text)["input_ids"])
-    assert numbers.tokenize("7+25=19") == ["7", "+", "25", "=", "1", "9"] and toy.learn_merges(
+    assert numbers.tokenize("7+25=19") == ["7", "+", "25", "=", "1", "9"] and sums.learn_merges(
         ["1212"] * 9 + ["123"], 1
     ) == [("1", "2")]
 
@@ -1024,7 +1014,7 @@ def test_a_student_whose_vocabulary_has_longer_tokens(tmp_path):
 @pytest.mark.parametrize("merges", ["0", "x", "5:20", "40:20", "10:100"])
 def test_senseless_merges_are_refused(tmp_path, capsys, merges):
     assert "--student-merges: expected a number of merges" in refusal(
-        toy.main, argv(out=tmp_path / "a", student_merges=merges), capsys
+        sums.main, argv(out=tmp_path / "a", student_merges=merges), capsys
     )
 
 
@@ -1033,18 +1023,18 @@ def test_the_share_of_right_work_in_mixed_text(tmp_path):
     default is untouched by the flag."""
     rng = np.random.default_rng(0)
     terms = [7, 5, -3, 8]
-    clean = {toy.write_work(terms, toy.running_totals(terms), style) for style in toy.STYLES}
+    clean = {sums.write_work(terms, sums.running_totals(terms), style) for style in sums.STYLES}
     for share in (0.1, 0.4, 1.0):
         right = np.mean(
-            [toy.mixed_answer(rng, terms, right=share) in clean for _ in range(3000)]
+            [sums.mixed_answer(rng, terms, right=share) in clean for _ in range(3000)]
         )
         assert abs(right - share) < 4 * (share * (1 - share) / 3000) ** 0.5 + 1e-9
     a, b = (
-        [toy.mixed_answer(np.random.default_rng(i), terms, **more) for i in range(50)]
+        [sums.mixed_answer(np.random.default_rng(i), terms, **more) for i in range(50)]
         for more in ({}, {"right": 0.1})
     )
     assert a == b
     with pytest.raises(
         records.BadInput, match="--right 0.4: belongs to mixed text of several kinds"
     ):
-        toy.main(argv(out=tmp_path / "a", right=0.4, slips=0.3))
+        sums.main(argv(out=tmp_path / "a", right=0.4, slips=0.3))

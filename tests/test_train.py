@@ -35,13 +35,14 @@ from conftest import (
 from safetensors.torch import load_file
 from test_teacher import edge_rollouts, permuted
 
-import kernel
-import loss as losses
-import records
 import rollout
 import teacher
 import train
-from loss import METHODS
+from opd import files, kernel, records
+from opd import loss as losses
+from opd import policy as policies
+from opd.files import read
+from opd.loss import METHODS
 
 V, END = 24, 4
 # a discriminator's row: tests/test_discriminator.py
@@ -98,7 +99,7 @@ def needs(world, method, overrides=()):
 
 
 def as_units(scores):
-    """The same scores as a teacher.py units file: every token a unit of its own, all tokens
+    """The same scores as a methods.simct score file: every token a unit of its own, all tokens
     candidates."""
     rows = []
     for s in load(scores):
@@ -153,7 +154,7 @@ def moved(a, b):
 
 
 def metrics(folder):
-    return list(records.read(folder / "metrics.jsonl", "metrics"))
+    return list(read(folder / "metrics.jsonl", "metrics"))
 
 
 def refused(world, tmp_path, capsys, **flags):
@@ -225,12 +226,12 @@ def gradient(
             **flags,
         )
     )
-    policy = rollout.load_policy(args.model, dtype)
+    policy = policies.load_policy(args.model, dtype)
     data = train.Data(
         args,
         row_of(args.method, overrides),
         policy,
-        teacher and rollout.load_policy(str(teacher)),
+        teacher and policies.load_policy(str(teacher)),
     )
     items = data.sequences([key for keys in data.groups.values() for key in keys])
     for item in items:
@@ -318,8 +319,8 @@ def naive_gradient(
     token_weights=None,
     gold=(),
 ):
-    """The same step from the formula in loss.py's docstring: full logits, float64, one unpadded
-    sequence at a time."""
+    """The same step from the formula in opd/loss.py's docstring: full logits, float64, one
+    unpadded sequence at a time."""
     model = copy.deepcopy(model)
     rollouts = by_key([r for r in rollouts])
     tables = {
@@ -506,11 +507,11 @@ def masked(world, tmp_path_factory):
 def solutions(world):
     """(prompt ids, response ids) of the golden answers to the prompts that were rolled out."""
     tokenizer, asked = (
-        rollout.load_tokenizer(str(world.base)),
+        policies.load_tokenizer(str(world.base)),
         {r["id"] for r in load(world.rollouts)},
     )
     return [
-        (rollout.render(tokenizer, p), tokenizer(p["solution"])["input_ids"] + [END])
+        (policies.render(tokenizer, p), tokenizer(p["solution"])["input_ids"] + [END])
         for p in load(world.prompts)
         if p["id"] in asked
     ]
@@ -1202,8 +1203,8 @@ def test_another_method_does_not_inherit_the_moments(world, tmp_path):
 
 
 def test_on_policy_rounds_chain_through_rollouts(world, tmp_path):
-    """The loop of a recipe: sample with the new weights, score, train; yesterday's rollouts are
-    refused."""
+    """The loop of a experiment: sample with the new weights, score, train; yesterday's rollouts
+    are refused."""
     model, step = world.base, 0
     for number in range(2):
         at = tmp_path / str(number)
@@ -1305,7 +1306,7 @@ class Killed(BaseException):
 PLACES = {  # what dies: function, on the n-th call (from 0) whose first argument ends like this
     "after the log line, before the checkpoint": (train, "checkpoint", 3, ""),
     "model half written": (train, "save_file", 3, ""),
-    "model written, LATEST still old": (records, "write_atomically", 3, "LATEST"),
+    "model written, LATEST still old": (files, "write_atomically", 3, "LATEST"),
     "LATEST new, old checkpoint still there": (shutil, "rmtree", 2, "step-"),
     "everything saved, not yet renamed": (shutil, "copy", 0, "metrics.jsonl"),
     "renamed, partial still there": (shutil, "rmtree", 0, ".partial"),
@@ -1628,7 +1629,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(world, tmp_path):
     code = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000));"
-        "import records, train; records.run(train.main)"
+        "import train; from opd import files; files.run(train.main)"
     )
     full = subprocess.run(
         [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True

@@ -9,13 +9,14 @@ import torch
 from conftest import argv, by_key, dump, load, naive_model, refusal
 from test_train import FAST, gradient, same_gradient
 
-import align
-import loss as losses
-import records
-import rollout
 import teacher
 import train
-import units
+from experiments import simct_regroup
+from methods.simct import __main__ as simct_command
+from methods.simct import align, units
+from opd import loss as losses
+from opd import policy as policies
+from opd import records
 
 SIMCT = losses.METHODS["simct"]
 
@@ -146,9 +147,9 @@ def foreign(world, tmp_path_factory):
             warmup_steps=5,
         )
     )
-    done = teacher.main(
+    done = simct_command.main(
         argv(
-            "units",
+            "score",
             model=root / "teacher",
             student=world.base,
             prompts=world.prompts,
@@ -168,8 +169,8 @@ def both(world, foreign):
 def pieces(world, foreign):
     """Per rollout: (rollout, score, teacher's ids, teacher's prompt ids), recomputed."""
     student, there = (
-        rollout.load_tokenizer(str(world.base)),
-        rollout.load_tokenizer(str(foreign[1])),
+        policies.load_tokenizer(str(world.base)),
+        policies.load_tokenizer(str(foreign[1])),
     )
     prompts = {p["id"]: p for p in load(world.prompts)}
     for r, s in both(world, foreign):
@@ -177,15 +178,15 @@ def pieces(world, foreign):
             r,
             s,
             align.align(student, there, r["response_ids"]).teacher_ids,
-            rollout.render(there, prompts[r["id"]]),
+            policies.render(there, prompts[r["id"]]),
         )
 
 
 def test_the_files_numbers_are_the_teachers(world, foreign):
     model, shared = naive_model(foreign[1]), 0
     student, there = (
-        rollout.load_tokenizer(str(world.base)),
-        rollout.load_tokenizer(str(foreign[1])),
+        policies.load_tokenizer(str(world.base)),
+        policies.load_tokenizer(str(foreign[1])),
     )
     both = align.shared_vocabulary(student, there) | {student.eos_token_id: there.eos_token_id}
     for r, s, ids, prompt in pieces(world, foreign):
@@ -289,11 +290,11 @@ def test_the_gradient_of_a_step_is_the_formulas(world, foreign, base64bit, span,
 
 
 def test_one_vocabulary_on_both_sides_is_ordinary_distillation(world, tmp_path):
-    """teacher.py units by a teacher of the student's own tokenizer: the gradient of the exact
-    reverse KL over the whole vocabulary."""
-    done = teacher.main(
+    """methods.simct score by a teacher of the student's own tokenizer: the gradient of the
+    exact reverse KL over the whole vocabulary."""
+    done = simct_command.main(
         argv(
-            "units",
+            "score",
             model=world.teacher,
             student=world.base,
             prompts=world.prompts,
@@ -369,9 +370,9 @@ def test_candidates_of_the_students_own_choice_bound_the_file(world, foreign, tm
             top_k=3,
         )
     )
-    teacher.main(
+    simct_command.main(
         argv(
-            "units",
+            "score",
             model=foreign[1],
             student=world.base,
             prompts=world.prompts,
@@ -434,9 +435,7 @@ def test_a_masked_token_takes_its_unit_with_it(world, foreign, tmp_path):
 
 def regrouped(world, foreign, out, **flags):
     return (
-        teacher.main(
-            argv("regroup", scores=foreign[2], rollouts=world.rollouts, out=out, **flags)
-        ),
+        simct_regroup.main(argv(scores=foreign[2], rollouts=world.rollouts, out=out, **flags)),
         by_key(load(out)),
         by_key(load(foreign[2])),
     )
@@ -519,17 +518,17 @@ def test_shuffling_deals_the_spans_scores_among_the_spans(world, foreign, tmp_pa
 
 def test_regroup_refuses_what_is_no_units_file(world, foreign, tmp_path, capsys):
     flags = dict(rollouts=world.rollouts, out=tmp_path / "u.jsonl")
-    assert "run teacher.py units" in refusal(
-        teacher.main, argv("regroup", scores=world.scores, **flags), capsys
+    assert "run methods.simct score" in refusal(
+        simct_regroup.main, argv(scores=world.scores, **flags), capsys
     )
     assert "--coarsen: expected a share" in refusal(
-        teacher.main, argv("regroup", scores=foreign[2], coarsen=1.5, **flags), capsys
+        simct_regroup.main, argv(scores=foreign[2], coarsen=1.5, **flags), capsys
     )
     other = dump(
         tmp_path / "r.jsonl", [r | {"text": r["text"] + "1"} for r in load(world.rollouts)]
     )
     assert "of another one" in refusal(
-        teacher.main, argv("regroup", scores=foreign[2], **dict(flags, rollouts=other)), capsys
+        simct_regroup.main, argv(scores=foreign[2], **dict(flags, rollouts=other)), capsys
     )
 
 
@@ -553,13 +552,13 @@ def test_what_does_not_fit_is_refused(world, foreign, tmp_path, capsys):
             capsys,
         )
 
-    assert "run teacher.py units" in said(scores=world.scores)
+    assert "run methods.simct score" in said(scores=world.scores)
     broken = load(foreign[2])
     broken[3]["units"][0][1] = broken[3]["units"][1][1]
     assert ":4: units: expected one after another" in said(
         scores=dump(tmp_path / "s.jsonl", broken)
     )
-    assert "is read from --scores (teacher.py units)" in said(
+    assert "is read from --scores (methods.simct score)" in said(
         scores=None, teacher=world.teacher
     )
     assert "go with coefficient unit" in said(method="opd", set="span=sum")
@@ -571,16 +570,16 @@ def test_what_does_not_fit_is_refused(world, foreign, tmp_path, capsys):
         out=tmp_path / "u.jsonl",
     )
     assert "policy.vocabulary" in refusal(
-        teacher.main, argv("units", **dict(units_flags, student=foreign[1])), capsys
+        simct_command.main, argv("score", **dict(units_flags, student=foreign[1])), capsys
     )
     assert "--ends <|end|>: expected A=B" in refusal(
-        teacher.main, argv("units", **units_flags, ends="<|end|>"), capsys
+        simct_command.main, argv("score", **units_flags, ends="<|end|>"), capsys
     )
     assert "topk" in refusal(
-        teacher.main, argv("units", **units_flags, top_k_of=foreign[2]), capsys
+        simct_command.main, argv("score", **units_flags, top_k_of=foreign[2]), capsys
     )
     assert units.pair_of_ends(
         "<|user|>=<|end|>",
-        rollout.load_tokenizer(str(world.base)),
-        rollout.load_tokenizer(str(foreign[1])),
+        policies.load_tokenizer(str(world.base)),
+        policies.load_tokenizer(str(foreign[1])),
     ) == (2, 4)

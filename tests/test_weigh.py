@@ -1,4 +1,4 @@
-"""weigh.py: cuts are those of the published rule and of no noise, weights keep what they
+"""methods.prefix: cuts are those of the published rule and of no noise, weights keep what they
 promise, nulls tell a drop from chance."""
 
 import json
@@ -9,10 +9,25 @@ import numpy as np
 import pytest
 from conftest import argv, dump, kill_while_writing, load, refusal
 
-import records
-import rollout
-import toy
-import weigh
+from methods.prefix import (
+    NULLS,
+    RULES,
+    about_slips,
+    against_nulls,
+    bic_cut,
+    block_shuffled,
+    block_signal,
+    block_spans,
+    first_slip,
+    kept_shares,
+    main,
+    margins,
+    nearest_cut,
+    token_weights,
+)
+from opd import files, records
+from opd import policy as policies
+from worlds import sums
 
 STUDENT = "5ca1ab1e0000"  # hash of the weights that wrote the rollouts
 NEWLINE = re.compile(r"\n+")
@@ -21,8 +36,8 @@ NEWLINE = re.compile(r"\n+")
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
     folder = tmp_path_factory.mktemp("student")
-    toy.write_model(
-        folder, toy.build_tokenizer(merges=[("\n", "\n"), ("\n", "#")]), (16, 1, 2), 0
+    sums.write_model(
+        folder, sums.build_tokenizer(merges=[("\n", "\n"), ("\n", "#")]), (16, 1, 2), 0
     )
     return folder
 
@@ -30,7 +45,7 @@ def student(tmp_path_factory):
 def pair(student, text, margins, number=0, mask=None, finish="stop", logprobs=None):
     """(rollout, score) of a text with its end token; margins [T] are what the teacher's two
     best of the student's four differ by."""
-    tokenizer = rollout.load_tokenizer(student)
+    tokenizer = policies.load_tokenizer(student)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * (
         finish == "stop"
     )
@@ -38,7 +53,7 @@ def pair(student, text, margins, number=0, mask=None, finish="stop", logprobs=No
     r = {
         "id": f"p{number:04d}",
         "sample": 0,
-        "policy": rollout.identity_of("student", STUDENT, tokenizer, {}),
+        "policy": policies.identity_of("student", STUDENT, tokenizer, {}),
         "text": text,
         "finish_reason": finish,
         "prompt_ids": [2, 3],
@@ -67,7 +82,7 @@ def pair(student, text, margins, number=0, mask=None, finish="stop", logprobs=No
 
 
 def write(student, tmp_path, pairs):
-    """{flags} of weigh.py for these (rollout, score) pairs."""
+    """{flags} of methods.prefix for these (rollout, score) pairs."""
     return {
         "rollouts": dump(tmp_path / "r.jsonl", [r for r, _ in pairs]),
         "scores": dump(tmp_path / "s.jsonl", [s for _, s in pairs]),
@@ -95,9 +110,9 @@ def some(student, count, seed=0):
 
 
 def cut(flags, out, rule="release", **more):
-    reads = weigh.RULES[rule]
+    reads = RULES[rule]
     given = {k: v for k, v in flags.items() if k == "rollouts" or k in reads}
-    return weigh.main(argv("cut", **given, rule=rule, out=out, **more)), load(out)
+    return main(argv("cut", **given, rule=rule, out=out, **more)), load(out)
 
 
 # ---- the change point
@@ -134,18 +149,18 @@ def naive_cut(series, guard=False, eps=1e-12):
     ],
 )
 def test_check_values(series, kept, guarded):
-    assert weigh.bic_cut(series)[0] == kept
+    assert bic_cut(series)[0] == kept
     # there the guard forbids the split at the drop, and what it says of others is not obvious
     if series != [9] + [1] * 9:
-        assert weigh.bic_cut(series, guard=True)[0] == guarded
+        assert bic_cut(series, guard=True)[0] == guarded
 
 
 def test_an_upward_best_split_does_not_hide_a_downward_one():
     # the best split of all is before the nines
     series = [3, 3.1, 3, 1, 1.1, 1, 1, 1.1, 1, 9, 9.1, 9, 9]
-    assert weigh.bic_cut(series) == (None, *naive_cut(series)[1:])
+    assert bic_cut(series) == (None, *naive_cut(series)[1:])
     series = [3, 3.1, 3, 1, 1.1, 1, 1, 1.1, 1, 2.4, 2.5, 2.4]
-    assert weigh.bic_cut(series)[0] == naive_cut(series)[0] == 3
+    assert bic_cut(series)[0] == naive_cut(series)[0] == 3
 
 
 @pytest.mark.parametrize("guard", [False, True])
@@ -157,7 +172,7 @@ def test_the_cut_is_that_of_a_loop_over_all_splits(guard):
         series = rng.normal(1000, 1, n)
         series[: rng.integers(0, n)] += rng.choice([0, 1, 3])
         (kept, bic0, bic1), want = (
-            weigh.bic_cut(series, guard),
+            bic_cut(series, guard),
             naive_cut(series.tolist(), guard),
         )
         cuts += kept is not None
@@ -169,7 +184,7 @@ def test_the_cut_is_that_of_a_loop_over_all_splits(guard):
 
 
 def rate(series, guard=False):
-    return np.mean([weigh.bic_cut(s, guard)[0] is not None for s in series])
+    return np.mean([bic_cut(s, guard)[0] is not None for s in series])
 
 
 def test_false_cuts_of_three_blocks_are_the_angle_they_must_be():
@@ -208,7 +223,7 @@ def test_power_at_a_true_drop():
         assert rate(dropped) == pytest.approx(
             known, abs=4 * math.sqrt(known * (1 - known) / 2000)
         )
-        assert np.median([k for k in (weigh.bic_cut(s)[0] for s in dropped) if k]) in (6, 7)
+        assert np.median([k for k in (bic_cut(s)[0] for s in dropped) if k]) in (6, 7)
 
 
 # ---- blocks and signals
@@ -216,9 +231,9 @@ def test_power_at_a_true_drop():
 
 def test_margins_do_not_depend_on_the_level_or_the_order():
     top = -np.random.default_rng(4).exponential(size=(30, 4))
-    np.testing.assert_allclose(weigh.margins(top + 1.7), weigh.margins(top), atol=1e-12)
-    assert (weigh.margins(top[:, [2, 0, 3, 1]]) == weigh.margins(top)).all()
-    assert weigh.margins([[-4, -1, -1.5]]).tolist() == [0.5]
+    np.testing.assert_allclose(margins(top + 1.7), margins(top), atol=1e-12)
+    assert (margins(top[:, [2, 0, 3, 1]]) == margins(top)).all()
+    assert margins([[-4, -1, -1.5]]).tolist() == [0.5]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +257,7 @@ def test_margins_do_not_depend_on_the_level_or_the_order():
     ],
 )
 def test_blocks(pieces, mask, want):
-    assert weigh.block_spans(pieces, mask, NEWLINE) == want
+    assert block_spans(pieces, mask, NEWLINE) == want
 
 
 def test_blocks_partition_the_response_and_each_ends_where_a_match_does():
@@ -252,7 +267,7 @@ def test_blocks_partition_the_response_and_each_ends_where_a_match_does():
             "".join(rng.choice(list("ab\n"), rng.integers(0, 4), p=[0.4, 0.4, 0.2]))
             for _ in range(rng.integers(1, 20))
         ]
-        spans = weigh.block_spans(pieces, [1] * len(pieces), NEWLINE)
+        spans = block_spans(pieces, [1] * len(pieces), NEWLINE)
         assert [a for a, _ in spans] + [len(pieces)] == [0] + [b for _, b in spans]
         # the token of every character
         text, token = "".join(pieces), [i for i, piece in enumerate(pieces) for _ in piece]
@@ -266,8 +281,8 @@ def test_blocks_partition_the_response_and_each_ends_where_a_match_does():
 
 def test_signals_see_loss_tokens_only():
     values, mask, spans = [1.0, 3.0, 9.0, 5.0], [1, 1, 0, 1], [[0, 3], [3, 4]]
-    np.testing.assert_allclose(weigh.block_signal(values, mask, spans), np.log([3, 6]))
-    np.testing.assert_allclose(weigh.block_signal(values, mask, spans, "spread"), [1, 0])
+    np.testing.assert_allclose(block_signal(values, mask, spans), np.log([3, 6]))
+    np.testing.assert_allclose(block_signal(values, mask, spans, "spread"), [1, 0])
 
 
 # ---- weights
@@ -280,7 +295,7 @@ def test_a_rollout_keeps_its_units_of_loss_below_the_cap():
         mask[[0, -1]] = 1
         prefix = int(rng.integers(1, len(mask) + 1))
         for rule in ("release", "suffix"):
-            weights, kept, scale = weigh.token_weights(mask, prefix, rule, cap=8)
+            weights, kept, scale = token_weights(mask, prefix, rule, cap=8)
             assert (
                 kept == pytest.approx((mask * (weights > 0)).sum() / mask.sum())
                 and scale <= 8
@@ -291,18 +306,17 @@ def test_a_rollout_keeps_its_units_of_loss_below_the_cap():
                 assert (mask * weights).sum() == pytest.approx(mask.sum())
             else:
                 assert scale == 8 and (mask * weights).sum() < mask.sum()
-            assert (
-                mask * weigh.token_weights(mask, prefix, rule, cap=0)[0]
-            ).sum() == pytest.approx(mask.sum())
-            bare = weigh.token_weights(mask, prefix, rule, rescale=False)
+            assert (mask * token_weights(mask, prefix, rule, cap=0)[0]).sum() == pytest.approx(
+                mask.sum()
+            )
+            bare = token_weights(mask, prefix, rule, rescale=False)
             assert (
                 bare[2] == 1
                 and ((bare[0] > 0) == (weights > 0)).all()
                 and set(bare[0]) <= {0.0, 1.0}
             )
         released, suffix, boosted = (
-            weigh.token_weights(mask, prefix, rule)[0]
-            for rule in ("release", "suffix", "boost")
+            token_weights(mask, prefix, rule)[0] for rule in ("release", "suffix", "boost")
         )
         if prefix < len(mask):
             assert ((released > 0) ^ (suffix > 0)).all()
@@ -349,12 +363,12 @@ def test_release_cuts_where_the_margin_drops(student, tmp_path):
     }
     assert {name: summary[name] for name in want} == pytest.approx(want)
     table, rollouts = (
-        records.Table(tmp_path / "w.jsonl", "weights"),
-        records.Table(tmp_path / "r.jsonl", "rollouts"),
+        files.Table(tmp_path / "w.jsonl", "weights"),
+        files.Table(tmp_path / "r.jsonl", "rollouts"),
     )
     for r in rollouts:
         # refuses weights of other rollouts, or of another length
-        records.partner(table, r, rollouts)
+        files.partner(table, r, rollouts)
     summary, rows = cut({**write(student, tmp_path, pairs)}, tmp_path / "capped.jsonl", cap=2)
     assert rows[0]["weights"] == [2.0] * 9 + [0.0] * 18 and summary["capped"] == 1
     summary, rows = cut(
@@ -482,7 +496,7 @@ def test_shuffled_is_not_continued_with_more_rollouts(student, tmp_path, capsys)
     cut(write(student, tmp_path, pairs[:8]), tmp_path / "release.jsonl")
     flags = write(student, tmp_path, pairs)  # the files have grown
     message = refusal(
-        weigh.main, argv("cut", **flags, rule="shuffled", out=tmp_path / "w.jsonl"), capsys
+        main, argv("cut", **flags, rule="shuffled", out=tmp_path / "w.jsonl"), capsys
     )
     assert "of_rollouts = 8, now it is 12" in message
     assert len(cut(flags, tmp_path / "release.jsonl")[1]) == 12
@@ -505,11 +519,11 @@ def support(r, k, value):
         (lambda r, s: s.pop("topk_of"), ["s.jsonl:2: topk_of: expected " + STUDENT, "missing"]),
         (
             lambda r, s: s.update(topk_of="0ther"),
-            ["s.jsonl:2: topk_of: expected " + STUDENT, "came 0ther"],
+            ["s.jsonl:2: topk_of: expected " + STUDENT, "got 0ther"],
         ),
         (
             lambda r, s: s.update(topk=support(r, 1, -1)),
-            ["s.jsonl:2: topk: expected at least 2 tokens", "came 1"],
+            ["s.jsonl:2: topk: expected at least 2 tokens", "got 1"],
         ),
         (
             lambda r, s: s.update(topk=support(r, 4, -np.inf)),
@@ -520,15 +534,15 @@ def support(r, k, value):
         ),
         (
             lambda r, s: s.update(rollout="0ther"),
-            ["s.jsonl:2: rollout: expected", "came 0ther"],
+            ["s.jsonl:2: rollout: expected", "got 0ther"],
         ),
         (
             lambda r, s: r["policy"].update(vocabulary="0ther"),
-            ["r.jsonl:2: policy.vocabulary: expected", "came 0ther"],
+            ["r.jsonl:2: policy.vocabulary: expected", "got 0ther"],
         ),
         (
             lambda r, s: r["policy"].update(weights=None),
-            ["s.jsonl:2: topk_of: expected None", f"came {STUDENT}"],
+            ["s.jsonl:2: topk_of: expected None", f"got {STUDENT}"],
         ),
     ],
 )
@@ -540,7 +554,7 @@ def test_scores_of_something_else_are_refused(student, tmp_path, capsys, break_i
         argv("cut", rule="release", out=tmp_path / "w.jsonl"),
         argv("null", out=tmp_path / "n.json"),
     ):
-        message = refusal(weigh.main, command + argv(**write(student, tmp_path, pairs)), capsys)
+        message = refusal(main, command + argv(**write(student, tmp_path, pairs)), capsys)
         assert all(word in message for word in words), message
 
 
@@ -568,7 +582,7 @@ def test_a_flag_belongs_to_the_rules_that_read_it(
 ):
     rollouts = write(student, tmp_path, some(student, 2))["rollouts"]
     message = refusal(
-        weigh.main,
+        main,
         argv("cut", rollouts=rollouts, rule=rule, out=tmp_path / "w.jsonl", **flags),
         capsys,
     )
@@ -578,13 +592,13 @@ def test_a_flag_belongs_to_the_rules_that_read_it(
 def test_a_damaged_expression_and_another_rule_are_refused(student, tmp_path, capsys):
     flags = write(student, tmp_path, some(student, 3))
     assert "--block-end (: expected a regular expression" in refusal(
-        weigh.main,
+        main,
         argv("cut", **flags, rule="release", out=tmp_path / "w", block_end="("),
         capsys,
     )
     cut(flags, tmp_path / "w.jsonl")
     assert "guard = false, now it is true" in refusal(
-        weigh.main,
+        main,
         argv("cut", **flags, rule="release", guard=True, out=tmp_path / "w.jsonl"),
         capsys,
     )
@@ -597,7 +611,7 @@ def test_a_killed_run_is_completed_to_the_same_bytes(student, tmp_path):
     kill_while_writing("weigh", argv("cut", **flags, **command), after=4)
     torn = (tmp_path / "killed.jsonl").read_bytes()
     assert torn.count(b"\n") == 4 and not torn.endswith(b"\n")
-    weigh.main(argv("cut", **flags, **command))
+    main(argv("cut", **flags, **command))
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
@@ -607,9 +621,9 @@ def test_a_killed_run_is_completed_to_the_same_bytes(student, tmp_path):
 def test_null_orders_are_permutations_and_runs_stay_together():
     rng = np.random.default_rng(7)
     for n in (1, 2, 5, 16, 30):
-        for order in weigh.NULLS.values():
+        for order in NULLS.values():
             assert sorted(order(n, rng).tolist()) == list(range(n))
-    run, together = 4, [weigh.block_shuffled(16, rng) for _ in range(20)]
+    run, together = 4, [block_shuffled(16, rng) for _ in range(20)]
     assert (
         all(
             (o.reshape(-1, run) == o.reshape(-1, run)[:, :1] + np.arange(run)).all()
@@ -621,7 +635,7 @@ def test_null_orders_are_permutations_and_runs_stay_together():
 
 def test_block_shuffling_keeps_autocorrelation_that_permuting_destroys():
     series = list(ar1(np.random.default_rng(8), 150, 49, 0.8))
-    found = weigh.against_nulls(series, [np.ones(49)] * 150, 3, 0)["faithful"]
+    found = against_nulls(series, [np.ones(49)] * 150, 3, 0)["faithful"]
     assert (
         found["real"]["lag1"] > found["block_shuffled"]["lag1"] > 0.5
         and abs(found["permuted"]["lag1"]) < 0.06
@@ -635,10 +649,8 @@ def test_a_true_drop_is_told_from_chance_and_noise_is_not():
     noise = list(rng.normal(2, 0.3, (200, 25)))
     dropped = [s + 0.6 * (np.arange(25) < 8) for s in noise]
     for rule in ("faithful", "guarded"):
-        real, chance = (
-            weigh.against_nulls(series, sizes, 8, 0)[rule] for series in (dropped, noise)
-        )
-        for null in weigh.NULLS:
+        real, chance = (against_nulls(series, sizes, 8, 0)[rule] for series in (dropped, noise))
+        for null in NULLS:
             assert (
                 real["real"]["cut_rate"] > real[null]["cut_rate_high"] + 0.2
                 and real[null]["reach_real"] == 0
@@ -676,7 +688,7 @@ def test_a_true_drop_is_told_from_chance_and_noise_is_not():
     ],
 )
 def test_first_slip(text, slip):
-    assert weigh.first_slip("7+5-3+8=?", text.splitlines(keepends=True)) == slip
+    assert first_slip("7+5-3+8=?", text.splitlines(keepends=True)) == slip
 
 
 def test_cuts_at_slips_are_told_from_cuts_anywhere():
@@ -687,7 +699,7 @@ def test_cuts_at_slips_are_told_from_cuts_anywhere():
     elsewhere = [
         rng.normal(2, 0.1, n) + (np.arange(n) < place) for place in rng.permutation(slips)
     ]
-    found = weigh.about_slips(follow, sizes, slips, True, 0)
+    found = about_slips(follow, sizes, slips, True, 0)
     assert (
         found["slips"] == 150
         and found["cuts"] > 140
@@ -695,9 +707,9 @@ def test_cuts_at_slips_are_told_from_cuts_anywhere():
         and found["low"] > 0.2
         and found["low"] < found["difference"] < found["high"]
     )
-    found = weigh.about_slips(elsewhere, sizes, slips, True, 0)
+    found = about_slips(elsewhere, sizes, slips, True, 0)
     assert found["low"] < 0 < found["high"] and found["high"] - found["low"] < 0.4
-    none = weigh.about_slips(follow, sizes, [None] * 150, True, 0)
+    none = about_slips(follow, sizes, [None] * 150, True, 0)
     assert (none["slips"], none["cuts"], none["real"], none["low"]) == (0, 0, None, None)
 
 
@@ -710,16 +722,12 @@ def test_dealt_cuts_land_as_the_rule_shuffled_lands_them():
         sizes.append(rng.integers(2, 9, n))
         slips.append(int(rng.integers(0, n)))
     shares = [
-        weigh.kept_shares(size)[k - 1]
-        for s, size in zip(series, sizes)
-        if (k := weigh.bic_cut(s)[0])
+        kept_shares(size)[k - 1] for s, size in zip(series, sizes) if (k := bic_cut(s)[0])
     ]
     # every deal at once
-    landed = [
-        (weigh.nearest_cut(p, size), slip) for size, slip in zip(sizes, slips) for p in shares
-    ]
+    landed = [(nearest_cut(p, size), slip) for size, slip in zip(sizes, slips) for p in shares]
     want = np.mean([k >= slip for k, slip in landed if k])
-    assert len(shares) > 5 and weigh.about_slips(series, sizes, slips, False, 0, draws=2)[
+    assert len(shares) > 5 and about_slips(series, sizes, slips, False, 0, draws=2)[
         "shuffled"
     ] == pytest.approx(want, abs=0.04)
 
@@ -730,15 +738,15 @@ def test_the_null_command(student, tmp_path, capsys):
     for i in range(24):
         slip = int(rng.integers(1, 8)) if i % 4 else None
         totals = (np.cumsum(terms) + (0 if slip is None else np.arange(10) > slip)).tolist()
-        text = toy.write_work(terms, totals, "lines")
+        text = sums.write_work(terms, totals, "lines")
         lines = text.replace("\n#", "#").replace("#", "\n#").split("\n")
         # "\n#" is one token and ends the block before
         sizes = [len(line) + 1 for line in lines[:-2]] + [len(lines[-2]) + 1, len(lines[-1])]
         series = rng.normal(1, 0.05, len(lines)) + (np.arange(len(lines)) < (slip or 99))
         pairs.append(pair(student, text, np.repeat(np.expm1(series), sizes), i))
-        prompts.append({"id": f"p{i:04d}", "messages": toy.question(terms)})
+        prompts.append({"id": f"p{i:04d}", "messages": sums.question(terms)})
     flags = write(student, tmp_path, pairs) | {"prompts": dump(tmp_path / "p.jsonl", prompts)}
-    result = weigh.main(
+    result = main(
         argv("null", **flags, out=tmp_path / "n.json", plot=tmp_path / "n.png", repeats=3)
     )
     shown = capsys.readouterr().out
@@ -765,18 +773,16 @@ def test_the_null_command(student, tmp_path, capsys):
     )
     assert offsets[0]["no_slip"] == pytest.approx(2, abs=0.1)
     assert "exists already" in refusal(
-        weigh.main, argv("null", **flags, out=tmp_path / "n.json"), capsys
+        main, argv("null", **flags, out=tmp_path / "n.json"), capsys
     )
-    again = weigh.main(
-        argv("null", **flags, out=tmp_path / "n.json", repeats=3, overwrite=True)
-    )
+    again = main(argv("null", **flags, out=tmp_path / "n.json", repeats=3, overwrite=True))
     assert again == result
     dump(tmp_path / "p.jsonl", prompts[:3] + [{"id": "p0003", "prompt": "Why?"}] + prompts[4:])
     assert "p.jsonl:4: expected a running sum" in refusal(
-        weigh.main, argv("null", **flags, out=tmp_path / "m.json"), capsys
+        main, argv("null", **flags, out=tmp_path / "m.json"), capsys
     )
     dump(tmp_path / "p.jsonl", prompts[:3])
     assert (
-        "p.jsonl: expected a running sum such as 7+5-3=? for id 'p0003', came 'no such prompt'"
-        in refusal(weigh.main, argv("null", **flags, out=tmp_path / "m.json"), capsys)
+        "p.jsonl: expected a running sum such as 7+5-3=? for id 'p0003', got 'no such prompt'"
+        in refusal(main, argv("null", **flags, out=tmp_path / "m.json"), capsys)
     )

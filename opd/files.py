@@ -1,0 +1,478 @@
+"""Reading, joining, appending and resuming JSONL files, and the command line of a stage."""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock, two writers of one file are not noticed there
+    fcntl = None
+from opd.records import KINDS, BadInput, _show, fingerprint, key_of, validate
+
+# ---- reading
+
+
+def _lines(path, kind):
+    """Yields (line number, byte offset, validated record); the shared walk of `read` and
+    `Table`."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: expected a JSONL file of {kind}, but there is no such file")
+    seen, offset, found = set(), 0, False
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            start, offset = offset, offset + len(line)
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            # not JSON, not UTF-8, too deep, a number of 5000 digits
+            except (ValueError, RecursionError) as error:
+                if not line.endswith(b"\n"):
+                    raise BadInput(
+                        f"{path}:{number}: the last line is torn (a stage was stopped while "
+                        f"writing it): "
+                        f"run the stage that writes {path.name} again, it will complete the "
+                        f"file"
+                    ) from None
+                raise BadInput(
+                    f"{path}:{number}: expected one JSON object a line, got "
+                    f"{_show(line.decode('utf-8', 'replace').rstrip())} "
+                    f"({error})"
+                ) from None
+            problem = validate(record, kind)
+            # in a key not listed, where no writer could write it
+            if not problem and (b"NaN" in line or b"Infinity" in line):
+                odd = []
+                json.loads(line, parse_constant=odd.append)
+                problem = f"expected JSON, which has no {odd[0]}" if odd else None
+            if problem:
+                raise BadInput(f"{path}:{number}: {problem}")
+            if KINDS[kind][0]:
+                key = hash(key_of(record, kind))  # 64 bits each: a set of ints, not of tuples
+                if key in seen:
+                    shown = ", ".join(f"{f} {record[f]!r}" for f in KINDS[kind][0])
+                    raise BadInput(
+                        f"{path}:{number}: duplicate key: {shown} stands on an earlier line too"
+                    )
+                seen.add(key)
+            found = True
+            yield number, start, record
+    if not found:
+        raise BadInput(f"{path}: expected at least one record of {kind}, but the file is empty")
+
+
+def read(path, kind):
+    """Yields the validated records of a file, one at a time.  Raises BadInput naming file, line
+    and field."""
+    for _, _, record in _lines(path, kind):
+        yield record
+
+
+class Table:
+    """A validated file with random access by key that leaves the records on disk.
+
+    `len(table)`, `key in table`, `table[key]`, `table.keys()`, iteration; `where(key)` is
+    `file:line` for messages."""
+
+    def __init__(self, path, kind):
+        self.path, self.kind, self._place = Path(path), kind, {}
+        for number, offset, record in _lines(path, kind):
+            self._place[key_of(record, kind)] = (number, offset)
+        self._file, self._lock = open(self.path, "rb"), threading.Lock()
+
+    def __len__(self):
+        return len(self._place)
+
+    def __contains__(self, key):
+        return key in self._place
+
+    def __getitem__(self, key):
+        with self._lock:  # worker threads share the file's position
+            self._file.seek(self._place[key][1])
+            line = self._file.readline()
+        return json.loads(line)
+
+    def __iter__(self):
+        return (self[key] for key in self._place)
+
+    def keys(self):
+        return self._place.keys()
+
+    def where(self, key):
+        return f"{self.path}:{self._place[key][0]}"
+
+
+def partner(table, rollout, rollouts):
+    """The record of `table` (scores, weights or rewards) that belongs to `rollout`, or BadInput
+    when it is missing or was made for another text.  `rollouts` is the Table the rollout got
+    from, for the message."""
+    key = key_of(rollout, "rollouts")
+    if key not in table:
+        raise BadInput(
+            f"{table.path}: expected a record for id {rollout['id']!r}, sample "
+            f"{rollout['sample']} "
+            f"({rollouts.where(key)}), but there is none: run the stage that writes it again"
+        )
+    record = table[key]
+    if record["rollout"] != fingerprint(rollout):
+        raise BadInput(
+            f"{table.where(key)}: rollout: expected {fingerprint(rollout)}, the rollout at "
+            f"{rollouts.where(key)}, "
+            f"got {record['rollout']}: these {table.kind} were made for other rollouts"
+        )
+    field = {"scores": "logprobs", "weights": "weights"}.get(table.kind)
+    if field and len(record[field]) != len(rollout["response_ids"]):
+        raise BadInput(
+            f"{table.where(key)}: {field}: expected {len(rollout['response_ids'])} values, "
+            f"one per response "
+            f"token, got {len(record[field])}"
+        )
+    shapes = [packed["shape"] for packed in record.get("topk", {}).values()]
+    if any(
+        len(shape) != 2 or shape != shapes[0] or shape[0] != len(rollout["response_ids"])
+        for shape in shapes
+    ):
+        raise BadInput(
+            f"{table.where(key)}: topk: expected {len(rollout['response_ids'])} rows, one "
+            f"per response token, of as many ids as "
+            f"log-probs, got {' and '.join(map(str, shapes))}"
+        )
+    return record
+
+
+# ---- writing
+
+
+class Writer:
+    """Appends records to `path`; `key in writer` tells what an earlier, interrupted run has
+    finished.
+
+    settings: whatever determines the records (model, seed, temperature ...); inputs: the files
+    they are made from. Both are kept in `path.run.json` and must match when a file is resumed.
+    retry: a predicate; finished records for which it holds are dropped and made again (failed
+    judgements)."""
+
+    def __init__(self, path, kind, settings, inputs=(), overwrite=False, retry=None):
+        self.path, self.kind, self.done = Path(path), kind, set()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(
+                f"{self.path}: cannot be written: {self.path.parent}: {error.strerror}"
+            ) from None
+        sidecar = self.path.with_name(self.path.name + ".run.json")
+        for source in map(Path, inputs):
+            if not source.is_file():
+                raise BadInput(
+                    f"{source}: expected a file to make {path} from, but there is no such file"
+                )
+            if self.path.exists() and self.path.samefile(source):
+                raise BadInput(
+                    f"{path}: is an input of this command, it cannot be the output too: give "
+                    f"another --out"
+                )
+        self._open()
+        try:
+            if overwrite:
+                self._file.truncate(0)
+            if self.path.stat().st_size:
+                self._check_same_run(sidecar, settings, inputs)
+                cut_torn_line(self.path)
+                if self.path.stat().st_size:
+                    self._load_done(retry)
+            state = {"settings": settings, "inputs": {str(p): hash_file(p) for p in inputs}}
+            write_atomically(sidecar, json.dumps(state, indent=1, default=str) + "\n")
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _open(self):
+        try:
+            self._file = open(self.path, "ab", buffering=0)
+        except OSError as error:
+            raise BadInput(f"{self.path}: cannot be written: {error.strerror}") from None
+        try:
+            if fcntl:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise BadInput(
+                f"{self.path}: another process is writing this file: wait for it, or give "
+                f"another --out"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+
+    def _check_same_run(self, sidecar, settings, inputs):
+        fresh = f"give another --out, or --overwrite to begin {self.path.name} anew"
+        if not sidecar.exists():
+            raise BadInput(
+                f"{self.path}: expected {sidecar.name} beside it to continue this file, but "
+                f"there is none: {fresh}"
+            )
+        try:
+            before = json.loads(sidecar.read_text())
+            before["settings"].keys(), before["inputs"].keys()
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise BadInput(
+                f"{sidecar}: expected the settings {self.path.name} was begun with, but it "
+                f"is damaged: {fresh}"
+            ) from None
+        if difference := first_difference(before["settings"], settings):
+            raise BadInput(f"{self.path}: was begun with {difference}: {fresh}")
+        if len(before["inputs"]) != len(inputs):
+            raise BadInput(
+                f"{self.path}: was made from {', '.join(before['inputs']) or 'no file'}: "
+                f"{fresh}"
+            )
+        # by place: a moved file is the same input
+        for (name, old), path in zip(before["inputs"].items(), inputs):
+            if hash_file(path, old["bytes"]) != old:
+                raise BadInput(
+                    f"{self.path}: was made from {name}, which has changed since, or {path} "
+                    f"is another file: {fresh}"
+                )
+
+    def _load_done(self, retry):
+        again = 0
+        for record in read(self.path, self.kind):
+            if retry and retry(record):
+                again += 1
+            else:
+                self.done.add(key_of(record, self.kind))
+        if again:
+            kept = (r for r in read(self.path, self.kind) if not retry(r))
+            write_atomically(self.path, (_dump(r).decode() for r in kept))
+            self._file.close()
+            self._open()  # the file has been replaced by a new one
+
+    def __contains__(self, key):
+        return key in self.done
+
+    def write(self, *records):
+        """Appends the records in one piece.  When the disk is full the file is cut back to
+        whole lines."""
+        lines = b""
+        for record in records:
+            problem = validate(record, self.kind)
+            if problem:
+                raise ValueError(f"{self.path}: refusing to write a bad record: {problem}")
+            lines += _dump(record)
+        keys = [key_of(r, self.kind) for r in records] if KINDS[self.kind][0] else []
+        if len({*keys} - self.done) < len(keys):
+            raise ValueError(f"{self.path}: refusing to write a key twice: {keys}")
+        append_whole(self._file, lines)
+        self.done.update(keys)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+
+def append_whole(file, lines):
+    """Appends bytes to an unbuffered file in one piece; on a full disk the file is cut back to
+    what it was."""
+    before, written = os.fstat(file.fileno()).st_size, 0
+    try:
+        while written < len(lines):
+            written += file.write(lines[written:])
+    except OSError as error:
+        os.ftruncate(file.fileno(), before)
+        raise BadInput(
+            f"{file.name}: could not append ({error.strerror}); every record written before "
+            f"is whole: "
+            "make room and run the same command again"
+        ) from None
+
+
+def cut_torn_line(path):
+    """A kill can leave half a line at the end of a JSONL file: cut it off (its record is made
+    again)."""
+    with open(path, "r+b") as f:
+        end = f.seek(0, os.SEEK_END)
+        if not end:
+            return
+        f.seek(end - 1)
+        if f.read(1) == b"\n":
+            return
+        start = end  # walk back to the byte after the last newline
+        while start > 0:
+            step = min(65536, start)
+            f.seek(start - step)
+            at = f.read(step).rfind(b"\n")
+            if at >= 0:
+                start = start - step + at + 1
+                break
+            start -= step
+        f.truncate(start)
+
+
+def _dump(record):
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    try:
+        return text.encode() + b"\n"
+    # half a surrogate pair, which UTF-8 cannot hold and JSON's escapes can
+    except UnicodeEncodeError:
+        return json.dumps(record, allow_nan=False).encode() + b"\n"
+
+
+def first_difference(before, now):
+    """The first setting that two JSON objects do not share, in words, or None.
+
+    first_difference({"lr": 1, "flags": {"n": 2}}, {"lr": 1, "flags": {"n": 4}}) -> "n = 2, now
+    it is 4"."""
+    before, now = (json.loads(json.dumps(x, default=str)) or {} for x in (before, now))
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            if found := first_difference(old, new):
+                return found
+        elif old != new:
+            return f"{name} = {_show(old)}, now it is {_show(new)}"
+    return None
+
+
+def hash_file(path, limit=None):
+    """{"bytes", "sha256"} of the first `limit` bytes of a file (of all of it by default)."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: expected a file, but there is no such file")
+    digest, left = hashlib.sha256(), Path(path).stat().st_size if limit is None else limit
+    total = 0
+    with open(path, "rb") as f:
+        while left and (block := f.read(min(left, 1 << 20))):
+            digest.update(block)
+            total, left = total + len(block), left - len(block)
+    return {"bytes": total, "sha256": digest.hexdigest()}
+
+
+def write_atomically(path, text):
+    """Writes a small file (a string, or an iterable of strings) so that a reader sees the old
+    one or the new one."""
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.writelines([text] if isinstance(text, str) else text)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise BadInput(
+            f"{path}: could not write ({error.strerror}): make room and run the same command "
+            f"again"
+        ) from None
+    os.replace(temporary, path)
+
+
+# ---- command lines
+
+
+def parser(doc):
+    """An ArgumentParser whose --help opens with the stage's docstring and shows every
+    default."""
+
+    class Formatter(argparse.RawDescriptionHelpFormatter):
+        def _get_help_string(self, action):
+            if action.default in (None, False, argparse.SUPPRESS) or "%(default)" in (
+                action.help or ""
+            ):
+                return action.help
+            return (action.help or "") + " (default: %(default)s)"
+
+    # add_parser makes subcommands of the same class, so the rules hold for them too
+    class Parser(argparse.ArgumentParser):
+        def __init__(self, **options):
+            super().__init__(**{"formatter_class": Formatter, "allow_abbrev": False} | options)
+
+    return Parser(description=doc)
+
+
+def run(main):
+    """Runs a stage's `main()` as a program: BadInput becomes one line on stderr and exit code
+    2."""
+    try:
+        main()
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def dispatch(doc, commands, argv):
+    """Runs commands[argv[0]](argv[1:]): the main of a stage that has subcommands, each with a
+    parser of its own."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] not in commands:
+        p = parser(doc)
+        p.add_argument(
+            "command", choices=list(commands), help="COMMAND --help lists the flags of one"
+        )
+        p.parse_args(argv[:1])
+    return commands[argv[0]](argv[1:])
+
+
+def progress(iterable=None, **options):
+    """A progress bar on a terminal, nothing in a log file; the stage's last line says how it
+    ended."""
+    return tqdm(iterable, disable=not sys.stderr.isatty(), leave=False, **options)
+
+
+def guess_kind(path):
+    """The kind of a file from its first record's fields."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: expected a JSONL file, but there is no such file")
+    with open(path, "rb") as f:
+        first = next((line for line in f if line.strip()), b"")
+    try:
+        fields = set(json.loads(first))
+    except (ValueError, TypeError, RecursionError):
+        return "prompts"
+    for kind, mark in (
+        ("rollouts", "loss_mask"),
+        ("rubrics", "criteria"),
+        ("rewards", "reward"),
+        ("evals", "correct"),
+        ("results", "arm"),
+        ("weights", "weights"),
+        ("labels", "spent_on"),
+        ("answers", "text"),
+        ("scores", "logprobs"),
+        ("metrics", "step"),
+    ):
+        if mark in fields:
+            return kind
+    return "prompts"
+
+
+def main(argv=None):
+    args = parser(__doc__)
+    commands = args.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="validate JSONL files")
+    check.add_argument("files", nargs="+", metavar="FILE")
+    check.add_argument(
+        "--kind",
+        choices=KINDS,
+        help="what the files hold; guessed from the first record by default",
+    )
+    args = args.parse_args(argv)
+    counts = {}
+    for path in args.files:
+        kind = args.kind or guess_kind(path)
+        counts[path] = sum(1 for _ in read(path, kind))
+        print(f"{path}: {counts[path]} {kind}, all valid")
+    return counts
+
+
+if __name__ == "__main__":
+    run(main)

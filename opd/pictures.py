@@ -1,0 +1,48 @@
+"""What all pictures share: matplotlib figures without a display."""
+
+from pathlib import Path
+
+from opd.records import BadInput
+
+
+def claim(out, overwrite):
+    if out and Path(out).exists() and not overwrite:
+        raise BadInput(
+            f"{out}: exists already: give another --out, or --overwrite to replace it"
+        )
+    Path(out or "").parent.mkdir(parents=True, exist_ok=True)
+
+
+# safe for the colour-blind
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#555555",
+    "#8C6D31",
+)
+
+
+def new_picture(width, height):
+    """An empty matplotlib figure, inches."""
+    try:
+        # no pyplot: a Figure draws with Agg, whatever the machine's display
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise BadInput("plots need matplotlib: pip install matplotlib") from None
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def tidy(axes):
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def claim_picture(p, args):
+    """Refuses an --out that is no picture's name, or is there already."""
+    if not args.out.endswith((".png", ".svg", ".pdf")):
+        p.error(f"--out: expected a name that ends in .png, .svg or .pdf, got {args.out}")
+    claim(args.out, args.overwrite)

@@ -1,0 +1,386 @@
+"""A policy in memory: weights, tokenizer, identity; prompts as token ids; hidden states."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+
+from opd.kernel import all_logits
+from opd.records import BadInput
+
+# ---- a policy in memory
+
+
+class Policy:
+    """A causal language model with its tokenizer, its head as a plain matrix, and its identity.
+
+    `identity` = {"model", "weights", "template", "vocabulary"}: the name and three short
+    hashes.  Equal `weights` means the very same parameters; equal `vocabulary` means the same
+    token -> id map, whatever the size of the embedding."""
+
+    def __init__(self, model, tokenizer, name, weights, template_options=None):
+        self.model, self.tokenizer = model, tokenizer
+        self.template_options = template_options or {}
+        self.identity = identity_of(name, weights, tokenizer, self.template_options)
+        self.stop_ids = stop_ids(model, tokenizer)
+        self.vocabulary = vocabulary_size(tokenizer)
+        self.head_options = {"vocabulary": self.vocabulary} | head_options(
+            model, self.vocabulary
+        )
+
+    @property
+    def device(self):
+        return self.head.device
+
+    @property
+    def head(self):
+        """The language-model head, [V, D]; opd/kernel.py's functions take it with
+        `head_options`. Its rows beyond the vocabulary (embeddings are often padded to a round
+        number) are no tokens: they take no probability, in sampling, scoring and training
+        alike."""
+        return self.model.get_output_embeddings().weight
+
+
+def load_policy(name, dtype="auto", device=None, template_options=None, weights=None):
+    """Loads a folder, or a Hugging Face id through the hub's cache, as a Policy in evaluation
+    mode.
+
+    dtype: "auto" (as stored), "float32", "bfloat16" or "float16"; device: "cpu", "cuda", ...
+    (default: GPU if any); weights: the hash of its weight files, where the caller has computed
+    it already."""
+    folder = find_folder(name)
+    model = load_weights(name, folder, "AutoModelForCausalLM", dtype, device)
+    return Policy(
+        model, load_tokenizer(folder), name, weights or hash_weights(folder), template_options
+    )
+
+
+def load_weights(name, folder, kind, dtype, device, **options):
+    """A transformers model of class `kind` from the safetensors of a folder, in evaluation
+    mode; `name` is what an error calls it."""
+
+    transformers.utils.logging.disable_progress_bar()
+    if not list(folder.glob("*.safetensors")):
+        raise BadInput(
+            f"--model {name}: expected safetensors weights in {folder}, found none (pickled "
+            f"weights are never loaded)"
+        )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return (
+            getattr(transformers, kind)
+            .from_pretrained(
+                folder,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                use_safetensors=True,
+                **options,
+            )
+            .to(device)
+            .eval()
+        )
+    # truncated or foreign files, no such device
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BadInput(f"--model {name}: could not be loaded: {error}") from None
+
+
+def load_tokenizer(name):
+    """The tokenizer of a folder or Hugging Face id."""
+
+    try:
+        return AutoTokenizer.from_pretrained(find_folder(name))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"tokenizer of {name}: could not be loaded: {error}") from None
+
+
+def find_folder(name):
+    """The local folder of a model given as a folder or as a Hugging Face id."""
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise BadInput(
+                f"--model {name}: expected a transformers model folder, but it has no "
+                f"config.json"
+            )
+        return Path(name)
+
+    try:
+        return Path(
+            snapshot_download(
+                name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+            )
+        )
+    # the hub raises a dozen unrelated types: bad name, no such repository, no network
+    except Exception as error:
+        raise BadInput(
+            f"--model {name}: neither a folder here nor a model the hub could give "
+            f"({type(error).__name__})"
+        ) from None
+
+
+def hash_weights(folder):
+    """Short sha256 over the weight files of a model folder."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with open(path, "rb") as f:
+            while block := f.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:12]
+
+
+def identity_of(name, weights, tokenizer, template_options):
+    """The `policy` object of a record."""
+
+    def short(value):
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+    return {
+        "model": str(name),
+        "weights": weights,
+        "template": short([tokenizer.chat_template, template_options]),
+        "vocabulary": short(tokenizer.get_vocab()),
+    }
+
+
+def vocabulary_size(tokenizer):
+    """One more than the largest token id; not len(tokenizer), for ids may have holes."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_tokens(rollout, where, identity, vocabulary, fields=("vocabulary", "template")):
+    """Raises BadInput unless a model with this identity reads the rollout's ids as the tokens
+    they are."""
+    got = rollout["policy"]
+    for field in fields:
+        if got.get(field) != identity[field]:
+            raise BadInput(
+                f"{where}: policy.{field}: expected {identity[field]}, that of "
+                f"{identity['model']}, got {got.get(field)}: the rollouts were "
+                "sampled with another tokenizer or chat template, and their ids mean "
+                "something else to this model"
+            )
+    if max(rollout["prompt_ids"] + rollout["response_ids"]) >= vocabulary:
+        raise BadInput(
+            f"{where}: response_ids: expected ids below {vocabulary}, the vocabulary of "
+            f"{identity['model']}, got one beyond it"
+        )
+
+
+def stop_ids(model, tokenizer):
+    """The ids that end an answer: the generation config's (an id or a list) and the tokenizer's
+    end token."""
+    ids = model.generation_config.eos_token_id
+    ids = [ids] if isinstance(ids, int) else list(ids or [])
+    return sorted(set(ids) | ({tokenizer.eos_token_id} - {None}))
+
+
+@torch.no_grad()
+def head_options(model, vocabulary):
+    """{"scale", "softcap"} with which opd/kernel.py's logits are this model's own.
+
+    Architectures use one name for a factor and for a divisor, so the candidates that the config
+    names are tried on a few tokens. A head that does anything else (a bias, a LoRA adapter, a
+    second matrix) is refused, not approximated."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    if type(head) is not torch.nn.Linear:
+        raise BadInput(
+            f"model head: expected a plain torch.nn.Linear, got {type(head).__name__}"
+        )
+    if len(head.weight) < vocabulary:
+        raise BadInput(
+            f"model head: expected a row for each of the tokenizer's {vocabulary} tokens, "
+            f"got {len(head.weight)}"
+        )
+    if head.bias is not None:
+        raise BadInput(
+            "model head: has a bias, which the fused log-prob kernel does not handle"
+        )
+    ids = torch.arange(min(8, vocabulary), device=head.weight.device)[None]
+    own, hidden = (
+        model(input_ids=ids).logits[0].float(),
+        model.get_decoder()(input_ids=ids).last_hidden_state[0],
+    )
+    factors = [
+        getattr(config, name, None)
+        for name in ("logit_scale", "logits_scaling", "lm_head_multiplier")
+    ]
+    scales = [1.0] + [
+        f
+        for factor in factors
+        if isinstance(factor, (int, float)) and factor
+        for f in (factor, 1 / factor)
+    ]
+    candidates = [
+        {"scale": scale, "softcap": cap}
+        for cap in (getattr(config, "final_logit_softcapping", None) or None, None)
+        for scale in scales
+    ]
+    errors = [
+        (all_logits(hidden, head.weight, **candidate).float() - own).abs().max().item()
+        for candidate in candidates
+    ]
+    best = min(range(len(errors)), key=lambda i: (not math.isfinite(errors[i]), errors[i]))
+    if not errors[best] <= 0.02 * (own.abs().max().item() + 1) and torch.isfinite(own).all():
+        raise BadInput(
+            f"model head: its logits are not hidden @ head.T, scaled or soft-capped as its "
+            f"config says (off by {errors[best]:.3g}): it does "
+            "something that the fused log-prob kernel does not handle"
+        )
+    return candidates[best]
+
+
+def render(tokenizer, prompt, template_options=None):
+    """The token ids the model is shown for a prompts record: chat template plus generation
+    prompt, or plain text.
+
+    Messages that end with one of the assistant's are a beginning: the model goes on where it
+    stops (and the rollout holds what it adds)."""
+    if "messages" in prompt and tokenizer.chat_template is None:
+        raise BadInput(
+            f"prompt {prompt['id']!r}: has messages, but the model's tokenizer has no chat "
+            f"template; use `prompt`"
+        )
+    try:
+        if "messages" in prompt:
+            # an answer to be continued
+            begun = prompt["messages"][-1:] and prompt["messages"][-1]["role"] == "assistant"
+            text = tokenizer.apply_chat_template(
+                prompt["messages"],
+                add_generation_prompt=not begun,
+                continue_final_message=bool(begun),
+                tokenize=False,
+                **(template_options or {}),
+            )
+            # the template has placed them already
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids = tokenizer(prompt["prompt"])["input_ids"]
+    # templates raise what they like, tokenizers TypeError on half a surrogate pair
+    except Exception as error:
+        raise BadInput(
+            f"prompt {prompt['id']!r}: could not be rendered ({type(error).__name__}: {error})"
+        ) from None
+    if not ids:
+        raise BadInput(f"prompt {prompt['id']!r}: expected at least one token, but it is empty")
+    return ids
+
+
+# ---- batches and forward
+
+
+def token_batches(lengths, budget):
+    """Indices grouped so that (rows x longest row) of a group is at most `budget`, longest
+    first.
+
+    token_batches([3, 9, 4], 10) -> [[1], [2, 0]].  A row longer than the budget gets a batch of
+    its own."""
+    batches, widest = [], 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * widest <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+            widest = max(1, lengths[i])
+    return batches
+
+
+def hidden_at(model, sequences, positions):
+    """Last hidden states at chosen positions, [sum of len(positions[i]), D], sequence by
+    sequence.
+
+    The state at position t predicts token t + 1: to score the answer [c, d] of prompt [a, b],
+    sequence [a, b, c, d], ask for positions [1, 2].  Right padding; the attention mask comes
+    from the lengths."""
+    width = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), width, dtype=torch.int64)
+    mask = torch.zeros(len(sequences), width, dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence)] = 1
+    flat = torch.tensor(
+        [row * width + p for row, at in enumerate(positions) for p in at], dtype=torch.int64
+    )
+    # a classifier has no output embeddings
+    device = (model.get_output_embeddings() or model.get_input_embeddings()).weight.device
+    padded = None if bool(mask.all()) else mask.to(device)
+    hidden = model.get_decoder()(
+        input_ids=ids.to(device), attention_mask=padded, use_cache=False
+    ).last_hidden_state
+    return hidden.flatten(0, 1)[flat.to(device)]
+
+
+def response_positions(prompt_ids, loss_mask):
+    """Where the hidden states stand that predict the loss-bearing response tokens (mask 1)."""
+    return [len(prompt_ids) - 1 + t for t, m in enumerate(loss_mask) if m]
+
+
+def likeliest(policy, hidden, k):
+    """Ids of the k likeliest tokens (at most the whole vocabulary) after each hidden state, [N,
+    k], best first.
+
+    Finding them needs the logits; a slice of tokens at a time keeps those small."""
+    slices = hidden.split(max(1, (32 << 20) // policy.vocabulary))
+    return torch.cat(
+        [
+            all_logits(h, policy.head, **policy.head_options)
+            .topk(min(k, policy.vocabulary))
+            .indices
+            for h in slices
+        ]
+    )
+
+
+def add_model_flags(p):
+    """How a model is loaded, or which folder speaks for a served one; shared with teacher.py
+    score."""
+    p.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: as the folder stores it",
+    )
+    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    p.add_argument(
+        "--template-options",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="handed to the chat template, e.g. '{\"enable_thinking\": false}'",
+    )
+    p.add_argument(
+        "--tokenizer",
+        help="served models: folder whose template and vocabulary the server uses (default: "
+        "--model if a folder)",
+    )
+
+
+def served_policy(args):
+    """(tokenizer, `policy` object) of a served model; (None, hashes that are null) when no
+    folder is at hand.
+
+    The folder is --tokenizer, or --model if that is a model folder.  That the server really
+    runs these weights is the caller's word: train.py's rollout/logprob_gap_mean shows when it
+    is not so."""
+    name = args.tokenizer or (
+        args.model if (Path(args.model) / "config.json").is_file() else None
+    )
+    if name is None:
+        return None, {
+            "model": args.model,
+            "weights": None,
+            "template": None,
+            "vocabulary": None,
+        }
+    folder, tokenizer = find_folder(name), load_tokenizer(name)
+    weights = hash_weights(folder) if list(folder.glob("*.safetensors")) else None
+    return tokenizer, identity_of(args.model, weights, tokenizer, args.template_options)
+
+
+def who(identity):
+    """What must not change while a file is completed: the weights where they are known,
+    whatever path they were loaded from."""
+    return {k: v for k, v in identity.items() if k != "model" or identity["weights"] is None}

@@ -1,0 +1,172 @@
+"""The world of `worlds.sums --task tools`: chains of operations that are worked out with a
+calculator, call by call.
+
+    43,*7,-58,*2=?   ->   [43*7]   301   [301-58]   243   [243*2]   486   #486
+
+A question is a number and what is done to it, in order; an answer is a call for every
+operation, what the calculator says between them, and `#` with the last number.  No model of
+this size multiplies in its head: it must call, copy what comes back, and go on.
+
+What a student that is worth teaching does wrong is in `mixed`: three calls in ten are
+malformed, and after an error it calls as badly again or gives up and guesses.  In `clean` every
+call is right; some texts hold a malformed call that has loss mask 0 and what to do then, so
+that whoever learns from them knows how to go on after an error and not how to make one.  A
+calculator may have outages: then the same call again is right.
+"""
+
+SYMBOLS = "0123456789+-*/^()[]#=?.,:'\n abcdefghijklmnopqrstuvwxyz"
+MORE_SPECIAL = ("<|tool|>",)
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% if m['role'] == "
+    "'assistant' %}{{ '<|end|>' }}{% endif %}"
+    "{% if m['role'] == 'tool' %}{{ '\n' }}{% endif %}{% endfor %}{% if "
+    "add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+LARGEST, MOST_STEPS, MOST_TOKENS = 999, 12, 320
+
+
+def apply(total, operation):
+    """apply(37, "*4") -> 148."""
+    number = int(operation[1:])
+    return {"+": total + number, "-": total - number, "*": total * number}[operation[0]]
+
+
+def chains(rng, split, terms, split_of):
+    """Endless random chains of one split, [start, operation, ...], with FEWEST to MOST
+    operations whose results stay in 0..999."""
+    while True:
+        total = int(rng.integers(2, 100))
+        chain, count = [str(total)], int(rng.integers(terms[0], terms[1] + 1))
+        while len(chain) <= count:
+            sign = str(rng.choice(list("+-*")))
+            operation = sign + str(
+                rng.integers(2, 10) if sign == "*" else rng.integers(10, 100)
+            )
+            if 0 <= apply(total, operation) <= LARGEST:
+                total = apply(total, operation)
+                chain.append(operation)
+        if split_of(",".join(chain)) == split:
+            yield chain
+
+
+def result(chain):
+    total = int(chain[0])
+    for operation in chain[1:]:
+        total = apply(total, operation)
+    return total
+
+
+def malformed(rng, call):
+    """A call that the calculator cannot read: "37*4" -> "37*", "*4", "37 4", "37*4)" or,
+    unclosed, "37*4" without its bracket."""
+    at = next(i for i, c in enumerate(call) if c in "+-*" and i)
+    left, sign, right = call[:at], call[at], call[at + 1 :]
+    return [
+        f"[{left}{sign}]",
+        f"[*{right}]",
+        f"[{left} {right}]",
+        f"[{left}{sign}{right})]",
+        f"[{left}{sign}{right}",
+    ][int(rng.integers(5))]
+
+
+def slip(rng, number):
+    """One digit of a number changed: 148 -> 158."""
+    digits = list(str(number))
+    at = int(rng.integers(number < 0, len(digits)))
+    digits[at] = str((int(digits[at]) + int(rng.integers(1, 10))) % 10)
+    return int("".join(digits))
+
+
+def clean_step(rng, chain, done, total, failed, state):
+    """(text, whether to learn it) of the next step: the right call or the answer.  In a fifth
+    of the texts one call, and in a quarter of these the call after it too, is malformed and not
+    to be learnt."""
+    if done == len(chain) - 1:
+        return f"#{total}", True
+    if "at" not in state:
+        state["at"], state["left"] = (
+            (int(rng.integers(len(chain) - 1)), 1 + (rng.random() < 0.25))
+            if rng.random() < 0.2
+            else (None, 0)
+        )
+    call = f"{total}{chain[done + 1]}"
+    if state["at"] == done and state["left"]:
+        state["left"] -= 1
+        return malformed(rng, call), False
+    return f"[{call}]", True
+
+
+def mixed_step(rng, chain, done, total, failed, state):
+    """The same of a careless writer; see above."""
+    if done == len(chain) - 1:
+        return f"#{total if rng.random() < 0.9 else slip(rng, total)}", True
+    call, kind = f"{total}{chain[done + 1]}", rng.random()
+    if failed:
+        return (
+            malformed(rng, call)
+            if kind < 0.5
+            else f"#{rng.integers(LARGEST)}"
+            if kind < 0.7
+            else f"[{call}]"
+        ), True
+    return (
+        malformed(rng, call)
+        if kind < 0.3
+        else f"#{rng.integers(LARGEST)}"
+        if kind < 0.34
+        else f"[{slip(rng, total)}{chain[done + 1]}]"
+        if kind < 0.4
+        else f"[{call}]"
+    ), True
+
+
+STEPS = {"clean": clean_step, "mixed": mixed_step}
+
+
+def episode(rng, policy, toolbox, prompt, chain, next_step, key):
+    """A text with its tools' answers as an `answers` record: the calls are run as rollout.py
+    runs them.  policy: tokenizer, identity, stop_ids."""
+    encode, text_ids = (
+        policy.tokenizer,
+        policy.tokenizer.apply_chat_template(
+            prompt["messages"], add_generation_prompt=True, tokenize=True, return_dict=False
+        ),
+    )
+    ids, mask, steps, calls, total, done, failed, state = (
+        [],
+        [],
+        [],
+        [],
+        int(chain[0]),
+        0,
+        False,
+        {},
+    )
+    while True:
+        text, learn = next_step(rng, chain, done, total, failed, state)
+        own = encode(text, add_special_tokens=False)["input_ids"] + [
+            policy.tokenizer.eos_token_id
+        ]
+        steps.append([len(ids), len(ids) + len(own), None])
+        ids, mask = ids + own, mask + [int(learn)] * len(own)
+        call = toolbox.find(text)
+        if not call or len(steps) == MOST_STEPS or len(ids) > MOST_TOKENS:
+            break
+        call = toolbox.run(call, f"{key}|{len(calls)}")
+        turn = toolbox.turn(policy, call)
+        steps[-1][2] = call["ok"]
+        calls.append(call)
+        ids, mask, failed = ids + turn, mask + [0] * len(turn), not call["ok"]
+        if call["ok"]:
+            total, done = int(call["output"]), done + 1
+    return {
+        "prompt_ids": list(text_ids),
+        "response_ids": ids,
+        "loss_mask": mask,
+        "steps": steps,
+        "calls": calls,
+        "final": text,
+        "text": policy.tokenizer.decode(ids, skip_special_tokens=True),
+        "finish_reason": "tool_limit" if call else "stop",
+    }
