@@ -58,13 +58,13 @@ def grade(rollout, answer, tail):
     """One line of the output: the rollout (or API answer) held against the right final
     answer."""
     # of an episode with tools the last step: what tools say is no loop of the model's
-    text = records.answered(rollout)
+    text = records.final_text(rollout)
     row = {
         "id": rollout["id"],
         "sample": rollout["sample"],
         "text": rollout["text"],
         "correct": bool(is_correct(text, answer)),
-        "length": records.written(rollout) if "response_ids" in rollout else None,
+        "length": records.sampled_length(rollout) if "response_ids" in rollout else None,
         "truncated": rollout["finish_reason"] == "length",
         "repetition": round(repetition_ratio(text, tail), 3),
     }
@@ -140,7 +140,7 @@ def reward_quality(rewards, evals, rollouts):
     groups = {}
     for e in evals:
         key = records.key_of(e, "evals")
-        reward = files.partner(rewards, rollouts[key], rollouts)["reward"]
+        reward = files.record_for(rewards, rollouts[key], rollouts)["reward"]
         if reward is not None:
             groups.setdefault(key[0], []).append((reward, e["correct"]))
     pairs = [pair for group in groups.values() for pair in group]

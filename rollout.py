@@ -52,7 +52,7 @@ def main(argv=None):
     # of the whole file, also what an earlier run has written
     lengths, cut, calls, limited = [], 0, [], []
     for r in files.read(args.out, "rollouts"):
-        lengths.append(records.written(r))
+        lengths.append(records.sampled_length(r))
         cut += r["finish_reason"] == "length"
         limited.append(r["finish_reason"] == "tool_limit")
         calls.append([call["ok"] for call in r.get("calls", ())])

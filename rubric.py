@@ -70,7 +70,7 @@ def one_piece(rollout, path):
 def outcome(rollout, answer, shape=False):
     """1 for a right final answer, else 0; shape: a wrong one earns 0.05 a tool call, at most
     0.2, as in SOD's released code (there -1 to -0.6 of +-1)."""
-    if is_correct(records.answered(rollout), answer):
+    if is_correct(records.final_text(rollout), answer):
         return 1.0
     return min(0.2, 0.05 * len(rollout.get("calls", ()))) if shape else 0.0
 

@@ -47,10 +47,10 @@ from opd.policy import (
     load_policy,
     render,
     response_positions,
+    resume_identity,
     served_policy,
     token_batches,
     vocabulary_size,
-    who,
 )
 from opd.records import BadInput
 from opd.sampling import add_sampling_flags, answer_prompts
@@ -69,7 +69,7 @@ def answer(argv):
         distinct += text not in seen
         seen.add(text)
         prompts.add(text[0])
-        tokens += records.written(r) if "response_ids" in r else 0
+        tokens += records.sampled_length(r) if "response_ids" in r else 0
     summary |= {"duplicates": 1 - distinct / summary["records"], "generated_tokens": tokens}
     print(
         f"teacher.py answer: {args.out}: {summary['records']} answers to {len(prompts)} "
@@ -367,7 +367,7 @@ def score(argv):
                 "if this is meant"
             )
         if others:
-            proposal = files.partner(others, rollout, rollouts)
+            proposal = files.record_for(others, rollout, rollouts)
             if "topk" not in proposal:
                 raise BadInput(
                     f"{others.where(key)}: topk: expected ids to score, but the field is "
@@ -392,7 +392,7 @@ def score(argv):
 
     failures, tokens, gap_sum, gap_max = [], 0, 0.0, 0.0
     settings = {
-        "policy": who(identity),
+        "policy": resume_identity(identity),
         "top_k": args.top_k,
         "dtype": args.dtype,
         "served": bool(args.base_url),

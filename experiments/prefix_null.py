@@ -10,7 +10,7 @@ from experiments.series import band, by_offset, means
 from methods.prefix import DEFAULTS, STRONG, add_series_flags, bic_cut, kept_shares, reader
 from opd import files
 from opd.answers import question_of
-from opd.pictures import COLOURS, claim, new_picture, tidy
+from opd.pictures import COLOURS, new_picture, refuse_existing, tidy
 from opd.records import BadInput
 from worlds.predicates import steps_of, terms_of
 
@@ -263,7 +263,7 @@ def main(argv=None):
             f"that ends in .png, .svg or .pdf"
         )
     for path in (args.out, args.plot):
-        claim(path, args.overwrite)
+        refuse_existing(path, args.overwrite)
     rollouts, prompts = (
         files.Table(args.rollouts, "rollouts"),
         files.Table(args.prompts, "prompts") if args.prompts else None,

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from opd import files
-from opd.pictures import COLOURS, claim, claim_picture, new_picture, tidy
+from opd.pictures import COLOURS, check_picture_name, new_picture, refuse_existing, tidy
 from opd.records import BadInput
 from opd.stats import interval, is_number
 
@@ -161,7 +161,7 @@ def write_table(argv):
     p.add_argument("--out", help="markdown file to write as well")
     p.add_argument("--overwrite", action="store_true", help="replace --out")
     args, tables, texts = p.parse_args(argv), {}, []
-    claim(args.out, args.overwrite)
+    refuse_existing(args.out, args.overwrite)
     for path in args.files:
         rows = read_results(path, [args.metric])
         if args.baseline not in {row["arm"] for row in rows}:
@@ -293,7 +293,7 @@ def write_plot(argv):
     p.add_argument("--out", required=True, help="picture to write (.png, .svg, .pdf)")
     p.add_argument("--overwrite", action="store_true", help="replace --out")
     args = p.parse_args(argv)
-    claim_picture(p, args)
+    check_picture_name(p, args)
     rows = read_results(args.file, [args.x])
     chosen = args.arms.split(",") if args.arms else [row["arm"] for row in rows]
     if missing := [arm for arm in chosen if arm not in {row["arm"] for row in rows}]:
@@ -380,7 +380,7 @@ def write_gaps(argv):
     p.add_argument("--out", required=True, help="picture to write (.png, .svg, .pdf)")
     p.add_argument("--overwrite", action="store_true", help="replace --out")
     args = p.parse_args(argv)
-    claim_picture(p, args)
+    check_picture_name(p, args)
     found = paired_gaps(
         [row for row in files.read(args.file, "results") if args.at in row],
         args.arms.split(","),

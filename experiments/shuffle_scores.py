@@ -35,7 +35,7 @@ def main(argv=None):
         masks = {
             key: rollouts[key]["loss_mask"]
             for key in rollouts.keys()
-            if files.partner(scores, rollouts[key], rollouts)
+            if files.record_for(scores, rollouts[key], rollouts)
         }
         if missing := [key for key in scores.keys() if key not in masks]:
             raise BadInput(

@@ -21,7 +21,7 @@ from methods.sod.weights import (
 )
 from opd import files, records
 from opd.kernel import linear_logp
-from opd.pictures import COLOURS, claim, new_picture, tidy
+from opd.pictures import COLOURS, new_picture, refuse_existing, tidy
 from opd.policy import hidden_at, load_policy, response_positions
 from opd.records import BadInput
 
@@ -183,7 +183,7 @@ def left_of(episodes, weights):
     }
 
 
-def look(episodes, weights, level=None):
+def summarise_drift(episodes, weights, level=None):
     """What `drift` finds in episodes and their `all_weights`; level: `by_step` of the clean
     episodes that d is held against (default: their own)."""
 
@@ -341,7 +341,7 @@ def main(argv=None):
         raise BadInput("--device: is that of --model, which is not given")
     level = read_level(args.against) if args.against else None
     for path in (args.out, args.plot):
-        claim(path, args.overwrite)
+        refuse_existing(path, args.overwrite)
     rollouts = files.Table(args.rollouts, "rollouts")
     measure, episodes = reader(args, rollouts), []
     policy = load_policy(args.model, "float32", args.device) if args.model else None
@@ -371,7 +371,7 @@ def main(argv=None):
             f"{args.rollouts}: loss_mask: expected rollouts with loss tokens, got none"
         )
     weights = all_weights(episodes)
-    result = look(episodes, weights, level)
+    result = summarise_drift(episodes, weights, level)
     if policy:
         result["gradient"] = signal_to_noise(policy, rollouts, measure, episodes, weights)
     files.write_atomically(args.out, json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -166,7 +166,7 @@ def reader(args, rollouts):
     def measure(rollout):
         key, ids = records.key_of(rollout, "rollouts"), rollout["response_ids"]
         check_tokens(rollout, rollouts.where(key), identity, vocabulary, ("vocabulary",))
-        score, where = files.partner(scores, rollout, rollouts), scores.where(key)
+        score, where = files.record_for(scores, rollout, rollouts), scores.where(key)
         # a line break is never part of a longer character: one token at a time finds it
         for token in {*ids} - pieces.keys():
             pieces[token] = tokenizer.decode([token], clean_up_tokenization_spaces=False)

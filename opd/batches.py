@@ -17,7 +17,7 @@ import numpy as np
 
 from opd import loss as losses
 from opd import records
-from opd.files import Table, guess_kind, partner
+from opd.files import Table, guess_kind, record_for
 from opd.policy import check_tokens, render
 from opd.records import BadInput
 from opd.stats import repetition_ratio
@@ -102,7 +102,7 @@ class Data:
             # found out now, not after half of the updates
             for table in (self.scores, self.reference, self.weights):
                 if table is not None:
-                    score = partner(table, rollout, self.rollouts)
+                    score = record_for(table, rollout, self.rollouts)
                     if table is self.scores:
                         self._check_score(score, rollout, self.scores.where(key))
                         self.scorers[score["policy"].get("weights")] = score["policy"]["model"]
@@ -264,7 +264,7 @@ class Data:
             return
         for prompt, keys in list(self.groups.items()):
             rewards = [
-                partner(self.rewards, self.rollouts[key], self.rollouts)["reward"]
+                record_for(self.rewards, self.rollouts[key], self.rollouts)["reward"]
                 for key in keys
             ]
             failed += rewards.count(None)
@@ -340,13 +340,13 @@ class Data:
         if "end_mass" in rollout:
             item["student_end_mass"] = rollout["end_mass"]
         if self.prefix == "self":
-            text = records.answered(rollout)
+            text = records.final_text(rollout)
             item["repetitive"] = (
                 len(text) >= self.tail and repetition_ratio(text, self.tail) > self.threshold
             )
             item["behaviour_logp"] = np.asarray(rollout["logprobs"], np.float32)[trained]
         if self.scores is not None:
-            score = partner(self.scores, rollout, self.rollouts)
+            score = record_for(self.scores, rollout, self.rollouts)
             item["teacher_logp"] = np.asarray(score["logprobs"], np.float32)[trained]
             if self.method.coefficient == "unit":
                 item |= self._units(score, self.scores.where(key), mask)
@@ -362,7 +362,7 @@ class Data:
             if "end_mass" in score:
                 item["teacher_end_mass"] = score["end_mass"]
         if self.reference is not None:
-            score = partner(self.reference, rollout, self.rollouts)
+            score = record_for(self.reference, rollout, self.rollouts)
             item["reference_logp"] = np.asarray(score["logprobs"], np.float32)[trained]
             if self.method.reference_support == "full":
                 item["reference_support_ids"], item["reference_support_logp"] = self._support(
@@ -370,7 +370,7 @@ class Data:
                 )
         if self.weights is not None:
             item["token_weight"] = np.asarray(
-                partner(self.weights, rollout, self.rollouts)["weights"], np.float32
+                record_for(self.weights, rollout, self.rollouts)["weights"], np.float32
             )[trained]
         if key in self.advantages:
             item["advantage"], item["reward"] = self.advantages[key]

@@ -110,7 +110,7 @@ class Table:
         return f"{self.path}:{self._place[key][0]}"
 
 
-def partner(table, rollout, rollouts):
+def record_for(table, rollout, rollouts):
     """The record of `table` (scores, weights or rewards) that belongs to `rollout`, or BadInput
     when it is missing or was made for another text.  `rollouts` is the Table the rollout got
     from, for the message."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from opd.records import BadInput
 
 
-def claim(out, overwrite):
+def refuse_existing(out, overwrite):
     if out and Path(out).exists() and not overwrite:
         raise BadInput(
             f"{out}: exists already: give another --out, or --overwrite to replace it"
@@ -41,8 +41,8 @@ def tidy(axes):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def claim_picture(p, args):
+def check_picture_name(p, args):
     """Refuses an --out that is no picture's name, or is there already."""
     if not args.out.endswith((".png", ".svg", ".pdf")):
         p.error(f"--out: expected a name that ends in .png, .svg or .pdf, got {args.out}")
-    claim(args.out, args.overwrite)
+    refuse_existing(args.out, args.overwrite)

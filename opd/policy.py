@@ -380,7 +380,7 @@ def served_policy(args):
     return tokenizer, identity_of(args.model, weights, tokenizer, args.template_options)
 
 
-def who(identity):
+def resume_identity(identity):
     """What must not change while a file is completed: the weights where they are known,
     whatever path they were loaded from."""
     return {k: v for k, v in identity.items() if k != "model" or identity["weights"] is None}

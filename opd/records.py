@@ -351,13 +351,13 @@ def fingerprint(record):
     ).hexdigest()[:12]
 
 
-def answered(rollout):
+def final_text(rollout):
     """The text that an answer is looked for in: all of it or, of an episode with tools, the
     last step."""
     return rollout.get("final", rollout["text"])
 
 
-def written(rollout):
+def sampled_length(rollout):
     """How many tokens the model wrote: all of a response but what tools said in it."""
     return (
         sum(end - start for start, end, _ in rollout["steps"])

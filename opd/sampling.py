@@ -13,9 +13,9 @@ from opd.policy import (
     add_model_flags,
     load_policy,
     render,
+    resume_identity,
     served_policy,
     token_batches,
-    who,
 )
 from opd.records import BadInput
 from opd.tools import FORMATS, Toolbox
@@ -427,7 +427,7 @@ def answer_prompts(args, kind, need_tokens):
         policy = load_policy(args.model, args.dtype, args.device, args.template_options)
         identity = policy.identity
     settings = {
-        "policy": who(identity),
+        "policy": resume_identity(identity),
         "temperature": args.temperature,
         "top_p": args.top_p,
         "max_tokens": args.max_tokens,

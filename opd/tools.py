@@ -163,8 +163,8 @@ class Expression:
         )
 
 
-def written(number):
-    """A fraction as a model reads it: whole, or 12 significant digits.   written(Fraction(1,
+def format_number(number):
+    """A fraction as a model reads it: whole, or 12 significant digits.   format_number(Fraction(1,
     3)) -> "0.333333333333" """
     if number.denominator == 1:
         return str(number.numerator)
@@ -225,7 +225,7 @@ class Calculator:
             output, ok = "error: expected a string named expression", False
         else:
             try:
-                output, ok = written(Expression(expression).value()), True
+                output, ok = format_number(Expression(expression).value()), True
             except Mistake as mistake:
                 output, ok = f"error: {mistake}", False
         return output.ljust(self.pad if ok else self.pad_errors, "."), ok

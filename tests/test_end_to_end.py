@@ -18,7 +18,7 @@ import teacher
 from experiments.ropd import ARMS
 from opd import policy as policies
 from opd import records
-from opd.files import Table, guess_kind, main, partner, read
+from opd.files import Table, guess_kind, main, read, record_for
 from worlds import sums
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +81,7 @@ def test_every_file_the_recipe_left_is_valid_and_joins(smoke):
         Table(place / "rewards.jsonl", "rewards"),
     )
     for r in rollouts:
-        assert partner(rewards, r, rollouts)["status"] == "ok"
+        assert record_for(rewards, r, rollouts)["status"] == "ok"
 
 
 def test_commands_can_be_pasted_and_say_that_they_are_done(smoke):

@@ -586,7 +586,7 @@ def test_floats_are_exact_float32():
     assert records.floats([]) == []
 
 
-# ---- fingerprint, Table, partner
+# ---- fingerprint, Table, record_for
 
 
 def test_fingerprint_changes_with_text_and_tokens_only():
@@ -668,7 +668,7 @@ def test_partner_joins_by_fingerprint(tmp_path):
     rollouts = Table(write_lines(tmp_path / "rollouts.jsonl", [first, second]), "rollouts")
 
     def join(kind, *rows):
-        return files.partner(
+        return files.record_for(
             Table(write_lines(tmp_path / f"{kind}.jsonl", rows), kind), second, rollouts
         )
 

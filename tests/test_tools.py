@@ -33,7 +33,7 @@ import train
 from methods.simct import __main__ as simct_command
 from opd import policy as policies
 from opd import records, sampling, tools
-from opd.tools import Calculator, Expression, Mistake, Toolbox, written
+from opd.tools import Calculator, Expression, Mistake, Toolbox, format_number
 from worlds import sums
 from worlds.agents import MORE_SPECIAL, SYMBOLS, TEMPLATE, result
 
@@ -212,7 +212,7 @@ def test_arguments_of_another_kind_are_the_models_mistake(arguments):
     ],
 )
 def test_numbers_as_they_are_read(number, text):
-    assert written(number) == text
+    assert format_number(number) == text
 
 
 def test_outages_are_seeded_and_as_frequent_as_said():

@@ -368,7 +368,7 @@ def test_release_cuts_where_the_margin_drops(student, tmp_path):
     )
     for r in rollouts:
         # refuses weights of other rollouts, or of another length
-        files.partner(table, r, rollouts)
+        files.record_for(table, r, rollouts)
     summary, rows = cut({**write(student, tmp_path, pairs)}, tmp_path / "capped.jsonl", cap=2)
     assert rows[0]["weights"] == [2.0] * 9 + [0.0] * 18 and summary["capped"] == 1
     summary, rows = cut(

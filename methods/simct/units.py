@@ -73,11 +73,11 @@ def raw_logits(hidden, head, ids, scale=1.0, softcap=None, vocabulary=None):
     return softcap * torch.tanh(z / softcap) if softcap else z
 
 
-def deal(unit_logps, units, own):
+def split_unit_logprob(unit_logps, units, own):
     """Every unit's log-prob among its student tokens, in proportion to their own log-probs;
     alike where those are all 0.
 
-    deal([-3.0], [(0, 2, 0, 1)], [-1.0, -0.5, -9.0]) -> [-2.0, -1.0, -9.0]"""
+    split_unit_logprob([-3.0], [(0, 2, 0, 1)], [-1.0, -0.5, -9.0]) -> [-2.0, -1.0, -9.0]"""
     out = list(own)
     for total, (s0, s1, _, _) in zip(unit_logps, units):
         mine = sum(own[s0:s1])
@@ -87,7 +87,7 @@ def deal(unit_logps, units, own):
 
 
 @torch.no_grad()
-def score_batch(policy, prompts, alignments, candidates, largest=0):
+def score_units(policy, prompts, alignments, candidates, largest=0):
     """[(unit log-probs [U], unit logits [U], unit logz [U], candidates' log-probs [U, K], K
     largest log-probs [T, K])] of a batch of answers.
 
@@ -225,7 +225,7 @@ def main(argv):
                 f"{rollouts.where(key)}: id: expected one of the ids in {args.prompts}, got "
                 f"{key[0]!r}"
             )
-        if others and "topk" not in files.partner(others, rollout, rollouts):
+        if others and "topk" not in files.record_for(others, rollout, rollouts):
             raise BadInput(
                 f"{others.where(key)}: topk: expected ids to score, but the field is "
                 f"missing: run teacher.py score with --top-k"
@@ -278,7 +278,7 @@ def main(argv):
                 for key in batch
             ]
             for rollout, a, x, (logps, logits, logz, top, best) in zip(
-                some, found, ids, score_batch(policy, asked, found, theirs, args.sorted)
+                some, found, ids, score_units(policy, asked, found, theirs, args.sorted)
             ):
                 texts = [
                     b"".join(mine[i] or b"" for i in rollout["response_ids"][s0:s1])
@@ -304,7 +304,9 @@ def main(argv):
                         "policy": policy.identity,
                         "rollout": records.fingerprint(rollout),
                         "logprobs": records.floats(
-                            np.minimum(deal(logps, a.units, rollout["logprobs"]), 0)
+                            np.minimum(
+                                split_unit_logprob(logps, a.units, rollout["logprobs"]), 0
+                            )
                         ),
                         "units": [list(u) for u in a.units],
                         "unit_logprobs": records.floats(logps),

@@ -109,12 +109,12 @@ def outcomes(rollout):
         last
         if ok is None
         else {True: "result", False: "outage" if next_call.get("outage") else "mistake"}[ok]
-        for _, _, ok in whole(rollout)
+        for _, _, ok in steps_or_whole(rollout)
         for next_call in [{} if ok is None else next(calls)]
     ]
 
 
-def whole(rollout):
+def steps_or_whole(rollout):
     """The steps of a rollout; without tools an answer is one step."""
     return rollout.get("steps") or [[0, len(rollout["response_ids"]), None]]
 
@@ -189,8 +189,8 @@ def reader(args, rollouts):
     def measure(rollout):
         key = records.key_of(rollout, "rollouts")
         score, mine = (
-            files.partner(scores, rollout, rollouts),
-            files.partner(own, rollout, rollouts) if own else rollout,
+            files.record_for(scores, rollout, rollouts),
+            files.record_for(own, rollout, rollouts) if own else rollout,
         )
         if own and mine["policy"].get("weights") != rollout["policy"].get("weights"):
             raise BadInput(
@@ -204,7 +204,7 @@ def reader(args, rollouts):
                 f"{rollout['temperature']}: its log-probs are of another "
                 f"distribution; give --own-scores"
             )
-        steps, mask = whole(rollout), rollout["loss_mask"]
+        steps, mask = steps_or_whole(rollout), rollout["loss_mask"]
         return (
             steps,
             divergences(mine["logprobs"], score["logprobs"], mask, steps),
@@ -276,7 +276,7 @@ def steps(argv):
                 ),
                 np.zeros(len(rollout["response_ids"])),
             )
-            for (start, end, _), each in zip(whole(rollout), w):
+            for (start, end, _), each in zip(steps_or_whole(rollout), w):
                 weights[start:end] = each
             writer.write(
                 {
