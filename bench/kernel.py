@@ -1,12 +1,12 @@
 """opd/kernel.py beside everything else that computes log-probs or a KL from hidden states and a
 head: time, memory, accuracy.
 
-    python bench/kernel.py --out results/kernel.jsonl                     # every shape, float32
+    python -m bench.kernel --out results/kernel.jsonl                     # every shape, float32
     and bfloat16: about half an hour on 2 cores
-    python bench/kernel.py --shapes 2048x576x49152 --dtypes float32
-    python bench/kernel.py table results/kernel.jsonl results/train_step.jsonl      # all lines,
+    python -m bench.kernel --shapes 2048x576x49152 --dtypes float32
+    python -m bench.kernel table results/kernel.jsonl results/train_step.jsonl      # all lines,
     then what was to be shown
-    python bench/kernel.py plot results/kernel.jsonl --out results/kernel.png
+    python -m bench.kernel plot results/kernel.jsonl --out results/kernel.png
 
 Every contender does a forward and a backward pass, gradients of hidden states and head
 included, with an upstream gradient of its own for every token.  One line of JSON each, with
@@ -41,9 +41,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from opd.kernel import linear_logp, linear_reverse_kl, linear_token_loss
 
+ROOT = Path(__file__).resolve().parents[1]
 SHAPES = "2048x576x49152 512x1024x151936 4096x1024x32000"
 
 
@@ -86,6 +86,12 @@ def ours_slices(hidden, weight, ids, upstream):
 
 def ours_recompute(hidden, weight, ids, upstream):
     logp, _ = linear_logp(hidden, weight, ids)
+    (logp * upstream).sum().backward()
+    return logp
+
+
+def ours_triton(hidden, weight, ids, upstream):
+    logp, _ = linear_logp(hidden, weight, ids, kernel="triton")
     (logp * upstream).sum().backward()
     return logp
 
@@ -149,6 +155,22 @@ def liger(hidden, weight, ids, upstream):
     return logp
 
 
+def quack(hidden, weight, ids, upstream):
+    from quack.linear_cross_entropy import linear_cross_entropy
+
+    logp = -linear_cross_entropy(hidden, weight, ids, reduction="none")
+    (logp * upstream).sum().backward()
+    return logp
+
+
+def cut_cross_entropy(hidden, weight, ids, upstream):
+    from cut_cross_entropy import linear_cross_entropy
+
+    logp = -linear_cross_entropy(hidden, weight, ids, reduction="none")
+    (logp * upstream).sum().backward()
+    return logp
+
+
 # ---- contenders: KL to a teacher
 
 
@@ -197,11 +219,14 @@ LOGP = dict(
     naive=naive,
     ours_slices=ours_slices,
     ours_recompute=ours_recompute,
+    ours_triton=ours_triton,
     torch_linear_cross_entropy=torch_linear_cross_entropy,
     torch_linear_cross_entropy_chunked=torch_linear_cross_entropy_chunked,
     trl_selective_log_softmax=trl_selective_log_softmax,
     trl_chunked=trl_chunked,
     liger=liger,
+    quack=quack,
+    cut_cross_entropy=cut_cross_entropy,
 )
 KL = dict(
     naive=naive_kl,
@@ -218,24 +243,40 @@ def version(package):
         return None
 
 
+GPU_ONLY = {
+    "ours_triton": "triton",
+    "liger": "liger-kernel",
+    "quack": "quack-kernels",
+    "cut_cross_entropy": "cut-cross-entropy",
+}
+
+
 def available(name, device):
+    """Whether a contender can run here: its package is there, and a GPU if it needs one."""
     if name.startswith("trl"):
         return version("trl") is not None
-    return name != "liger" or (device != "cpu" and version("liger-kernel") is not None)
+    if name in GPU_ONLY:
+        return device != "cpu" and version(GPU_ONLY[name]) is not None
+    return True
 
 
 # ---- measuring
+
+
+def synchronise(x):
+    """Waits until x's device has done what it was asked."""
+    if x.is_cuda:
+        torch.cuda.synchronize()
 
 
 def once(f, args):
     """(seconds, result) of one forward and backward pass."""
     for x in args[:2]:
         x.grad = None
-    synchronise = torch.cuda.synchronize if args[0].is_cuda else lambda: None
-    synchronise()
+    synchronise(args[0])
     start = time.perf_counter()
     out = f(*args)
-    synchronise()
+    synchronise(args[0])
     return time.perf_counter() - start, out.detach()
 
 
@@ -250,10 +291,12 @@ def gemm(hidden, weight):
     )
 
     def run():
+        synchronise(hidden)
         start = time.perf_counter()
         torch.mm(hidden, weight.T, out=z)
         torch.mm(z, weight, out=d_hidden)
         torch.mm(z.T, hidden, out=d_weight)
+        synchronise(hidden)
         return time.perf_counter() - start
 
     return run
@@ -314,7 +357,8 @@ def exact(kind, args, rows=256):
 def peak_rss(*command):
     """Peak resident megabytes of this file run as `child`."""
     done = subprocess.run(
-        [sys.executable, __file__, "child", *command],
+        [sys.executable, "-m", "bench.kernel", "child", *command],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,

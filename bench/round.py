@@ -1,9 +1,9 @@
 """One round of on-policy distillation on a real model, as our stages over JSONL and as TRL's
 DistillationTrainer: seconds and memory.
 
-    python bench/round.py --model FOLDER --trl-python PYTHON --out results/round.jsonl    #
+    python -m bench.round --model FOLDER --trl-python PYTHON --out results/round.jsonl    #
     SmolLM2-135M: about 8 minutes a turn on 2 cores
-    python bench/round.py table results/round.jsonl
+    python -m bench.round table results/round.jsonl
 
 The work of both: 16 prompts, one answer each of at most 64 tokens sampled at temperature 1,
 reverse KL to a teacher over the whole vocabulary, one AdamW step on the 16 answers, float32, on
@@ -82,20 +82,20 @@ ASKED = (
     "Tell a fable about a fox and a crow, with a moral at its end.",
 )
 PARTS = {  # part -> what belongs to it: module, or module.class, and the function
-    "load": ("rollout load_policy", "rollout hash_weights", "train load_trainer_state"),
-    "generate": ("rollout sample_batch",),
+    "load": ("opd.policy load_policy", "opd.policy hash_weights", "train load_trainer_state"),
+    "generate": ("opd.sampling sample_batch",),
     "score": ("teacher score_batch",),
     "gradient": ("train optimise",),
     "save": ("train save",),
     "jsonl": (
-        "records _lines",
-        "records fingerprint",
-        "records hash_file",
-        "records pack",
-        "records unpack",
-        "records.Table __getitem__",
-        "records.Writer __init__",
-        "records.Writer write",
+        "opd.files _lines",
+        "opd.records fingerprint",
+        "opd.files hash_file",
+        "opd.records pack",
+        "opd.records unpack",
+        "opd.files.Table __getitem__",
+        "opd.files.Writer __init__",
+        "opd.files.Writer write",
     ),
 }
 
@@ -168,30 +168,42 @@ def versions(*packages):
     return found
 
 
+def place_of(name):
+    """("opd.files.Table __getitem__") -> (the class, "__getitem__"); (None, ...) if its module
+    is not loaded."""
+    path, attribute = name.split()
+    inner = path.split(".")
+    outer = []
+    while inner and ".".join([*outer, inner[0]]) in sys.modules:
+        outer.append(inner.pop(0))
+    module = sys.modules.get(".".join(outer))
+    if module is None or len(inner) > 1 or (inner and not hasattr(module, inner[0])):
+        return None, attribute
+    return functools.reduce(getattr, inner, module), attribute
+
+
 def child_stages(job):
     """Runs stages one after the other in this process, with clocks around what PARTS names."""
-    sys.path.insert(0, str(ROOT))  # before bench/, where another opd/kernel.py lies
     stages = [importlib.import_module(name.removesuffix(".py")) for name, *_ in job["lines"]]
     import torch
 
-    # noqa: F401  imported by the stages when they load a model: start-up too
-
     started, clock = time.monotonic(), Clock()
     ours = [
-        sys.modules[name]
-        for name in ("records", "rollout", "teacher", "train")
-        if name in sys.modules
+        module
+        for name, module in list(sys.modules.items())
+        if name.split(".")[0] in ("opd", "methods", "rollout", "teacher", "train")
     ]
     for part, names in PARTS.items():
         for name in names:
-            (module, *inner), attribute = name.split()[0].split("."), name.split()[1]
-            if module in sys.modules:
-                home = functools.reduce(getattr, inner, sys.modules[module])
-                plain = getattr(home, attribute)
-                # `from rollout import load_policy` has made names of its own
-                for place in (home, *ours):
-                    if getattr(place, attribute, None) is plain:
-                        setattr(place, attribute, clock.timed(part, plain))
+            home, attribute = place_of(name)
+            if home is None:
+                continue
+            plain = getattr(home, attribute)
+            timed = clock.timed(part, plain)
+            # `from opd.policy import load_policy` has made names of its own
+            for place in (home, *ours):
+                if getattr(place, attribute, None) is plain:
+                    setattr(place, attribute, timed)
     torch.optim.AdamW.step = clock.timed("optimiser", torch.optim.AdamW.step)
     summaries = [stage.main(argv) for stage, (_, *argv) in zip(stages, job["lines"])]
     clock.charge()
@@ -307,7 +319,11 @@ def call(python, job, folder, args):
     used meanwhile."""
     report, errors = folder / "report.json", folder / "errors.txt"
     os.sync()  # what the one before has written is not to be flushed during this one
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(args.threads),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     busy, used, start = (
         busy_seconds(),
         resource.getrusage(resource.RUSAGE_CHILDREN),
@@ -317,7 +333,8 @@ def call(python, job, folder, args):
         done = subprocess.run(
             [
                 python,
-                __file__,
+                "-m",
+                "bench.round",
                 "child",
                 json.dumps(job | {"report": str(report), "called": start}),
             ],

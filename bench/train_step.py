@@ -1,7 +1,7 @@
 """One train.py step on a real model with this repository's kernel and with naive logits: time
 and peak memory of the process.
 
-    python bench/train_step.py --model FOLDER --out results/train_step.jsonl           #
+    python -m bench.train_step --model FOLDER --out results/train_step.jsonl           #
     SmolLM2-135M: about a minute a run
 
 Makes 8 rollouts of random tokens (512 each, so 4096 loss tokens) and scores for them, then runs
@@ -20,18 +20,19 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+import torch
+import transformers
+
 from opd import policy as policies
 from opd import records
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 
 def make_records(model, folder, rollouts, length):
     """rollouts.jsonl and scores.jsonl as rollout.py and teacher.py would write them, from
     random token ids."""
-    import numpy as np
-
     policy = policies.load_policy(model)
     rng = np.random.default_rng(0)
     with open(folder / "rollouts.jsonl", "w") as r, open(folder / "scores.jsonl", "w") as s:
@@ -122,9 +123,6 @@ def main():
         for _ in range(args.turns):
             for kernel in args.kernels:
                 runs[kernel].append(run(args.model, folder, kernel, 4 * 528))
-        import torch
-        import transformers
-
         for kernel, values in runs.items():
             step, process, rss = (statistics.median(column) for column in zip(*values))
             row = {

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 def bench(*words):
     done = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", *map(str, words)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -19,7 +19,7 @@ def bench(*words):
 def test_a_round_is_measured_part_by_part_and_tabulated(world, tmp_path):
     out = tmp_path / "round.jsonl"
     bench(
-        "bench/round.py",
+        "bench.round",
         "--model",
         world.base,
         "--prompts",
@@ -51,14 +51,14 @@ def test_a_round_is_measured_part_by_part_and_tabulated(world, tmp_path):
             "a stage's function was renamed and is no longer timed"
         )
         assert str(world.base) not in json.dumps(r)
-    table = bench("bench/round.py", "table", out)
+    table = bench("bench.round", "table", out)
     assert "| one-process | 1 |" in table
 
 
 def test_kernels_are_measured_and_claims_printed(tmp_path):
     out = tmp_path / "kernel.jsonl"
     bench(
-        "bench/kernel.py",
+        "bench.kernel",
         "--shapes",
         "64x16x512",
         "--dtypes",
@@ -68,9 +68,21 @@ def test_kernels_are_measured_and_claims_printed(tmp_path):
         "--out",
         out,
     )
-    text = bench("bench/kernel.py", "table", out)
+    text = bench("bench.kernel", "table", out)
     assert "64x16x512, bfloat16 | kl | ours_slices" in text
     accuracy = next(
         line for line in text.splitlines() if "bfloat16: log-probs within 1e-4" in line
     )
     assert accuracy.endswith("| holds |")
+
+
+def test_the_gpu_checks_run_in_miniature_where_there_is_no_gpu(tmp_path):
+    out = tmp_path / "gpu.jsonl"
+    sections = ("--sections", "triton", "kernel", "step")
+    text = bench("bench.gpu", "--smoke", *sections, "--out", out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["section"] for row in rows} == {"triton", "kernel", "step"}
+    assert not any("error" in row for row in rows)
+    ours = [row for row in rows if row.get("contender", "").startswith("ours_s")]
+    assert ours[0]["error_logp"] < 1e-4 < rows[-1]["process_seconds"]["cpu"]
+    assert "| 64x16x512 | ours_slices |" in text
