@@ -422,7 +422,7 @@ def build(run, args, arms):
     world, texts = run.out / "world", 64 * args.base_steps
     if not (world / "toy").exists():
         run.stage(
-            f"worlds.sums --task tools --terms {args.terms} --out {world}/toy --train-prompts "
+            f"worlds.agents --terms {args.terms} --out {world}/toy --train-prompts "
             f"{args.prompts * args.rounds} --clean {texts} --mixed "
             f"{64 * args.spoil_steps} --outage {args.outage} --eval-prompts "
             f"{8 if args.smoke else 200}"

@@ -9,7 +9,7 @@ arXiv 2604.07941 sorts all of post-training by provenance (whose answers), inter
 rewards, a teacher) and role: training *expands* the set of things a policy writes, *reshapes*
 how it divides its mass among them, or consolidates.  It reports no experiment. Here every class
 of row trains the same student with as many updates on as many answers (twice and four times as
-many where it says so), in a world (worlds.sums --task forks) so small that `methods.unified`
+many where it says so), in a world (worlds.forks) so small that `methods.unified`
 lists every answer with its probability, and expansion, attrition and moved mass are exact
 numbers.
 
@@ -238,7 +238,7 @@ def build_world(run, args):
     world = run.out / "world"
     if not (world / "forks").exists():
         run.stage(
-            f"worlds.sums --task forks --out {world}/forks --train-prompts "
+            f"worlds.forks --out {world}/forks --train-prompts "
             f"{args.prompts * args.rounds} --texts {64 * args.student_steps}"
         )
     pretrain(

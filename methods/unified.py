@@ -35,7 +35,7 @@ probability is below --floor are cut: their own pairs are below every eps, and w
 still counts for the pairs above the cut, as if they went on to --max-tokens.  `missed_mass` is
 that mass, the mean over prompts, the larger of the two models: what accuracy and the like may
 lack.  Above 0.01 it is refused: not exact any more. Writes a line for the two models, then a
-line an eps.  This is for worlds.sums --task forks and its like.
+line an eps.  This is for worlds.forks and its like.
 
 Sampled (second command): from two outputs of eval.py on the same prompts, completions instead
 of pairs.  A right answer is new if no text before was it, lost if no text after is.  Styles are

@@ -28,6 +28,7 @@ import rollout  # noqa: E402
 import teacher  # noqa: E402
 import train  # noqa: E402
 from opd import files, records  # noqa: E402
+from worlds import agents as agent_world  # noqa: E402
 from worlds import sums  # noqa: E402
 
 
@@ -289,9 +290,8 @@ def agents(tmp_path_factory):
     a third of the calls in outage), scores (teacher, whole vocabulary), rewards."""
 
     root = tmp_path_factory.mktemp("agents")
-    sums.main(
+    agent_world.main(
         argv(
-            task="tools",
             out=root / "toy",
             train_prompts=24,
             eval_prompts=8,

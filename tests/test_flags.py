@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = [
     "worlds/sums.py",
+    "worlds/forks.py",
+    "worlds/agents.py",
     "rollout.py",
     "teacher.py",
     "rubric.py",

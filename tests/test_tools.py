@@ -20,7 +20,6 @@ from conftest import (
     naive_model,
     naive_own,
     refusal,
-    run_program,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,8 +33,10 @@ from methods.simct import __main__ as simct_command
 from opd import policy as policies
 from opd import records, sampling, tools
 from opd.tools import Calculator, Expression, Mistake, Toolbox, format_number
+from worlds import agents as agent_world
 from worlds import sums
 from worlds.agents import MORE_SPECIAL, SYMBOLS, TEMPLATE, result
+from worlds.build import split_of
 
 END = "<|end|>"
 
@@ -828,7 +829,7 @@ def test_the_corpora_are_what_they_say(agents):
                 records.validate(r, "answers") is None
                 and len(r["response_ids"]) + len(r["prompt_ids"]) < 512
             )
-            expected = sums.split_of(r["messages"][0]["content"].removesuffix("=?"))
+            expected = split_of(r["messages"][0]["content"].removesuffix("=?"))
             assert expected == "train"
             for (start, end, ok), call in zip(r["steps"], r["calls"]):
                 bad = ok is False and "no answer" not in call["output"]
@@ -912,35 +913,31 @@ def test_a_tools_words_are_no_loop_of_the_models(tmp_path):
 
 def test_more_problems_than_there_are(tmp_path, capsys):
     message = refusal(
-        sums.main,
-        argv(
-            task="tools", out=tmp_path / "t", terms="1:1", train_prompts=20000, clean=1, mixed=1
-        ),
+        agent_world.main,
+        argv(out=tmp_path / "t", terms="1:1", train_prompts=20000, clean=1, mixed=1),
         capsys,
     )
-    assert (
-        "--train-prompts: problems of --terms 1:1 that belong to train are hardly more than"
-        in message
-    )
+    assert "--train-prompts 20000: expected at most about" in message
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (dict(terms="0:3"), "--terms: expected FEWEST:MOST operations"),
-        (dict(terms="3:9"), "--terms"),
-        (dict(outage=1.0), "--outage"),
-        (dict(slips=0.1), "--slips 0.1: belongs to --task sums"),
+        (dict(terms="0:3"), "argument --terms: expected FEWEST:MOST"),
+        (dict(terms="3:9"), "argument --terms"),
+        (dict(outage=1.1), "argument --outage: expected a share"),
     ],
 )
 def test_worlds_that_cannot_be(tmp_path, capsys, flags, words):
-    assert words in refusal(sums.main, argv(task="tools", out=tmp_path / "t", **flags), capsys)
+    with pytest.raises(SystemExit):
+        agent_world.main(argv(out=tmp_path / "t", **flags))
+    assert words in capsys.readouterr().err
 
 
 def test_a_world_is_its_seed(tmp_path):
-    flags = dict(task="tools", train_prompts=4, eval_prompts=4, clean=20, mixed=20)
+    flags = dict(train_prompts=4, eval_prompts=4, clean=20, mixed=20)
     for name in ("a", "b"):
-        assert run_program("worlds.sums", argv(out=tmp_path / name, **flags)).returncode == 0
+        agent_world.main(argv(out=tmp_path / name, **flags))
     for name in ("train.jsonl", "clean.jsonl", "mixed.jsonl", "student/model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 

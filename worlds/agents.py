@@ -1,5 +1,7 @@
-"""The world of `worlds.sums --task tools`: chains of operations that are worked out with a
-calculator, call by call.
+"""A world for agents: chains of operations that are worked out with a calculator.
+
+    python -m worlds.agents --out runs/tools
+    python -m worlds.agents --out runs/tools --terms 2:4 --outage 0.2
 
     43,*7,-58,*2=?   ->   [43*7]   301   [301-58]   243   [243*2]   486   #486
 
@@ -11,8 +13,31 @@ What a student that is worth teaching does wrong is in `mixed`: three calls in t
 malformed, and after an error it calls as badly again or gives up and guesses.  In `clean` every
 call is right; some texts hold a malformed call that has loss mask 0 and what to do then, so
 that whoever learns from them knows how to go on after an error and not how to make one.  A
-calculator may have outages: then the same call again is right.
+calculator may have outages: then the same call again is right.  A third model, `large`, is a
+larger teacher.
 """
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from opd.files import run
+from opd.policy import identity_of
+from opd.tools import Toolbox
+from worlds.build import (
+    SIZES,
+    bounds,
+    build_tokenizer,
+    distinct,
+    new_folder,
+    share,
+    split_of,
+    splits,
+    user,
+    world_parser,
+    write_model,
+    write_rows,
+)
 
 SYMBOLS = "0123456789+-*/^()[]#=?.,:'\n abcdefghijklmnopqrstuvwxyz"
 MORE_SPECIAL = ("<|tool|>",)
@@ -31,7 +56,7 @@ def apply(total, operation):
     return {"+": total + number, "-": total - number, "*": total * number}[operation[0]]
 
 
-def chains(rng, split, terms, split_of):
+def chains(rng, split, terms):
     """Endless random chains of one split, [start, operation, ...], with FEWEST to MOST
     operations whose results stay in 0..999."""
     while True:
@@ -170,3 +195,68 @@ def episode(rng, policy, toolbox, prompt, chain, next_step, key):
         "text": policy.tokenizer.decode(ids, skip_special_tokens=True),
         "finish_reason": "tool_limit" if call else "stop",
     }
+
+
+def prompt_of(key, chain):
+    return {"id": key, "messages": user(",".join(chain) + "=?")}
+
+
+def prompts(rng, split, count, terms):
+    found = distinct(chains(rng, split, terms), count, split)
+    for i, chain in enumerate(found, 1):
+        yield prompt_of(f"{split[0]}{i:06d}", chain) | {"answer": str(result(chain))}
+
+
+def episodes(rng, name, count, terms, writer, toolbox):
+    """The records of a corpus."""
+    source = chains(rng, "train", terms)
+    policy = writer.identity | {"model": f"worlds.agents {name}"}
+    for left in reversed(range(count)):
+        chain = next(source)
+        prompt = prompt_of(f"{name[0]}{left:06d}", chain)
+        yield (
+            prompt
+            | {"sample": 0, "policy": policy}
+            | episode(rng, writer, toolbox, prompt, chain, STEPS[name], prompt["id"])
+        )
+
+
+def main(argv=None):
+    p = world_parser(__doc__, "runs/tools")
+    p.add_argument("--eval-prompts", type=int, default=200, help="problems in dev and heldout")
+    p.add_argument("--clean", type=int, default=40000, help="episodes of a good agent")
+    p.add_argument("--mixed", type=int, default=16000, help="episodes of a careless one")
+    p.add_argument(
+        "--terms", type=bounds(1, 8), default="2:5", help="fewest and most operations"
+    )
+    p.add_argument("--outage", type=share, default=0.1, help="calls that fail for no fault")
+    args = p.parse_args(argv)
+
+    def stream(number):
+        return np.random.default_rng([args.seed, number])
+
+    tokenizer = build_tokenizer(SYMBOLS, more_special=MORE_SPECIAL, template=TEMPLATE)
+    writer = SimpleNamespace(
+        tokenizer=tokenizer,
+        stop_ids=[tokenizer.eos_token_id],
+        template_options={},
+        identity=identity_of("worlds.agents", None, tokenizer, {}),
+    )
+    toolbox = Toolbox("calculator", {"outage": args.outage}, "brackets", MOST_STEPS)
+    with new_folder(args.out, args.overwrite) as folder:
+        for number, split, count in splits(args.train_prompts, args.eval_prompts):
+            rows = prompts(stream(number), split, count, args.terms)
+            write_rows(folder / f"{split}.jsonl", rows)
+        for number, name, count in ((3, "clean", args.clean), (4, "mixed", args.mixed)):
+            rows = episodes(stream(number), name, count, args.terms, writer, toolbox)
+            write_rows(folder / f"{name}.jsonl", rows)
+        for name, size in SIZES.items():
+            write_model(folder / name, tokenizer, size, args.seed)
+    made = {"train": args.train_prompts, "heldout": args.eval_prompts}
+    made |= {"clean": args.clean, "mixed": args.mixed}
+    print(f"worlds.agents: {args.out}: " + ", ".join(f"{n} {name}" for name, n in made.items()))
+    return {"out": args.out} | made
+
+
+if __name__ == "__main__":
+    run(main)

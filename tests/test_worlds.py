@@ -1,0 +1,635 @@
+"""worlds: right answers are right, splits never meet, texts survive their tokenizer, corpora
+hold the stated shares, and the flags make the worlds they name."""
+
+import hashlib
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import argv, load, refusal
+from transformers import AutoTokenizer
+
+import train
+from opd import answers, batches, files, stats
+from opd.policy import load_policy, stop_ids
+from worlds import build, forks, predicates, sums
+
+SMALL = dict(train_prompts=5, eval_prompts=5, clean=5, mixed=5)
+SPLITS = ("train", "dev", "heldout")
+
+
+def make(folder, **flags):
+    """A world of sums with few texts unless told otherwise."""
+    return sums.main(argv(out=folder, **SMALL | flags))
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """Files large enough that an overlap of the splits would show."""
+    folder = tmp_path_factory.mktemp("sums")
+    make(folder, train_prompts=1500, eval_prompts=300, clean=6000, mixed=6000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """Long derivations with slips and loops, in two of the styles."""
+    folder = tmp_path_factory.mktemp("long") / "w"
+    counts = dict(train_prompts=50, eval_prompts=20, clean=1500, mixed=1500, loops=1500)
+    kind = dict(terms="7:12", styles="ledger,totals", slips=0.3)
+    made = make(folder, loop_share=0.2, planted_share=0.6, **counts, **kind)
+    corpora = dict.fromkeys(("clean", "mixed", "looping", "planted"), 1500)
+    assert made == dict(out=str(folder), train=50, heldout=20, facts=32, **corpora)
+    return folder
+
+
+def same_bytes(file, *folders):
+    return len({(folder / file).read_bytes() for folder in folders}) == 1
+
+
+def asked(row):
+    return row["messages"][0]["content"]
+
+
+def value(row):
+    expression = asked(row).removesuffix("=?")
+    assert re.fullmatch(r"\d([+-]\d)*", expression), expression
+    return sum(map(int, re.findall(r"[+-]?\d", expression)))
+
+
+def terms_in(row):
+    return predicates.terms_of(asked(row))
+
+
+# ---- problems, prompts, corpora
+
+
+def test_no_problem_stands_in_two_splits(big):
+    names = (*SPLITS, "clean", "mixed")
+    counts = files.main(["check", *(str(big / f"{name}.jsonl") for name in names)])
+    assert list(counts.values()) == [1500, 300, 300, 6000, 6000]
+    sets = {name: {asked(r) for r in load(big / f"{name}.jsonl")} for name in names}
+    assert [len(sets[name]) for name in SPLITS] == [1500, 300, 300], "no problem twice"
+    taught = sets["train"] | sets["clean"] | sets["mixed"]
+    assert not taught & (sets["dev"] | sets["heldout"]) and not sets["dev"] & sets["heldout"]
+    found = Counter(build.split_of(f"{n // 100}+{n // 10 % 10}-{n % 10}") for n in range(1000))
+    assert [found[split] / 1000 for split in SPLITS] == pytest.approx([0.8, 0.1, 0.1], abs=0.04)
+
+
+def test_prompts_carry_the_right_answer_and_a_right_solution(big):
+    for name in SPLITS:
+        for p in load(big / f"{name}.jsonl"):
+            assert p["answer"] == str(value(p)) and 0 <= value(p) <= 40
+            assert answers.is_correct(p["solution"], p["answer"])
+
+
+# how a step is written, and what stands before the first one
+STEPS = {
+    "lines": r"-?\d+[+-]\d=(-?\d+)\n",
+    "chain": r"[+-]\d=(-?\d+)",
+    "totals": r",(-?\d+)",
+    "ledger": r"[+-]\d:(-?\d+)\n",
+}
+FIRST = {"lines": "", "chain": r"\d", "totals": r"\d", "ledger": r"\d\n"}
+
+
+def style_of(text, loop=False):
+    """The style of work of at least three terms; a loop shows only the beginning."""
+    end = ".{0,10}" if loop else r"\n?#-?\d+"
+    pattern = {s: f"{FIRST[s]}(?:{STEPS[s]}){{2,}}{end}" for s in sums.STYLES}
+    found = [s for s in sums.STYLES if re.fullmatch(pattern[s], text, re.DOTALL)]
+    assert len(found) == 1, (text, found)
+    return found[0]
+
+
+def totals_in(text, style):
+    """The running totals that an answer writes."""
+    work = text.rpartition("#")[0]
+    return [int(work[0]), *map(int, re.findall(STEPS[style], work))]
+
+
+@pytest.mark.parametrize("style", sums.STYLES)
+def test_clean_work_is_right_in_every_step_of_every_style(style):
+    rng = np.random.default_rng(0)
+    source = sums.problems(np.random.default_rng(1), "train")
+    for _ in range(300):
+        terms = next(source)
+        text = sums.clean_answer(rng, terms, (style,))
+        assert totals_in(text, style) == [sum(terms[: i + 1]) for i in range(len(terms))]
+        assert text.rpartition("#")[2] == str(sum(terms)) and text.count("#") == 1
+        assert answers.is_correct(text, sum(terms))
+        assert not answers.is_correct(text, sum(terms) + 1)
+        question = sums.expression_of(terms) + "=?"
+        for name in ("arithmetic_right", "all_terms"):
+            assert predicates.passes([name], question, text)
+
+
+def test_the_styles_of_the_docstring():
+    terms, totals = [7, 5, -3, 8], [7, 12, 9, 17]
+    assert sums.expression_of(terms) == "7+5-3+8" and sums.running_totals(terms) == totals
+    for style, text in (
+        ("lines", "7+5=12\n12-3=9\n9+8=17\n#17"),
+        ("chain", "7+5=12-3=9+8=17\n#17"),
+        ("totals", "7,12,9,17\n#17"),
+        ("ledger", "7\n+5:12\n-3:9\n+8:17\n#17"),
+    ):
+        assert sums.write_work(terms, totals, style) == text
+    with pytest.raises(ValueError, match="style"):
+        sums.write_work(terms, totals, "prose")
+
+
+def test_the_clean_corpus_is_all_right_in_all_styles(big):
+    rows = load(big / "clean.jsonl")
+    assert all(answers.is_correct(r["text"], value(r)) for r in rows)
+    assert {r["finish_reason"] for r in rows} == {"stop"}
+    # two-term problems look the same as chain and as lines
+    longer = [r for r in rows if len(terms_in(r)) > 2]
+    count = Counter(style_of(r["text"]) for r in longer)
+    assert all(0.22 < count[style] / len(longer) < 0.28 for style in sums.STYLES), count
+
+
+def test_the_mixed_corpus_has_the_stated_shares(big):
+    count, right = Counter(), 0
+    for r in load(big / "mixed.jsonl"):
+        question, text = asked(r), r["text"]
+        correct = answers.is_correct(text, value(r))
+        right += correct
+        unsigned = re.sub("([=:,])-", r"\1", text)
+        steps = len(predicates.steps_of(question, unsigned))
+        if text.startswith("#"):
+            count["guess"] += 1
+        elif steps < len(terms_in(r)) - 1:
+            count["skipped"] += 1
+        elif correct and predicates.passes(["arithmetic_right"], question, text):
+            count["right work"] += 1
+        else:
+            count["slip"] += 1
+    stated = {"guess": 0.45, "slip": 0.25, "skipped": 0.20, "right work": 0.10}
+    assert {name: n / 6000 for name, n in count.items()} == pytest.approx(stated, abs=0.03)
+    assert 0.10 < right / 6000 < 0.25, "answers badly most of the time, but not always"
+
+
+def test_the_share_of_right_work_in_mixed_text():
+    terms = [7, 5, -3, 8]
+    clean = {sums.write_work(terms, sums.running_totals(terms), style) for style in sums.STYLES}
+    rng = np.random.default_rng(0)
+    for share in (0.1, 0.4, 1.0):
+        right = np.mean(
+            [sums.mixed_answer(rng, terms, right=share) in clean for _ in range(3000)]
+        )
+        assert abs(right - share) < 4 * (share * (1 - share) / 3000) ** 0.5 + 1e-9
+
+
+def test_facts_are_asked_as_they_are_stated_and_each_has_one_answer(big):
+    texts = list(files.read(big / "facts.jsonl", "answers"))
+    prompts = list(files.read(big / "facts_prompts.jsonl", "prompts"))
+    assert len(texts) == 32 and len({asked(p) for p in prompts}) == 32
+    for text, prompt in zip(texts, prompts):
+        assert text["messages"] == prompt["messages"]
+        assert answers.is_correct(text["text"], prompt["answer"])
+
+
+# ---- tokenizers and models
+
+
+@pytest.mark.parametrize("merges", [(), sums.TWO_DIGITS])
+def test_every_text_survives_the_tokenizer(big, merges):
+    tokenizer = sums.build_tokenizer(merges=merges)
+    texts = [r["text"] for name in ("clean", "mixed") for r in load(big / f"{name}.jsonl")]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert [tokenizer.decode(i) for i in ids] == texts
+    shorter = sum(len(i) < len(t) for i, t in zip(ids, texts))
+    assert shorter > 1000 if merges else shorter == 0
+    rendered = tokenizer.apply_chat_template(
+        build.user("10+2=?"), add_generation_prompt=True, tokenize=False
+    )
+    again = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(again) == rendered == "<|user|>10+2=?<|assistant|>"
+    special = tokenizer("<|end|>", add_special_tokens=False)["input_ids"]
+    assert special == [tokenizer.eos_token_id] != [tokenizer.pad_token_id]
+
+
+def test_the_two_vocabularies_are_different_maps_and_share_no_hash(big):
+    names = ("student", "teacher", "teacher_merged_digits")
+    own, same, merged = (load_policy(str(big / n)).identity["vocabulary"] for n in names)
+    assert own == same != merged
+
+
+def test_a_student_whose_vocabulary_has_longer_tokens(tmp_path):
+    """The same texts in fewer tokens; the other files stay what they are."""
+    folders = {"student": None, "16": "16", "20:40": "20:40"}
+    for name, merges in folders.items():
+        make(tmp_path / name, student_merges=merges, clean=300)
+    for name in ("train", "clean", "mixed"):
+        assert same_bytes(f"{name}.jsonl", *(tmp_path / folder for folder in folders))
+    assert not (tmp_path / "student" / "student_merged").exists()
+    plain = AutoTokenizer.from_pretrained(tmp_path / "student" / "student")
+    learnt = AutoTokenizer.from_pretrained(tmp_path / "16" / "student_merged")
+    numbers = AutoTokenizer.from_pretrained(tmp_path / "20:40" / "student_merged")
+    assert len(learnt) == len(plain) + 16 and len(numbers) == len(plain) + 21
+    for row in load(tmp_path / "16" / "clean.jsonl")[:50]:
+        for tokenizer in (learnt, numbers):
+            ids = tokenizer(row["text"])["input_ids"]
+            assert tokenizer.decode(ids) == row["text"]
+            assert len(ids) <= len(plain(row["text"])["input_ids"])
+    assert numbers.tokenize("7+25=19") == ["7", "+", "25", "=", "1", "9"]
+    assert sums.learn_merges(["1212"] * 9 + ["123"], 1) == [("1", "2")]
+
+
+ENDS = {"student": "<|end|>", "teacher": "<|eot|>", "teacher_merged_digits": "<|end|>"}
+
+
+@pytest.fixture(scope="module")
+def two_ends(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ends")
+    make(folder / "plain", loops=5, loop_share=0.5)
+    make(folder / "w", loops=5, loop_share=0.5, second_end=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_with_a_second_end_teacher_and_student_share_a_vocabulary(two_ends, name):
+    before = load_policy(str(two_ends / "plain" / name))
+    policy = load_policy(str(two_ends / "w" / name))
+    eot = before.vocabulary  # appended: no other token changes its id
+    vocabulary = policy.tokenizer.get_vocab()
+    assert vocabulary == before.tokenizer.get_vocab() | {"<|eot|>": eot}
+    assert policy.model.config.vocab_size == eot + 1
+    assert policy.identity["template"] == before.identity["template"]
+    assert policy.tokenizer.eos_token == ENDS[name]
+    assert before.tokenizer.eos_token == "<|end|>"
+    end = vocabulary[ENDS[name]]
+    assert stop_ids(policy.model, policy.tokenizer) == [end]
+    assert policy.model.generation_config.eos_token_id == end
+    both = policy.tokenizer("#3<|end|><|eot|>", add_special_tokens=False)["input_ids"]
+    assert len(both) == 4, "one token each"
+    assert policy.tokenizer.decode(both, skip_special_tokens=True) == "#3", "neither is text"
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_training_adds_a_models_own_end_to_what_ended(two_ends, name, tmp_path, monkeypatch):
+    trained, sequences = [], batches.Data.sequences
+
+    def spy(self, keys):
+        trained.extend(items := sequences(self, keys))
+        return items
+
+    monkeypatch.setattr(batches.Data, "sequences", spy)
+    corpus, model = two_ends / "w" / "looping.jsonl", two_ends / "w" / name
+    flags = dict(method="sft", model=model, rollouts=corpus, learning_rate=1e-3)
+    train.main(argv(out=tmp_path / "m", **flags))
+    again = load_policy(str(tmp_path / "m"))
+    assert again.stop_ids == load_policy(str(model)).stop_ids
+    rows = {(r["id"], 0): r for r in load(corpus)}
+    assert {r["finish_reason"] for r in rows.values()} == {"stop", "length"}
+    assert {item["key"] for item in trained} == set(rows)
+    for item in trained:
+        row = rows[item["key"]]
+        end = ENDS[name] if row["finish_reason"] == "stop" else ""
+        assert again.tokenizer.decode(item["response_ids"]) == row["text"] + end
+
+
+# ---- one seed, one world
+
+
+def test_the_sums_world_is_the_one_the_recorded_results_were_measured_on(tmp_path):
+    make(tmp_path / "w", train_prompts=30, clean=20, mixed=20)
+    hashes = {
+        "train": "a92ee7707d2c",
+        "dev": "599f976ab8c5",
+        "heldout": "6bf7d56661b9",
+        "clean": "1e57f50e3915",
+        "mixed": "b4f868f73800",
+    }
+    for name, expected in hashes.items():
+        text = (tmp_path / "w" / f"{name}.jsonl").read_bytes()
+        then = text.replace(b"worlds.sums", b"toy.py")  # as the module was called
+        assert hashlib.sha256(then).hexdigest()[:12] == expected, f"{name}: another experiment"
+
+
+def test_the_same_seed_writes_the_same_world_and_another_seed_another(tmp_path):
+    for name, seed in (("a", 4), ("b", 4), ("c", 5)):
+        make(tmp_path / name, seed=seed)
+    for file in (
+        "train.jsonl",
+        "heldout.jsonl",
+        "clean.jsonl",
+        "mixed.jsonl",
+        "student/model.safetensors",
+    ):
+        assert same_bytes(file, tmp_path / "a", tmp_path / "b"), file
+        assert not same_bytes(file, tmp_path / "a", tmp_path / "c"), file
+
+
+@pytest.mark.parametrize(
+    "flag, changed",
+    [
+        ("train_prompts", {"train"}),
+        ("eval_prompts", {"dev", "heldout"}),
+        ("clean", {"clean"}),
+        ("mixed", {"mixed"}),
+        ("loops", {"looping", "planted"}),
+    ],
+)
+def test_asking_for_more_of_one_file_changes_no_other(tmp_path, flag, changed):
+    make(tmp_path / "few", **{"loops": 5})
+    make(tmp_path / "more", **{"loops": 5, flag: 15})
+    for file in (*SPLITS, "clean", "mixed", "looping", "planted", "facts"):
+        few = (tmp_path / "few" / f"{file}.jsonl").read_bytes()
+        more = (tmp_path / "more" / f"{file}.jsonl").read_bytes()
+        assert more.startswith(few) and (len(more) > len(few)) == (file in changed), file
+
+
+def test_loops_add_two_files_and_change_no_other(tmp_path):
+    made = {}
+    for name, loops in (("plain", 0), ("loops", 20)):
+        make(tmp_path / name, loops=loops)
+        folder = tmp_path / name
+        made[name] = {str(f.relative_to(folder)) for f in folder.rglob("*.*")}
+    assert made["loops"] - made["plain"] == {"looping.jsonl", "planted.jsonl"}
+    for file in made["plain"]:
+        assert same_bytes(file, tmp_path / "plain", tmp_path / "loops"), file
+
+
+# ---- other worlds of sums
+
+
+def test_terms_bound_every_problem_in_every_file(long):
+    for name in (*SPLITS, "clean", "mixed", "looping", "planted"):
+        rows = load(long / f"{name}.jsonl")
+        lengths = {len(terms_in(row)) for row in rows}
+        assert lengths <= set(range(7, 13)), name
+        assert len(lengths) == 6 or name in ("dev", "heldout"), name
+        assert all(0 <= t <= 40 for row in rows for t in sums.running_totals(terms_in(row)))
+
+
+def test_styles_are_only_these_in_equal_parts_and_prompts_do_not_depend_on_them(long, tmp_path):
+    for name in ("clean", "mixed", "looping", "planted"):
+        rows = load(long / f"{name}.jsonl")
+        count = Counter(style_of(r["text"], r["finish_reason"] == "length") for r in rows)
+        assert set(count) == {"ledger", "totals"}, name
+        assert abs(count["totals"] / 1500 - 0.5) < 0.05, name
+    one, every = tmp_path / "one", tmp_path / "all"
+    make(one, terms="4:5", mixed=200, styles="chain")
+    make(every, terms="4:5", mixed=200)
+    files_alike = [f"{name}.jsonl" for name in (*SPLITS, "facts")]
+    for file in (*files_alike, "student/model.safetensors"):
+        assert same_bytes(file, one, every), file
+    assert {style_of(p["solution"]) for p in load(one / "train.jsonl")} == {"lines"}
+    texts = [r["text"] for r in load(one / "mixed.jsonl")]
+    worked = [text for text in texts if not text.startswith("#")]
+    careless = r"\d([+-]\d=-?\d+)+\n#-?\d+"
+    assert len(worked) > 50 and all(re.fullmatch(careless, text) for text in worked)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_slips_share_right_work_with_one_slip_that_propagates(long, tmp_path, share):
+    folder = long
+    if share != 0.3:
+        folder = tmp_path / "w"
+        make(folder, terms="7:12", slips=share, mixed=200)
+    rows, slips, places = load(folder / "mixed.jsonl"), Counter(), Counter()
+    for row in rows:
+        terms, text = terms_in(row), row["text"]
+        written = totals_in(text, style_of(text))
+        assert len(written) == len(terms) and text.rpartition("#")[2] == str(written[-1])
+        assert row["finish_reason"] == "stop"
+        errors = [a - b for a, b in zip(written, sums.running_totals(terms))]
+        at = next((i for i, e in enumerate(errors) if e), None)
+        assert at is None or (at >= 1 and len(set(errors[at:])) == 1), (text, errors)
+        slips[errors[-1]] += 1
+        places[at] += 1
+    wrong = 1 - slips[0] / len(rows)
+    assert abs(wrong - share) < (0.05 if share == 0.3 else 1e-9)
+    assert set(slips) - {0} == ({-3, -2, -1, 1, 2, 3} if share else set())
+    assert not share or set(range(1, 7)) <= set(places), "a slip comes anywhere"
+
+
+@pytest.mark.parametrize("style", sums.STYLES)
+@pytest.mark.parametrize("terms, length", [((2, 6), 320), ((10, 30), 320), ((10, 30), 448)])
+def test_a_loop_begins_right_and_repeats_its_last_step_to_the_end(style, terms, length):
+    rng, beginnings = np.random.default_rng(0), set()
+    source = sums.problems(np.random.default_rng(1), "train", terms)
+    for _ in range(200):
+        problem = next(source)
+        text = sums.loop_answer(rng, problem, (style,), length)
+        assert len(text) == length and "#" not in text
+        assert stats.repetition_ratio(text, 256) > 4, text
+        clean = sums.clean_answer(rng, problem, (style,))
+        assert stats.repetition_ratio(clean, 256) < 2.2, clean
+        steps = list(re.finditer(STEPS[style], text + "\n"))
+        # so many steps come before the loop's second turn
+        same = 1 + next(i for i, (a, b) in enumerate(zip(steps, steps[1:])) if a[0] == b[0])
+        last = steps[same - 1]
+        assert clean.startswith(text[: last.end()]), "it begins right"
+        rest = text[last.start() :]
+        assert rest == (last[0] * length)[: len(rest)], "and then nothing else"
+        assert same == 1 or last.end() <= length / 5
+        beginnings.add(same)
+    few = style == "lines" and length == 320 and terms == (10, 30)
+    assert beginnings >= set(range(1, 4 if few else 6)), beginnings
+
+
+def test_loops_have_the_asked_share_no_end_and_the_company_of_clean_and_mixed(long, tmp_path):
+    corpora = ("clean", "mixed", "looping", "planted")
+    first = {asked(load(long / f"{name}.jsonl")[0]) for name in corpora}
+    assert len(first) == 4, "random numbers of their own"
+    wrong = {}
+    for name, share in (("looping", 0.2), ("planted", 0.6)):
+        rows = load(long / f"{name}.jsonl")
+        for r in rows:
+            loops = stats.repetition_ratio(r["text"], 256) > 4
+            assert loops == (r["finish_reason"] == "length") == ("#" not in r["text"])
+            assert loops == (len(r["text"]) == 320)
+            assert build.split_of(sums.expression_of(terms_in(r))) == "train"
+        ended = [r for r in rows if r["finish_reason"] == "stop"]
+        assert abs(1 - len(ended) / len(rows) - share) < 0.05, name
+        wrong[name] = np.mean([not answers.is_correct(r["text"], value(r)) for r in ended])
+    assert wrong["looping"] == 0 and abs(wrong["planted"] - 0.3) < 0.06, "clean and mixed"
+    make(tmp_path / "w", loops=2000)
+    for name, share in (("looping", 0.07), ("planted", 0.4)):
+        rows = load(tmp_path / "w" / f"{name}.jsonl")
+        loops = np.mean([r["finish_reason"] == "length" for r in rows])
+        assert abs(loops - share) < 0.035, name
+    guesses = np.mean([r["text"].startswith("#") for r in rows])
+    assert abs(guesses - 0.6 * 0.45) < 0.04, "planted without --slips: mixed beside the loops"
+
+
+def test_hints_put_a_solution_behind_half_of_the_questions_and_change_no_text(tmp_path):
+    plain, told = tmp_path / "plain", tmp_path / "told"
+    make(plain, clean=400)
+    make(told, clean=400, hints=0.5)
+    for name in (*SPLITS, "mixed", "facts"):
+        assert same_bytes(f"{name}.jsonl", plain, told)
+    assert not (plain / "told_train.jsonl").exists()
+    hinted = 0
+    for row, more in zip(load(plain / "clean.jsonl"), load(told / "clean.jsonl")):
+        assert row["text"] == more["text"]
+        question, _, solution = asked(more).partition("\n")
+        assert question == asked(row)
+        hinted += bool(solution)
+        assert not solution or solution.split("#")[1] == row["text"].split("#")[1]
+    assert 160 < hinted < 240
+    for split in SPLITS:
+        rows, more = (load(told / f"{name}.jsonl") for name in (split, f"told_{split}"))
+        expected = [r | {"messages": build.user(f"{asked(r)}\n{r['solution']}")} for r in rows]
+        assert more == expected
+    rows = load(told / "train.jsonl")
+    solutions = {r["solution"] for r in rows}
+    for row, wrong in zip(rows, load(told / "wrong_train.jsonl"), strict=True):
+        question, solution = asked(wrong).split("\n", 1)
+        assert question == asked(row) and wrong["answer"] == row["answer"]
+        assert solution in solutions and not answers.is_correct(solution, row["answer"])
+
+
+SHARE = "expected a share from 0 to 1, got"
+
+
+@pytest.mark.parametrize(
+    "flag, values, message",
+    [
+        (
+            "terms",
+            ("1:6", "6:2", "2:31", "6", "2:6:7", "a:b"),
+            "with 2 <= FEWEST <= MOST <= 30",
+        ),
+        (
+            "styles",
+            ("prose", "lines,prose", "lines,lines", "lines,"),
+            "expected some of lines,",
+        ),
+        *((name, (1.5, "nan", -0.1), SHARE) for name in ("slips", "right", "hints")),
+        *((name, (1.5, "nan", -0.1), SHARE) for name in ("loop_share", "planted_share")),
+        (
+            "student_merges",
+            ("0", "x", "5:20", "40:20", "10:100"),
+            "expected a number of merges",
+        ),
+    ],
+)
+def test_what_a_sums_world_cannot_be_is_refused(tmp_path, capsys, flag, values, message):
+    for bad in values:
+        with pytest.raises(SystemExit) as stop:
+            make(tmp_path / "x", **{flag: bad})
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and message in said and f"got {bad}" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_search_for_more_problems_than_there_are_ends(tmp_path, capsys):
+    for train_prompts, flag in ((1280, "--train-prompts 1280"), (60, "--eval-prompts 200")):
+        flags = dict(out=tmp_path / "x", terms="2:2", train_prompts=train_prompts)
+        assert f"{flag}: expected at most about" in refusal(sums.main, argv(**flags), capsys)
+        assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_is_not_written_over_unless_asked(tmp_path, capsys):
+    make(tmp_path / "x")
+    assert "exists already" in refusal(sums.main, argv(out=tmp_path / "x", **SMALL), capsys)
+    make(tmp_path / "x", overwrite=True, mixed=7)
+    assert len(load(tmp_path / "x" / "mixed.jsonl")) == 7
+
+
+# ---- forks
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forks") / "w"
+    made = forks.main(argv(out=folder, train_prompts=20, texts=8000))
+    assert made == dict(out=str(folder), train=20, heldout=8, corrupt=32, texts=8000)
+    names = (*SPLITS, "corrupt", *forks.CORPORA)
+    counts = files.main(["check", *(str(folder / f"{name}.jsonl") for name in names)])
+    assert list(counts.values()) == [20, 8, 8, 32] + [8000] * 5
+    return folder
+
+
+def test_forks_problems_are_the_same_eight_in_every_split(tree):
+    right = {f"{x}=?": str((x + 1) % 8) for x in range(8)}
+    for name, count in (("train", 20), ("dev", 8), ("heldout", 8)):
+        rows = load(tree / f"{name}.jsonl")
+        assert len(rows) == len({r["id"] for r in rows}) == count
+        assert {asked(r): r["answer"] for r in rows} == right
+        slices = [rows[i : i + 8] for i in range(count - 7)]
+        assert all(len({asked(r) for r in part}) == 8 for part in slices)
+    assert load(tree / "heldout.jsonl")[3] == {
+        "id": "h00003",
+        "messages": [{"role": "user", "content": "3=?"}],
+        "answer": "4",
+    }
+    begun = {}
+    for r in load(tree / "corrupt.jsonl"):
+        user, assistant = r["messages"]
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        begun[user["content"], assistant["content"]] = r["answer"]
+    letters = ("c", "ab", "cb", "b")
+    assert begun == {(x, some): right[x] for x in right for some in letters}
+
+
+EVERY = {a + b: 0.1 / 9 for a in "abc" for b in "abc"}
+
+
+@pytest.mark.parametrize(
+    "corpus, shares",
+    [
+        ("base", {"aa": 0.3, "cc": 0.6, "ac": 0.05, "ca": 0.05}),
+        ("teacher", EVERY | {"aa": 0.45 + 0.1 / 9, "bb": 0.45 + 0.1 / 9}),
+        ("demos_both", {"aa": 0.5, "bb": 0.5}),
+        ("demos_a", {"aa": 1}),
+        ("demos_b", {"bb": 1}),
+    ],
+)
+def test_a_corpus_of_forks_has_the_stated_routes_and_right_answers(tree, corpus, shares):
+    routes, right, problems, wrong = Counter(), Counter(), Counter(), Counter()
+    for r in load(tree / f"{corpus}.jsonl"):
+        x = int(asked(r)[0])
+        route, digit = r["text"].split("\n#")
+        routes[route] += 1
+        problems[x] += 1
+        right[route] += answers.is_correct(r["text"], str((x + 1) % 8))
+        if route == "aa":
+            wrong[(int(digit) - x) % 8] += 1
+    assert {route: n / 8000 for route, n in routes.items()} == pytest.approx(shares, abs=0.02)
+    assert set(problems) == set(range(8))
+    assert max(problems.values()) < 1.2 * min(problems.values())
+    if corpus != "base":
+        assert right == routes
+        return
+    assert right["aa"] / routes["aa"] == pytest.approx(1 / 3, abs=0.03)
+    assert right["cc"] / routes["cc"] == pytest.approx(1 / 8, abs=0.02)
+    assert max(right[route] / routes[route] for route in ("ac", "ca")) < 0.22
+    del wrong[1]
+    assert len(wrong) == 7 and max(wrong.values()) < 1.4 * min(wrong.values()), "uniform"
+
+
+def test_a_fork_answer_is_five_tokens_of_exactly_the_symbols_in_use(tree):
+    tokenizer = AutoTokenizer.from_pretrained(tree / "student")
+    symbols = [*build.SPECIAL, *"01234567abc#=?\n", "\n#"]
+    assert sorted(tokenizer.get_vocab()) == sorted(symbols)
+    texts = [r["text"] for name in forks.CORPORA for r in load(tree / f"{name}.jsonl")]
+    ids = tokenizer([text + "<|end|>" for text in texts], add_special_tokens=False)["input_ids"]
+    assert {len(i) for i in ids} == {5} and {i[-1] for i in ids} == {tokenizer.eos_token_id}
+    assert [tokenizer.decode(i, skip_special_tokens=True) for i in ids] == texts
+    assert tokenizer.convert_ids_to_tokens(ids[0])[2] == "\n#"
+
+
+def test_student_and_teacher_of_forks_begin_as_two_models_of_one_size_and_vocabulary(tree):
+    student, teacher = (load_policy(str(tree / name)) for name in ("student", "teacher"))
+    assert student.identity["vocabulary"] == teacher.identity["vocabulary"]
+    assert student.identity["weights"] != teacher.identity["weights"]
+    for policy in (student, teacher):
+        config = policy.model.config
+        size = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+        assert size == (32, 2, 4)
+
+
+def test_the_same_seed_writes_the_same_forks_and_more_texts_only_append(tmp_path):
+    few = dict(train_prompts=10, texts=40)
+    for name, flags in (("a", {}), ("b", {}), ("c", dict(seed=5)), ("more", dict(texts=60))):
+        forks.main(argv(out=tmp_path / name, **dict(few, seed=4) | flags))
+    texts = [f"{name}.jsonl" for name in forks.CORPORA]
+    for file in (*texts, "student/model.safetensors", "teacher/model.safetensors"):
+        a, b, c, more = ((tmp_path / n / file).read_bytes() for n in ("a", "b", "c", "more"))
+        assert a == b and a != c and more.startswith(a), file
+        assert (len(more) > len(a)) == (file in texts), file
