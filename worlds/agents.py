@@ -17,26 +17,27 @@ calculator may have outages: then the same call again is right.  A third model, 
 larger teacher.
 """
 
+from functools import partial
 from types import SimpleNamespace
-
-import numpy as np
 
 from opd.files import run
 from opd.policy import identity_of
 from opd.tools import Toolbox
 from worlds.build import (
     SIZES,
-    bounds,
+    add_corpus_flags,
     build_tokenizer,
     distinct,
     new_folder,
     share,
     split_of,
-    splits,
+    stream,
+    summary,
     user,
     world_parser,
     write_model,
     write_rows,
+    write_splits,
 )
 
 SYMBOLS = "0123456789+-*/^()[]#=?.,:'\n abcdefghijklmnopqrstuvwxyz"
@@ -223,18 +224,9 @@ def episodes(rng, name, count, terms, writer, toolbox):
 
 def main(argv=None):
     p = world_parser(__doc__, "runs/tools")
-    p.add_argument("--eval-prompts", type=int, default=200, help="problems in dev and heldout")
-    p.add_argument("--clean", type=int, default=40000, help="episodes of a good agent")
-    p.add_argument("--mixed", type=int, default=16000, help="episodes of a careless one")
-    p.add_argument(
-        "--terms", type=bounds(1, 8), default="2:5", help="fewest and most operations"
-    )
+    add_corpus_flags(p, clean=40000, mixed=16000, terms=(1, 8, "2:5"))
     p.add_argument("--outage", type=share, default=0.1, help="calls that fail for no fault")
     args = p.parse_args(argv)
-
-    def stream(number):
-        return np.random.default_rng([args.seed, number])
-
     tokenizer = build_tokenizer(SYMBOLS, more_special=MORE_SPECIAL, template=TEMPLATE)
     writer = SimpleNamespace(
         tokenizer=tokenizer,
@@ -243,19 +235,18 @@ def main(argv=None):
         identity=identity_of("worlds.agents", None, tokenizer, {}),
     )
     toolbox = Toolbox("calculator", {"outage": args.outage}, "brackets", MOST_STEPS)
+    made = {"clean": args.clean, "mixed": args.mixed}
+    ask = partial(prompts, terms=args.terms)
     with new_folder(args.out, args.overwrite) as folder:
-        for number, split, count in splits(args.train_prompts, args.eval_prompts):
-            rows = prompts(stream(number), split, count, args.terms)
-            write_rows(folder / f"{split}.jsonl", rows)
-        for number, name, count in ((3, "clean", args.clean), (4, "mixed", args.mixed)):
-            rows = episodes(stream(number), name, count, args.terms, writer, toolbox)
+        write_splits(folder, args.train_prompts, args.eval_prompts, args.seed, ask)
+        for number, (name, count) in enumerate(made.items(), 3):
+            rng = stream(args.seed, number)
+            rows = episodes(rng, name, count, args.terms, writer, toolbox)
             write_rows(folder / f"{name}.jsonl", rows)
         for name, size in SIZES.items():
             write_model(folder / name, tokenizer, size, args.seed)
-    made = {"train": args.train_prompts, "heldout": args.eval_prompts}
-    made |= {"clean": args.clean, "mixed": args.mixed}
-    print(f"worlds.agents: {args.out}: " + ", ".join(f"{n} {name}" for name, n in made.items()))
-    return {"out": args.out} | made
+    counts = {"train": args.train_prompts, "heldout": args.eval_prompts}
+    return summary("agents", args.out, counts | made)
 
 
 if __name__ == "__main__":

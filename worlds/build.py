@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models
@@ -45,6 +46,21 @@ def world_parser(doc, out):
     p.add_argument("--seed", type=int, default=0, help="of problems, texts and weights")
     p.add_argument("--overwrite", action="store_true", help="replace --out")
     return p
+
+
+def add_corpus_flags(p, clean, mixed, terms):
+    """How much of what, for worlds with held-out problems; terms: (fewest, most, default)."""
+    fewest, most, usual = terms
+    p.add_argument("--eval-prompts", type=int, default=200, help="problems in dev and heldout")
+    p.add_argument("--clean", type=int, default=clean, help="right texts")
+    p.add_argument("--mixed", type=int, default=mixed, help="careless texts")
+    p.add_argument(
+        "--terms",
+        type=bounds(fewest, most),
+        default=usual,
+        metavar="FEWEST:MOST",
+        help="length of a problem",
+    )
 
 
 def share(text):
@@ -92,9 +108,22 @@ def write_rows(path, rows):
     write_atomically(path, (json.dumps(row) + "\n" for row in rows))
 
 
-def splits(train, evaluation):
-    """(number of the random stream, split, how many prompts) of the three prompt files."""
-    return (0, "train", train), (1, "dev", evaluation), (2, "heldout", evaluation)
+def stream(seed, number):
+    """The random numbers of one file: asking for more of another changes none of them."""
+    return np.random.default_rng([seed, number])
+
+
+def write_splits(folder, train, evaluation, seed, prompts):
+    """The three prompt files, of prompts(rng, split, count)."""
+    counts = {"train": train, "dev": evaluation, "heldout": evaluation}
+    for number, (split, count) in enumerate(counts.items()):
+        write_rows(folder / f"{split}.jsonl", prompts(stream(seed, number), split, count))
+
+
+def summary(world, out, made):
+    """Prints and returns how much of what is in a world's folder."""
+    print(f"worlds.{world}: {out}: " + ", ".join(f"{n} {name}" for name, n in made.items()))
+    return {"out": out} | made
 
 
 def split_of(problem):

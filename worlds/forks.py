@@ -29,18 +29,18 @@ All three splits hold the same 8 problems, for there are no others: this world a
 policy can write, not whether it generalises.
 """
 
-import numpy as np
-
 from opd.files import run
 from worlds.build import (
     build_tokenizer,
     new_folder,
-    splits,
+    stream,
+    summary,
     user,
     world_parser,
     write_corpus,
     write_model,
     write_rows,
+    write_splits,
 )
 
 DIGITS = 8
@@ -103,6 +103,11 @@ def prompt(key, x, begun=()):
     }
 
 
+def prompts(rng, split, count):
+    """In turn: any 8 in a row hold each problem once."""
+    return (prompt(f"{split[0]}{i:05d}", i % DIGITS) for i in range(count))
+
+
 def texts(rng, make_answer, count):
     for _ in range(count):
         x = int(rng.integers(DIGITS))
@@ -116,14 +121,10 @@ def main(argv=None):
     # the last message is the assistant's, for rollout.py to go on from
     corrupt = [prompt(f"{b}-{x}", x, [b]) for b in PREFIXES for x in range(DIGITS)]
     with new_folder(args.out, args.overwrite) as folder:
-        for _, split, count in splits(args.train_prompts, DIGITS):
-            # in turn: any 8 lines in a row hold each problem once
-            rows = (prompt(f"{split[0]}{i:05d}", i % DIGITS) for i in range(count))
-            write_rows(folder / f"{split}.jsonl", rows)
+        write_splits(folder, args.train_prompts, DIGITS, args.seed, prompts)
         write_rows(folder / "corrupt.jsonl", corrupt)
         for number, (name, make_answer) in enumerate(CORPORA.items()):
-            rng = np.random.default_rng([args.seed, number])
-            pairs = texts(rng, make_answer, args.texts)
+            pairs = texts(stream(args.seed, number), make_answer, args.texts)
             write_corpus(folder / f"{name}.jsonl", "worlds.forks", pairs)
         tokenizer = build_tokenizer(SYMBOLS, MERGES)
         # of one size: with the same seed they would be the same model
@@ -131,8 +132,7 @@ def main(argv=None):
         write_model(folder / "teacher", tokenizer, SIZE, 2 * args.seed + 1)
     made = {"train": args.train_prompts, "heldout": DIGITS}
     made |= {"corrupt": len(corrupt), "texts": args.texts}
-    print(f"worlds.forks: {args.out}: " + ", ".join(f"{n} {name}" for name, n in made.items()))
-    return {"out": args.out} | made
+    return summary("forks", args.out, made)
 
 
 if __name__ == "__main__":

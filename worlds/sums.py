@@ -58,18 +58,20 @@ from worlds.build import (
     END,
     SIZES,
     SYMBOLS,
-    bounds,
+    add_corpus_flags,
     build_tokenizer,
     distinct,
     new_folder,
     share,
     split_of,
-    splits,
+    stream,
+    summary,
     user,
     world_parser,
     write_corpus,
     write_model,
     write_rows,
+    write_splits,
 )
 
 STYLES = ("lines", "chain", "totals", "ledger")
@@ -334,12 +336,7 @@ def merges_type(text):
 
 def flags():
     p = world_parser(__doc__, "runs/toy")
-    p.add_argument("--eval-prompts", type=int, default=200, help="problems in dev and heldout")
-    p.add_argument("--clean", type=int, default=100000, help="right texts")
-    p.add_argument("--mixed", type=int, default=16000, help="careless texts")
-    p.add_argument(
-        "--terms", type=bounds(2, 30), default="2:6", help="fewest and most terms of a problem"
-    )
+    add_corpus_flags(p, clean=100000, mixed=16000, terms=(2, 30, "2:6"))
     p.add_argument(
         "--styles", type=styles_type, default=",".join(STYLES), help="styles of the texts"
     )
@@ -356,14 +353,11 @@ def flags():
 
 def main(argv=None):
     args = flags().parse_args(argv)
-
-    def stream(number):
-        return np.random.default_rng([args.seed, number])
-
     clean = partial(clean_answer, styles=args.styles)
     mixed = partial(mixed_answer, styles=args.styles, right=args.right)
     if args.slips is not None:
         mixed = partial(slipping_answer, styles=args.styles, share=args.slips)
+    # random stream, name, who writes, how many, hints
     corpora = [
         (3, "clean", clean, args.clean, args.hints),
         (4, "mixed", mixed, args.mixed, 0),
@@ -375,20 +369,18 @@ def main(argv=None):
         corpora.append((6, "looping", looping, args.loops, 0))
         corpora.append((7, "planted", planted, args.loops, 0))
     made = {"train": args.train_prompts, "heldout": args.eval_prompts}
+    ask = partial(prompts, terms=args.terms)
     with new_folder(args.out, args.overwrite) as folder:
-        for number, split, count in splits(args.train_prompts, args.eval_prompts):
-            rows = prompts(stream(number), split, count, args.terms)
-            write_rows(folder / f"{split}.jsonl", rows)
+        write_splits(folder, args.train_prompts, args.eval_prompts, args.seed, ask)
         for number, name, make_answer, count, hints in corpora:
-            pairs = texts(stream(number), make_answer, count, args.terms, hints)
+            pairs = texts(stream(args.seed, number), make_answer, count, args.terms, hints)
             write_corpus(folder / f"{name}.jsonl", "worlds.sums", pairs)
             made[name] = count
         if args.hints:
-            write_told(folder, stream(8))
-        write_facts(folder, stream(5))
+            write_told(folder, stream(args.seed, 8))
+        write_facts(folder, stream(args.seed, 5))
         write_models(folder, args.student_merges, args.second_end, args.seed)
-    print(f"worlds.sums: {args.out}: " + ", ".join(f"{n} {name}" for name, n in made.items()))
-    return {"out": args.out} | made | {"facts": FACTS}
+    return summary("sums", args.out, made | {"facts": FACTS})
 
 
 if __name__ == "__main__":
