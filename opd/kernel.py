@@ -9,13 +9,12 @@ the cache, keeps some running sums a token, and forms the gradients of hidden st
 chunk by chunk.
 
     linear_logp         log-probs of chosen tokens and the entropy; chunks are computed again in
-                        backward: 4 matrix products
+                        the backward pass: 4 matrix products
     linear_reverse_kl   KL to a teacher over the whole vocabulary, from its hidden states and
                         head: 6 products
     linear_token_loss   any sum over tokens of a loss of these numbers, and its gradient, in one
-                        pass: 3 products, with a teacher 4.
-                        It walks slices of tokens and keeps the logits of one, so a loss must
-                        not mix tokens of two slices.
+                        pass: 3 products, with a teacher 4.  It walks slices of tokens and keeps
+                        the logits of one, so a loss must not mix tokens of two slices.
 
 Logits stay float32 from the matrix product to the subtraction of the maximum, also for bfloat16
 weights: rounding them first costs a fifth of a KL's gradient when student and teacher are close
@@ -28,16 +27,18 @@ softmax(z); z', q, m', s' are the teacher's; d_j = (z_j - m) - (z'_j - m').
                log p_y = (z_y - m) - log s             entropy H = log s - a / s
                b = sum_j e^(z_j - m) d_j               KL(p||q) = b / s - log s + log s'
                c = -sum_j e^(z'_j - m') d_j            KL(q||p) = c / s' - log s' + log s
-    another    the maxima move to m_new; with t = m - m_new and t' = m' - m'_new, before the
-               chunk's own terms are added,
-    chunk      s <- e^t s     a <- e^t (a + t s)     b <- e^t (b + (t - t') s)     c <- e^t' (c
-                                                     + (t' - t) s')
-    backward   upstream gradients g_k on log p_(id_k), e on H, u on KL(p||q), v on KL(q||p); g =
-               sum_k g_k:
-               dz_j = sum_k g_k [j = id_k] + p_j (-g - e (log p_j + H) + u (log p_j - log q_j -
-               KL(p||q)) + v) - v q_j
-               dhidden = dx @ head     dhead = dx.T @ hidden     dx = dz scale / temperature
-                                       (times 1 - tanh^2 with a softcap)
+
+    next       the maxima move to m_new; with t = m - m_new and t' = m' - m'_new, before the
+    chunk      chunk's own terms are added:
+               s <- e^t s                              a <- e^t (a + t s)
+               b <- e^t (b + (t - t') s)               c <- e^t' (c + (t' - t) s')
+
+    backward   upstream gradients g_k on log p_(id_k), e on H, u on KL(p||q), v on KL(q||p),
+               g = sum_k g_k:
+               dz_j = sum_k g_k [j = id_k] - v q_j
+                      + p_j (-g - e (log p_j + H) + u (log p_j - log q_j - KL(p||q)) + v)
+               dx = dz scale / temperature             (times 1 - tanh^2 with a softcap)
+               dhidden = dx @ head                     dhead = dx.T @ hidden
 
 m and log s are kept apart: added up, at |z| = 300 they would have lost half of their digits.
 
@@ -107,27 +108,29 @@ class Logits:
     Forward and backward both come here, so they see the same numbers to the last bit."""
 
     def __init__(self, hidden, head, store=None):
-        self.hidden, self.head, self.store, self.stored = hidden, head, store, 0
+        self.hidden = hidden
+        self.head = head
+        self.store = store
+        self.stored = 0  # columns of the store that are filled
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.lifted = hidden if _sums_leave_in_float32(hidden) else hidden.to(self.dtype)
 
     def chunk(self, start, stop, scratch):
         """z [N, stop - start], in the store or else in `scratch`."""
-        z = (
-            scratch
-            if self.store is None
-            else self.store[len(scratch) * start : len(scratch) * stop].view_as(scratch)
-        )
+        z = scratch
+        if self.store is not None:
+            z = self.store[len(scratch) * start : len(scratch) * stop].view_as(scratch)
         if stop <= self.stored:
             return z
         rows = self.head.weight[start:stop]
         if _sums_leave_in_float32(rows):
             torch.mm(self.lifted, rows.T, out_dtype=self.dtype, out=z)
-        # a CPU product of bfloat16 matrices rounds its result: lift one chunk of the head,
-        # never all of it
         else:
+            # a CPU product of bfloat16 matrices rounds its result: lift one chunk of the head,
+            # never all of it
             torch.mm(self.lifted, rows.to(self.dtype).T, out=z)
-        self.stored = stop if self.store is not None else 0
+        if self.store is not None:
+            self.stored = stop
         return self.head.squash_(z)
 
 
@@ -135,14 +138,12 @@ def _chunks(logits, chunk, arrays, dtype=None):
     """Yields (start, stop, scratch arrays [N, stop - start]) over the vocabulary; all chunks
     share the arrays' memory."""
     n, vocabulary = len(logits.hidden), logits.head.vocabulary
-    chunk = min(
-        chunk or max(256, CHUNK["cuda" if logits.hidden.is_cuda else "cpu"] // max(1, n)),
-        vocabulary,
-    )
-    memory = [
-        torch.empty(n * chunk, dtype=dtype or logits.dtype, device=logits.hidden.device)
-        for _ in range(arrays)
-    ]
+    if chunk is None:
+        numbers = CHUNK["cuda" if logits.hidden.is_cuda else "cpu"]
+        chunk = max(256, numbers // max(1, n))
+    chunk = min(chunk, vocabulary)
+    options = {"dtype": dtype or logits.dtype, "device": logits.hidden.device}
+    memory = [torch.empty(n * chunk, **options) for _ in range(arrays)]
     for start in range(0, vocabulary, chunk):
         stop = min(start + chunk, vocabulary)
         yield start, stop, [flat[: n * (stop - start)].view(n, stop - start) for flat in memory]
@@ -222,11 +223,9 @@ def _backward(student, teacher, ids, numbers, normalisers, grads, chunk, d_hidde
             y = torch.sub(teacher.chunk(start, stop, more[0]), t_m, out=more[1]).sub_(t_log_s)
         if u is not None:  # log p - log q comes first: for an equal teacher it is 0 to the bit
             factor = (x - y).mul_(u[:, None])
-            dz.mul_(
-                (factor if e is None else factor.addcmul_(x, e[:, None], value=-1)).add_(
-                    row[:, None]
-                )
-            )
+            if e is not None:
+                factor.addcmul_(x, e[:, None], value=-1)
+            dz.mul_(factor.add_(row[:, None]))
         elif e is not None:
             dz.mul_(x.mul_(-e[:, None]).add_(row[:, None]))
         else:
@@ -285,11 +284,9 @@ class _Recompute(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         if all(g is None for g in grads):
             return (None,) * 7
-        d_hidden = (
-            torch.zeros(hidden.shape, dtype=normalisers[0].dtype, device=hidden.device)
-            if needs_hidden
-            else None
-        )
+        d_hidden = None
+        if needs_hidden:
+            d_hidden = torch.zeros_like(hidden, dtype=normalisers[0].dtype)
         # a frozen head costs nothing; every row is written once
         d_weight = torch.zeros_like(weight) if needs_weight else None
         walk = triton.backward if triton else _backward
@@ -304,15 +301,9 @@ class _Recompute(torch.autograd.Function):
             d_hidden,
             d_weight,
         )
-        return (
-            d_hidden.to(hidden.dtype) if needs_hidden else None,
-            d_weight,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        if needs_hidden:
+            d_hidden = d_hidden.to(hidden.dtype)
+        return d_hidden, d_weight, *[None] * 5
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -323,21 +314,16 @@ class _TokenLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, ids, head, teacher, chunk, rows, loss_fn):
         dtype = Logits(hidden[:0], head).dtype
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        d_hidden = (
-            torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-            if needs_hidden
-            else None
-        )
-        # slices add up in float32
-        d_weight = (
-            None
-            if not needs_weight
-            else torch.zeros_like(weight, dtype=weight.dtype if rows >= len(ids) else dtype)
-        )
-        stores = [
-            hidden.new_empty(min(rows, len(ids)) * head.vocabulary, dtype=dtype)
-            for _ in range(2 if teacher else 1)
-        ]
+        d_hidden = None
+        d_weight = None
+        if needs_hidden:
+            d_hidden = torch.zeros_like(hidden, dtype=dtype)
+        if needs_weight:
+            one_slice = rows >= len(ids)
+            # several slices add up in float32
+            d_weight = torch.zeros_like(weight, dtype=weight.dtype if one_slice else dtype)
+        size = min(rows, len(ids)) * head.vocabulary
+        stores = [hidden.new_empty(size, dtype=dtype) for _ in range(2 if teacher else 1)]
         total = hidden.new_zeros((), dtype=dtype)
         for start in range(0, len(ids), rows):
             cut = slice(start, min(start + rows, len(ids)))
@@ -375,21 +361,59 @@ class _TokenLoss(torch.autograd.Function):
                 "backward once"
             )
         grads, ctx.grads = ctx.grads, None
-        return (
-            *(
-                d if d is None or (not grad.is_cuda and grad == 1) else d.mul_(grad)
-                for d in grads
-            ),
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        if grad.is_cuda or grad != 1:
+            grads = [None if d is None else d.mul_(grad) for d in grads]
+        return *grads, *[None] * 6
 
 
 # ---- the calls
+
+
+def _refuse(expected, got):
+    raise ValueError(f"linear_logp: expected {expected}, got {got}")
+
+
+def _checked_head(hidden, weight, vocabulary, temperature, scale=1.0, softcap=None):
+    """The Head of one model; refuses shapes, dtypes and numbers that do not fit."""
+    shapes = f"{tuple(hidden.shape)} {hidden.dtype} and {tuple(weight.shape)} {weight.dtype}"
+    wanted = "hidden [N, D] and weight [V, D] of one dtype"
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.dtype != weight.dtype:
+        _refuse(wanted, shapes)
+    if hidden.shape[1] != weight.shape[1]:
+        _refuse(wanted, shapes)
+    scaled = math.isfinite(scale) and scale != 0
+    if temperature <= 0 or not scaled or (softcap is not None and softcap <= 0):
+        _refuse(
+            "temperature and softcap above 0 and a scale that is not 0",
+            f"{temperature}, {softcap} and {scale}",
+        )
+    return Head(weight, vocabulary, float(scale), float(softcap or 0), 1 / temperature)
+
+
+def _check_ids(ids, tokens, vocabulary):
+    """ids are int64 [tokens, K] in [0, vocabulary); a GPU's are not looked at, as that would
+    stop its queue."""
+    if ids.dim() != 2 or len(ids) != tokens or ids.dtype != torch.int64:
+        _refuse(f"int64 ids [{tokens}] or [{tokens}, K]", f"{tuple(ids.shape)} {ids.dtype}")
+    if ids.is_cuda or not ids.numel():
+        return
+    least = int(ids.min())
+    largest = int(ids.max())
+    if least < 0 or largest >= vocabulary:
+        _refuse(f"ids in [0, {vocabulary})", f"{least} to {largest}")
+
+
+def _choose_kernel(kernel, hidden, teacher):
+    """The kernel that "auto" means here; refuses one that cannot do what is asked."""
+    if kernel not in KERNELS:
+        _refuse(f"a kernel of {', '.join(KERNELS)}", f"{kernel!r}")
+    if kernel == "triton" and teacher is not None:
+        _refuse("kernel 'auto' or 'torch' for the KL to a teacher", "'triton'")
+    if kernel != "auto":
+        return kernel
+    if not hidden.is_cuda or teacher is not None or not find_spec("triton"):
+        return "torch"
+    return "triton" if _triton().trusted(hidden.device) else "torch"
 
 
 def _prepare(
@@ -408,74 +432,24 @@ def _prepare(
 ):
     """Options as token_numbers explains them -> (Head, teacher as (hidden, Head) or None,
     chunk, kernel); bad ones raise ValueError."""
-
-    def refuse(expected, got):
-        raise ValueError(f"linear_logp: expected {expected}, got {got}")
-
-    def head_of(hidden, weight, vocabulary, scale=1.0, softcap=None):
-        if (
-            hidden.dim() != 2
-            or weight.dim() != 2
-            or hidden.shape[1] != weight.shape[1]
-            or hidden.dtype != weight.dtype
-        ):
-            refuse(
-                "hidden [N, D] and weight [V, D] of one dtype",
-                f"{tuple(hidden.shape)} {hidden.dtype} and {tuple(weight.shape)} "
-                f"{weight.dtype}",
-            )
-        if not (
-            temperature > 0
-            and math.isfinite(scale)
-            and scale
-            and (softcap is None or softcap > 0)
-        ):
-            refuse(
-                "temperature and softcap above 0 and a scale that is not 0",
-                f"{temperature}, {softcap} and {scale}",
-            )
-        return Head(weight, vocabulary, float(scale), float(softcap or 0), 1 / temperature)
-
     vocabulary = len(weight) if vocabulary is None else vocabulary
     if not 0 < vocabulary <= len(weight):
-        refuse(f"a vocabulary of 1 to {len(weight)} tokens, the rows of weight", vocabulary)
+        _refuse(f"a vocabulary of 1 to {len(weight)} tokens, the rows of weight", vocabulary)
     if teacher is not None:
         t_hidden, t_weight, t_options = teacher
         if len(t_hidden) != len(hidden):
-            refuse(f"teacher hidden states of {len(hidden)} tokens", len(t_hidden))
+            _refuse(f"teacher hidden states of {len(hidden)} tokens", len(t_hidden))
         vocabulary = min(vocabulary, len(t_weight))
-        teacher = (
-            t_hidden.detach(),
-            head_of(t_hidden, t_weight.detach(), vocabulary, **t_options),
+        t_head = _checked_head(
+            t_hidden, t_weight.detach(), vocabulary, temperature, **t_options
         )
-    if ids.dim() != 2 or len(ids) != len(hidden) or ids.dtype != torch.int64:
-        refuse(
-            f"int64 ids [{len(hidden)}] or [{len(hidden)}, K]",
-            f"{tuple(ids.shape)} {ids.dtype}",
-        )
-    if (
-        not ids.is_cuda
-        and ids.numel()
-        and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary
-    ):
-        refuse(f"ids in [0, {vocabulary})", f"{int(ids.min())} to {int(ids.max())}")
-    if kernel not in KERNELS or any(x is not None and x < 1 for x in (chunk, rows)):
-        refuse(
-            f"a kernel of {', '.join(KERNELS)}, chunk and rows of at least 1",
-            f"{kernel!r}, {chunk} and {rows}",
-        )
-    if kernel == "triton" and teacher is not None:
-        refuse("kernel 'auto' or 'torch' for the KL to a teacher", "'triton'")
-    if kernel == "auto":
-        kernel = (
-            "triton"
-            if hidden.is_cuda
-            and teacher is None
-            and find_spec("triton")
-            and _triton().trusted(hidden.device)
-            else "torch"
-        )
-    return head_of(hidden, weight, vocabulary, scale, softcap), teacher, chunk, kernel
+        teacher = (t_hidden.detach(), t_head)
+    _check_ids(ids, len(hidden), vocabulary)
+    if any(size is not None and size < 1 for size in (chunk, rows)):
+        _refuse("chunk and rows of at least 1", f"{chunk} and {rows}")
+    kernel = _choose_kernel(kernel, hidden, teacher)
+    head = _checked_head(hidden, weight, vocabulary, temperature, scale, softcap)
+    return head, teacher, chunk, kernel
 
 
 def _triton():
@@ -502,11 +476,8 @@ def token_numbers(hidden, weight, ids, **options):
     head, teacher, chunk, kernel = _prepare(hidden, weight, ids, **options)
     if kernel == "naive":
         return naive(hidden, head, ids, teacher)
-    return TokenNumbers(
-        *_Recompute.apply(
-            hidden, weight, ids, head, teacher, chunk, _triton() if kernel == "triton" else None
-        )
-    )
+    triton = _triton() if kernel == "triton" else None
+    return TokenNumbers(*_Recompute.apply(hidden, weight, ids, head, teacher, chunk, triton))
 
 
 def linear_logp(hidden, weight, ids, **options):
@@ -552,22 +523,11 @@ def linear_token_loss(hidden, weight, ids, loss_fn, *, rows=None, **options):
     kernels, "triton" and "naive" do not work in slices: with them loss_fn is called once, on
     all tokens."""
     head, cut_teacher, chunk, kernel = _prepare(hidden, weight, ids, rows, **options)
-    if (
-        kernel != "torch"
-        or not torch.is_grad_enabled()
-        or not (hidden.requires_grad or weight.requires_grad)
-    ):
+    differentiable = hidden.requires_grad or weight.requires_grad
+    if kernel != "torch" or not torch.is_grad_enabled() or not differentiable:
         return loss_fn(slice(0, len(ids)), token_numbers(hidden, weight, ids, **options))
-    return _TokenLoss.apply(
-        hidden,
-        weight,
-        ids,
-        head,
-        cut_teacher,
-        chunk,
-        rows or slice_rows(len(ids), head.vocabulary),
-        loss_fn,
-    )
+    rows = rows or slice_rows(len(ids), head.vocabulary)
+    return _TokenLoss.apply(hidden, weight, ids, head, cut_teacher, chunk, rows, loss_fn)
 
 
 def slice_rows(tokens, vocabulary):
@@ -603,12 +563,8 @@ def naive(hidden, head, ids, teacher=None):
 def all_logits(hidden, weight, **options):
     """All logits [N, vocabulary] of a few tokens in float32, not differentiable: for sampling,
     and for finding the likeliest."""
-    head, _, chunk, _ = _prepare(
-        hidden,
-        weight,
-        torch.zeros(len(hidden), 0, dtype=torch.int64, device=hidden.device),
-        **options,
-    )
+    no_ids = torch.zeros(len(hidden), 0, dtype=torch.int64, device=hidden.device)
+    head, _, chunk, _ = _prepare(hidden, weight, no_ids, **options)
     some = Logits(hidden, head)
     out = torch.empty(len(hidden), head.vocabulary, dtype=some.dtype, device=hidden.device)
     for start, stop, (scratch,) in _chunks(some, chunk, 1):

@@ -1,7 +1,7 @@
 """Compiles kernel_triton's kernels for GPUs that need not be there and prints what they take of
 one, a JSON line each.
 
-    python tests/cross_compile.py            # without TRITON_INTERPRET
+    python -m tests.cross_compile           # without TRITON_INTERPRET
 
 Registers and spills are ptxas' own figures; `ttir` tells whether row offsets are 64 bits
 wide."""
@@ -10,7 +10,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -19,9 +18,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from opd import kernel_triton
-from opd import kernel_triton as kernels
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 TYPES = {
     "statistics": (
@@ -38,7 +34,7 @@ TYPES = {
 def compile_for(name, capability, dtype="bf16", cap=False):
     """{"registers", "spill_bytes", "shared", "ttir"} of one kernel as launched: pointers and D
     are multiples of 16."""
-    kernel = getattr(kernels, name)
+    kernel = getattr(kernel_triton, name)
     types = " ".join(TYPES[name]).replace("bf16", dtype).split()
     names = kernel.arg_names
     constants = dict(

@@ -863,7 +863,7 @@ def test_triton_compiles_for_ampere_and_hopper_without_spilling():
     Compiled, not run: there is no GPU here."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "tests/cross_compile.py"],
+        [sys.executable, "-m", "tests.cross_compile"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -981,7 +981,8 @@ def test_what_does_not_fit_is_refused(bad):
 
 
 def test_triton_that_is_not_installed_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "kernel_triton", None)
+    monkeypatch.setitem(sys.modules, "opd.kernel_triton", None)
+    monkeypatch.delattr("opd.kernel_triton", raising=False)
     hidden, weight, ids, _, _ = operands(3, 4, 9)
     with pytest.raises(ImportError, match="pip install triton"):
         linear_logp(hidden, weight, ids, kernel="triton")
