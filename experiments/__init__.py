@@ -1,6 +1,9 @@
 """Recipes: one file per system, each a list of stage commands with arms, controls and seeds.
 `python -m experiments.NAME`.
 
+Being replaced by experiments/study.py (settings, run, trial, conduct) and experiments/claims.py;
+what is below goes when the last study uses them.
+
 A experiment computes nothing itself.  `Run.stage("rollout.py --model M ...")` writes the line a
 person could paste into OUT/commands.sh, then calls that stage's `main` in this process, so that
 torch and transformers are imported once."""
@@ -367,6 +370,72 @@ def report(
     files.write_atomically(run.out / "report.md", text)
     say("\n" + text)
     return table
+
+
+def add_world_flags(p, teacher_steps):
+    p.add_argument(
+        "--base-steps",
+        type=int,
+        default=600,
+        help="pre-training steps of the base model the students come from",
+    )
+    p.add_argument(
+        "--teacher-steps",
+        type=int,
+        default=teacher_steps,
+        help="pre-training steps of the teacher, which goes on from the base",
+    )
+    p.add_argument(
+        "--spoil-steps",
+        type=int,
+        default=100,
+        help="steps of 64 careless texts for the student",
+    )
+    p.add_argument("--spoil-lr", type=float, default=1e-3, help="learning rate of those steps")
+
+
+def build_world(run, args, problems, more="", corpus="clean"):
+    """Problems (so many to train on; `more` flags for worlds.sums), corpora and two checkpoints
+    of one pre-training run: the base (the student's) and, later, the teacher."""
+    world = run.out / "world"
+    if not (world / "toy").exists():
+        run.stage(
+            f"worlds.sums --out {world}/toy --train-prompts {problems} --clean "
+            f"{64 * args.teacher_steps} --mixed {64 * args.spoil_steps * 4} {more}"
+        )
+    common = (
+        f"--method sft --rollouts {world}/toy/{corpus}.jsonl --batch-size 64 --learning-rate "
+        f"4e-3 --warmup-steps 20 --schedule linear "
+        f"--total-steps {args.teacher_steps} --adam-beta2 0.95 --micro-batch-tokens 4096 "
+        f"--save-every 200"
+    )
+    for name, start, steps, seed in (
+        ("base", "toy/student", args.base_steps, 0),
+        ("teacher", "base", args.teacher_steps - args.base_steps, 1),
+    ):
+        if not (world / name).exists():
+            say(f"pre-training the {name}: {steps} steps of 64 clean texts")
+            run.stage(
+                f"train.py --model {world}/{start} --steps {steps} --seed {seed} --out "
+                f"{world}/{name} {common}"
+            )
+    return world
+
+
+def spoil_student(run, args, world, seed):
+    """This seed's folder with its student: the base, spoiled by careless text."""
+    folder = run.out / f"seed{seed}"
+    imitate(
+        run,
+        world / "base",
+        world / "toy" / "mixed.jsonl",
+        args.spoil_steps,
+        args.spoil_lr,
+        seed,
+        folder / "student",
+        "--fresh-optimizer",
+    )
+    return folder
 
 
 def versions():

@@ -67,7 +67,7 @@ from experiments import (
     say,
     settle,
 )
-from experiments.ropd import add_world_flags, build_world, spoil_student
+from experiments import add_world_flags, build_world, spoil_student
 from opd import files, records
 
 WARM = dict(start="warm", judge="warm")

@@ -66,7 +66,7 @@ from experiments import (
     say,
     settle,
 )
-from experiments.ropd import add_world_flags, build_world, spoil_student
+from experiments import add_world_flags, build_world, spoil_student
 from opd.files import parser, progress, read, run, write_atomically
 
 STYLES = {"a": "lines", "b": "ledger"}

@@ -50,7 +50,7 @@ from experiments import (
     run_arms,
     settle,
 )
-from experiments.ropd import add_world_flags, build_world, spoil_student
+from experiments import add_world_flags, build_world, spoil_student
 from opd import files
 
 OWN = dict(source="own", teacher="world")

@@ -1,13 +1,11 @@
 """ROPD, the main job: a student gets better from rubrics drawn between its own answers and its
 teacher's.
 
-    python -m experiments.ropd                       # before / ROPD / shuffled null / teacher:
-                                                     a
-                                                 table and a picture
+    python -m experiments.ropd                       # before, ROPD, shuffled null, teacher
     python -m experiments.ropd --claims --seeds 5    # every arm, five seeds
-    python -m experiments.ropd --smoke               # seconds: does it all still run
 
-One round is five commands (OUT/commands.sh keeps every command of the run):
+One round is five commands (OUT/commands.sh keeps every command of the run; one prompt's records
+are in OUT/seed0/ropd/round0/):
 
     rollout.py        the student answers 32 problems, 8 times each
     rubric.py create  one rubric a problem from 4 teacher answers and those 8 rollouts
@@ -37,406 +35,189 @@ The world (worlds.sums): one pre-training run on clean work; its middle is the b
 teacher.  The student is the base after a little careless text, so it has less skill than the
 teacher and bad habits.  Pre-training is done once; a seed then fixes how the student is
 spoiled, the teacher's answers, the order of the problems and every sample.  Arms with the same
-seed start from the same student. The held-out problems serve for measuring only; the settings
+seed start from the same student.  The held-out problems serve for measuring only; the settings
 below were chosen on dev.
 """
 
-import shutil
-import time
-from pathlib import Path
+from dataclasses import dataclass
 
-from experiments import (
-    Claim,
-    add_run_flags,
-    begin,
-    claims_table,
-    imitate,
-    last,
-    parse,
-    run_arms,
-    say,
-    settle,
-)
+from experiments import study
+from experiments.claims import more
+from experiments.study import setting
 from opd import files
 
-ARMS = (
-    "before",
-    "sft",
-    "scalar",
-    "scalar-merits",
-    "ropd",
-    "ropd-paper",
-    "ropd-m1",
-    "ropd-flat",
-    "ropd-unchecked",
-    "shuffled",
-    "answer",
-    "teacher",
+
+@dataclass(frozen=True)
+class Settings(study.World, study.Rounds):
+    rounds: int = setting(20, "rounds an arm", smoke=2)
+    n: int = setting(8, "rollouts a problem", smoke=4)
+    updates: int = setting(4, "optimiser steps a round")
+    learning_rate: float = setting(3e-4, "of every arm")
+    max_tokens: int = setting(64, "longest answer")
+    verifier_noise: float = setting(0.05, "share of wrong verdicts")
+    eval_n: int = setting(4, "samples a held-out problem", smoke=1)
+    eval_split: str = setting(
+        "heldout", "dev is for choosing settings", choices=("heldout", "dev")
+    )
+
+
+ARMS = {  # create, grade: flags of rubric.py; method: row of train.py
+    "before": {},
+    "sft": dict(method="sft"),
+    "scalar": dict(grade=dict(grader="scalar", scalar_view="all")),
+    "scalar-merits": dict(grade=dict(grader="scalar", scalar_view="merits")),
+    "ropd": dict(create=dict(m=4)),
+    "ropd-paper": dict(create=dict(m=4), method="ropd-paper"),
+    "ropd-m1": dict(create=dict(m=1)),
+    "ropd-flat": dict(create=dict(m=4, flat_points=True)),
+    "ropd-unchecked": dict(create=dict(m=4, without="total_right")),
+    "shuffled": dict(create=dict(m=4), grade=dict(shuffle=True)),
+    "answer": dict(grade=dict(grader="answer")),
+    "teacher": {},
+}
+COLUMNS = (
+    "length_mean",
+    "reward_mean",
+    "reward_auc_within",
+    "generated_tokens",
+    "teacher_tokens",
+    "seconds",
 )
-SHARED = (
-    "rounds",
-    "prompts",
-    "n",
-    "updates",
-    "learning_rate",
-    "max_tokens",
-    "verifier_noise",
-    "base_steps",
-    "teacher_steps",
-    # what all arms and seeds have in common
-    "spoil_steps",
-    "spoil_lr",
-    "eval_every",
-    "eval_n",
-    "eval_split",
-)
-DEFAULT_ARMS = ("before", "ropd", "shuffled", "teacher")
-SMOKE = dict(
-    rounds=2,
-    prompts=4,
-    n=4,
-    base_steps=2,
-    teacher_steps=4,
-    spoil_steps=2,
-    eval_every=1,
-    eval_n=1,
-)
-
-
-def more(arm, other):
-    return last("accuracy", arm, other)
-
-
 CLAIMS = [
-    Claim("ROPD lifts the student (main claim)", "ropd − before", more("ropd", "before")),
-    Claim(
-        "...because of which answer gets which reward",
-        "shuffled − before",
-        more("shuffled", "before"),
-        "below",
-        0.02,
-    ),
-    Claim(
-        "Four teacher answers beat one (the paper's largest ablation)",
-        "ropd − ropd-m1",
-        more("ropd", "ropd-m1"),
-    ),
-    Claim(
+    more("ROPD lifts the student (main claim)", "ropd", "before"),
+    more("...because of which answer gets which reward", "shuffled", "before", "below", 0.02),
+    more("Four teacher answers beat one (the paper's largest ablation)", "ropd", "ropd-m1"),
+    more(
         "Rubrics beat imitation of the same texts at equal updates (not equal tokens)",
-        "ropd − sft",
-        more("ropd", "sft"),
+        "ropd",
+        "sft",
     ),
-    Claim(
-        "Rubrics beat a holistic score that votes on everything it knows of",
-        "ropd − scalar",
-        more("ropd", "scalar"),
+    more(
+        "Rubrics beat a holistic score that votes on everything it knows of", "ropd", "scalar"
     ),
-    Claim(
-        "Rubrics beat a holistic score that is told what is merit",
-        "ropd − scalar-merits",
-        more("ropd", "scalar-merits"),
-    ),
-    Claim("Flat points are exploited", "ropd − ropd-flat", more("ropd", "ropd-flat")),
-    Claim(
-        "The predicate that redoes the whole sum matters",
-        "ropd − ropd-unchecked",
-        more("ropd", "ropd-unchecked"),
-    ),
-    Claim(
-        "...but rubrics without it still lift the student",
-        "ropd-unchecked − before",
-        more("ropd-unchecked", "before"),
-    ),
-    Claim(
-        "The released code's loss beats the paper's",
-        "ropd − ropd-paper",
-        more("ropd", "ropd-paper"),
-    ),
-    Claim("A hidden exact checker is a ceiling", "answer − ropd", more("answer", "ropd")),
+    more("Rubrics beat a holistic score that is told what is merit", "ropd", "scalar-merits"),
+    more("Flat points are exploited", "ropd", "ropd-flat"),
+    more("The predicate that redoes the whole sum matters", "ropd", "ropd-unchecked"),
+    more("...but rubrics without it still lift the student", "ropd-unchecked", "before"),
+    more("The released code's loss beats the paper's", "ropd", "ropd-paper"),
+    more("A hidden exact checker is a ceiling", "answer", "ropd"),
 ]
 
 
-def add_world_flags(p, teacher_steps):
-    p.add_argument(
-        "--base-steps",
-        type=int,
-        default=600,
-        help="pre-training steps of the base model the students come from",
+def prepare(run, seed):
+    """A seed's student, and the teacher's answers to every problem."""
+    study.spoil_student(run, seed)
+    run.stage(
+        "teacher.py answer",
+        model=run.world / "teacher",
+        prompts=run.world / "toy" / "train.jsonl",
+        n=4,
+        max_tokens=run.settings.max_tokens,
+        seed=10**6 + seed,
+        out=run.out / f"seed{seed}" / "answers.jsonl",
     )
-    p.add_argument(
-        "--teacher-steps",
-        type=int,
-        default=teacher_steps,
-        help="pre-training steps of the teacher, which goes on from the base",
-    )
-    p.add_argument(
-        "--spoil-steps",
-        type=int,
-        default=100,
-        help="steps of 64 careless texts for the student",
-    )
-    p.add_argument("--spoil-lr", type=float, default=1e-3, help="learning rate of those steps")
 
 
-def build_world(run, args, problems, more="", corpus="clean"):
-    """Problems (so many to train on; `more` flags for worlds.sums), corpora and two checkpoints
-    of one pre-training run: the base (the student's) and, later, the teacher."""
-    world = run.out / "world"
-    if not (world / "toy").exists():
-        run.stage(
-            f"worlds.sums --out {world}/toy --train-prompts {problems} --clean "
-            f"{64 * args.teacher_steps} --mixed {64 * args.spoil_steps * 4} {more}"
+class Trial(study.Trial):
+    def __init__(self, run, seed, arm):
+        self.how = ARMS[arm]
+        rounds = run.settings.rounds if self.how else 0
+        super().__init__(run, seed, arm, rounds=1 if arm == "sft" else rounds)
+        self.answers = self.folder / "answers.jsonl"
+        self.rollouts = None
+
+    def round(self, number):
+        if self.arm == "sft":
+            return self.imitate()
+        self.rollouts = self.rollout(number)
+        rewards, graded = self.reward()
+        self.signal["zero_variance_groups"] = graded["zero_variance_groups"]
+        reference, method = None, self.how.get("method", "ropd")
+        if method == "ropd-paper":
+            reference, _ = self.score(self.start, self.rollouts, "reference")
+        self.train(
+            method,
+            self.rollouts,
+            self.at(number) / "model",
+            self.settings.learning_rate,
+            rewards=rewards,
+            reference=reference,
+            fresh_optimizer=False,
         )
-    common = (
-        f"--method sft --rollouts {world}/toy/{corpus}.jsonl --batch-size 64 --learning-rate "
-        f"4e-3 --warmup-steps 20 --schedule linear "
-        f"--total-steps {args.teacher_steps} --adam-beta2 0.95 --micro-batch-tokens 4096 "
-        f"--save-every 200"
-    )
-    for name, start, steps, seed in (
-        ("base", "toy/student", args.base_steps, 0),
-        ("teacher", "base", args.teacher_steps - args.base_steps, 1),
-    ):
-        if not (world / name).exists():
-            say(f"pre-training the {name}: {steps} steps of 64 clean texts")
-            run.stage(
-                f"train.py --model {world}/{start} --steps {steps} --seed {seed} --out "
-                f"{world}/{name} {common}"
-            )
-    return world
 
-
-def spoil_student(run, args, world, seed):
-    """This seed's folder with its student: the base, spoiled by careless text."""
-    folder = run.out / f"seed{seed}"
-    imitate(
-        run,
-        world / "base",
-        world / "toy" / "mixed.jsonl",
-        args.spoil_steps,
-        args.spoil_lr,
-        seed,
-        folder / "student",
-        "--fresh-optimizer",
-    )
-    return folder
-
-
-def evaluate(run, args, world, seed, model, out):
-    return run.stage(
-        f"eval.py --model {model} --prompts {world}/toy/{args.eval_split}.jsonl --n "
-        f"{args.eval_n} --max-tokens {args.max_tokens} "
-        f"--seed {2 * 10**6 + seed} --out {out} --overwrite"
-    )
-
-
-def run_arm(run, args, world, folder, seed, arm):
-    """All rounds of one arm; appends a result line at every evaluation.  Returns the last
-    one."""
-    place = folder / arm
-    shutil.rmtree(place, ignore_errors=True)  # an interrupted arm is begun again
-    place.mkdir(parents=True)
-    cost = {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0}
-    started, model, row = time.time(), folder / "student", None
-
-    def measure(step, final, extra):
-        nonlocal row
-        spent = round(time.time() - started, 2)
-        score = evaluate(run, args, world, seed, model, place / "eval.jsonl")
-        row = {
-            "arm": arm,
-            "seed": seed,
-            "step": step,
-            "final": final,
-            "accuracy": score["accuracy"],
-            f"pass@{args.eval_n}": score[f"pass@{args.eval_n}"],
-            "length_mean": score["length_mean"],
-            "truncated": score["truncated_fraction"],
-            **cost,
-            "seconds": spent,
-            **extra,
-        }
-        run.result(args, row)
-        return row
-
-    if arm in ("before", "teacher"):
-        model = folder / "student" if arm == "before" else world / "teacher"
-        return measure(0, True, {})
-    measure(0, False, {})
-    if arm == "sft":
-        answers = folder / "answers.jsonl"
-        done = run.stage(
-            f"train.py --method sft --model {model} --rollouts {answers} --prompts "
-            f"{world}/toy/train.jsonl --out {place}/model "
-            f"--batch-size {args.prompts // args.updates} --learning-rate "
-            f"{args.learning_rate} --fresh-optimizer --seed {seed}"
+    def imitate(self):
+        """All of the teacher's answers, once."""
+        done = self.train(
+            "sft",
+            self.answers,
+            self.place / "model",
+            self.settings.learning_rate,
+            prompts=self.toy / "train.jsonl",
         )
-        cost["trained_tokens"] += done["trained_tokens"]
-        cost["teacher_tokens"] += sum(
-            len(r["response_ids"]) for r in files.read(answers, "answers")
-        )
-        model = place / "model"
-        return measure(args.rounds * args.updates, True, {"loss": done["loss"]})
+        read = files.read(self.answers, "answers")
+        self.cost["teacher_tokens"] += sum(len(r["response_ids"]) for r in read)
+        self.signal["loss"] = done["loss"]
 
-    for number in files.progress(range(args.rounds), desc=f"seed {seed} {arm}", unit="round"):
-        at, part = (
-            place / f"round{number}",
-            f"{number * args.prompts}:{(number + 1) * args.prompts}",
-        )
-        rolled = run.stage(
-            f"rollout.py --model {model} --prompts {world}/toy/train.jsonl --slice {part} "
-            f"--n {args.n} "
-            f"--max-tokens {args.max_tokens} --seed {seed * 1000 + number} --out "
-            f"{at}/rollouts.jsonl"
-        )
-        common = f"--prompts {world}/toy/train.jsonl --rollouts {at}/rollouts.jsonl"
-        noise = f"--seed {seed} --verifier-noise {args.verifier_noise}"
-        method, reference = "ropd", ""
-        if arm == "answer":
-            graded = run.stage(
-                f"rubric.py grade --grader answer {common} --out {at}/rewards.jsonl"
+    def reward(self):
+        """Rewards for the round's rollouts by the arm's grader."""
+        options = dict(self.how.get("grade", {}))
+        if options.get("grader") != "answer":
+            options |= dict(seed=self.seed, verifier_noise=self.settings.verifier_noise)
+        if "create" in self.how:
+            options["rubrics"] = self.rollouts.with_name("rubrics.jsonl")
+            self.run.stage(
+                "rubric.py create",
+                prompts=self.toy / "train.jsonl",
+                rollouts=self.rollouts,
+                answers=self.answers,
+                **self.how["create"],
+                out=options["rubrics"],
             )
-        elif arm.startswith("scalar"):
-            graded = run.stage(
-                f"rubric.py grade --grader scalar --scalar-view "
-                f"{'merits' if arm == 'scalar-merits' else 'all'} {common} {noise} "
-                f"--out {at}/rewards.jsonl"
+            self.count_teacher_tokens(options["rubrics"], self.how["create"]["m"])
+        return self.grade(self.rollouts, **options)
+
+    def count_teacher_tokens(self, rubrics, m):
+        """Those behind a round's rubrics: the first m answers to each of their problems."""
+        ids = {r["id"] for r in files.read(rubrics, "rubrics")}
+        for r in files.read(self.answers, "answers"):
+            if r["id"] in ids and r["sample"] < m:
+                self.cost["teacher_tokens"] += len(r["response_ids"])
+
+    def step(self, done):
+        return super().step(self.settings.rounds if self.arm == "sft" else done)
+
+    def columns(self, score, n, final):
+        columns = {f"pass@{n}": score[f"pass@{n}"]}
+        if self.rollouts:
+            signal = self.run.stage(
+                "eval.py",
+                prompts=self.toy / "train.jsonl",
+                rollouts=self.rollouts,
+                rewards=self.rollouts.with_name("rewards.jsonl"),
+                partial=True,
+                out=self.rollouts.with_name("signal.jsonl"),
             )
-        else:
-            m = 1 if arm == "ropd-m1" else 4
-            option = {
-                "ropd-flat": "--flat-points",
-                "ropd-unchecked": "--without total_right",
-            }.get(arm, "")
-            run.stage(
-                f"rubric.py create {common} --answers {folder}/answers.jsonl --m {m} "
-                f"{option} --out {at}/rubrics.jsonl"
-            )
-            graded = run.stage(
-                f"rubric.py grade {common} --rubrics {at}/rubrics.jsonl {noise} "
-                f"{'--shuffle' if arm == 'shuffled' else ''} "
-                f"--out {at}/rewards.jsonl"
-            )
-            cost["teacher_tokens"] += teacher_tokens(
-                folder / "answers.jsonl", at / "rubrics.jsonl", m
-            )
-        if arm == "ropd-paper":
-            run.stage(
-                f"teacher.py score --model {folder}/student --rollouts {at}/rollouts.jsonl "
-                f"--out {at}/reference.jsonl"
-            )
-            method, reference = "ropd-paper", f"--reference {at}/reference.jsonl"
-        trained = run.stage(
-            f"train.py --method {method} --model {model} --rollouts {at}/rollouts.jsonl "
-            f"--rewards {at}/rewards.jsonl {reference} --out {at}/model "
-            f"--batch-size {args.prompts // args.updates} --learning-rate "
-            f"{args.learning_rate} --seed {seed}"
-        )
-        cost["generated_tokens"] += rolled["generated_tokens"]
-        cost["trained_tokens"] += trained["trained_tokens"]
-        if number:
-            # the round before; its rollouts, rubrics and rewards stay for reading
-            shutil.rmtree(model)
-        model = at / "model"
-        final = number == args.rounds - 1
-        if final or (number + 1) % args.eval_every == 0:
-            signal = run.stage(
-                f"eval.py {common} --rewards {at}/rewards.jsonl --partial --out "
-                f"{at}/signal.jsonl"
-            )
-            measure(
-                (number + 1) * args.updates,
-                final,
-                {k: signal[k] for k in ("reward_mean", "reward_auc", "reward_auc_within")}
-                | {"zero_variance_groups": graded["zero_variance_groups"]},
-            )
-            say(
-                f"  {arm}: round {number + 1}/{args.rounds}, reward "
-                f"{graded['reward_mean']:.2f}, answers of "
-                f"{rolled['length_mean']:.0f} tokens, "
-                f"{args.eval_split} accuracy {row['accuracy']:.1%}"
-            )
-    return row
+            for name in ("reward_mean", "reward_auc", "reward_auc_within"):
+                columns[name] = signal[name]
+        return columns
 
 
-def teacher_tokens(answers, rubrics, m):
-    """Teacher tokens behind one round's rubrics: the first m answers to each of their
-    problems."""
-    ids = {r["id"] for r in files.read(rubrics, "rubrics")}
-    return sum(
-        len(r["response_ids"])
-        for r in files.read(answers, "answers")
-        if r["id"] in ids and r["sample"] < m
-    )
+STUDY = study.Study(
+    name="ropd",
+    about="ROPD on running sums",
+    settings=Settings,
+    arms=ARMS,
+    claims=CLAIMS,
+    columns=COLUMNS,
+    build=lambda run: study.build_sums(run, run.settings.prompts * run.settings.rounds),
+    prepare=prepare,
+    trial=Trial,
+    default_arms=("before", "ropd", "shuffled", "teacher"),
+)
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
-    add_run_flags(p, "ropd", default="the default ones")
-    p.add_argument("--claims", action="store_true", help="run every arm")
-    p.add_argument("--rounds", type=int, default=20, help="rounds an arm")
-    p.add_argument("--prompts", type=int, default=32, help="problems a round")
-    p.add_argument("--n", type=int, default=8, help="rollouts a problem")
-    p.add_argument("--updates", type=int, default=4, help="optimiser steps a round")
-    p.add_argument("--learning-rate", type=float, default=3e-4, help="of every arm")
-    p.add_argument("--max-tokens", type=int, default=64, help="longest answer")
-    p.add_argument("--verifier-noise", type=float, default=0.05, help="share of wrong verdicts")
-    add_world_flags(p, teacher_steps=1300)
-    p.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations")
-    p.add_argument("--eval-n", type=int, default=4, help="samples a held-out problem")
-    p.add_argument(
-        "--eval-split",
-        default="heldout",
-        choices=("heldout", "dev"),
-        help="dev is for choosing settings",
-    )
-    if not (args := parse(p, argv, CLAIMS, SMOKE)):
-        return None
-    arms = settle(
-        args, "ropd", ARMS, default=None if args.claims or args.smoke else DEFAULT_ARMS
-    )
-    run = begin(args, "ROPD on running sums", arms, SHARED)
-    world = build_world(run, args, problems=args.prompts * args.rounds)
-
-    def prepare(seed):
-        folder = spoil_student(run, args, world, seed)
-        run.stage(
-            f"teacher.py answer --model {world}/teacher --prompts {world}/toy/train.jsonl "
-            f"--n 4 --max-tokens {args.max_tokens} "
-            f"--seed {10**6 + seed} --out {folder}/answers.jsonl"
-        )
-        return folder
-
-    run_arms(
-        run,
-        args,
-        arms,
-        prepare,
-        lambda *which: run_arm(run, args, world, *which),
-        lambda row: (
-            f"{args.eval_split} accuracy {row['accuracy']:.1%}, {row['length_mean']:.0f} "
-            f"tokens an answer"
-        ),
-    )
-    say("")
-    table = run.stage(
-        f"experiments.report table {args.results} --out {args.out}/table.md --overwrite "
-        "--columns length_mean reward_mean reward_auc_within generated_tokens teacher_tokens "
-        "seconds"
-    )
-    run.stage(
-        f"experiments.report plot {args.results} --out {args.out}/accuracy.png --overwrite"
-    )
-    say((Path(args.out) / "table.md").read_text())
-    if args.claims:
-        say(claims_table(args.results, CLAIMS))
-    say(
-        f"picture: {args.out}/accuracy.png   one prompt's records: "
-        f"{args.out}/seed0/ropd/round0/   total {time.time() - run.started:.0f} s"
-    )
-    if not args.claims and not args.smoke:
-        say(f"the other arms: python -m experiments.ropd --claims --seeds 5 --out {args.out}")
-    return table
+    return study.conduct(STUDY, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""Claims: sentences, each with the number it stands or falls with, and their table."""
+
+from typing import Callable, NamedTuple
+
+import numpy as np
+
+from opd import files
+from opd.stats import interval
+
+
+class Claim(NamedTuple):
+    """A sentence and the number, one a seed, that it stands or falls with.
+
+    value(arms) -> float, arms = {arm: its result lines, in order of steps}; the sentence holds
+    when the 95 % interval of the mean over seeds lies above `bound` (test "above"), below it
+    ("below"), or between -bound and +bound ("within")."""
+
+    text: str
+    formula: str
+    value: Callable
+    test: str = "above"
+    bound: float = 0.0
+
+
+def last(metric, arm, other=None):
+    """value of a Claim: an arm's last `metric`, or what it is more than another arm's."""
+    return lambda arms: arms[arm][-1][metric] - (arms[other][-1][metric] if other else 0)
+
+
+def gap(arm, other, metric="accuracy"):
+    """value of a Claim: what an arm's last accuracy, or another metric, is more than another
+    arm's."""
+    return last(metric, arm, other)
+
+
+def more(text, arm, other, test="above", bound=0.0, metric="accuracy"):
+    """The Claim that an arm ends with more of a metric than another one."""
+    names = [arm, other] if metric == "accuracy" else [f"{metric}({x})" for x in (arm, other)]
+    return Claim(text, " − ".join(names), last(metric, arm, other), test, bound)
+
+
+def verdict(low, high, test, bound):
+    """holds | does not hold | not resolvable here, from an interval.   verdict(0.01, 0.2,
+    "above", 0) -> holds"""
+    if test == "above":
+        holds, fails = low > bound, high < bound
+    elif test == "below":
+        holds, fails = high < bound, low > bound
+    else:
+        holds = -bound < low and high < bound
+        fails = low > bound or high < -bound
+    if holds:
+        return "holds"
+    return "does not hold" if fails else "not resolvable here"
+
+
+def resample(values, draws=10000):
+    """Percentile interval of a mean: (2.5 %, 97.5 %) of the means of `draws` resamples of the
+    seeds' values, a fixed generator."""
+    means = np.random.default_rng(0).choice(np.asarray(values), (draws, len(values))).mean(1)
+    return tuple(float(x) for x in np.quantile(means, (0.025, 0.975)))
+
+
+def finished_lines(path):
+    """{seed: {arm: its result lines in order of steps}} of the arms that were run to their
+    end."""
+    seeds = {}
+    for row in sorted(files.read(path, "results"), key=lambda row: row["step"]):
+        seeds.setdefault(row["seed"], {}).setdefault(row["arm"], []).append(row)
+    for seed, arms in seeds.items():
+        ended = {arm: rows for arm, rows in arms.items() if any(r.get("final") for r in rows)}
+        seeds[seed] = ended
+    return [seeds[seed] for seed in sorted(seeds)]
+
+
+def claim_cells(claim, values, resampled):
+    """The cells of a measured claim behind its sentence."""
+    mean, half = interval(values)
+    measured = f"{claim.formula} = {mean:.3f}"
+    decision = "one seed decides nothing"
+    if half is not None:
+        measured += f" ± {half:.3f}"
+        decision = verdict(mean - half, mean + half, claim.test, claim.bound)
+    sign = {"above": "> ", "below": "< ", "within": "within ± "}[claim.test]
+    drawn = ["{:.3f} to {:.3f}".format(*resample(values))] if resampled else []
+    each = " ".join(f"{v:.3f}" for v in values)
+    return [measured, *drawn, f"{sign}{claim.bound:g}", each, f"**{decision}**"]
+
+
+def claims_table(path, claims, resampled=False):
+    """Markdown: every claim with its number, its interval over seeds and its verdict, which is
+    the t-interval's.  resampled: also the bootstrap interval over seeds, narrower with few of
+    them, for papers that decide by it."""
+    seeds, extra = finished_lines(path), ["bootstrap"] * resampled
+    measured = "measured, mean over seeds ± half of the 95 % t-interval"
+    rows = [["claim", measured, *extra, "bound", "each seed", "verdict"]]
+    rows.append(["---"] * len(rows[0]))
+    for claim in claims:
+        try:
+            values = [claim.value(arms) for arms in seeds]
+            cells = claim_cells(claim, values, resampled)
+        except KeyError as missing:  # an arm that was not run to its end in every seed
+            cells = [claim.formula, *[""] * (2 + resampled), f"not measured: {missing.args[0]}"]
+        rows.append([claim.text, *cells])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -1,0 +1,583 @@
+"""Studies: one file a system, each a list of stage commands with arms, controls and seeds.
+
+    python -m experiments.NAME [--seeds N] [--arms a,b] [--smoke]
+    python -m experiments.NAME --report results/NAME.jsonl
+
+A study computes nothing itself.  `run.stage("rollout.py", model=m, n=8, out=o)` writes the line
+that a person could paste into OUT/commands.sh, `rollout.py --model m --n 8 --out o`, and then
+calls that stage's `main` in this process, so that torch is imported once.  A study file holds
+
+    Settings    its flags, a dataclass      build, prepare    the world; a seed's student
+    ARMS        what differs, as data       Trial             one arm of one seed: its rounds
+    CLAIMS      sentences and numbers       STUDY, main       all of these, given to `conduct`
+
+and everything else is here."""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import json
+import platform
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Callable, Collection
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from experiments.claims import claims_table
+from opd import files, records
+
+# ---- settings
+
+
+def setting(default, help, smoke=None, choices=None):
+    """A field of a study's settings: its flag's default and help, its value under --smoke."""
+    about = {"help": help, "smoke": smoke, "choices": choices}
+    return dataclasses.field(default=default, metadata=about)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """Settings of every study.  A subclass may give a field another default with
+    `rounds: int = 40`; help and smoke value stay."""
+
+    rounds: int = setting(20, "rounds an arm", smoke=1)
+    prompts: int = setting(32, "problems a round", smoke=4)
+    max_tokens: int = setting(64, "longest answer", smoke=8)
+    eval_every: int = setting(5, "rounds between evaluations", smoke=1)
+
+    def __post_init__(self):
+        updates = getattr(self, "updates", 1)
+        if self.prompts % updates:
+            raise records.BadInput(
+                f"--updates {updates}: expected a divisor of --prompts {self.prompts}: "
+                f"every update takes the same number of problems"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured(Rounds):
+    """And with how many samples an arm is measured, on which problems."""
+
+    eval_n: int = setting(2, "samples a problem on the way", smoke=1)
+    final_n: int = setting(8, "samples a problem at the end of an arm", smoke=1)
+    eval_split: str = setting(
+        "heldout", "dev is for choosing settings", choices=("heldout", "dev")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """And how the models of `build_sums` are made."""
+
+    base_steps: int = setting(
+        600, "pre-training steps of the base model the students come from", smoke=2
+    )
+    teacher_steps: int = setting(
+        1300, "pre-training steps of the teacher, which goes on from the base", smoke=4
+    )
+    spoil_steps: int = setting(100, "steps of 64 careless texts for the student", smoke=2)
+    spoil_lr: float = setting(1e-3, "learning rate of those steps")
+
+
+def about_setting(settings, name):
+    """Metadata of a field, from the class that first described it."""
+    described = (cls.__dataclass_fields__[name].metadata for cls in settings.__mro__)
+    return next(about for about in described if about)
+
+
+def add_settings(p, settings):
+    """A flag for every field of a settings class."""
+    for field in dataclasses.fields(settings):
+        about = about_setting(settings, field.name)
+        p.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=type(field.default),
+            default=field.default,
+            help=about["help"],
+            choices=about["choices"],
+        )
+
+
+def settings_of(args, settings):
+    """The settings that a parsed command line asks for; under --smoke, the tiny ones."""
+    values = {}
+    for field in dataclasses.fields(settings):
+        smoke = about_setting(settings, field.name)["smoke"]
+        tiny = args.smoke and smoke is not None
+        values[field.name] = smoke if tiny else getattr(args, field.name)
+    return settings(**values)
+
+
+# ---- commands
+
+
+def words_of(options):
+    """Keyword arguments as the words of a command line; None and False say nothing.
+
+    {"n": 8, "overwrite": True, "set": {"clip_low": 0.2}, "columns": ("a", "b")} ->
+    --n 8 --overwrite --set clip_low=0.2 --columns a b"""
+    words = []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if value is None or value is False:
+            continue
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, dict):
+            for key, each in value.items():
+                words += [flag, f"{key}={each}"]
+        elif isinstance(value, (list, tuple)):
+            words += [flag, *map(str, value)]
+        else:
+            words += [flag, str(value)]
+    return words
+
+
+class Run:
+    """Issues stage commands and keeps them, with what they print, in OUT/commands.sh and
+    OUT/stages.log."""
+
+    def __init__(self, out, settings, arms, results, command):
+        """settings: what every run in this folder must share, or arms would be compared under
+        different conditions.  arms: those to run.  command: what a result line says it is
+        from."""
+        self.out = Path(out)
+        self.world = self.out / "world"
+        self.settings = settings
+        self.arms = arms
+        self.results = results
+        self.command = command
+        self.started = time.time()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.keep_settings()
+        self.commands = open(self.out / "commands.sh", "a", encoding="utf-8")
+        self.log = open(self.out / "stages.log", "a", encoding="utf-8")
+
+    def keep_settings(self):
+        """Writes OUT/experiment.json, or refuses the folder of other settings."""
+        kept, settings = self.out / "experiment.json", dataclasses.asdict(self.settings)
+        if kept.exists():
+            difference = files.first_difference(json.loads(kept.read_text()), settings)
+            if difference:
+                raise records.BadInput(
+                    f"{self.out}: was begun with {difference}: give another --out"
+                )
+        files.write_atomically(kept, json.dumps(settings, indent=1) + "\n")
+
+    def stage(self, command, **options):
+        """Runs `stage.py` or `package.module`, with a verb if it has some, and flags; returns
+        its summary dict."""
+        name, *argv = [*shlex.split(command), *words_of(options)]
+        python = [sys.executable] if name.endswith(".py") else [sys.executable, "-m"]
+        self.commands.write(shlex.join([*python, name, *argv]) + "\n")
+        self.commands.flush()
+        module = name.removesuffix(".py")
+        if importlib.util.find_spec(module).submodule_search_locations:
+            module += ".__main__"
+        with contextlib.redirect_stdout(self.log):
+            return importlib.import_module(module).main(argv)
+
+    def pretrain(self, start, corpus, out, steps, rate=4e-3, seed=0, **options):
+        """Trains a model of the world on `steps` batches of 64 texts, unless `out` is there."""
+        if out.exists():
+            return
+        say(f"pre-training the {out.name}: {steps} steps of 64 texts")
+        common = dict(batch_size=64, adam_beta2=0.95, micro_batch_tokens=4096)
+        how = common | dict(steps=steps, learning_rate=rate, seed=seed) | options
+        self.stage("train.py", method="sft", model=start, rollouts=corpus, **how, out=out)
+
+    def concatenate(self, parts, out):
+        """One file of several, as `cat` does it; returns its path."""
+        self.commands.write(f"cat {' '.join(map(str, parts))} > {out}\n")
+        lines = (line for part in parts for line in open(part, encoding="utf-8"))
+        files.write_atomically(out, lines)
+        return out
+
+    def record(self, row):
+        """Adds a line to the results file, whole or not at all, with what it was made by and
+        with."""
+        made = {"settings": dataclasses.asdict(self.settings), "versions": versions()}
+        row = row | made | {"command": self.command}
+        if problem := records.validate(row, "results"):
+            raise ValueError(f"result: {problem}")
+        Path(self.results).parent.mkdir(parents=True, exist_ok=True)
+        with open(self.results, "ab", buffering=0) as f:
+            files.append_whole(f, json.dumps(row).encode() + b"\n")
+
+
+def versions():
+    """What a run's numbers were made with."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def say(text):
+    tqdm.write(text)  # above a progress bar, if there is one
+    sys.stdout.flush()
+
+
+# ---- the world of running sums, and an arm in it
+
+
+def build_sums(run, problems, corpus="clean", **options):
+    """Problems (so many to train on; `options` of worlds.sums), corpora and two checkpoints of
+    one pre-training run: the base (the student's) and, later, the teacher."""
+    s, world = run.settings, run.world
+    if not (world / "toy").exists():
+        run.stage(
+            "worlds.sums",
+            out=world / "toy",
+            train_prompts=problems,
+            clean=64 * s.teacher_steps,
+            mixed=256 * s.spoil_steps,
+            **options,
+        )
+    texts = world / "toy" / f"{corpus}.jsonl"
+    common = dict(
+        warmup_steps=20, schedule="linear", total_steps=s.teacher_steps, save_every=200
+    )
+    start, more = world / "toy" / "student", s.teacher_steps - s.base_steps
+    run.pretrain(start, texts, world / "base", s.base_steps, seed=0, **common)
+    run.pretrain(world / "base", texts, world / "teacher", more, seed=1, **common)
+
+
+def spoil_student(run, seed):
+    """This seed's student: the base after a little careless text."""
+    s, corpus = run.settings, run.world / "toy" / "mixed.jsonl"
+    out = run.out / f"seed{seed}" / "student"
+    options = dict(rate=s.spoil_lr, seed=seed, fresh_optimizer=True)
+    run.pretrain(run.world / "base", corpus, out, s.spoil_steps, **options)
+
+
+def part(number, size):
+    """The problems of a round, for --slice.   part(2, 32) -> 64:96"""
+    return f"{number * size}:{(number + 1) * size}"
+
+
+class Trial:
+    """One arm of one seed: its folder, the model it has come to, and what that has cost.
+
+    A study's subclass says what a round is (`round`) and, where it has more to tell, which
+    columns a result line has (`columns`)."""
+
+    def __init__(self, run, seed, arm, start=None, rounds=None, place=None):
+        """start: the model at step 0 (default: the seed's student; of the arm `teacher`, the
+        teacher).  rounds: 0 for an arm that is only measured (default: --rounds)."""
+        self.run = run
+        self.settings = run.settings
+        self.seed = seed
+        self.arm = arm
+        self.folder = run.out / f"seed{seed}"
+        self.toy = run.world / "toy"
+        self.teacher = run.world / "teacher"
+        self.start = start or (self.teacher if arm == "teacher" else self.folder / "student")
+        self.model = self.start
+        self.rounds = run.settings.rounds if rounds is None else rounds
+        self.place = self.folder / (place or arm)
+        shutil.rmtree(self.place, ignore_errors=True)  # an interrupted arm is begun again
+        self.place.mkdir(parents=True)
+        self.cost = {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0}
+        self.signal = {}  # more columns: what the rounds since the last line showed
+        self.steps = 0  # optimiser steps so far
+        self.row = None
+        self.began = time.time()
+
+    def execute(self):
+        """Every round, with a result line before the first and whenever one is due; returns the
+        last line."""
+        self.measure(0, final=not self.rounds)
+        bar = dict(desc=f"seed {self.seed} {self.arm}", unit="round")
+        for number in files.progress(range(self.rounds), **bar):
+            self.round(number)
+            done = number + 1
+            if done == self.rounds or self.due(done):
+                self.measure(self.step(done), done == self.rounds)
+        return self.row
+
+    def round(self, number):
+        """One round; a study's own."""
+        raise NotImplementedError
+
+    def due(self, done):
+        """Whether an arm is measured after so many rounds (it is at the end)."""
+        return done % self.settings.eval_every == 0
+
+    def step(self, done):
+        """The step that a result line names after so many rounds."""
+        return done * self.settings.updates
+
+    def at(self, number):
+        """The folder of a round."""
+        return self.place / f"round{number}"
+
+    def rollout(self, number, **options):
+        """Samples a round's answers from the model of the moment; returns their file."""
+        s, out = self.settings, self.at(number) / "rollouts.jsonl"
+        common = dict(
+            prompts=self.toy / "train.jsonl",
+            slice=part(number, s.prompts),
+            n=getattr(s, "n", 1),
+            max_tokens=s.max_tokens,
+            seed=self.seed * 1000 + number,
+        )
+        done = self.run.stage("rollout.py", model=self.model, **(common | options), out=out)
+        self.cost["generated_tokens"] += done["generated_tokens"]
+        return out
+
+    def score(self, model, rollouts, name, **options):
+        """Scores rollouts under a model; returns (file beside them, the stage's summary)."""
+        out = rollouts.with_name(f"{name}.jsonl")
+        done = self.run.stage(
+            "teacher.py score", model=model, rollouts=rollouts, **options, out=out
+        )
+        return out, done
+
+    def grade(self, rollouts, **options):
+        """Rewards for rollouts; returns (file beside them, the stage's summary)."""
+        out, prompts = rollouts.with_name("rewards.jsonl"), self.toy / "train.jsonl"
+        done = self.run.stage(
+            "rubric.py grade", prompts=prompts, rollouts=rollouts, **options, out=out
+        )
+        return out, done
+
+    def train(self, method, rollouts, out, rate, **options):
+        """One call of train.py; its model is the model of the moment from then on.  The weights
+        that it went on from are removed, but for the arm's start.  The optimiser begins anew
+        when the arm begins."""
+        common = dict(learning_rate=rate, seed=self.seed)
+        common["fresh_optimizer"] = self.model == self.start
+        if "batch_size" not in options:
+            common["batch_size"] = self.settings.prompts // self.settings.updates
+        done = self.run.stage(
+            "train.py",
+            method=method,
+            model=self.model,
+            rollouts=rollouts,
+            **(common | options),
+            out=out,
+        )
+        self.cost["trained_tokens"] += done["trained_tokens"]
+        self.steps += done["steps"]
+        if self.model != self.start:
+            shutil.rmtree(self.model)
+        self.model = out
+        return done
+
+    def evaluate(self, prompts, n, **options):
+        """eval.py on the model of the moment; returns its summary."""
+        common = dict(max_tokens=self.settings.max_tokens, seed=2 * 10**6 + self.seed)
+        common["out"] = self.place / "eval.jsonl"
+        return self.run.stage(
+            "eval.py",
+            model=self.model,
+            prompts=prompts,
+            n=n,
+            overwrite=True,
+            **(common | options),
+        )
+
+    def problems(self):
+        """The problems that an arm is measured on."""
+        return self.toy / f"{self.settings.eval_split}.jsonl"
+
+    def measure(self, step, final=False):
+        """Evaluates the model of the moment and appends a result line.  Its seconds are those
+        from the arm's begin to this call."""
+        spent = round(time.time() - self.began, 2)
+        n = self.settings.eval_n
+        if final:
+            n = getattr(self.settings, "final_n", n)
+        score = self.evaluate(self.problems(), n)
+        row = {
+            "arm": self.arm,
+            "seed": self.seed,
+            "step": step,
+            "final": final,
+            "accuracy": score["accuracy"],
+            "length_mean": score["length_mean"],
+            "truncated": score["truncated_fraction"],
+            **self.signal,
+            **self.cost,
+            "seconds": spent,
+        }
+        self.row = row | self.columns(score, n, final)
+        self.run.record(self.row)
+        say(f"  seed {self.seed} {self.arm}: step {step}, accuracy {score['accuracy']:.1%}")
+
+    def columns(self, score, n, final):
+        """What a result line says besides; a study may add to it."""
+        if not final:
+            return {"samples": n}
+        greedy = self.evaluate(self.problems(), 1, temperature=0)["accuracy"]
+        return {"samples": n, "greedy": greedy}
+
+
+# ---- a study
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What `conduct` needs to know of a study."""
+
+    name: str
+    about: str
+    settings: type  # a dataclass of `setting`s
+    arms: Collection[str]
+    claims: list
+    columns: tuple  # of its table, besides accuracy
+    build: Callable  # build(run): the world that all seeds share
+    prepare: Callable  # prepare(run, seed): a seed's models
+    trial: Callable  # trial(run, seed, arm): a Trial
+    parents: dict = dataclasses.field(default_factory=dict)  # arm: those it starts from
+    default_arms: tuple = ()  # of a run without --arms or --claims; ()  all
+    pictures: tuple = (("step", "accuracy.png"),)  # horizontal axis, file
+    resampled: bool = False  # claims also by bootstrap
+    more: Callable | None = None  # more(results file): further markdown of the report
+
+
+def conduct(study, doc, argv=None):
+    """The main of a study: every arm of every seed that its results file lacks, then the
+    report; with --report, only that.  Returns the table's summary."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(study, doc, argv)
+    if args.report:
+        print(claims_text(study, args.report))
+        return None
+    arms = choose_arms(study, args.arms, everything=args.claims or args.smoke)
+    out = args.out or f"runs/{study.name}" + "-smoke" * args.smoke
+    if len(shlex.split(out)) != 1:
+        raise records.BadInput(
+            f"--out {out!r}: expected a path without spaces or quotes, for it stands in "
+            f"command lines"
+        )
+    results = args.results or f"{out}/results.jsonl"
+    command = f"python -m experiments.{study.name} {' '.join(argv)}".strip()
+    run = Run(out, settings_of(args, study.settings), arms, results, command)
+    named = f"arms {', '.join(arms)}" if len(arms) <= 16 else f"{len(arms)} arms"
+    seeds = f"{args.seeds} seed{'s' * (args.seeds > 1)}"
+    say(f"{study.about}; {named}; {seeds}; every command goes to {out}/commands.sh")
+    done = finished(results, dataclasses.asdict(run.settings))
+    study.build(run)
+    for seed in range(args.seeds):
+        study.prepare(run, seed)
+        run_arms(study, run, seed, done)
+    return report(study, run, claims=args.claims or not study.default_arms)
+
+
+def parse(study, doc, argv):
+    """The parsed command line of a study."""
+    p = files.parser(doc)
+    p.add_argument("--out", help=f"folder for everything (default: runs/{study.name}[-smoke])")
+    p.add_argument(
+        "--results",
+        help="result lines to append to (default: OUT/results.jsonl); arms and seeds in it "
+        "are not run again",
+    )
+    p.add_argument(
+        "--report", metavar="FILE", help="print the claims of a results file and run nothing"
+    )
+    default = "the default ones" if study.default_arms else "all"
+    p.add_argument("--arms", help=f"comma-separated arms instead of {default}")
+    p.add_argument("--seeds", type=int, default=1, help="seeds 0..N-1")
+    p.add_argument(
+        "--smoke",
+        action="store_true",
+        help="a tiny run of every arm: proves that the commands work, nothing else",
+    )
+    p.set_defaults(claims=False)
+    if study.default_arms:
+        p.add_argument("--claims", action="store_true", help="run every arm")
+    add_settings(p, study.settings)
+    return p.parse_args(argv)
+
+
+def choose_arms(study, named, everything=True):
+    """The arms to run, in the study's order: those named, or the default ones, or all; those
+    whose result they start from, and theirs; and `before`, which tables compare with."""
+    chosen = set(study.arms if everything else study.default_arms or study.arms)
+    if named:
+        chosen = {"before", *named.split(",")}
+    if unknown := chosen - set(study.arms):
+        raise records.BadInput(
+            f"--arms: expected some of {', '.join(study.arms)}, got "
+            f"{', '.join(sorted(unknown))}"
+        )
+    waiting = list(chosen)
+    while waiting:
+        parents = set(study.parents.get(waiting.pop(), ())) - chosen
+        chosen |= parents
+        waiting += parents
+    return [arm for arm in study.arms if arm in chosen]
+
+
+def finished(path, settings):
+    """(arm, seed) pairs that have their final line in a results file.  Half-done lines of a
+    killed run are removed; lines made under other settings are refused, for they would be
+    compared with these."""
+    path = Path(path)
+    if path.exists():
+        files.cut_torn_line(path)
+    if not path.exists() or not path.stat().st_size:
+        return set()
+    rows = list(files.read(path, "results"))
+    for row in rows:
+        if difference := files.first_difference(row.get("settings"), settings):
+            raise records.BadInput(
+                f"{path}: arm {row['arm']!r} was made with {difference}: give another --results"
+            )
+    done = {(r["arm"], r["seed"]) for r in rows if r.get("final")}
+    kept = (json.dumps(r) + "\n" for r in rows if (r["arm"], r["seed"]) in done)
+    files.write_atomically(path, kept)
+    return done
+
+
+def run_arms(study, run, seed, done):
+    """Every arm of a seed that is not in `done`, with a line on the screen."""
+    for arm in run.arms:
+        if (arm, seed) in done:
+            say(f"seed {seed} {arm}: done before")
+            continue
+        row = study.trial(run, seed, arm).execute()
+        split = getattr(run.settings, "eval_split", "heldout")
+        shown = [f"{split} accuracy {row['accuracy']:.1%}"]
+        shown += [f"{name} {row[name]:.3g}" for name in study.columns[:3] if row.get(name)]
+        spent = time.time() - run.started
+        say(f"seed {seed} {arm}: {', '.join(shown)} ({spent:.0f} s so far)")
+
+
+def report(study, run, claims=True):
+    """Table, pictures and claims of what is in the results file, into OUT and onto the
+    screen."""
+    table = run.stage(
+        f"experiments.report table {run.results}",
+        partial=True,
+        columns=study.columns,
+        overwrite=True,
+        out=run.out / "table.md",
+    )
+    for x, name in study.pictures:
+        picture = run.out / name
+        run.stage(f"experiments.report plot {run.results}", x=x, overwrite=True, out=picture)
+    text = (run.out / "table.md").read_text()
+    if claims:
+        text += "\n" + claims_text(study, run.results)
+    files.write_atomically(run.out / "report.md", text)
+    say("\n" + text)
+    say(f"report.md, pictures, commands.sh and every record: {run.out}/")
+    return table
+
+
+def claims_text(study, path):
+    """The claims of a results file, and what else the study reports."""
+    text = claims_table(path, study.claims, study.resampled)
+    return text + ("\n" + study.more(path) if study.more else "")
