@@ -16,6 +16,7 @@ import rollout
 import rubric
 import teacher
 from experiments.ropd import ARMS
+from experiments.study import finished
 from opd import policy as policies
 from opd import records
 from opd.files import Table, guess_kind, main, read, record_for
@@ -155,8 +156,6 @@ def test_a_torn_results_line_is_made_again(smoke, tmp_path):
     torn = tmp_path / "results.jsonl"
     whole = (out / "results.jsonl").read_bytes()
     torn.write_bytes(whole[:-20])
-    from experiments import finished
-
     settings = next(read(out / "results.jsonl", "results"))["settings"]
     assert len(finished(torn, settings)) == len(ARMS) - 1
     assert whole.startswith(torn.read_bytes())
