@@ -320,18 +320,35 @@ class Trial:
         """The folder of a round."""
         return self.place / f"round{number}"
 
+    def generation(self):
+        """How answers are sampled, in rounds and in evaluations."""
+        return {"max_tokens": self.settings.max_tokens}
+
+    def sampling(self, number):
+        """Which problems a round takes, how often, and with which random numbers."""
+        s = self.settings
+        return self.generation() | {
+            "prompts": self.toy / "train.jsonl",
+            "slice": part(number, s.prompts),
+            "n": getattr(s, "n", 1),
+            "seed": self.seed * 1000 + number,
+        }
+
     def rollout(self, number, **options):
         """Samples a round's answers from the model of the moment; returns their file."""
-        s, out = self.settings, self.at(number) / "rollouts.jsonl"
-        common = dict(
-            prompts=self.toy / "train.jsonl",
-            slice=part(number, s.prompts),
-            n=getattr(s, "n", 1),
-            max_tokens=s.max_tokens,
-            seed=self.seed * 1000 + number,
-        )
-        done = self.run.stage("rollout.py", model=self.model, **(common | options), out=out)
+        out = self.at(number) / "rollouts.jsonl"
+        options = self.sampling(number) | options
+        done = self.run.stage("rollout.py", model=self.model, **options, out=out)
         self.cost["generated_tokens"] += done["generated_tokens"]
+        return out
+
+    def answer(self, number, teacher, name="rollouts", **options):
+        """A teacher's answers to a round's problems, by default in the place of rollouts;
+        returns their file."""
+        out = self.at(number) / f"{name}.jsonl"
+        options = self.sampling(number) | options
+        done = self.run.stage("teacher.py answer", model=teacher, **options, out=out)
+        self.cost["teacher_tokens"] += done["generated_tokens"]
         return out
 
     def score(self, model, rollouts, name, **options):
@@ -375,7 +392,7 @@ class Trial:
 
     def evaluate(self, prompts, n, **options):
         """eval.py on the model of the moment; returns its summary."""
-        common = dict(max_tokens=self.settings.max_tokens, seed=2 * 10**6 + self.seed)
+        common = self.generation() | {"seed": 2 * 10**6 + self.seed}
         common["out"] = self.place / "eval.jsonl"
         return self.run.stage(
             "eval.py",
