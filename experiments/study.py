@@ -88,8 +88,10 @@ class World:
 
 def about_setting(settings, name):
     """Metadata of a field, from the class that first described it."""
-    described = (cls.__dataclass_fields__[name].metadata for cls in settings.__mro__)
-    return next(about for about in described if about)
+    for cls in settings.__mro__:
+        field = cls.__dataclass_fields__.get(name)
+        if field and field.metadata:
+            return field.metadata
 
 
 def add_settings(p, settings):
