@@ -146,16 +146,17 @@ class Run:
     """Issues stage commands and keeps them, with what they print, in OUT/commands.sh and
     OUT/stages.log."""
 
-    def __init__(self, out, settings, arms, results, command):
+    def __init__(self, out, settings, arms, results, command, smoke=False):
         """settings: what every run in this folder must share, or arms would be compared under
         different conditions.  arms: those to run.  command: what a result line says it is
-        from."""
+        from.  smoke: for worlds with something to shrink that is not a setting."""
         self.out = Path(out)
         self.world = self.out / "world"
         self.settings = settings
         self.arms = arms
         self.results = results
         self.command = command
+        self.smoke = smoke
         self.started = time.time()
         self.out.mkdir(parents=True, exist_ok=True)
         self.keep_settings()
@@ -336,9 +337,10 @@ class Trial:
             "seed": self.seed * 1000 + number,
         }
 
-    def rollout(self, number, **options):
-        """Samples a round's answers from the model of the moment; returns their file."""
-        out = self.at(number) / "rollouts.jsonl"
+    def rollout(self, number, at=None, **options):
+        """Samples a round's answers from the model of the moment, into its folder or `at`;
+        returns their file."""
+        out = (at or self.at(number)) / "rollouts.jsonl"
         options = self.sampling(number) | options
         done = self.run.stage("rollout.py", model=self.model, **options, out=out)
         self.cost["generated_tokens"] += done["generated_tokens"]
@@ -481,7 +483,8 @@ def conduct(study, doc, argv=None):
         )
     results = args.results or f"{out}/results.jsonl"
     command = f"python -m experiments.{study.name} {' '.join(argv)}".strip()
-    run = Run(out, settings_of(args, study.settings), arms, results, command)
+    settings = settings_of(args, study.settings)
+    run = Run(out, settings, arms, results, command, args.smoke)
     named = f"arms {', '.join(arms)}" if len(arms) <= 16 else f"{len(arms)} arms"
     seeds = f"{args.seeds} seed{'s' * (args.seeds > 1)}"
     say(f"{study.about}; {named}; {seeds}; every command goes to {out}/commands.sh")
