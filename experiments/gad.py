@@ -2,8 +2,6 @@
 discriminator that learns beside the student as the reward.
 
     python -m experiments.gad --seeds 5
-    python -m experiments.gad --arms seqkd,gad,frozen
-    python -m experiments.gad --smoke
     python -m experiments.gad --report results/gad.jsonl
     python -m experiments.gad_toy                       # the paper's ten-class toy, in a minute
 
@@ -20,7 +18,7 @@ begins alone, for --judge-rounds rounds.  Then, in every round,
     train.py --method discriminator               the discriminator learns from these very
                                                   answers
     train.py --method gad                         the student follows the scores of before:
-                                                  GRPO's advantage, clip, a leash to the
+                                                  GRPO's advantage, clip, KL to the
                                                   warmed-up student
 
 as many updates of one as of the other, gradients clipped at 0.2.
@@ -53,81 +51,86 @@ warm-up of four rounds.
 
 import re
 import shutil
-import time
+from dataclasses import dataclass
 
-from experiments import (
-    Claim,
-    add_eval_flags,
-    add_run_flags,
-    begin,
-    gap,
-    parse,
-    report,
-    run_arms,
-    say,
-    settle,
-)
-from experiments import add_world_flags, build_world, spoil_student
+from experiments import study
+from experiments.claims import Claim, gap, more
+from experiments.study import part, setting
 from opd import files, records
 
-WARM = dict(start="warm", judge="warm")
-ARMS = {  # start: which student; judge: which discriminator; reward: what the student follows
-    "before": {},
-    "teacher": {},
-    "warm": {},
-    "seqkd": dict(start="warm", reward=None),
-    "gad": dict(WARM, reward="judge"),
-    "gad-ce": dict(WARM, judge="warm-ce", reward="judge", set="omega=cross-entropy"),
-    "gad-paused": dict(WARM, reward="judge", pause=True),
-    "no-judge-warm": dict(start="warm", judge="new", reward="judge"),
-    "no-student-warm": dict(start="student", judge="cold", reward="judge"),
-    "frozen": dict(WARM, reward="judge", frozen=True),
-    "length": dict(WARM, judge="warm-length", reward="judge", set="view=length"),
-    "random": dict(WARM, reward="judge", shuffle=True),
-    "rubric": dict(start="warm", reward="rubric"),
-    "answer": dict(start="warm", reward="answer"),
+
+@dataclass(frozen=True)
+class Settings(study.World, study.Measured):
+    rounds: int = setting(20, "rounds after the warm-up", smoke=2)
+    warm_rounds: int = setting(4, "rounds of warm-up", smoke=2)
+    judge_rounds: int = setting(
+        2,
+        "of these, rounds in which the discriminator alone learns (paper: 10 steps)",
+        smoke=1,
+    )
+    prompts: int = setting(32, "problems a round", smoke=2)
+    n: int = setting(8, "answers a problem", smoke=2)
+    updates: int = setting(4, "optimiser steps a round, of each of the two", smoke=1)
+    learning_rate: float = setting(1e-4, "of the student behind rewards")
+    warm_learning_rate: float = setting(3e-4, "of imitation")
+    judge_learning_rate: float = setting(1e-3, "of the discriminator")
+    reference_kl: float = setting(0.001, "weight of the KL to the student after its warm-up")
+    grad_clip: float = setting(0.2, "largest gradient norm of both, as in the released scripts")
+    pause_judge: float = setting(
+        0.95,
+        "gad-paused: the discriminator does not learn while it is right more often than this",
+    )
+    pause_student: float = setting(
+        0.55,
+        "gad-paused: the student does not learn while the discriminator is right less often",
+    )
+    style_steps: int = setting(
+        300, "steps of 64 texts of one style that the teacher is made with", smoke=2
+    )
+    max_tokens: int = 96
+    eval_every: int = setting(5, "rounds between evaluations", smoke=2)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.judge_rounds < self.warm_rounds:
+            raise records.BadInput(
+                f"--judge-rounds {self.judge_rounds}: expected fewer than --warm-rounds "
+                f"{self.warm_rounds}, in the others the student learns, too"
+            )
+
+
+@dataclass(frozen=True)
+class Arm:
+    signal: str | None = None  # what the student follows; None: the arm is only measured
+    start: str = "warm"  # which student
+    judge: str = "warm"  # which discriminator, one of WARM_UPS or new
+    frozen: bool = False
+    paused: bool = False
+    shuffled: bool = False
+
+
+ARMS = {
+    "before": Arm(start="student"),
+    "teacher": Arm(start="teacher"),
+    "warm": Arm(),
+    "seqkd": Arm("imitation"),
+    "gad": Arm("judge"),
+    "gad-ce": Arm("judge", judge="warm-ce"),
+    "gad-paused": Arm("judge", paused=True),
+    "no-judge-warm": Arm("judge", judge="new"),
+    "no-student-warm": Arm("judge", start="student", judge="cold"),
+    "frozen": Arm("judge", frozen=True),
+    "length": Arm("judge", judge="warm-length"),
+    "random": Arm("judge", shuffled=True),
+    "rubric": Arm("rubric"),
+    "answer": Arm("answer"),
 }
-SHARED = (
-    "rounds",
-    "warm_rounds",
-    "judge_rounds",
-    "prompts",
-    "n",
-    "updates",
-    "learning_rate",
-    "warm_learning_rate",
-    "judge_learning_rate",
-    "reference_kl",
-    "grad_clip",
-    "pause_judge",
-    "pause_student",
-    "max_tokens",
-    "base_steps",
-    "teacher_steps",
-    "style_steps",
-    "spoil_steps",
-    "spoil_lr",
-    "eval_every",
-    "eval_n",
-    "final_n",
-    "eval_split",
-)
-SMOKE = dict(
-    rounds=2,
-    warm_rounds=2,
-    judge_rounds=1,
-    prompts=2,
-    n=2,
-    updates=1,
-    max_tokens=8,
-    base_steps=2,
-    teacher_steps=4,
-    style_steps=2,
-    spoil_steps=2,
-    eval_every=2,
-    eval_n=1,
-    final_n=1,
-)
+WARM_UPS = {  # settings of the discriminator's row
+    "warm": {},
+    "warm-ce": {"omega": "cross-entropy"},
+    "warm-length": {"view": "length"},
+    "cold": {},  # without imitation
+}
 COLUMNS = (
     "ood",
     "style",
@@ -151,28 +154,24 @@ def growth(arm, metric):
 
 
 CLAIMS = [
-    Claim("1: GAD beats as many updates of imitation", "gad − seqkd", gap("gad", "seqkd")),
-    Claim(
-        "1: ...on longer problems than any trained on",
-        "ood(gad) − ood(seqkd)",
-        gap("gad", "seqkd", "ood"),
-    ),
-    Claim("1: GAD improves on its start", "gad − warm", gap("gad", "warm")),
+    more("1: GAD beats as many updates of imitation", "gad", "seqkd"),
+    more("1: ...on longer problems than any trained on", "gad", "seqkd", metric="ood"),
+    more("1: GAD improves on its start", "gad", "warm"),
     Claim(
         "2: a frozen discriminator's score rises",
         "proxy(frozen), last line − first",
         growth("frozen", "proxy"),
     ),
-    Claim("2: ...while true quality falls", "frozen − warm", gap("frozen", "warm"), "below"),
+    more("2: ...while true quality falls", "frozen", "warm", "below"),
     Claim(
         "2: ...and answers grow",
         "length(frozen) − length(warm)",
         gap("frozen", "warm", "length_mean"),
     ),
-    Claim(
+    more(
         "2: with a discriminator that learns on, quality does not fall",
-        "gad − warm",
-        gap("gad", "warm"),
+        "gad",
+        "warm",
         "above",
         -0.02,
     ),
@@ -182,61 +181,30 @@ CLAIMS = [
         gap("gad", "frozen", "length_gap"),
         "below",
     ),
-    Claim("2: ...and it ends above the frozen one", "gad − frozen", gap("gad", "frozen")),
-    Claim(
+    more("2: ...and it ends above the frozen one", "gad", "frozen"),
+    more(
         "3: without warming the discriminator up there is nothing beyond imitation",
-        "no-judge-warm − seqkd",
-        gap("no-judge-warm", "seqkd"),
+        "no-judge-warm",
+        "seqkd",
         "below",
         0.03,
     ),
-    Claim("3: ...it loses to GAD", "gad − no-judge-warm", gap("gad", "no-judge-warm")),
-    Claim(
-        "3: ...and so does an unwarmed student",
-        "gad − no-student-warm",
-        gap("gad", "no-student-warm"),
-    ),
-    Claim(
-        "3: Bradley-Terry is no worse than cross-entropy",
-        "gad − gad-ce",
-        gap("gad", "gad-ce"),
-        "above",
-        -0.02,
-    ),
-    Claim(
-        "pause rules change nothing",
-        "gad-paused − gad",
-        gap("gad-paused", "gad"),
-        "within",
-        0.03,
-    ),
-    Claim(
-        "control: scores at random teach nothing",
-        "random − warm",
-        gap("random", "warm"),
-        "below",
-        0.02,
-    ),
-    Claim("control: length alone does not do it", "gad − length", gap("gad", "length")),
-    Claim(
-        "control: ...it teaches nothing", "length − warm", gap("length", "warm"), "below", 0.02
-    ),
-    Claim(
+    more("3: ...it loses to GAD", "gad", "no-judge-warm"),
+    more("3: ...and so does an unwarmed student", "gad", "no-student-warm"),
+    more("3: Bradley-Terry is no worse than cross-entropy", "gad", "gad-ce", "above", -0.02),
+    more("pause rules change nothing", "gad-paused", "gad", "within", 0.03),
+    more("control: scores at random teach nothing", "random", "warm", "below", 0.02),
+    more("control: length alone does not do it", "gad", "length"),
+    more("control: ...it teaches nothing", "length", "warm", "below", 0.02),
+    more(
         "bridge: GAD brings the student nearer to the teacher's style",
-        "style(gad) − style(warm)",
-        gap("gad", "warm", "style"),
+        "gad",
+        "warm",
+        metric="style",
     ),
-    Claim(
-        "bridge: ...than a rubric does",
-        "style(gad) − style(rubric)",
-        gap("gad", "rubric", "style"),
-    ),
-    Claim(
-        "bridge: ...and moves correctness less", "gad − rubric", gap("gad", "rubric"), "below"
-    ),
-    Claim(
-        "bridge: a checker of answers is above both", "answer − rubric", gap("answer", "rubric")
-    ),
+    more("bridge: ...than a rubric does", "gad", "rubric", metric="style"),
+    more("bridge: ...and moves correctness less", "gad", "rubric", "below"),
+    more("bridge: a checker of answers is above both", "answer", "rubric"),
 ]
 
 
@@ -244,366 +212,251 @@ def in_style(text):
     """Whether every line but the last is one step, `12-3=9`, as the teacher writes them, and
     there is one.   in_style("7+5=12\\n#12") -> True"""
     *work, end = text.split("\n")
-    return (
-        bool(work)
-        and all(re.fullmatch(r"\d+[+-]\d=\d+", line) for line in work)
-        and end.startswith("#")
-    )
+    steps = all(re.fullmatch(r"\d+[+-]\d=\d+", line) for line in work)
+    return bool(work) and steps and end.startswith("#")
 
 
-def build(run, args):
+def build(run):
     """Problems, longer ones, the teacher in its one style, and its one text to every problem
     that is trained on."""
-    problems = args.prompts * (args.rounds + args.warm_rounds)
-    world = build_world(run, args, problems)
-    for name, flags in (
-        ("ood", f"--terms 7:8 --eval-prompts {100 if not args.smoke else 8} --clean 8"),
-        ("lines", f"--styles lines --eval-prompts 8 --clean {64 * args.style_steps}"),
-    ):
-        if not (world / name).exists():
-            run.stage(f"worlds.sums --out {world}/{name} {flags} --train-prompts 8 --mixed 8")
-    if not (world / "teacher-lines").exists():
-        say(f"a teacher of one style: {args.style_steps} more steps of 64 texts")
+    s, world = run.settings, run.world
+    rounds = s.warm_rounds + s.rounds
+    study.build_sums(run, s.prompts * rounds)
+    small = dict(train_prompts=8, mixed=8)
+    far = dict(terms="7:8", eval_prompts=8 if run.smoke else 100, clean=8)
+    run.once("worlds.sums", world / "ood", **far, **small)
+    style = dict(styles="lines", eval_prompts=8, clean=64 * s.style_steps)
+    run.once("worlds.sums", world / "lines", **style, **small)
+    run.pretrain(
+        world / "teacher",
+        world / "lines" / "clean.jsonl",
+        world / "teacher-lines",
+        s.style_steps,
+        rate=1e-3,
+        warmup_steps=20,
+        schedule="linear",
+        fresh_optimizer=True,
+    )
+    for number in range(rounds):
         run.stage(
-            f"train.py --method sft --model {world}/teacher --rollouts "
-            f"{world}/lines/clean.jsonl --batch-size 64 --learning-rate 1e-3 "
-            f"--warmup-steps 20 --schedule linear --adam-beta2 0.95 "
-            f"--micro-batch-tokens 4096 --fresh-optimizer --steps {args.style_steps} --out "
-            f"{world}/teacher-lines"
-        )
-    for number in range(args.warm_rounds + args.rounds):
-        run.stage(
-            f"teacher.py answer --model {world}/teacher-lines --prompts "
-            f"{world}/toy/train.jsonl --slice "
-            f"{number * args.prompts}:{(number + 1) * args.prompts} --n 1 "
-            f"--max-tokens {args.max_tokens} --seed {10**6} --out "
-            f"{world}/answers/{number}.jsonl"
-        )
-    return world
-
-
-class Place:
-    """A folder in which a student and a discriminator go on, round by round, each from where an
-    arm says."""
-
-    def __init__(self, run, args, world, folder, seed, student, judge, omega=""):
-        (
-            self.run,
-            self.args,
-            self.world,
-            self.folder,
-            self.seed,
-            self.student,
-            self.judge,
-            self.omega,
-        ) = run, args, world, folder, seed, student, judge, omega
-        self.prompts, self.cost, self.mine = (
-            world / "toy" / "train.jsonl",
-            {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0},
-            set(),
-        )
-
-    def rollouts(self, number, at):
-        """Answers of the student as it is to the problems of round `number`; folder `at`."""
-        args = self.args
-        self.cost["generated_tokens"] += self.run.stage(
-            f"rollout.py --model {self.student} --prompts {self.prompts} --slice "
-            f"{number * args.prompts}:{(number + 1) * args.prompts} --n {args.n} "
-            f"--max-tokens {args.max_tokens} --seed {self.seed * 1000 + number} --out "
-            f"{at}/rollouts.jsonl"
-        )["generated_tokens"]
-        return at / "rollouts.jsonl"
-
-    def answers(self, number):
-        """The teacher's texts to the problems of round `number`."""
-        return self.world / "answers" / f"{number}.jsonl"
-
-    def train(self, which, out, flags):
-        """One call of train.py; the new weights are the student or the discriminator from then
-        on."""
-        args, source = self.args, getattr(self, which)
-        done = self.run.stage(
-            f"train.py {flags} --model {source} --out {out} --batch-size "
-            f"{args.prompts // args.updates} --grad-clip {args.grad_clip} --seed "
-            f"{self.seed}" + " --fresh-optimizer" * (source not in self.mine)
-        )
-        if which == "student":
-            self.cost["trained_tokens"] += done["trained_tokens"]
-        if source in self.mine:
-            shutil.rmtree(source)  # the round before
-        self.mine.add(out)
-        setattr(self, which, out)
-
-    def learn_to_judge(self, number, at, rate=None):
-        args, rollouts = self.args, at / "rollouts.jsonl"
-        rate = args.judge_learning_rate if rate is None else rate
-        self.train(
-            "judge",
-            at / "judge",
-            f"--method discriminator --rollouts {rollouts} --data {self.answers(number)} "
-            f"--learning-rate {rate} {self.omega}",
-        )
-
-    def imitate(self, number, at):
-        args = self.args
-        self.train(
-            "student",
-            at / "student",
-            f"--method seqkd --rollouts {self.answers(number)} --prompts {self.prompts} "
-            f"--learning-rate {args.warm_learning_rate}",
+            "teacher.py answer",
+            model=world / "teacher-lines",
+            prompts=world / "toy" / "train.jsonl",
+            slice=part(number, s.prompts),
+            n=1,
+            max_tokens=s.max_tokens,
+            seed=10**6,
+            out=world / "answers" / f"{number}.jsonl",
         )
 
 
-def warm_up(run, args, world, folder, seed, name, omega="", imitate=True):
-    """FOLDER/name/student and FOLDER/name/judge after the warm-up."""
-    out = folder / name
-    if (out / "judge").exists():
+class Pair(study.Trial):
+    """A student and a discriminator that go on, round by round, each from where it is told."""
+
+    def __init__(self, run, seed, arm, start, judge, view, place):
+        super().__init__(run, seed, arm, start, place=place)
+        self.first_judge = judge
+        self.judge = judge
+        self.view = view
+
+    def answers(self, index):
+        """The teacher's texts to the problems of round `index` of all, warm-up included."""
+        return self.run.world / "answers" / f"{index}.jsonl"
+
+    def learn_to_judge(self, index, at, rate=None):
+        """The discriminator learns from AT/rollouts.jsonl and the teacher's texts."""
+        s, out = self.settings, at / "judge"
+        self.run.stage(
+            "train.py",
+            method="discriminator",
+            model=self.judge,
+            rollouts=at / "rollouts.jsonl",
+            data=self.answers(index),
+            batch_size=s.prompts // s.updates,
+            learning_rate=s.judge_learning_rate if rate is None else rate,
+            grad_clip=s.grad_clip,
+            set=self.view,
+            seed=self.seed,
+            fresh_optimizer=self.judge == self.first_judge,
+            out=out,
+        )
+        if self.judge != self.first_judge:
+            shutil.rmtree(self.judge)
+        self.judge = out
+
+    def imitate(self, index, at):
+        s, prompts = self.settings, self.toy / "train.jsonl"
+        options = dict(prompts=prompts, grad_clip=s.grad_clip)
+        answers, out = self.answers(index), at / "student"
+        self.train("seqkd", answers, out, s.warm_learning_rate, **options)
+
+
+def warm_up(run, seed, name):
+    """SEED/name/student and SEED/name/judge after the warm-up."""
+    s, folder = run.settings, run.out / f"seed{seed}"
+    if (folder / name / "judge").exists():
         return
-    shutil.rmtree(out, ignore_errors=True)
-    place = Place(run, args, world, out, seed, folder / "student", folder / "student", omega)
-    for number in range(args.warm_rounds):
-        at = out / f"round{number}"
-        place.rollouts(number, at)
-        place.learn_to_judge(number, at)
-        if imitate and number >= args.judge_rounds:
-            place.imitate(number, at)
-    if place.student in place.mine:
-        place.student.rename(out / "student")
-    place.judge.rename(out / "judge")
+    student = folder / "student"
+    pair = Pair(run, seed, name, student, student, WARM_UPS[name], place=name)
+    for number in range(s.warm_rounds):
+        pair.rollout(number)
+        pair.learn_to_judge(number, pair.at(number))
+        if name != "cold" and number >= s.judge_rounds:
+            pair.imitate(number, pair.at(number))
+    if pair.model != student:
+        pair.model.rename(pair.place / "student")
+    pair.judge.rename(pair.place / "judge")
 
 
-def run_arm(run, args, world, folder, seed, arm):
-    """One arm of one seed; appends a result line at every evaluation.  Returns the last one."""
-    a, place = ARMS[arm], folder / f"arm-{arm}"
-    shutil.rmtree(place, ignore_errors=True)  # an interrupted arm is begun again
-    place.mkdir(parents=True)
-    student = {"before": folder / "student", "teacher": world / "teacher-lines"}.get(
-        arm, folder / "student" if a.get("start") == "student" else folder / "warm" / "student"
-    )
-    # new: the student's weights and a head that knows nothing
-    judge = student if a.get("judge") == "new" else folder / a.get("judge", "warm") / "judge"
-    p = Place(
-        run, args, world, place, seed, student, judge, f"--set {a['set']}" if "set" in a else ""
-    )
-    signal, row, started, paused = {}, None, time.time(), 0
+def prepare(run, seed):
+    """A seed's student, and a warm-up for every kind of discriminator."""
+    study.spoil_student(run, seed)
+    for name in WARM_UPS:
+        warm_up(run, seed, name)
 
-    def measure(step, final):
-        nonlocal row
-        spent = round(time.time() - started, 2)
 
-        def evaluate(prompts, n, more=""):
-            done = run.stage(
-                f"eval.py --model {p.student} --prompts {prompts}.jsonl --n {n} --max-tokens "
-                f"{args.max_tokens} --seed {2 * 10**6 + seed} --out "
-                f"{place}/eval.jsonl --overwrite {more}"
-            )
-            return done, [r["text"] for r in files.read(place / "eval.jsonl", "evals")]
+class Trial(Pair):
+    def __init__(self, run, seed, arm):
+        self.how = how = ARMS[arm]
+        folder = run.out / f"seed{seed}"
+        start = {
+            "teacher": run.world / "teacher-lines",
+            "student": folder / "student",
+            "warm": folder / "warm" / "student",
+        }[how.start]
+        # new: the student's weights and a head that knows nothing
+        judge = start if how.judge == "new" else folder / how.judge / "judge"
+        view = WARM_UPS.get(how.judge, {})
+        super().__init__(run, seed, arm, start, judge, view, place=f"arm-{arm}")
+        self.rounds = run.settings.rounds if how.signal else 0
+        self.signal["paused"] = 0
 
-        n = args.final_n if final else args.eval_n
-        far, _ = evaluate(world / "ood" / args.eval_split, n)
-        score, texts = evaluate(world / "toy" / args.eval_split, n)
-        solutions = [
-            len(problem["solution"])
-            for problem in files.read(world / "toy" / f"{args.eval_split}.jsonl", "prompts")
-        ]
-        row = {
-            "arm": arm,
-            "seed": seed,
-            "step": step,
-            "final": final,
-            "accuracy": score["accuracy"],
-            "samples": n,
+    def sampling(self, number):
+        return super().sampling(self.index(number))
+
+    def index(self, number):
+        """Of a round among all, warm-up included."""
+        return self.settings.warm_rounds + number
+
+    def round(self, number):
+        if number == 0 and self.how.frozen:
+            self.learn_ahead()
+        at, rollouts = self.at(number), self.rollout(number)
+        if self.how.signal == "imitation":
+            self.imitate(self.index(number), at)
+            return
+        grade = {
+            "judge": self.grade_by_judge,
+            "rubric": self.grade_by_rubric,
+            "answer": self.grade_by_answer,
+        }[self.how.signal]
+        if grade(number, rollouts):
+            self.follow(rollouts)
+
+    def learn_ahead(self):
+        """The frozen discriminator learns from the warmed-up student's answers to the problems
+        of all rounds, and then no more."""
+        for number in range(self.rounds):
+            at = self.place / f"judge{number}"
+            self.rollout(number, at)
+            self.learn_to_judge(self.index(number), at)
+
+    def grade_by_judge(self, number, rollouts):
+        """Rewards by the discriminator of the round before, which then learns from these very
+        rollouts.  Returns whether the student learns from them, too."""
+        s, index = self.settings, self.index(number)
+        if self.judge == self.start:
+            # a folder with the new head; at rate 0 nothing is learnt
+            shutil.copytree(self.at(number), self.place / "untrained")
+            self.learn_to_judge(index, self.place / "untrained", rate=0)
+        _, graded = self.grade(
+            rollouts,
+            grader="discriminator",
+            discriminator=self.judge,
+            answers=self.answers(index),
+            shuffle=self.how.shuffled,
+            seed=self.seed if self.how.shuffled else None,
+        )
+        judged = graded["accuracy"]
+        self.signal |= {
+            "proxy": graded["reward_mean"],
+            "margin": graded["margin"],
+            "judge_accuracy": judged,
+            "length_correlation": graded["length_correlation"],
+            "score_std": graded["score_std"],
+            "flat_groups": graded["zero_variance_groups"],
+        }
+        judge_pauses = self.how.paused and judged > s.pause_judge
+        student_pauses = self.how.paused and judged < s.pause_student
+        if not self.how.frozen and not judge_pauses:
+            self.learn_to_judge(index, self.at(number))
+        self.signal["paused"] += judge_pauses or student_pauses
+        return not student_pauses
+
+    def grade_by_rubric(self, number, rollouts):
+        rubrics = rollouts.with_name("rubrics.jsonl")
+        self.run.stage(
+            "rubric.py create",
+            prompts=self.toy / "train.jsonl",
+            rollouts=rollouts,
+            answers=self.answers(self.index(number)),
+            m=1,
+            out=rubrics,
+        )
+        return self.grade(rollouts, rubrics=rubrics)
+
+    def grade_by_answer(self, number, rollouts):
+        return self.grade(rollouts, grader="answer")
+
+    def follow(self, rollouts):
+        """The student follows a round's rewards."""
+        s = self.settings
+        reference, _ = self.score(self.start, rollouts, "reference")
+        self.train(
+            "gad",
+            rollouts,
+            rollouts.with_name("student"),
+            s.learning_rate,
+            rewards=rollouts.with_name("rewards.jsonl"),
+            reference=reference,
+            set=dict(reference_kl=s.reference_kl),
+            grad_clip=s.grad_clip,
+        )
+
+    def due(self, done):
+        return done == 1 or super().due(done)
+
+    def columns(self, score, n, final):
+        texts = [r["text"] for r in files.read(self.place / "eval.jsonl", "evals")]
+        solutions = [p["solution"] for p in files.read(self.problems(), "prompts")]
+        far = self.evaluate(self.run.world / "ood" / self.problems().name, n)
+        columns = {
             "ood": far["accuracy"],
             "style": sum(map(in_style, texts)) / len(texts),
-            "length_mean": score["length_mean"],
-            "length_gap": abs(
-                sum(map(len, texts)) / len(texts) - sum(solutions) / len(solutions)
-            ),
-            "truncated": score["truncated_fraction"],
-            **signal,
-            "paused": paused,
-            **p.cost,
-            "seconds": spent,
+            "length_gap": abs(mean_length(texts) - mean_length(solutions)),
         }
-        if final:
-            row["greedy"] = evaluate(world / "toy" / args.eval_split, 1, "--temperature 0")[0][
-                "accuracy"
-            ]
-        run.result(args, row)
-
-    measure(0, "start" not in a)
-    if "start" not in a:
-        return row
-    # it learns from the warmed-up student's answers to the problems of all rounds, and then no
-    # more
-    if a.get("frozen"):
-        for number in range(args.rounds):
-            at = place / f"judge{number}"
-            p.rollouts(args.warm_rounds + number, at)
-            p.learn_to_judge(args.warm_rounds + number, at)
-    for number in files.progress(range(args.rounds), desc=f"seed {seed} {arm}", unit="round"):
-        at, common, index = (
-            place / f"round{number}",
-            f"--prompts {world}/toy/train.jsonl",
-            args.warm_rounds + number,
-        )
-        rollouts, judged = p.rollouts(index, at), None
-        if a["reward"] is None:
-            p.imitate(index, at)
-        else:
-            if a["reward"] == "judge":
-                if a["judge"] == "new" and number == 0:
-                    shutil.copytree(at, place / "untrained")
-                    # a folder with the new head; at rate 0 nothing is learnt
-                    p.learn_to_judge(index, place / "untrained", 0)
-                graded = run.stage(
-                    f"rubric.py grade --grader discriminator --discriminator {p.judge} "
-                    f"{common} --rollouts {rollouts} --answers {p.answers(index)} "
-                    f"--out {at}/rewards.jsonl "
-                    + f"--shuffle --seed {seed}"
-                    * a.get("shuffle", False)
-                )
-                signal = {
-                    "proxy": graded["reward_mean"],
-                    "margin": graded["margin"],
-                    "judge_accuracy": graded["accuracy"],
-                    "length_correlation": graded["length_correlation"],
-                    "score_std": graded["score_std"],
-                    "flat_groups": graded["zero_variance_groups"],
-                }
-                judged = graded["accuracy"] if a.get("pause") else None
-                if not a.get("frozen") and (judged is None or judged <= args.pause_judge):
-                    p.learn_to_judge(index, at)
-                paused += (
-                    judged is not None and not args.pause_student <= judged <= args.pause_judge
-                )
-            elif a["reward"] == "rubric":
-                run.stage(
-                    f"rubric.py create {common} --rollouts {rollouts} --answers "
-                    f"{p.answers(index)} --m 1 --out {at}/rubrics.jsonl"
-                )
-                graded = run.stage(
-                    f"rubric.py grade {common} --rollouts {rollouts} --rubrics "
-                    f"{at}/rubrics.jsonl --out {at}/rewards.jsonl"
-                )
-            else:
-                graded = run.stage(
-                    f"rubric.py grade --grader answer {common} --rollouts {rollouts} --out "
-                    f"{at}/rewards.jsonl"
-                )
-            if judged is None or judged >= args.pause_student:
-                run.stage(
-                    f"teacher.py score --model {student} --rollouts {rollouts} --out "
-                    f"{at}/reference.jsonl"
-                )
-                p.train(
-                    "student",
-                    at / "student",
-                    f"--method gad --rollouts {rollouts} --rewards {at}/rewards.jsonl "
-                    f"--reference {at}/reference.jsonl --set "
-                    f"reference_kl={args.reference_kl} "
-                    f"--learning-rate {args.learning_rate}",
-                )
-        final = number + 1 == args.rounds
-        if final or number == 0 or (number + 1) % args.eval_every == 0:
-            measure((number + 1) * args.updates, final)
-    return row
+        return columns | super().columns(score, n, final)
 
 
-def prepare(run, args, world, seed):
-    """This seed's folder: the student, and a warm-up for every kind of discriminator."""
-    folder = spoil_student(run, args, world, seed)
-    for name, omega, imitate in (
-        ("warm", "", True),
-        ("warm-ce", "--set omega=cross-entropy", True),
-        ("warm-length", "--set view=length", True),
-        ("cold", "", False),
-    ):
-        warm_up(run, args, world, folder, seed, name, omega, imitate)
-    return folder
+def mean_length(texts):
+    return sum(map(len, texts)) / len(texts)
+
+
+STUDY = study.Study(
+    name="gad",
+    about="a discriminator as the reward",
+    settings=Settings,
+    arms=ARMS,
+    claims=CLAIMS,
+    columns=COLUMNS,
+    build=build,
+    prepare=prepare,
+    trial=Trial,
+)
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
-    add_run_flags(p, "gad")
-    p.add_argument("--rounds", type=int, default=20, help="rounds after the warm-up")
-    p.add_argument("--warm-rounds", type=int, default=4, help="rounds of warm-up")
-    p.add_argument(
-        "--judge-rounds",
-        type=int,
-        default=2,
-        help="of these, rounds in which the discriminator alone learns (paper: 10 steps)",
-    )
-    p.add_argument("--prompts", type=int, default=32, help="problems a round")
-    p.add_argument("--n", type=int, default=8, help="answers a problem")
-    p.add_argument(
-        "--updates", type=int, default=4, help="optimiser steps a round, of each of the two"
-    )
-    p.add_argument(
-        "--learning-rate", type=float, default=1e-4, help="of the student behind rewards"
-    )
-    p.add_argument("--warm-learning-rate", type=float, default=3e-4, help="of imitation")
-    p.add_argument(
-        "--judge-learning-rate", type=float, default=1e-3, help="of the discriminator"
-    )
-    p.add_argument(
-        "--reference-kl",
-        type=float,
-        default=0.001,
-        help="the leash to the student after its warm-up",
-    )
-    p.add_argument(
-        "--grad-clip",
-        type=float,
-        default=0.2,
-        help="largest gradient norm of both, as in the released scripts",
-    )
-    p.add_argument(
-        "--pause-judge",
-        type=float,
-        default=0.95,
-        help="gad-paused: the discriminator does not learn while it is right more often than "
-        "this",
-    )
-    p.add_argument(
-        "--pause-student",
-        type=float,
-        default=0.55,
-        help="gad-paused: the student does not learn while the discriminator is right less "
-        "often",
-    )
-    p.add_argument("--max-tokens", type=int, default=96, help="longest answer")
-    p.add_argument(
-        "--style-steps",
-        type=int,
-        default=300,
-        help="steps of 64 texts of one style that the teacher is made with",
-    )
-    add_world_flags(p, teacher_steps=1300)
-    add_eval_flags(p, every=5, n=2, final_n=8)
-    if not (args := parse(p, argv, CLAIMS, SMOKE)):
-        return None
-    arms = settle(args, "gad", ARMS)
-    if not 0 <= args.judge_rounds < args.warm_rounds:
-        raise records.BadInput(
-            f"--judge-rounds {args.judge_rounds}: expected fewer than --warm-rounds "
-            f"{args.warm_rounds}, in the others the student learns, too"
-        )
-    run = begin(args, "a discriminator as the reward", arms, SHARED)
-    world = build(run, args)
-    run_arms(
-        run,
-        args,
-        arms,
-        lambda seed: prepare(run, args, world, seed),
-        lambda *which: run_arm(run, args, world, *which),
-        lambda row: (
-            f"{args.eval_split} accuracy {row['accuracy']:.1%}, longer problems "
-            f"{row['ood']:.1%}, teacher's style {row['style']:.0%}, "
-            f"{row['length_mean']:.0f} tokens"
-        ),
-    )
-    return report(run, args, CLAIMS, COLUMNS)
+    return study.conduct(STUDY, __doc__, argv)
 
 
 if __name__ == "__main__":

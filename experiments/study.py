@@ -187,6 +187,11 @@ class Run:
         with contextlib.redirect_stdout(self.log):
             return importlib.import_module(module).main(argv)
 
+    def once(self, command, out, **options):
+        """A stage, unless what it writes is there."""
+        if not out.exists():
+            self.stage(command, **options, out=out)
+
     def pretrain(self, start, corpus, out, steps, rate=4e-3, seed=0, **options):
         """Trains a model of the world on `steps` batches of 64 texts, unless `out` is there."""
         if out.exists():
@@ -236,15 +241,14 @@ def build_sums(run, problems, corpus="clean", **options):
     """Problems (so many to train on; `options` of worlds.sums), corpora and two checkpoints of
     one pre-training run: the base (the student's) and, later, the teacher."""
     s, world = run.settings, run.world
-    if not (world / "toy").exists():
-        run.stage(
-            "worlds.sums",
-            out=world / "toy",
-            train_prompts=problems,
-            clean=64 * s.teacher_steps,
-            mixed=256 * s.spoil_steps,
-            **options,
-        )
+    run.once(
+        "worlds.sums",
+        world / "toy",
+        train_prompts=problems,
+        clean=64 * s.teacher_steps,
+        mixed=256 * s.spoil_steps,
+        **options,
+    )
     texts = world / "toy" / f"{corpus}.jsonl"
     common = dict(
         warmup_steps=20, schedule="linear", total_steps=s.teacher_steps, save_every=200
