@@ -33,9 +33,11 @@ def gap(arm, other, metric="accuracy"):
     return last(metric, arm, other)
 
 
-def more(text, arm, other, test="above", bound=0.0, metric="accuracy"):
-    """The Claim that an arm ends with more of a metric than another one."""
-    names = [arm, other] if metric == "accuracy" else [f"{metric}({x})" for x in (arm, other)]
+def more(text, arm, other=None, test="above", bound=0.0, metric="accuracy"):
+    """The Claim that an arm ends with more of a metric than another one, or than nothing."""
+    names = [name for name in (arm, other) if name]
+    if metric != "accuracy":
+        names = [f"{metric}({name})" for name in names]
     return Claim(text, " − ".join(names), last(metric, arm, other), test, bound)
 
 

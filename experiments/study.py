@@ -277,6 +277,8 @@ class Trial:
     A study's subclass says what a round is (`round`) and, where it has more to tell, which
     columns a result line has (`columns`)."""
 
+    keeps_rounds = True  # False: only the records of rounds that end in a result line
+
     def __init__(self, run, seed, arm, start=None, rounds=None, place=None):
         """start: the model at step 0 (default: the seed's student; of the arm `teacher`, the
         teacher).  rounds: 0 for an arm that is only measured (default: --rounds)."""
@@ -302,13 +304,15 @@ class Trial:
     def execute(self):
         """Every round, with a result line before the first and whenever one is due; returns the
         last line."""
-        self.measure(0, final=not self.rounds)
+        self.measure(self.step(0), final=not self.rounds)
         bar = dict(desc=f"seed {self.seed} {self.arm}", unit="round")
         for number in files.progress(range(self.rounds), **bar):
             self.round(number)
             done = number + 1
             if done == self.rounds or self.due(done):
                 self.measure(self.step(done), done == self.rounds)
+            elif not self.keeps_rounds:
+                shutil.rmtree(self.at(number), ignore_errors=True)
         return self.row
 
     def round(self, number):
