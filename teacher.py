@@ -32,8 +32,6 @@ unless --allow-template-mismatch says it is meant.
 Simplifications: 1. one teacher a file; 2. no sequence packing.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
@@ -390,7 +388,7 @@ def score(argv):
     server = served.Server.from_flags(args) if args.base_url else None
     floor = served_noise_floor(server, few) if server else noise_floor(policy, few)
 
-    failures, tokens, gap_sum, gap_max = [], 0, 0.0, 0.0
+    tokens, gap_sum, gap_max = 0, 0.0, 0.0
     settings = {
         "policy": resume_identity(identity),
         "top_k": args.top_k,
@@ -399,63 +397,49 @@ def score(argv):
         **({"same_token": args.same_token} if args.same_token else {}),
         **({"hint": args.hint} if args.hint else {}),
     }
-    with files.Writer(
+    lengths = dict(lengths)
+
+    def work(missing):
+        batches = token_batches(
+            [lengths[key] for key in missing], args.batch_tokens if policy else 1
+        )
+        batches = [[missing[i] for i in batch] for batch in batches]
+        if policy:
+            return map(score_keys, batches)
+        return (result for _, result in server.map(score_keys, batches))
+
+    def score_keys(keys):
+        batch = [rollouts[key] for key in keys]
+        asked = list(map(read, batch))
+        if policy:
+            given = None
+            if others:
+                given = [records.unpack(others[key]["topk"]["ids"]) for key in keys]
+            values = score_batch(policy, asked, args.top_k, given, same)
+        else:
+            values = [
+                server.score(
+                    r["prompt_ids"] + r["response_ids"], len(r["prompt_ids"]), args.top_k
+                )
+                for r in asked
+            ]
+        return [
+            score_record(r, identity, *value)
+            | ({"topk_of": proposer} if others else {})
+            | ({"context": records.fingerprint(read(r))} if context else {})
+            for r, value in zip(batch, values)
+        ]
+
+    _, failures = files.fill(
         args.out,
         "scores",
+        lengths,
+        work,
         settings,
         [args.rollouts] + [args.top_k_of] * bool(others) + [args.prompts] * bool(context),
         args.overwrite,
-    ) as writer:
-        todo = [(key, n) for key, n in lengths if key not in writer]
-        batches = [
-            [todo[i][0] for i in b]
-            for b in token_batches([n for _, n in todo], args.batch_tokens if policy else 1)
-        ]
-        with files.progress(
-            total=len(lengths), initial=len(lengths) - len(todo), desc=Path(args.out).name
-        ) as bar:
-
-            def work(keys):
-                batch = [rollouts[key] for key in keys]
-                if policy:
-                    given = (
-                        [records.unpack(others[key]["topk"]["ids"]) for key in keys]
-                        if others
-                        else None
-                    )
-                    return batch, score_batch(
-                        policy, list(map(read, batch)), args.top_k, given, same
-                    )
-                return batch, [
-                    server.score(
-                        r["prompt_ids"] + r["response_ids"], len(r["prompt_ids"]), args.top_k
-                    )
-                    for r in map(read, batch)
-                ]
-
-            for keys, result in (
-                ((keys, work(keys)) for keys in batches)
-                if policy
-                else server.map(work, batches)
-            ):
-                if isinstance(result, served.ServedFailure):
-                    failures.append(result)
-                    served.stop_if_failing(failures, len(writer.done), len(lengths), args)
-                    continue
-                writer.write(
-                    *(
-                        score_record(r, identity, *values)
-                        | ({"topk_of": proposer} if others else {})
-                        | ({"context": records.fingerprint(read(r))} if context else {})
-                        for r, values in zip(*result)
-                    )
-                )
-                bar.update(len(keys))
-    if failures:
-        print(
-            f"{args.out}: {len(failures)} of {len(lengths)} rollouts could not be scored "
-            f"(first: {failures[0]}); run the same command again for them"
-        )
+        limit=served.failure_limit(args),
+    )
 
     # log mu - log p_T on the sampled tokens: its mean estimates the reverse KL
     for record in files.read(args.out, "scores"):

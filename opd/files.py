@@ -1,4 +1,20 @@
-"""Reading, joining, appending and resuming JSONL files, and the command line of a stage."""
+"""Reads, joins, appends and resumes JSONL files; the command line of a stage.
+
+    python -m opd.files check runs/ropd/rollouts.jsonl    # validates, names the first bad line
+
+Four rules keep data safe:
+1. A reader validates every line and stops with `file:line: field: expected ..., got ...`, exit
+   code 2.
+2. A writer appends whole lines.  A killed stage, run again, drops a torn last line and makes
+   only the records that are missing.
+3. A resumed file must have been begun with the same settings, from the same inputs: the writer
+   keeps both in `FILE.run.json` and refuses a mixture.  An input may have grown since; it may
+   not have changed.
+4. Rewards, scores and weights carry the fingerprint of the rollout they belong to, so that
+   those of another round with the same ids can never be joined by mistake.
+
+Files are walked, not loaded.  A `Table` keeps about 300 bytes a record: its key and its place.
+"""
 
 import argparse
 import hashlib
@@ -7,6 +23,7 @@ import os
 import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -277,6 +294,80 @@ class Writer:
 
     def __exit__(self, *_):
         self._file.close()
+
+
+class FailureLimit(NamedTuple):
+    """How many failures a stage bears: a share of all records, or `first` of them while none
+    has succeeded."""
+
+    rate: float = 0.0
+    first: int = 1
+    advice: str = "look at what is said of the last one, then run again"
+
+
+def stop_if_failing(out, failures, done, total, limit):
+    """Raises BadInput when more failed than `limit` allows; what was written is kept."""
+    too_many = len(failures) > limit.rate * total
+    nothing_works = not done and len(failures) >= limit.first
+    if too_many or nothing_works:
+        raise BadInput(
+            f"{out}: {len(failures)} of {total} requests failed, {done} succeeded and are kept; "
+            f"more than --max-failure-rate {limit.rate} allows (last: {failures[-1]}): "
+            f"{limit.advice}"
+        )
+
+
+def fill(
+    out,
+    kind,
+    keys,
+    work,
+    settings,
+    inputs=(),
+    overwrite=False,
+    failure_of=None,
+    limit=FailureLimit(),
+):
+    """Makes the records that a file lacks; returns (records in the file, failures).
+
+    keys: the keys of all records that the file shall hold.  work(missing) gets those that it
+    does not hold yet, in order, and yields a record, a list of records (a batch), or an
+    exception in place of a record that could not be made.  Every result is appended at once,
+    in whole lines, so a killed run loses one batch.  settings and inputs: see Writer.
+
+    A failure is never turned into a value.  It is counted; more than `limit` allows stop the
+    stage, fewer are left for the next run.  failure_of(record): why a record that is written
+    all the same counts as failed (a null judgement), or None; the next run makes it again.
+
+        fill("evals.jsonl", "evals", rollouts.keys(), lambda missing: map(grade, missing), {})
+    """
+    keys = list(keys)
+    failures = []
+    with Writer(out, kind, settings, inputs, overwrite, failure_of) as writer:
+        missing = [key for key in keys if key not in writer]
+        kept = len(writer.done)
+        bar = progress(total=len(keys), initial=len(keys) - len(missing), desc=Path(out).name)
+        with bar:
+            for result in work(missing) if missing else ():
+                if isinstance(result, Exception):
+                    failures.append(result)
+                else:
+                    batch = result if isinstance(result, list) else [result]
+                    writer.write(*batch)
+                    reasons = [failure_of(record) for record in batch] if failure_of else []
+                    failed = [reason for reason in reasons if reason]
+                    failures += failed
+                    kept += len(batch) - len(failed)
+                    bar.update(len(batch))
+                if failures:
+                    stop_if_failing(out, failures, kept, len(keys), limit)
+        written = len(writer.done)
+    if failures:
+        print(
+            f"{out}: {len(failures)} of {len(keys)} {kind} failed (first: {failures[0]}); run "
+            f"the same command again for them"
+        )
+    return written, failures
 
 
 def append_whole(file, lines):

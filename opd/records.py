@@ -1,28 +1,8 @@
-"""The contract: every stage reads and writes JSONL records, and this file says what a record
-is.
+"""What a record is: stages exchange JSONL files, one object a line, UTF-8.
 
-    python -m opd.files check runs/ropd/rollouts.jsonl          # validates a file, names the
-    first bad line
-
-One JSON object a line, UTF-8.  Records of different files meet on their key: (`id`, `sample`),
-or `id` alone for prompts and rubrics.  `KINDS` below lists the fields; keys not listed there
-are welcome and left alone.
-
-Four rules keep data safe, and all of them live here:
-1. A reader validates every line and stops with `file:line: field: expected ..., got ...` (exit
-   code 2).
-2. A writer appends whole lines.  Run a killed stage again and it drops a torn last line and
-   fills in what is missing.
-3. A resumed file must have been begun with the same settings, from the same inputs: the writer
-   keeps both in
-   `FILE.run.json` and refuses a mixture.  An input may have grown since, it may not have
-   changed.
-4. Rewards and scores carry the fingerprint of the rollout they belong to, so that those of
-   another round with the
-   same ids can never be joined by mistake.
-
-Memory: files are walked, not loaded.  A `Table` keeps about 300 bytes a record (its key and its
-place in the file).
+Records of different files are joined by their key: (`id`, `sample`), or `id` alone for prompts
+and rubrics.  `KINDS` lists the fields of each kind.  Keys that are not listed pass through
+untouched.  opd/files.py reads and writes the files.
 """
 
 import base64
@@ -32,11 +12,6 @@ import math
 import sys
 
 import numpy as np
-
-try:
-    import fcntl
-except ImportError:  # Windows: no lock, two writers of one file are not noticed there
-    fcntl = None
 
 
 class BadInput(ValueError):

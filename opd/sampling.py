@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -442,42 +441,33 @@ def answer_prompts(args, kind, need_tokens):
             toolbox.form,
             toolbox.most_calls,
         ]
-    total, failures = len(prompts) * args.n, []
-    with files.Writer(args.out, kind, settings, [args.prompts], args.overwrite) as writer:
-        jobs = [
-            (p, s) for p in prompts for s in range(args.n) if (str(p["id"]), s) not in writer
-        ]
-        with files.progress(
-            total=total, initial=total - len(jobs), desc=Path(args.out).name
-        ) as bar:
-            if policy:
-                batches = generate(
-                    policy,
-                    jobs,
-                    max_tokens=args.max_tokens,
-                    temperature=args.temperature,
-                    top_p=args.top_p,
-                    seed=args.seed,
-                    batch_tokens=args.batch_tokens,
-                    toolbox=toolbox,
-                )
-            else:
-                batches = generate_served(
-                    args, jobs, identity, tokenizer if need_tokens else None
-                )
-            for batch in batches:
-                if isinstance(batch, served.ServedFailure):
-                    failures.append(batch)
-                    served.stop_if_failing(failures, len(writer.done), total, args)
-                    continue
-                writer.write(*batch)
-                bar.update(len(batch))
-        written = len(writer.done)
-    if failures:
-        print(
-            f"{args.out}: {len(failures)} of {total} answers failed at the server (first: "
-            f"{failures[0]}); run the same command again for them"
+    jobs = {(str(p["id"]), sample): (p, sample) for p in prompts for sample in range(args.n)}
+
+    def work(missing):
+        asked = [jobs[key] for key in missing]
+        if policy is None:
+            return generate_served(args, asked, identity, tokenizer if need_tokens else None)
+        return generate(
+            policy,
+            asked,
+            max_tokens=args.max_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            batch_tokens=args.batch_tokens,
+            toolbox=toolbox,
         )
+
+    written, failures = files.fill(
+        args.out,
+        kind,
+        jobs,
+        work,
+        settings,
+        [args.prompts],
+        args.overwrite,
+        limit=served.failure_limit(args),
+    )
     return {"out": args.out, "records": written, "failed": len(failures)}
 
 

@@ -31,6 +31,7 @@ import queue
 import threading
 from urllib.parse import urlsplit
 
+from opd import files
 from opd.records import BadInput
 
 # vLLM's own fields; an OpenAI server refuses them
@@ -103,19 +104,17 @@ def add_flags(parser):
     )
 
 
-def stop_if_failing(
-    failures, done, total, args, advice="look at the server's log, then run again"
-):
-    """Stops a stage in which too many requests fail: more than --max-failure-rate of all, or
-    every one of the first few."""
-    if len(failures) > args.max_failure_rate * total or (
-        not done and len(failures) >= 2 * args.concurrency
-    ):
-        raise BadInput(
-            f"{args.out}: {len(failures)} of {total} requests failed, {done} succeeded and "
-            f"are kept; more than --max-failure-rate "
-            f"{args.max_failure_rate} allows (last: {failures[-1]}): {advice}"
-        )
+SERVER_ADVICE = "look at the server's log, then run again"
+
+
+def failure_limit(args, advice=SERVER_ADVICE):
+    """How many requests may fail: a share of all, or every one of the first few."""
+    return files.FailureLimit(args.max_failure_rate, 2 * args.concurrency, advice)
+
+
+def stop_if_failing(failures, done, total, args, advice=SERVER_ADVICE):
+    """Stops a stage in which too many requests fail."""
+    files.stop_if_failing(args.out, failures, done, total, failure_limit(args, advice))
 
 
 class Server:

@@ -978,7 +978,7 @@ def test_a_disk_that_is_full_from_the_start_is_bad_input_too(tmp_path):
         "    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n    "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5, 5))\n"
     )
-    code = WRITE_MANY.replace("    with records.Writer", full + "    with records.Writer")
+    code = WRITE_MANY.replace("    with files.Writer", full + "    with files.Writer")
     stopped = python(code, tmp_path / "x.jsonl", 500, 0)
     assert stopped.returncode == 2 and "Traceback" not in stopped.stderr, stopped.stderr
     assert python(WRITE_MANY, tmp_path / "x.jsonl", 500, 0).returncode == 0
@@ -1042,9 +1042,10 @@ def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path):
 
 def check(*argv):
     return subprocess.run(
-        [sys.executable, ROOT / "opd/records.py", *map(str, argv)],
+        [sys.executable, "-m", "opd.files", *map(str, argv)],
         capture_output=True,
         text=True,
+        cwd=ROOT,
     )
 
 
@@ -1092,13 +1093,7 @@ def test_check_of_a_missing_file_and_of_another_kind(tmp_path):
     ],
 )
 def test_abbreviations_and_unknown_flags_of_check_are_refused(tmp_path, argv):
-    write_lines(tmp_path / "x", [reward(1)])
-    done = subprocess.run(
-        [sys.executable, ROOT / "opd/records.py", *argv],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    done = check(*[str(write_lines(tmp_path / "x", [reward(1)])) if a == "x" else a for a in argv])
     assert done.returncode == 2 and done.stderr.startswith("usage: "), done.stderr
 
 
