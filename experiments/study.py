@@ -293,13 +293,17 @@ class Trial:
         self.model = self.start
         self.rounds = run.settings.rounds if rounds is None else rounds
         self.place = self.folder / (place or arm)
-        shutil.rmtree(self.place, ignore_errors=True)  # an interrupted arm is begun again
-        self.place.mkdir(parents=True)
+        self.clear()
+        self.place.mkdir(parents=True, exist_ok=True)
         self.cost = {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0}
         self.signal = {}  # more columns: what the rounds since the last line showed
         self.steps = 0  # optimiser steps so far
         self.row = None
         self.began = time.time()
+
+    def clear(self):
+        """An interrupted arm is begun again."""
+        shutil.rmtree(self.place, ignore_errors=True)
 
     def execute(self):
         """Every round, with a result line before the first and whenever one is due; returns the
