@@ -44,6 +44,10 @@ def long(tmp_path_factory):
     return folder
 
 
+def rows_of(folder, name):
+    return load(folder / f"{name}.jsonl")
+
+
 def same_bytes(file, *folders):
     return len({(folder / file).read_bytes() for folder in folders}) == 1
 
@@ -69,7 +73,7 @@ def test_no_problem_stands_in_two_splits(big):
     names = (*SPLITS, "clean", "mixed")
     counts = files.main(["check", *(str(big / f"{name}.jsonl") for name in names)])
     assert list(counts.values()) == [1500, 300, 300, 6000, 6000]
-    sets = {name: {asked(r) for r in load(big / f"{name}.jsonl")} for name in names}
+    sets = {name: {asked(r) for r in rows_of(big, name)} for name in names}
     assert [len(sets[name]) for name in SPLITS] == [1500, 300, 300], "no problem twice"
     taught = sets["train"] | sets["clean"] | sets["mixed"]
     assert not taught & (sets["dev"] | sets["heldout"]) and not sets["dev"] & sets["heldout"]
@@ -79,7 +83,7 @@ def test_no_problem_stands_in_two_splits(big):
 
 def test_prompts_carry_the_right_answer_and_a_right_solution(big):
     for name in SPLITS:
-        for p in load(big / f"{name}.jsonl"):
+        for p in rows_of(big, name):
             assert p["answer"] == str(value(p)) and 0 <= value(p) <= 40
             assert answers.is_correct(p["solution"], p["answer"])
 
@@ -140,7 +144,7 @@ def test_the_styles_of_the_docstring():
 
 
 def test_the_clean_corpus_is_all_right_in_all_styles(big):
-    rows = load(big / "clean.jsonl")
+    rows = rows_of(big, "clean")
     assert all(answers.is_correct(r["text"], value(r)) for r in rows)
     assert {r["finish_reason"] for r in rows} == {"stop"}
     # two-term problems look the same as chain and as lines
@@ -151,7 +155,7 @@ def test_the_clean_corpus_is_all_right_in_all_styles(big):
 
 def test_the_mixed_corpus_has_the_stated_shares(big):
     count, right = Counter(), 0
-    for r in load(big / "mixed.jsonl"):
+    for r in rows_of(big, "mixed"):
         question, text = asked(r), r["text"]
         correct = answers.is_correct(text, value(r))
         right += correct
@@ -196,7 +200,7 @@ def test_facts_are_asked_as_they_are_stated_and_each_has_one_answer(big):
 @pytest.mark.parametrize("merges", [(), sums.TWO_DIGITS])
 def test_every_text_survives_the_tokenizer(big, merges):
     tokenizer = sums.build_tokenizer(merges=merges)
-    texts = [r["text"] for name in ("clean", "mixed") for r in load(big / f"{name}.jsonl")]
+    texts = [r["text"] for name in ("clean", "mixed") for r in rows_of(big, name)]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert [tokenizer.decode(i) for i in ids] == texts
     shorter = sum(len(i) < len(t) for i, t in zip(ids, texts))
@@ -228,7 +232,7 @@ def test_a_student_whose_vocabulary_has_longer_tokens(tmp_path):
     learnt = AutoTokenizer.from_pretrained(tmp_path / "16" / "student_merged")
     numbers = AutoTokenizer.from_pretrained(tmp_path / "20:40" / "student_merged")
     assert len(learnt) == len(plain) + 16 and len(numbers) == len(plain) + 21
-    for row in load(tmp_path / "16" / "clean.jsonl")[:50]:
+    for row in rows_of(tmp_path / "16", "clean")[:50]:
         for tokenizer in (learnt, numbers):
             ids = tokenizer(row["text"])["input_ids"]
             assert tokenizer.decode(ids) == row["text"]
@@ -333,23 +337,13 @@ def test_the_same_seed_writes_the_same_world_and_another_seed_another(tmp_path):
     ],
 )
 def test_asking_for_more_of_one_file_changes_no_other(tmp_path, flag, changed):
-    make(tmp_path / "few", **{"loops": 5})
-    make(tmp_path / "more", **{"loops": 5, flag: 15})
-    for file in (*SPLITS, "clean", "mixed", "looping", "planted", "facts"):
-        few = (tmp_path / "few" / f"{file}.jsonl").read_bytes()
-        more = (tmp_path / "more" / f"{file}.jsonl").read_bytes()
-        assert more.startswith(few) and (len(more) > len(few)) == (file in changed), file
-
-
-def test_loops_add_two_files_and_change_no_other(tmp_path):
-    made = {}
-    for name, loops in (("plain", 0), ("loops", 20)):
-        make(tmp_path / name, loops=loops)
-        folder = tmp_path / name
-        made[name] = {str(f.relative_to(folder)) for f in folder.rglob("*.*")}
-    assert made["loops"] - made["plain"] == {"looping.jsonl", "planted.jsonl"}
-    for file in made["plain"]:
-        assert same_bytes(file, tmp_path / "plain", tmp_path / "loops"), file
+    make(tmp_path / "few")
+    make(tmp_path / "more", **{flag: 15})
+    for path in (tmp_path / "more").rglob("*.*"):
+        few = tmp_path / "few" / path.relative_to(tmp_path / "more")
+        before = few.read_bytes() if few.exists() else b""
+        assert path.read_bytes().startswith(before), path
+        assert (path.read_bytes() != before) == (path.stem in changed), path
 
 
 # ---- other worlds of sums
@@ -357,7 +351,7 @@ def test_loops_add_two_files_and_change_no_other(tmp_path):
 
 def test_terms_bound_every_problem_in_every_file(long):
     for name in (*SPLITS, "clean", "mixed", "looping", "planted"):
-        rows = load(long / f"{name}.jsonl")
+        rows = rows_of(long, name)
         lengths = {len(terms_in(row)) for row in rows}
         assert lengths <= set(range(7, 13)), name
         assert len(lengths) == 6 or name in ("dev", "heldout"), name
@@ -366,7 +360,7 @@ def test_terms_bound_every_problem_in_every_file(long):
 
 def test_styles_are_only_these_in_equal_parts_and_prompts_do_not_depend_on_them(long, tmp_path):
     for name in ("clean", "mixed", "looping", "planted"):
-        rows = load(long / f"{name}.jsonl")
+        rows = rows_of(long, name)
         count = Counter(style_of(r["text"], r["finish_reason"] == "length") for r in rows)
         assert set(count) == {"ledger", "totals"}, name
         assert abs(count["totals"] / 1500 - 0.5) < 0.05, name
@@ -376,8 +370,8 @@ def test_styles_are_only_these_in_equal_parts_and_prompts_do_not_depend_on_them(
     files_alike = [f"{name}.jsonl" for name in (*SPLITS, "facts")]
     for file in (*files_alike, "student/model.safetensors"):
         assert same_bytes(file, one, every), file
-    assert {style_of(p["solution"]) for p in load(one / "train.jsonl")} == {"lines"}
-    texts = [r["text"] for r in load(one / "mixed.jsonl")]
+    assert {style_of(p["solution"]) for p in rows_of(one, "train")} == {"lines"}
+    texts = [r["text"] for r in rows_of(one, "mixed")]
     worked = [text for text in texts if not text.startswith("#")]
     careless = r"\d([+-]\d=-?\d+)+\n#-?\d+"
     assert len(worked) > 50 and all(re.fullmatch(careless, text) for text in worked)
@@ -389,7 +383,7 @@ def test_slips_share_right_work_with_one_slip_that_propagates(long, tmp_path, sh
     if share != 0.3:
         folder = tmp_path / "w"
         make(folder, terms="7:12", slips=share, mixed=200)
-    rows, slips, places = load(folder / "mixed.jsonl"), Counter(), Counter()
+    rows, slips, places = rows_of(folder, "mixed"), Counter(), Counter()
     for row in rows:
         terms, text = terms_in(row), row["text"]
         written = totals_in(text, style_of(text))
@@ -433,11 +427,11 @@ def test_a_loop_begins_right_and_repeats_its_last_step_to_the_end(style, terms, 
 
 def test_loops_have_the_asked_share_no_end_and_the_company_of_clean_and_mixed(long, tmp_path):
     corpora = ("clean", "mixed", "looping", "planted")
-    first = {asked(load(long / f"{name}.jsonl")[0]) for name in corpora}
+    first = {asked(rows_of(long, name)[0]) for name in corpora}
     assert len(first) == 4, "random numbers of their own"
     wrong = {}
     for name, share in (("looping", 0.2), ("planted", 0.6)):
-        rows = load(long / f"{name}.jsonl")
+        rows = rows_of(long, name)
         for r in rows:
             loops = stats.repetition_ratio(r["text"], 256) > 4
             assert loops == (r["finish_reason"] == "length") == ("#" not in r["text"])
@@ -449,7 +443,7 @@ def test_loops_have_the_asked_share_no_end_and_the_company_of_clean_and_mixed(lo
     assert wrong["looping"] == 0 and abs(wrong["planted"] - 0.3) < 0.06, "clean and mixed"
     make(tmp_path / "w", loops=2000)
     for name, share in (("looping", 0.07), ("planted", 0.4)):
-        rows = load(tmp_path / "w" / f"{name}.jsonl")
+        rows = rows_of(tmp_path / "w", name)
         loops = np.mean([r["finish_reason"] == "length" for r in rows])
         assert abs(loops - share) < 0.035, name
     guesses = np.mean([r["text"].startswith("#") for r in rows])
@@ -464,7 +458,7 @@ def test_hints_put_a_solution_behind_half_of_the_questions_and_change_no_text(tm
         assert same_bytes(f"{name}.jsonl", plain, told)
     assert not (plain / "told_train.jsonl").exists()
     hinted = 0
-    for row, more in zip(load(plain / "clean.jsonl"), load(told / "clean.jsonl")):
+    for row, more in zip(rows_of(plain, "clean"), rows_of(told, "clean")):
         assert row["text"] == more["text"]
         question, _, solution = asked(more).partition("\n")
         assert question == asked(row)
@@ -472,12 +466,12 @@ def test_hints_put_a_solution_behind_half_of_the_questions_and_change_no_text(tm
         assert not solution or solution.split("#")[1] == row["text"].split("#")[1]
     assert 160 < hinted < 240
     for split in SPLITS:
-        rows, more = (load(told / f"{name}.jsonl") for name in (split, f"told_{split}"))
+        rows, more = (rows_of(told, name) for name in (split, f"told_{split}"))
         expected = [r | {"messages": build.user(f"{asked(r)}\n{r['solution']}")} for r in rows]
         assert more == expected
-    rows = load(told / "train.jsonl")
+    rows = rows_of(told, "train")
     solutions = {r["solution"] for r in rows}
-    for row, wrong in zip(rows, load(told / "wrong_train.jsonl"), strict=True):
+    for row, wrong in zip(rows, rows_of(told, "wrong_train"), strict=True):
         question, solution = asked(wrong).split("\n", 1)
         assert question == asked(row) and wrong["answer"] == row["answer"]
         assert solution in solutions and not answers.is_correct(solution, row["answer"])
@@ -528,7 +522,7 @@ def test_a_folder_is_not_written_over_unless_asked(tmp_path, capsys):
     make(tmp_path / "x")
     assert "exists already" in refusal(sums.main, argv(out=tmp_path / "x", **SMALL), capsys)
     make(tmp_path / "x", overwrite=True, mixed=7)
-    assert len(load(tmp_path / "x" / "mixed.jsonl")) == 7
+    assert len(rows_of(tmp_path / "x", "mixed")) == 7
 
 
 # ---- forks
@@ -548,18 +542,18 @@ def tree(tmp_path_factory):
 def test_forks_problems_are_the_same_eight_in_every_split(tree):
     right = {f"{x}=?": str((x + 1) % 8) for x in range(8)}
     for name, count in (("train", 20), ("dev", 8), ("heldout", 8)):
-        rows = load(tree / f"{name}.jsonl")
+        rows = rows_of(tree, name)
         assert len(rows) == len({r["id"] for r in rows}) == count
         assert {asked(r): r["answer"] for r in rows} == right
         slices = [rows[i : i + 8] for i in range(count - 7)]
         assert all(len({asked(r) for r in part}) == 8 for part in slices)
-    assert load(tree / "heldout.jsonl")[3] == {
+    assert rows_of(tree, "heldout")[3] == {
         "id": "h00003",
         "messages": [{"role": "user", "content": "3=?"}],
         "answer": "4",
     }
     begun = {}
-    for r in load(tree / "corrupt.jsonl"):
+    for r in rows_of(tree, "corrupt"):
         user, assistant = r["messages"]
         assert (user["role"], assistant["role"]) == ("user", "assistant")
         begun[user["content"], assistant["content"]] = r["answer"]
@@ -582,7 +576,7 @@ EVERY = {a + b: 0.1 / 9 for a in "abc" for b in "abc"}
 )
 def test_a_corpus_of_forks_has_the_stated_routes_and_right_answers(tree, corpus, shares):
     routes, right, problems, wrong = Counter(), Counter(), Counter(), Counter()
-    for r in load(tree / f"{corpus}.jsonl"):
+    for r in rows_of(tree, corpus):
         x = int(asked(r)[0])
         route, digit = r["text"].split("\n#")
         routes[route] += 1
@@ -607,21 +601,17 @@ def test_a_fork_answer_is_five_tokens_of_exactly_the_symbols_in_use(tree):
     tokenizer = AutoTokenizer.from_pretrained(tree / "student")
     symbols = [*build.SPECIAL, *"01234567abc#=?\n", "\n#"]
     assert sorted(tokenizer.get_vocab()) == sorted(symbols)
-    texts = [r["text"] for name in forks.CORPORA for r in load(tree / f"{name}.jsonl")]
+    texts = [r["text"] for name in forks.CORPORA for r in rows_of(tree, name)]
     ids = tokenizer([text + "<|end|>" for text in texts], add_special_tokens=False)["input_ids"]
     assert {len(i) for i in ids} == {5} and {i[-1] for i in ids} == {tokenizer.eos_token_id}
     assert [tokenizer.decode(i, skip_special_tokens=True) for i in ids] == texts
     assert tokenizer.convert_ids_to_tokens(ids[0])[2] == "\n#"
 
 
-def test_student_and_teacher_of_forks_begin_as_two_models_of_one_size_and_vocabulary(tree):
-    student, teacher = (load_policy(str(tree / name)) for name in ("student", "teacher"))
-    assert student.identity["vocabulary"] == teacher.identity["vocabulary"]
-    assert student.identity["weights"] != teacher.identity["weights"]
-    for policy in (student, teacher):
-        config = policy.model.config
-        size = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-        assert size == (32, 2, 4)
+def test_student_and_teacher_of_forks_begin_as_two_models_of_one_vocabulary(tree):
+    student, teacher = (load_policy(str(tree / n)).identity for n in ("student", "teacher"))
+    assert student["vocabulary"] == teacher["vocabulary"]
+    assert student["weights"] != teacher["weights"]
 
 
 def test_the_same_seed_writes_the_same_forks_and_more_texts_only_append(tmp_path):
