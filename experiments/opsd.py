@@ -34,25 +34,35 @@ best at 3e-4, opsd (which lifts nothing at any of three rates) and rwsft at 1e-4
 sft at 1e-3.
 """
 
-import shutil
-import time
+from dataclasses import dataclass
 
-from experiments import (
-    Claim,
-    add_eval_flags,
-    add_run_flags,
-    begin,
-    gap,
-    imitate,
-    parse,
-    report,
-    run_arms,
-    say,
-    settle,
-    train_round,
+from experiments.claims import Claim, gap, more
+from experiments.study import (
+    Measured,
+    Study,
+    Trial,
+    conduct,
+    setting,
+    spoil_student,
 )
 from opd import files
 
+
+@dataclass(frozen=True)
+class Settings(Measured):
+    rounds: int = setting(20, "rounds of an arm", smoke=2)
+    n: int = setting(8, "answers a problem", smoke=2)
+    updates: int = setting(4, "optimiser steps a round", smoke=2)
+    learning_rate: float = setting(3e-4, "of all arms but sft")
+    sft_learning_rate: float = setting(1e-3, "of imitation of solutions")
+    hints: float = setting(0.5, "share of the base's texts with the solution in the question")
+    base_steps: int = setting(1300, "pre-training steps of 64 texts", smoke=4)
+    spoil_steps: int = setting(100, "steps of 64 careless texts for a student", smoke=1)
+    spoil_lr: float = setting(1e-3, "learning rate of those steps")
+    eval_every: int = setting(5, "rounds between evaluations", smoke=2)
+
+
+# prompts: what the teacher reads (default: the question with its solution)
 ARMS = {
     "before": {},
     "told": {},
@@ -64,38 +74,9 @@ ARMS = {
     "base": dict(method="opd", teacher="base"),
     "base-blank": dict(method="opd", teacher="base", prompts="train"),
     "grpo": dict(method="grpo"),
-    "rwsft": dict(method="rwsft", set="prefix=self --set omega_scale=0.2"),
+    "rwsft": dict(method="rwsft", set={"prefix": "self", "omega_scale": 0.2}),
     "sft": dict(method="sft"),
 }
-SHARED = (
-    "rounds",
-    "prompts",
-    "n",
-    "updates",
-    "learning_rate",
-    "sft_learning_rate",
-    "max_tokens",
-    "hints",
-    "base_steps",
-    "spoil_steps",
-    "spoil_lr",
-    "eval_every",
-    "eval_n",
-    "final_n",
-    "eval_split",
-)
-SMOKE = dict(
-    rounds=2,
-    prompts=4,
-    n=2,
-    updates=2,
-    max_tokens=8,
-    base_steps=4,
-    spoil_steps=1,
-    eval_every=2,
-    eval_n=1,
-    final_n=1,
-)
 COLUMNS = (
     "greedy",
     "told_accuracy",
@@ -107,57 +88,28 @@ COLUMNS = (
     "trained_tokens",
     "seconds",
 )
-
-
 CLAIMS = [
-    Claim(
-        "the student is right more often when it is told",
-        "told − before",
-        gap("told", "before"),
-    ),
-    Claim("it can teach itself (the paper's claim)", "opsd − before", gap("opsd", "before")),
-    Claim(
-        "...by what the solution adds: without one nothing is taught",
-        "opsd − blank",
-        gap("opsd", "blank"),
-    ),
-    Claim(
-        "...by the right one: another problem's teaches less",
-        "opsd − wrong",
-        gap("opsd", "wrong"),
-    ),
-    Claim("...and it does harm", "wrong − before", gap("wrong", "before"), "below"),
-    Claim(
-        "the base, told, teaches more than the student, told",
-        "base − opsd",
-        gap("base", "opsd"),
-    ),
-    Claim(
-        "...and more than the base that is not told",
-        "base − base-blank",
-        gap("base", "base-blank"),
-    ),
-    Claim(
-        "a solution teaches more as a hint than as a reward", "opsd − grpo", gap("opsd", "grpo")
-    ),
-    Claim("...than own right answers, imitated", "opsd − rwsft", gap("opsd", "rwsft")),
-    Claim("...than the solutions, imitated", "opsd − sft", gap("opsd", "sft")),
-    Claim(
-        "the whole distribution teaches more than one number a token",
-        "full − opsd",
-        gap("full", "opsd"),
-    ),
-    Claim("a teacher that learns along teaches more", "live − opsd", gap("live", "opsd")),
-    Claim("...it takes the student with it", "live − before", gap("live", "before"), "below"),
-    Claim(
+    more("the student is right more often when it is told", "told", "before"),
+    more("it can teach itself (the paper's claim)", "opsd", "before"),
+    more("...by what the solution adds: without one nothing is taught", "opsd", "blank"),
+    more("...by the right one: another problem's teaches less", "opsd", "wrong"),
+    more("...and it does harm", "wrong", "before", "below"),
+    more("the base, told, teaches more than the student, told", "base", "opsd"),
+    more("...and more than the base that is not told", "base", "base-blank"),
+    more("a solution teaches more as a hint than as a reward", "opsd", "grpo"),
+    more("...than own right answers, imitated", "opsd", "rwsft"),
+    more("...than the solutions, imitated", "opsd", "sft"),
+    more("the whole distribution teaches more than one number a token", "full", "opsd"),
+    more("a teacher that learns along teaches more", "live", "opsd"),
+    more("...it takes the student with it", "live", "before", "below"),
+    more(
         "the student comes to use a solution less well, too",
-        "told_accuracy(opsd) − told_accuracy(before)",
-        gap("opsd", "before", "told_accuracy"),
+        "opsd",
+        "before",
         "below",
+        metric="told_accuracy",
     ),
-    Claim(
-        "it does not pass what it does when told", "opsd − told", gap("opsd", "told"), "below"
-    ),
+    more("it does not pass what it does when told", "opsd", "told", "below"),
     Claim(
         "answers grow shorter",
         "length(opsd) − length(before)",
@@ -167,190 +119,104 @@ CLAIMS = [
 ]
 
 
-def build(run, args):
+def build(run):
     """Problems with their solutions, and the base that every seed's student is made from."""
-    world = run.out / "world"
-    if not (world / "toy").exists():
+    s = run.settings
+    toy = run.world / "toy"
+    if not toy.exists():
         run.stage(
-            f"worlds.sums --out {world}/toy --train-prompts {args.prompts * args.rounds} "
-            f"--hints "
-            f"{args.hints} --clean {64 * args.base_steps} --mixed "
-            f"{256 * args.spoil_steps}"
+            "worlds.sums",
+            out=toy,
+            train_prompts=s.prompts * s.rounds,
+            hints=s.hints,
+            clean=64 * s.base_steps,
+            mixed=256 * s.spoil_steps,
         )
-    if not (world / "base").exists():
-        say(f"pre-training the base: {args.base_steps} steps of 64 texts")
-    imitate(
-        run,
-        world / "toy" / "student",
-        world / "toy" / "clean.jsonl",
-        args.base_steps,
-        4e-3,
-        0,
-        world / "base",
-        "--warmup-steps 20 --schedule linear --save-every 200",
-    )
-    return world
+    schedule = dict(warmup_steps=20, schedule="linear", save_every=200)
+    clean = toy / "clean.jsonl"
+    run.pretrain(toy / "student", clean, run.world / "base", s.base_steps, **schedule)
 
 
-def prepare(run, args, world, seed):
-    folder = run.out / f"seed{seed}"
-    imitate(
-        run,
-        world / "base",
-        world / "toy" / "mixed.jsonl",
-        args.spoil_steps,
-        args.spoil_lr,
-        seed,
-        folder / "student",
-        "--fresh-optimizer",
-    )
-    return folder
+class OpsdTrial(Trial):
+    def __init__(self, run, seed, arm):
+        self.how = ARMS[arm]
+        self.method = self.how.get("method")
+        rounds = {None: 0, "sft": 1}.get(self.method)
+        super().__init__(run, seed, arm, rounds=rounds)
 
+    def step(self, done):
+        return self.steps
 
-def run_arm(run, args, world, folder, seed, arm):
-    """One arm of one seed; appends a result line at every evaluation.  Returns the last one."""
-    a, place = ARMS[arm], folder / arm
-    shutil.rmtree(place, ignore_errors=True)  # an interrupted arm is begun again
-    place.mkdir(parents=True)
-    method, toy = a.get("method"), world / "toy"
-    model = student = folder / "student"
-    row, signal, started = None, {}, time.time()
-    cost = {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0}
+    def told(self):
+        """The problems that an arm is measured on, with their solutions."""
+        return self.toy / f"told_{self.settings.eval_split}.jsonl"
 
-    def measure(step, final):
-        nonlocal row
-        spent = round(time.time() - started, 2)
+    def problems(self):
+        return self.told() if self.arm == "told" else super().problems()
 
-        def evaluate(n, prompts=args.eval_split, more=""):
-            return run.stage(
-                f"eval.py --model {model} --prompts {toy}/{prompts}.jsonl --n {n} "
-                f"--max-tokens {args.max_tokens} --seed {2 * 10**6 + seed} --out "
-                f"{place}/eval.jsonl --overwrite {more}"
-            )
-
-        n = args.final_n if final else args.eval_n
-        score = evaluate(n, *[f"told_{args.eval_split}"] * (arm == "told"))
-        row = {
-            "arm": arm,
-            "seed": seed,
-            "step": step,
-            "final": final,
-            "accuracy": score["accuracy"],
-            "samples": n,
-            "length_mean": score["length_mean"],
-            "truncated": score["truncated_fraction"],
-            **signal,
-            **cost,
-            "seconds": spent,
-        }
+    def columns(self, score, n, final):
+        columns = {"samples": n}
         if final:
-            row |= {
-                "greedy": evaluate(1, more="--temperature 0")["accuracy"],
-                "told_accuracy": evaluate(1, f"told_{args.eval_split}")["accuracy"],
-            }
-        run.result(args, row)
+            greedy = self.evaluate(super().problems(), 1, temperature=0)
+            columns["greedy"] = greedy["accuracy"]
+            columns["told_accuracy"] = self.evaluate(self.told(), 1)["accuracy"]
+        return columns
 
-    measure(0, not method)
-    if not method:
-        return row
-    # as many walks over the problems' solutions as the others have answers to a problem, in as
-    # many steps
-    if method == "sft":
-        done = run.stage(
-            f"train.py --method sft --model {model} --rollouts {toy}/train.jsonl --out "
-            f"{place}/model --batch-size {args.prompts // args.updates * args.n} "
-            f"--epochs {args.n} "
-            f"--learning-rate {args.sft_learning_rate} --seed {seed} --fresh-optimizer"
-        )
-        cost["trained_tokens"], model = done["trained_tokens"], place / "model"
-        measure(done["steps"], True)
-        return row
-    for number in files.progress(range(args.rounds), desc=f"seed {seed} {arm}", unit="round"):
-        at = place / f"round{number}"
-        rollouts = f"{at}/rollouts.jsonl"
-        cost["generated_tokens"] += run.stage(
-            f"rollout.py --model {model} --prompts {toy}/train.jsonl --slice "
-            f"{number * args.prompts}:{(number + 1) * args.prompts} --n {args.n} "
-            f"--max-tokens {args.max_tokens} --seed {seed * 1000 + number} --out {rollouts}"
-        )["generated_tokens"]
-        if method in ("opd", "opd-full"):
-            teacher = (
-                model if a.get("live") else world / a["teacher"] if "teacher" in a else student
+    def teacher_of_the_moment(self):
+        if self.how.get("live"):
+            return self.model
+        return self.run.world / "base" if "teacher" in self.how else self.start
+
+    def round(self, number):
+        if self.method == "sft":
+            return self.imitate_solutions()
+        rollouts = self.rollout(number)
+        out = self.at(number) / "model"
+        options = {"set": self.how.get("set")}
+        if self.method.startswith("opd"):
+            scores, scored = self.score(
+                self.teacher_of_the_moment(),
+                rollouts,
+                "scores",
+                prompts=self.toy / f"{self.how.get('prompts', 'told_train')}.jsonl",
+                top_k=1000 if self.method == "opd-full" else None,
             )
-            scored = run.stage(
-                f"teacher.py score --model {teacher} --rollouts {rollouts} --prompts "
-                f"{toy}/{a.get('prompts', 'told_train')}.jsonl --out "
-                f"{at}/scores.jsonl" + " --top-k 1000" * (method == "opd-full")
-            )
-            cost["teacher_tokens"] += scored["teacher_tokens"]
-            signal["kl"], flags = scored["kl_mean"], f"--scores {at}/scores.jsonl"
+            self.cost["teacher_tokens"] += scored["teacher_tokens"]
+            self.signal["kl"] = scored["kl_mean"]
+            options["scores"] = scores
         else:
-            run.stage(
-                f"rubric.py grade --grader answer --prompts {toy}/train.jsonl --rollouts "
-                f"{rollouts} --out {at}/rewards.jsonl"
-            )
-            flags = f"--rewards {at}/rewards.jsonl"
-        model, done = train_round(
-            run,
-            args,
-            method,
-            model,
-            student,
-            at,
-            seed,
-            args.learning_rate,
-            flags + (f" --set {a['set']}" if "set" in a else ""),
-            first=number == 0,
+            options["rewards"], _ = self.grade(rollouts, grader="answer")
+        self.train(self.method, rollouts, out, self.settings.learning_rate, **options)
+
+    def imitate_solutions(self):
+        """As many walks over the solutions as the others have answers to a problem, in
+        as many steps."""
+        s = self.settings
+        self.train(
+            "sft",
+            self.toy / "train.jsonl",
+            self.place / "model",
+            s.sft_learning_rate,
+            batch_size=s.prompts // s.updates * s.n,
+            epochs=s.n,
         )
-        cost["trained_tokens"] += done["trained_tokens"]
-        if number + 1 == args.rounds or (number + 1) % args.eval_every == 0:
-            measure((number + 1) * args.updates, number + 1 == args.rounds)
-    return row
+
+
+STUDY = Study(
+    "opsd",
+    "a teacher that is the student, told the solution",
+    Settings,
+    ARMS,
+    CLAIMS,
+    COLUMNS,
+    build,
+    spoil_student,
+    OpsdTrial,
+)
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
-    add_run_flags(p, "opsd")
-    p.add_argument("--rounds", type=int, default=20, help="rounds of an arm")
-    p.add_argument("--prompts", type=int, default=32, help="problems a round")
-    p.add_argument("--n", type=int, default=8, help="answers a problem")
-    p.add_argument("--updates", type=int, default=4, help="optimiser steps a round")
-    p.add_argument("--learning-rate", type=float, default=3e-4, help="of all arms but sft")
-    p.add_argument(
-        "--sft-learning-rate", type=float, default=1e-3, help="of imitation of solutions"
-    )
-    p.add_argument("--max-tokens", type=int, default=64, help="longest answer")
-    p.add_argument(
-        "--hints",
-        type=float,
-        default=0.5,
-        help="share of the base's texts that answer a question with its solution behind it",
-    )
-    p.add_argument(
-        "--base-steps", type=int, default=1300, help="pre-training steps of 64 texts"
-    )
-    p.add_argument(
-        "--spoil-steps", type=int, default=100, help="steps of 64 careless texts for a student"
-    )
-    p.add_argument("--spoil-lr", type=float, default=1e-3, help="learning rate of those steps")
-    add_eval_flags(p, every=5, n=2, final_n=8)
-    if not (args := parse(p, argv, CLAIMS, SMOKE)):
-        return None
-    arms = settle(args, "opsd", ARMS)
-    run = begin(args, "a teacher that is the student, told the solution", arms, SHARED)
-    world = build(run, args)
-    run_arms(
-        run,
-        args,
-        arms,
-        lambda seed: prepare(run, args, world, seed),
-        lambda *which: run_arm(run, args, world, *which),
-        lambda row: (
-            f"{args.eval_split} accuracy {row['accuracy']:.1%}, told "
-            f"{row['told_accuracy']:.1%}, {row['length_mean']:.0f} tokens an answer"
-        ),
-    )
-    return report(run, args, CLAIMS, COLUMNS)
+    return conduct(STUDY, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -38,69 +38,49 @@ prefix cannot be resolved here.  The learning rate was chosen on dev with `full`
 (results/prefix_dev_lr*.jsonl: of 1e-4, 3e-4 and 1e-3 the first).
 """
 
-import shutil
-import time
+from dataclasses import dataclass
 
-from experiments import (
-    Claim,
-    add_eval_flags,
-    add_run_flags,
-    begin,
-    gap,
-    last,
-    parse,
-    report,
-    run_arms,
-    settle,
+from experiments.claims import Claim, last, more
+from experiments.study import (
+    Measured,
+    Study,
+    Trial,
+    World,
+    build_sums,
+    conduct,
+    setting,
+    spoil_student,
 )
-from experiments import add_world_flags, build_world, spoil_student
 from opd import files
 
+
+@dataclass(frozen=True)
+class Settings(World, Measured):
+    prompts: int = setting(128, "problems a round, one answer each", smoke=8)
+    updates: int = setting(2, "optimiser steps a round", smoke=2)
+    learning_rate: float = setting(1e-4, "of every arm")
+    slips: float = setting(0.33, "share of texts with a slip in what spoils the student")
+    max_tokens: int = setting(112, "longest answer", smoke=24)
+    teacher_steps: int = 2000
+    null_prompts: int = setting(1000, "rollouts of stage 0", smoke=8)
+
+
 FIXED = (8, 16, 32, 48)
+# flags of methods.prefix weigh; {} for plain distillation, None for what is only measured
 ARMS = {
     "before": None,
-    "full": "",
-    "release": "--rule release",
-    "release-guard": "--rule release --guard",
-    "no-rescale": "--rule release --no-rescale",
-    "boost": "--rule boost",
-    "shuffled": "--rule shuffled",
-    **{f"fixed{n}": f"--rule fixed --tokens {n}" for n in FIXED},
-    "suffix": "--rule suffix",
-    "spread": "--rule release --signal spread",
-    "full-lr2": "",
+    "full": {},
+    "release": dict(rule="release"),
+    "release-guard": dict(rule="release", guard=True),
+    "no-rescale": dict(rule="release", no_rescale=True),
+    "boost": dict(rule="boost"),
+    "shuffled": dict(rule="shuffled"),
+    **{f"fixed{n}": dict(rule="fixed", tokens=n) for n in FIXED},
+    "suffix": dict(rule="suffix"),
+    "spread": dict(rule="release", signal="spread"),
+    "full-lr2": {},
     "teacher": None,
-}  # arm -> flags of methods.prefix weigh; "" for plain distillation
-SHARED = (
-    "rounds",
-    "prompts",
-    "updates",
-    "learning_rate",
-    "slips",
-    "max_tokens",
-    "base_steps",
-    "teacher_steps",
-    "spoil_steps",
-    "spoil_lr",
-    "null_prompts",
-    "eval_every",
-    "eval_n",
-    "final_n",
-    "eval_split",
-)
-SMOKE = dict(
-    rounds=1,
-    prompts=8,
-    updates=2,
-    base_steps=2,
-    teacher_steps=4,
-    spoil_steps=2,
-    null_prompts=8,
-    eval_every=1,
-    eval_n=1,
-    final_n=1,
-    max_tokens=24,
-)
+}
 COLUMNS = (
     "greedy",
     "dev_accuracy",
@@ -114,264 +94,182 @@ COLUMNS = (
 )
 
 
-def best_fixed(arms):
-    """Held-out accuracy of the fixed prefix that is best on dev."""
-    return max((arms[f"fixed{n}"][-1] for n in FIXED), key=lambda row: row["dev_accuracy"])[
-        "accuracy"
-    ]
+def release_against_fixed(arms):
+    """Held-out accuracy of release, above that of the fixed prefix that is best on dev."""
+    fixed = [arms[f"fixed{n}"][-1] for n in FIXED]
+    best = max(fixed, key=lambda row: row["dev_accuracy"])
+    return arms["release"][-1]["accuracy"] - best["accuracy"]
+
+
+def stage0(one, other):
+    """value of a Claim: the difference of two numbers that `before` was found to have."""
+    return lambda arms: arms["before"][-1][one] - arms["before"][-1][other]
 
 
 CLAIMS = [
     Claim(
         "0: the detector cuts more rollouts than shuffled runs of their blocks",
         "cut rate − block-shuffled null",
-        lambda a: a["before"][-1]["null_real"] - a["before"][-1]["null_block_shuffled"],
+        stage0("null_real", "null_block_shuffled"),
     ),
     Claim(
         "0: ...than blocks in random order",
         "cut rate − permuted null",
-        lambda a: a["before"][-1]["null_real"] - a["before"][-1]["null_permuted"],
+        stage0("null_real", "null_permuted"),
     ),
     Claim(
         "0: the same with the guards, block-shuffled",
         "guarded cut rate − null",
-        lambda a: a["before"][-1]["guarded_real"] - a["before"][-1]["guarded_block_shuffled"],
+        stage0("guarded_real", "guarded_block_shuffled"),
     ),
     Claim(
         "0: cuts come at or after the first slip more often than shuffled cuts",
         "share − shuffled share",
         last("slip_difference", "before"),
     ),
-    Claim("1: release beats full supervision", "release − full", gap("release", "full")),
-    Claim("1: release beats shuffled cuts", "release − shuffled", gap("release", "shuffled")),
-    Claim(
-        "1: the suffix alone is worse than everything",
-        "suffix − full",
-        gap("suffix", "full"),
-        "below",
-    ),
-    Claim(
-        "1: ...and than the prefix alone", "suffix − release", gap("suffix", "release"), "below"
-    ),
+    more("1: release beats full supervision", "release", "full"),
+    more("1: release beats shuffled cuts", "release", "shuffled"),
+    more("1: the suffix alone is worse than everything", "suffix", "full", "below"),
+    more("1: ...and than the prefix alone", "suffix", "release", "below"),
     Claim(
         "1: release is like the fixed prefix that is best on dev",
         "release − best fixed",
-        lambda a: a["release"][-1]["accuracy"] - best_fixed(a),
+        release_against_fixed,
         "within",
         0.03,
     ),
-    Claim(
-        "1: release beats the cut by the spread of the advantage",
-        "release − spread",
-        gap("release", "spread"),
-    ),
-    Claim(
-        "mechanism: the cut helps without the larger step",
-        "no-rescale − full",
-        gap("no-rescale", "full"),
-    ),
-    Claim(
+    more("1: release beats the cut by the spread of the advantage", "release", "spread"),
+    more("mechanism: the cut helps without the larger step", "no-rescale", "full"),
+    more(
         "mechanism: the larger step on the prefix does not help without the cut",
-        "boost − full",
-        gap("boost", "full"),
+        "boost",
+        "full",
         "below",
     ),
-    Claim(
-        "mechanism: release beats the larger step without the cut",
-        "release − boost",
-        gap("release", "boost"),
-    ),
-    Claim(
+    more("mechanism: release beats the larger step without the cut", "release", "boost"),
+    more(
         "mechanism: full supervision with twice the learning rate is no better than release",
-        "full-lr2 − release",
-        gap("full-lr2", "release"),
+        "full-lr2",
+        "release",
         "below",
     ),
-    Claim(
-        "guards against false cuts help",
-        "release-guard − release",
-        gap("release-guard", "release"),
-    ),
-    Claim(
+    more("guards against false cuts help", "release-guard", "release"),
+    more(
         "what release no longer teaches is when to stop: answers are cut more often",
-        "truncated(release) − truncated(full)",
-        last("truncated", "release", "full"),
+        "release",
+        "full",
+        metric="truncated",
     ),
 ]
 
 
-def run_arm(run, args, world, folder, seed, arm):
-    """One arm of one seed; appends a result line at every evaluation.  Returns the last one."""
-    rule, place = ARMS[arm], folder / arm
-    shutil.rmtree(place, ignore_errors=True)  # an interrupted arm is begun again
-    place.mkdir(parents=True)
-    model, row, cost, started = (
-        world / "teacher" if arm == "teacher" else folder / "student",
-        None,
-        {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0},
-        time.time(),
-    )
-    cuts, rate = {}, args.learning_rate * (2 if arm == "full-lr2" else 1)
+def build(run):
+    s = run.settings
+    problems = max(s.rounds * s.prompts, s.null_prompts)
+    build_sums(run, problems, terms="8:12", styles="ledger", slips=s.slips)
 
-    def measure(step, final, more=None):
-        nonlocal row
-        spent = round(time.time() - started, 2)
 
-        def evaluate(split, n, flags=""):
-            return run.stage(
-                f"eval.py --model {model} --prompts {world}/toy/{split}.jsonl --n {n} "
-                f"--max-tokens {args.max_tokens} --seed {2 * 10**6 + seed} --out "
-                f"{place}/eval.jsonl --overwrite {flags}"
-            )
+class PrefixTrial(Trial):
+    def __init__(self, run, seed, arm):
+        self.rule = ARMS[arm]
+        self.cuts = {}  # column -> its values, one a round
+        super().__init__(run, seed, arm, rounds=0 if self.rule is None else None)
 
-        n = args.final_n if final else args.eval_n
-        score = evaluate(args.eval_split, n)
-        row = {
-            "arm": arm,
-            "seed": seed,
-            "step": step,
-            "final": final,
-            "accuracy": score["accuracy"],
-            "samples": n,
-            "length_mean": score["length_mean"],
-            "truncated": score["truncated_fraction"],
-            **cost,
-            "seconds": spent,
-            **{name: sum(values) / len(values) for name, values in cuts.items()},
-            **(more or {}),
-        }
+    def execute(self):
+        if self.arm == "before":
+            self.signal = self.stage0()
+        return super().execute()
+
+    def columns(self, score, n, final):
+        columns = {"samples": n}
         if final:
-            row |= {
-                "dev_accuracy": evaluate("dev", n)["accuracy"],
-                "greedy": evaluate(args.eval_split, 1, "--temperature 0")["accuracy"],
-            }
-        run.result(args, row)
+            columns["dev_accuracy"] = self.evaluate(self.toy / "dev.jsonl", n)["accuracy"]
+            greedy = self.evaluate(self.problems(), 1, temperature=0)
+            columns["greedy"] = greedy["accuracy"]
+        return columns
 
-    def sample(number, part):
-        """Folder with rollouts of the model of the moment, its likeliest tokens where a cut is
-        looked for, and what the teacher thinks of them."""
-        at = place / f"round{number}"
-        done = run.stage(
-            f"rollout.py --model {model} --prompts {world}/toy/train.jsonl --slice {part} "
-            f"--n 1 --max-tokens {args.max_tokens} --seed {seed * 1000 + number} "
-            f"--out {at}/rollouts.jsonl"
+    def teach(self, rollouts, contrast):
+        """The teacher's scores; contrast: also of the model's likeliest tokens, where a cut is
+        looked for."""
+        own = None
+        if contrast:
+            own, _ = self.score(self.model, rollouts, "own", top_k=4)
+        scores, done = self.score(self.teacher, rollouts, "scores", top_k_of=own)
+        self.cost["teacher_tokens"] += done["teacher_tokens"]
+        return scores
+
+    def stage0(self):
+        """What the detector finds in the student's rollouts, and in the same series in random
+        order."""
+        rollouts = self.rollout(0, slice=f":{self.settings.null_prompts}")
+        null = self.run.stage(
+            "experiments.prefix_null",
+            rollouts=rollouts,
+            scores=self.teach(rollouts, contrast=True),
+            model=self.model,
+            prompts=self.toy / "train.jsonl",
+            seed=self.seed,
+            out=self.at(0) / "null.json",
+            plot=self.at(0) / "null.png",
         )
-        cost["generated_tokens"] += done["generated_tokens"]
-        own = ""
-        if rule is None or (rule and "fixed" not in rule):
-            run.stage(
-                f"teacher.py score --model {model} --rollouts {at}/rollouts.jsonl --top-k 4 "
-                f"--out {at}/own.jsonl"
-            )
-            own = f"--top-k-of {at}/own.jsonl"
-        cost["teacher_tokens"] += run.stage(
-            f"teacher.py score --model {world}/teacher --rollouts {at}/rollouts.jsonl {own} "
-            f"--out {at}/scores.jsonl"
-        )["teacher_tokens"]
-        return at
-
-    if rule is None:
         found = {}
-        if arm == "before":
-            at = sample(0, f":{args.null_prompts}")
-            null = run.stage(
-                f"experiments.prefix_null --rollouts {at}/rollouts.jsonl --scores "
-                f"{at}/scores.jsonl "
-                f"--model {model} --prompts {world}/toy/train.jsonl --seed {seed} "
-                f"--out {at}/null.json --plot {at}/null.png"
-            )
-            found = {
-                f"{name}_{kind}": null["detector"][rule][kind]["cut_rate"]
-                for name, rule in (("null", "faithful"), ("guarded", "guarded"))
-                for kind in ("real", "permuted", "block_shuffled")
-            }
-            found |= {
-                "slip_difference": null["slip"]["faithful"]["difference"] or 0.0,
-                "slip_share": null["slip"]["faithful"]["real"],
-                "strong": null["detector"]["faithful"]["real"]["strong"],
-                "strong_block_shuffled": null["detector"]["faithful"]["block_shuffled"][
-                    "strong"
-                ],
-                "position": null["detector"]["faithful"]["real"]["position_tokens"],
-                "slips": null["slip"]["faithful"]["slips"] / null["rollouts"],
-            }
-        measure(0, True, found)
-        return row
-    measure(0, False)
-    step = 0
-    for number in files.progress(range(args.rounds), desc=f"seed {seed} {arm}", unit="round"):
-        at, method = (
-            sample(number, f"{number * args.prompts}:{(number + 1) * args.prompts}"),
-            "--method opd",
+        for name, rule in (("null", "faithful"), ("guarded", "guarded")):
+            for kind in ("real", "permuted", "block_shuffled"):
+                found[f"{name}_{kind}"] = null["detector"][rule][kind]["cut_rate"]
+        faithful = null["detector"]["faithful"]
+        slip = null["slip"]["faithful"]
+        return found | {
+            "slip_difference": slip["difference"] or 0.0,
+            "slip_share": slip["real"],
+            "strong": faithful["real"]["strong"],
+            "strong_block_shuffled": faithful["block_shuffled"]["strong"],
+            "position": faithful["real"]["position_tokens"],
+            "slips": slip["slips"] / null["rollouts"],
+        }
+
+    def round(self, number):
+        rollouts = self.rollout(number)
+        detects = bool(self.rule) and self.rule["rule"] != "fixed"
+        scores = self.teach(rollouts, contrast=detects)
+        options = {"scores": scores}
+        if self.rule:
+            options["token_weights"] = self.weigh(number, rollouts, scores, detects)
+        rate = self.settings.learning_rate * (2 if self.arm == "full-lr2" else 1)
+        method = "release" if self.rule else "opd"
+        self.train(method, rollouts, self.place / f"model{number}", rate, **options)
+
+    def weigh(self, number, rollouts, scores, detects):
+        """Token weights by the arm's rule."""
+        out = self.at(number) / "weights.jsonl"
+        series = dict(scores=scores, model=self.model) if detects else {}
+        if self.arm == "shuffled":
+            series["seed"] = number
+        done = self.run.stage(
+            "methods.prefix weigh", **self.rule, rollouts=rollouts, **series, out=out
         )
-        if rule:
-            series = "" if "fixed" in rule else f"--scores {at}/scores.jsonl --model {model}"
-            deal = f"--seed {number}" if "shuffled" in rule else ""
-            done = run.stage(
-                f"methods.prefix weigh {rule} --rollouts {at}/rollouts.jsonl {series} {deal} "
-                f"--out "
-                f"{at}/weights.jsonl"
-            )
-            for name in ("cut_rate", "kept_median", "scale_mean", "scale_max"):
-                if done[name] is not None:
-                    cuts.setdefault(name, []).append(done[name])
-            method = f"--method release --token-weights {at}/weights.jsonl"
-        out, fresh = place / f"model{number}", "--fresh-optimizer" if number == 0 else ""
-        done = run.stage(
-            f"train.py {method} --model {model} --rollouts {at}/rollouts.jsonl --scores "
-            f"{at}/scores.jsonl --out {out} --batch-size "
-            f"{args.prompts // args.updates} --learning-rate {rate} "
-            f"--seed {seed} {fresh}"
-        )
-        cost["trained_tokens"] += done["trained_tokens"]
-        if number:
-            shutil.rmtree(model)  # the round before; rollouts stay for reading
-        model, step = out, step + done["steps"]
-        if number + 1 < args.rounds and (number + 1) % args.eval_every == 0:
-            measure(step, False)
-    measure(step, True)
-    return row
+        for name in ("cut_rate", "kept_median", "scale_mean", "scale_max"):
+            if done[name] is not None:
+                values = self.cuts.setdefault(name, [])
+                values.append(done[name])
+                self.signal[name] = sum(values) / len(values)
+        return out
+
+
+STUDY = Study(
+    "prefix",
+    "prefix supervision on long running sums",
+    Settings,
+    ARMS,
+    CLAIMS,
+    COLUMNS,
+    build,
+    spoil_student,
+    PrefixTrial,
+)
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
-    add_run_flags(p, "prefix")
-    p.add_argument("--rounds", type=int, default=20, help="rounds an arm")
-    p.add_argument("--prompts", type=int, default=128, help="problems a round, one answer each")
-    p.add_argument("--updates", type=int, default=2, help="optimiser steps a round")
-    p.add_argument("--learning-rate", type=float, default=1e-4, help="of every arm")
-    p.add_argument(
-        "--slips",
-        type=float,
-        default=0.33,
-        help="share of texts with a slip in what spoils the student",
-    )
-    p.add_argument("--max-tokens", type=int, default=112, help="longest answer")
-    add_world_flags(p, teacher_steps=2000)
-    p.add_argument("--null-prompts", type=int, default=1000, help="rollouts of stage 0")
-    add_eval_flags(p, every=5, n=2, final_n=8)
-    if not (args := parse(p, argv, CLAIMS, SMOKE)):
-        return None
-    arms = settle(args, "prefix", ARMS)
-    run = begin(args, "prefix supervision on long running sums", arms, SHARED)
-    world = build_world(
-        run,
-        args,
-        max(args.rounds * args.prompts, args.null_prompts),
-        f"--terms 8:12 --styles ledger --slips {args.slips}",
-    )
-    run_arms(
-        run,
-        args,
-        arms,
-        lambda seed: spoil_student(run, args, world, seed),
-        lambda *which: run_arm(run, args, world, *which),
-        lambda row: (
-            f"{args.eval_split} accuracy {row['accuracy']:.1%}, greedy {row['greedy']:.1%}, "
-            f"cut in {row['truncated']:.1%}"
-        ),
-    )
-    return report(run, args, CLAIMS, COLUMNS)
+    return conduct(STUDY, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -43,89 +43,69 @@ at 3e-5, sft at 3e-4.  Bits a byte of the teacher's texts and the angle between 
 one-token units and spans, two diagnostics of the literature, are not built.
 """
 
-import shutil
-import time
+from dataclasses import dataclass
 
-from experiments import (
-    Claim,
-    add_eval_flags,
-    add_run_flags,
-    begin,
-    gap,
-    imitate,
-    last,
-    parse,
-    report,
-    run_arms,
-    say,
-    settle,
-    train_round,
-)
+from experiments.claims import Claim, gap, more
+from experiments.study import Measured, Study, Trial, conduct, setting
 from opd import files
 
+
+@dataclass(frozen=True)
+class Settings(Measured):
+    rounds: int = setting(20, "rounds of an arm", smoke=2)
+    prompts: int = setting(128, "problems a round, one answer each", smoke=4)
+    updates: int = setting(4, "optimiser steps a round", smoke=2)
+    learning_rate: float = setting(1e-4, "of distillation")
+    sft_learning_rate: float = setting(3e-4, "of imitation of the teacher's texts")
+    right: float = setting(0.5, "share of right work in the text of mixed quality")
+    base_steps: int = setting(600, "steps of 64 right texts of every student", smoke=2)
+    teacher_steps: int = setting(1300, "of the teacher", smoke=4)
+    spoil_steps: int = setting(100, "steps of 64 texts of mixed quality", smoke=1)
+    spoil_lr: float = setting(1e-3, "learning rate of those steps")
+    eval_every: int = setting(5, "rounds between evaluations", smoke=2)
+
+
+# --student-merges of worlds.sums
 VOCABULARIES = {"m16": "16", "m64": "64", "m4": "4", "m1": "1", "d20": "20:40", "m0": None}
 MAIN = "m16"
+# top: only the student's likeliest tokens; regroup: flags of experiments.simct_regroup
 VARIANTS = {
+    "before": {},
     "sft": dict(method="seqkd"),
     "simple": dict(method="simple-opd"),
     "top16": dict(method="simple-opd", top=16),
     "simct": dict(method="simct"),
-    "masked": dict(method="simct", set="prefixes=drop"),
-    "sum": dict(method="simct", set="span=sum"),
-    "logit": dict(method="simct", set="span=logit"),
-    "masked-sum": dict(method="simct", set="prefixes=drop --set span=sum"),
+    "masked": dict(method="simct", set=dict(prefixes="drop")),
+    "sum": dict(method="simct", set=dict(span="sum")),
+    "logit": dict(method="simct", set=dict(span="logit")),
+    "masked-sum": dict(method="simct", set=dict(prefixes="drop", span="sum")),
     "simple-slow": dict(method="simple-opd", slow=True),
     "simct-slow": dict(method="simct", slow=True),
     "dpca": dict(method="opd"),
-    "uld": dict(method="uld", sorted=True),
-    "drop25": dict(method="simct", regroup="--drop-spans 0.25"),
-    "drop50": dict(method="simct", regroup="--drop-spans 0.5"),
-    "drop75": dict(method="simct", regroup="--drop-spans 0.75"),
-    "coarse30": dict(method="simct", regroup="--coarsen 0.3"),
-    "coarse70": dict(method="simct", regroup="--coarsen 0.7"),
-    "shuffled": dict(method="simct", regroup="--shuffle-spans"),
+    "uld": dict(method="uld"),
+    "drop25": dict(method="simct", regroup=dict(drop_spans=0.25)),
+    "drop50": dict(method="simct", regroup=dict(drop_spans=0.5)),
+    "drop75": dict(method="simct", regroup=dict(drop_spans=0.75)),
+    "coarse30": dict(method="simct", regroup=dict(coarsen=0.3)),
+    "coarse70": dict(method="simct", regroup=dict(coarsen=0.7)),
+    "shuffled": dict(method="simct", regroup=dict(shuffle_spans=True)),
 }
-ARMS = {
-    "before": dict(vocabulary=MAIN),
-    "teacher": dict(vocabulary="m0"),
-    **{name: dict(how, vocabulary=MAIN) for name, how in VARIANTS.items()},
-    **{
-        f"{v}-{name}": dict(VARIANTS.get(name, {}), vocabulary=v)
-        for v in VOCABULARIES
-        if v != MAIN
-        for name in ("before", "simple", "simct", "masked")
-    },
-    "m0-opd": dict(vocabulary="m0", method="opd-full", ordinary=True),
-}
-SHARED = (
-    "rounds",
-    "prompts",
-    "updates",
-    "learning_rate",
-    "sft_learning_rate",
-    "max_tokens",
-    "right",
-    "base_steps",
-    "teacher_steps",
-    "spoil_steps",
-    "spoil_lr",
-    "eval_every",
-    "eval_n",
-    "final_n",
-    "eval_split",
-)
-SMOKE = dict(
-    rounds=2,
-    prompts=4,
-    updates=2,
-    max_tokens=8,
-    base_steps=2,
-    teacher_steps=4,
-    spoil_steps=1,
-    eval_every=2,
-    eval_n=1,
-    final_n=1,
-)
+
+
+def arms():
+    """{arm: its variant and vocabulary}."""
+    found = {"before": {"vocabulary": MAIN}, "teacher": {"vocabulary": "m0"}}
+    for name, how in VARIANTS.items():
+        found[name] = how | {"vocabulary": MAIN}
+    for vocabulary in VOCABULARIES:
+        if vocabulary != MAIN:
+            for name in ("before", "simple", "simct", "masked"):
+                found[f"{vocabulary}-{name}"] = VARIANTS[name] | {"vocabulary": vocabulary}
+    found["m0-opd"] = {"vocabulary": "m0", "method": "opd-full"}
+    return found
+
+
+ARMS = arms()
 COLUMNS = (
     "greedy",
     "strict",
@@ -138,106 +118,60 @@ COLUMNS = (
     "trained_tokens",
     "seconds",
 )
-
-
 CLAIMS = [
-    Claim(
-        "distillation across vocabularies works at all",
-        "simple − before",
-        gap("simple", "before"),
-    ),
-    Claim("text units add to it (the paper's claim)", "simct − simple", gap("simct", "simple")),
-    Claim("...more than re-tokenized texts do", "simct − sft", gap("simct", "sft")),
-    Claim(
-        "the gain shrinks as spans are given back",
-        "drop75 − simct",
-        gap("drop75", "simct"),
-        "below",
-    ),
+    more("distillation across vocabularies works at all", "simple", "before"),
+    more("text units add to it (the paper's claim)", "simct", "simple"),
+    more("...more than re-tokenized texts do", "simct", "sft"),
+    more("the gain shrinks as spans are given back", "drop75", "simct", "below"),
     Claim("...in order", "(drop25 − drop75)", gap("drop25", "drop75")),
-    Claim(
-        "the gain is the spans' scores and not their presence",
-        "shuffled − simct",
-        gap("shuffled", "simct"),
-        "below",
-    ),
-    Claim("coarser units lose", "coarse70 − simct", gap("coarse70", "simct"), "below"),
-    Claim(
+    more("the gain is the spans' scores and not their presence", "shuffled", "simct", "below"),
+    more("coarser units lose", "coarse70", "simct", "below"),
+    more(
         "tokens that begin a unit's text teach segmentation: dropping them helps",
-        "masked − simct",
-        gap("masked", "simct"),
+        "masked",
+        "simct",
     ),
-    Claim(
+    more(
         "...what they teach is seen: the student comes to spell as the teacher does",
-        "strict(simct) − strict(simple)",
-        last("strict", "simct", "simple"),
+        "simct",
+        "simple",
+        metric="strict",
     ),
-    Claim(
-        "...and without them it does not",
-        "strict(masked) − strict(simple)",
-        last("strict", "masked", "simple"),
-        "within",
-        0.02,
+    more(
+        "...and without them it does not", "masked", "simple", "within", 0.02, metric="strict"
     ),
-    Claim(
-        "the mean log-prob is no worse than the whole one",
-        "simct − sum",
-        gap("simct", "sum"),
-        "above",
-        -0.02,
-    ),
-    Claim(
+    more("the mean log-prob is no worse than the whole one", "simct", "sum", "above", -0.02),
+    more(
         "raw logits, as released, are no worse than the paper's score",
-        "logit − simct",
-        gap("logit", "simct"),
+        "logit",
+        "simct",
         "above",
         -0.02,
     ),
-    Claim(
+    more(
         "the student's 16 likeliest shared tokens are enough",
-        "top16 − simple",
-        gap("top16", "simple"),
+        "top16",
+        "simple",
         "within",
         0.02,
     ),
-    Claim(
+    more(
         "dealing a unit's log-prob out as an advantage does as well",
-        "dpca − simct",
-        gap("dpca", "simct"),
+        "dpca",
+        "simct",
         "above",
         -0.02,
     ),
-    Claim(
-        "sorted probabilities, aligned by nothing, lose",
-        "uld − simple",
-        gap("uld", "simple"),
-        "below",
-    ),
-    Claim("the masked form adds to shared tokens", "masked − simple", gap("masked", "simple")),
-    Claim(
-        "...and so does the one that keeps probabilities",
-        "masked-sum − simple",
-        gap("masked-sum", "simple"),
-    ),
-    Claim(
-        "at a third of the rate text units add to shared tokens",
-        "simct-slow − simple-slow",
-        gap("simct-slow", "simple-slow"),
-    ),
+    more("sorted probabilities, aligned by nothing, lose", "uld", "simple", "below"),
+    more("the masked form adds to shared tokens", "masked", "simple"),
+    more("...and so does the one that keeps probabilities", "masked-sum", "simple"),
+    more("at a third of the rate text units add to shared tokens", "simct-slow", "simple-slow"),
     *(
-        Claim(
-            f"gap at another coverage: {v}",
-            f"{v}-simct − {v}-simple",
-            gap(f"{v}-simct", f"{v}-simple"),
-        )
+        more(f"gap at another coverage: {v}", f"{v}-simct", f"{v}-simple")
         for v in ("m64", "m4", "m1", "d20")
     ),
     *(
-        Claim(
-            f"...of the masked form: {v}",
-            f"{v}-masked − {v}-simple",
-            gap(f"{v}-masked", f"{v}-simple"),
-        )
+        more(f"...of the masked form: {v}", f"{v}-masked", f"{v}-simple")
         for v in ("m64", "m4", "m1", "d20")
     ),
     Claim(
@@ -245,228 +179,135 @@ CLAIMS = [
         "(simct − simple) at m64 − at d20",
         lambda a: gap("m64-simct", "m64-simple")(a) - gap("d20-simct", "d20-simple")(a),
     ),
-    Claim(
-        "control: on one vocabulary there is no gap",
-        "m0-simct − m0-simple",
-        gap("m0-simct", "m0-simple"),
-        "within",
-        0.02,
-    ),
-    Claim(
-        "control: ...and both are ordinary distillation",
-        "m0-simct − m0-opd",
-        gap("m0-simct", "m0-opd"),
-        "within",
-        0.02,
+    more("control: on one vocabulary there is no gap", "m0-simct", "m0-simple", "within", 0.02),
+    more(
+        "control: ...and both are ordinary distillation", "m0-simct", "m0-opd", "within", 0.02
     ),
 ]
 
 
-def build(run, args):
+def build(run):
     """The corpora, the teacher, and every vocabulary's student after right work."""
-    world, texts = run.out / "world", 64 * args.teacher_steps
+    s = run.settings
+    world = run.world
     for name, merges in VOCABULARIES.items():
         # the same problems and texts in all of them, another untrained student
         if not (world / name).exists():
             run.stage(
-                f"worlds.sums --out {world}/{name} --train-prompts "
-                f"{args.prompts * args.rounds} "
-                f"--right {args.right} --clean {texts} --mixed "
-                f"{256 * args.spoil_steps} " + (f"--student-merges {merges}" if merges else "")
+                "worlds.sums",
+                out=world / name,
+                train_prompts=s.prompts * s.rounds,
+                right=s.right,
+                clean=64 * s.teacher_steps,
+                mixed=256 * s.spoil_steps,
+                student_merges=merges,
             )
-    imitate(
-        run,
-        world / MAIN / "teacher",
-        world / MAIN / "clean.jsonl",
-        args.teacher_steps,
-        4e-3,
-        0,
-        world / "teacher",
-        "--warmup-steps 20 --schedule linear --save-every 200",
-    )
+    clean = world / MAIN / "clean.jsonl"
+    schedule = dict(warmup_steps=20, schedule="linear")
+    teacher = world / MAIN / "teacher"
+    run.pretrain(teacher, clean, world / "teacher", s.teacher_steps, save_every=200, **schedule)
     for name, merges in VOCABULARIES.items():
-        if not (world / f"base-{name}").exists():
-            say(f"pre-training the student of vocabulary {name}")
-            imitate(
-                run,
-                world / name / ("student_merged" if merges else "student"),
-                world / MAIN / "clean.jsonl",
-                args.base_steps,
-                4e-3,
-                0,
-                world / f"base-{name}",
-                f"--warmup-steps 20 --schedule linear --total-steps {args.teacher_steps}",
-            )
-    return world
+        student = world / name / ("student_merged" if merges else "student")
+        base = world / f"base-{name}"
+        run.pretrain(
+            student, clean, base, s.base_steps, total_steps=s.teacher_steps, **schedule
+        )
 
 
-def prepare(run, args, world, seed):
-    folder = run.out / f"seed{seed}"
+def prepare(run, seed):
+    """Every vocabulary's student, after text of mixed quality."""
+    s = run.settings
+    mixed = run.world / MAIN / "mixed.jsonl"
     for name in VOCABULARIES:
-        imitate(
+        base = run.world / f"base-{name}"
+        out = run.out / f"seed{seed}" / f"student-{name}"
+        options = dict(rate=s.spoil_lr, seed=seed, fresh_optimizer=True)
+        run.pretrain(base, mixed, out, s.spoil_steps, **options)
+
+
+class SimctTrial(Trial):
+    def __init__(self, run, seed, arm):
+        self.how = ARMS[arm]
+        self.method = self.how.get("method")
+        start = run.out / f"seed{seed}" / f"student-{self.how['vocabulary']}"
+        super().__init__(
             run,
-            world / f"base-{name}",
-            world / MAIN / "mixed.jsonl",
-            args.spoil_steps,
-            args.spoil_lr,
             seed,
-            folder / f"student-{name}",
-            "--fresh-optimizer",
+            arm,
+            start=run.world / "teacher" if arm == "teacher" else start,
+            rounds=None if self.method else 0,
         )
-    return folder
+        self.toy = run.world / MAIN
 
-
-def run_arm(run, args, world, folder, seed, arm):
-    """One arm of one seed; appends a result line at every evaluation.  Returns the last one."""
-    a, place = ARMS[arm], folder / arm
-    shutil.rmtree(place, ignore_errors=True)  # an interrupted arm is begun again
-    place.mkdir(parents=True)
-    teacher, prompts, method = world / "teacher", world / MAIN / "train.jsonl", a.get("method")
-    student = teacher if arm == "teacher" else folder / f"student-{a['vocabulary']}"
-    model, row, shares, started = student, None, {}, time.time()
-    cost = {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0}
-
-    def measure(step, final):
-        nonlocal row
-        spent = round(time.time() - started, 2)
-
-        def evaluate(n, more=""):
-            return run.stage(
-                f"eval.py --model {model} --prompts {world}/{MAIN}/{args.eval_split}.jsonl "
-                f"--n {n} --max-tokens {args.max_tokens} --seed {2 * 10**6 + seed} "
-                f"--out {place}/eval.jsonl --overwrite {more}"
-            )
-
-        n = args.final_n if final else args.eval_n
-        score = evaluate(n)
-        row = {
-            "arm": arm,
-            "seed": seed,
-            "step": step,
-            "final": final,
-            "accuracy": score["accuracy"],
-            "samples": n,
-            "length_mean": score["length_mean"],
-            "truncated": score["truncated_fraction"],
-            **shares,
-            **cost,
-            "seconds": spent,
-        }
-        if final:
-            row["greedy"] = evaluate(1, "--temperature 0")["accuracy"]
-        run.result(args, row)
-
-    measure(0, not method)
-    if not method:
-        return row
-    for number in files.progress(range(args.rounds), desc=f"seed {seed} {arm}", unit="round"):
-        at, part = (
-            place / f"round{number}",
-            f"--prompts {prompts} --slice "
-            f"{number * args.prompts}:{(number + 1) * args.prompts} --n 1 "
-            f"--max-tokens {args.max_tokens} --seed {seed * 1000 + number}",
-        )
-        if method == "seqkd":
-            cost["teacher_tokens"] += run.stage(
-                f"teacher.py answer --model {teacher} {part} --out {at}/rollouts.jsonl"
-            )["generated_tokens"]
-            flags, rate = f"--prompts {prompts}", args.sft_learning_rate
+    def round(self, number):
+        s = self.settings
+        out = self.at(number) / "model"
+        if self.method == "seqkd":
+            answers = self.answer(number, self.teacher)
+            prompts = self.toy / "train.jsonl"
+            self.train("seqkd", answers, out, s.sft_learning_rate, prompts=prompts)
+            return
+        rollouts = self.rollout(number)
+        if self.method == "opd-full":
+            scores, done = self.score(self.teacher, rollouts, "scores", top_k=1000)
         else:
-            cost["generated_tokens"] += run.stage(
-                f"rollout.py --model {model} {part} --out {at}/rollouts.jsonl"
-            )["generated_tokens"]
-            scores, rate, common = (
-                f"{at}/scores.jsonl",
-                args.learning_rate / (3 if a.get("slow") else 1),
-                f"--rollouts {at}/rollouts.jsonl",
-            )
-            if a.get("ordinary"):
-                scored = run.stage(
-                    f"teacher.py score --model {teacher} {common} --out {scores} --top-k 1000"
-                )
-            else:
-                more = f"--sorted {1000}" * a.get("sorted", False)
-                if "top" in a:
-                    run.stage(
-                        f"teacher.py score --model {model} {common} --out {at}/own.jsonl "
-                        f"--top-k {a['top']}"
-                    )
-                    more = f"--top-k-of {at}/own.jsonl"
-                scored = run.stage(
-                    f"methods.simct score --model {teacher} --student {model} --prompts "
-                    f"{prompts} {common} --out {scores} {more}"
-                )
-                shares = {name: scored[name] for name in ("strict", "covered", "whole")}
-                if "regroup" in a:
-                    scores = f"{at}/regrouped.jsonl"
-                    shares["spans"] = run.stage(
-                        f"experiments.simct_regroup --scores {at}/scores.jsonl {common} "
-                        f"{a['regroup']} --seed {seed * 1000 + number} --out "
-                        f"{scores}"
-                    )["spans"]
-            cost["teacher_tokens"] += scored["teacher_tokens"]
-            flags = f"--scores {scores}" + (f" --set {a['set']}" if "set" in a else "")
-        model, done = train_round(
-            run, args, method, model, student, at, seed, rate, flags, first=number == 0
+            scores, done = self.score_units(rollouts)
+        self.cost["teacher_tokens"] += done["teacher_tokens"]
+        if "regroup" in self.how:
+            scores = self.regroup(number, rollouts, scores)
+        rate = s.learning_rate / (3 if self.how.get("slow") else 1)
+        self.train(self.method, rollouts, out, rate, scores=scores, set=self.how.get("set"))
+
+    def score_units(self, rollouts):
+        """Scores of text units under the teacher of another vocabulary."""
+        own = None
+        if "top" in self.how:
+            own, _ = self.score(self.model, rollouts, "own", top_k=self.how["top"])
+        out = rollouts.with_name("scores.jsonl")
+        done = self.run.stage(
+            "methods.simct score",
+            model=self.teacher,
+            student=self.model,
+            prompts=self.toy / "train.jsonl",
+            rollouts=rollouts,
+            top_k_of=own,
+            sorted=1000 if self.method == "uld" else None,
+            out=out,
         )
-        cost["trained_tokens"] += done["trained_tokens"]
-        if number + 1 == args.rounds or (number + 1) % args.eval_every == 0:
-            measure((number + 1) * args.updates, number + 1 == args.rounds)
-    return row
+        for name in ("strict", "covered", "whole"):
+            self.signal[name] = done[name]
+        return out, done
+
+    def regroup(self, number, rollouts, scores):
+        """A control: the same scores with other spans."""
+        out = scores.with_name("regrouped.jsonl")
+        done = self.run.stage(
+            "experiments.simct_regroup",
+            scores=scores,
+            rollouts=rollouts,
+            **self.how["regroup"],
+            seed=self.seed * 1000 + number,
+            out=out,
+        )
+        self.signal["spans"] = done["spans"]
+        return out
+
+
+STUDY = Study(
+    "simct",
+    "a teacher of another vocabulary",
+    Settings,
+    ARMS,
+    CLAIMS,
+    COLUMNS,
+    build,
+    prepare,
+    SimctTrial,
+)
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
-    add_run_flags(p, "simct")
-    p.add_argument("--rounds", type=int, default=20, help="rounds of an arm")
-    p.add_argument("--prompts", type=int, default=128, help="problems a round, one answer each")
-    p.add_argument("--updates", type=int, default=4, help="optimiser steps a round")
-    p.add_argument("--learning-rate", type=float, default=1e-4, help="of distillation")
-    p.add_argument(
-        "--sft-learning-rate",
-        type=float,
-        default=3e-4,
-        help="of imitation of the teacher's texts",
-    )
-    p.add_argument("--max-tokens", type=int, default=64, help="longest answer")
-    p.add_argument(
-        "--right",
-        type=float,
-        default=0.5,
-        help="share of right work in the text of mixed quality",
-    )
-    p.add_argument(
-        "--base-steps",
-        type=int,
-        default=600,
-        help="pre-training steps of 64 right texts of every student",
-    )
-    p.add_argument("--teacher-steps", type=int, default=1300, help="of the teacher")
-    p.add_argument(
-        "--spoil-steps",
-        type=int,
-        default=100,
-        help="steps of 64 texts of mixed quality for a student",
-    )
-    p.add_argument("--spoil-lr", type=float, default=1e-3, help="learning rate of those steps")
-    add_eval_flags(p, every=5, n=2, final_n=8)
-    if not (args := parse(p, argv, CLAIMS, SMOKE)):
-        return None
-    arms = settle(args, "simct", ARMS)
-    run = begin(args, "a teacher of another vocabulary", arms, SHARED)
-    world = build(run, args)
-    run_arms(
-        run,
-        args,
-        arms,
-        lambda seed: prepare(run, args, world, seed),
-        lambda *which: run_arm(run, args, world, *which),
-        lambda row: (
-            f"{args.eval_split} accuracy {row['accuracy']:.1%}"
-            + (f", {row['strict']:.0%} of bytes spelt alike" if "strict" in row else "")
-        ),
-    )
-    return report(run, args, CLAIMS, COLUMNS)
+    return conduct(STUDY, __doc__, argv)
 
 
 if __name__ == "__main__":
