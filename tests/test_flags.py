@@ -19,7 +19,6 @@ FILES = [
     "train.py",
     "eval.py",
     "methods/unified.py",
-    "experiments/__init__.py",
     "experiments/ropd.py",
     "experiments/opd.py",
     "experiments/unified.py",
@@ -37,6 +36,7 @@ FILES = [
     "methods/simct/align.py",
     "methods/simct/units.py",
 ]
+STAGES = ("rollout.py", "teacher.py", "rubric.py", "train.py", "eval.py")
 # a flag may be read in a file that its stage hands `args` to
 READERS = {
     "rollout.py": ["opd/served.py", "opd/sampling.py", "opd/policy.py"],
@@ -44,20 +44,20 @@ READERS = {
     "rubric.py": ["opd/served.py"],
     "methods/simct/units.py": ["opd/policy.py"],
     "train.py": ["opd/batches.py"],
-    "experiments/__init__.py": ["experiments/opd.py"],
     "experiments/opd.py": ["experiments/ropd.py"],
 }
 
 
 def flags_and_reads(path):
-    """({destinations of add_argument}, {attributes read of a name `args`, or through
-    vars(args)})."""
+    """({destinations of add_argument, settings of a study}, {attributes read of args or
+    settings})."""
     flags, reads = set(), set()
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
             and node.func.attr == "add_argument"
+            and isinstance(node.args[0], ast.Constant)
         ):
             name = node.args[0].value
             keyword = {k.arg: k.value for k in node.keywords}
@@ -66,23 +66,30 @@ def flags_and_reads(path):
                 if "dest" in keyword
                 else name.lstrip("-").replace("-", "_")
             )
+        # a study's settings are fields: `rounds: int = setting(20, ...)`
         if (
-            isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name)
-            and node.value.id == "args"
-            and isinstance(node.ctx, ast.Load)
+            isinstance(node, ast.AnnAssign)
+            and ast.unparse(node).split(" = ")[-1][:8] == "setting("
         ):
-            reads.add(node.attr)
+            flags.add(node.target.id)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            if ast.unparse(node.value).split(".")[-1] in ("args", "s", "settings"):
+                reads.add(node.attr)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
+            reads |= {str(c.value) for c in ast.walk(node) if isinstance(c, ast.Constant)}
     return flags, reads
 
 
 @pytest.mark.parametrize("path", FILES + ["opd/served.py"])
 def test_every_flag_is_read(path):
     flags, reads = flags_and_reads(path)
-    for other in READERS.get(path, []):
+    shared = ["experiments/study.py"] if path.startswith("experiments/") else []
+    for other in [*READERS.get(path, []), *shared]:
         reads |= flags_and_reads(other)[1]
-    unread = flags - reads - {"command"}
-    assert flags and not unread, f"{path}: flags that nothing reads: {sorted(unread)}"
+    # getattr(settings, f"{kind}_learning_rate") reads all of that kind
+    unread = {f for f in flags - reads if not any(f.endswith(r) for r in reads if r[:1] == "_")}
+    unread -= {"command"}
+    assert not unread, f"{path}: flags that nothing reads: {sorted(unread)}"
 
 
 def test_the_check_notices_a_dead_flag(tmp_path, monkeypatch):
@@ -104,14 +111,14 @@ def test_the_check_notices_a_dead_flag(tmp_path, monkeypatch):
         "experiments.shuffle_scores",
         "methods.prefix weigh",
         "experiments.prefix_null",
-        "methods.sod weigh",
+        "methods.sod.__main__ weigh",
         "experiments.sod_drift",
         "rubric.py create",
         "rubric.py grade",
         "train.py",
         "eval.py",
         "methods.unified",
-        "python -m opd.files check",
+        "opd.files check",
         "experiments/ropd.py",
         "experiments/opd.py",
         "experiments/unified.py",
@@ -130,10 +137,12 @@ def test_help_opens_with_a_runnable_example_and_unknown_flags_fail(command, caps
         main([*words, "--help"])
     shown = capsys.readouterr().out
     assert stop.value.code == 0
-    name = f"-m experiments.{file[8:-3]}" if file.startswith("experiments") else file
-    assert file == "opd/records.py" or re.search(
-        rf"^    python {re.escape(name)} ", shown, re.M
+    program = (
+        file
+        if file in STAGES
+        else f"-m {file.removesuffix('.py').removesuffix('.__main__').replace('/', '.')}"
     )
+    assert re.search(rf"^    python {re.escape(program)} ", shown, re.M)
     for wrong in ("--no-such-flag", "--ou"):  # unknown, and an abbreviation of --out
         with pytest.raises(SystemExit) as stop:
             main([*words, wrong, "x"])
