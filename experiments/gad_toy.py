@@ -1,9 +1,7 @@
 """GAD's own toy (arXiv 2511.10643, its ten classes): what a discriminator makes of a student
 that cannot be its teacher.
 
-    python -m experiments.gad_toy                    # ten seeds, under a minute: a table and a
-                                                 picture
-    python -m experiments.gad_toy --smoke
+    python -m experiments.gad_toy     # ten seeds, under a minute: a table and a picture
 
 The teacher is a mixture of two bumps over ten classes.  The student is one bump, softmax of
 -(class - mu)^2 / 2 sigma^2 with sigma below 1.5, so that it must choose: cover both bumps and
@@ -12,9 +10,9 @@ arms start from one place between the bumps, another in every seed, and take as 
 
     seqkd        maximum likelihood of the teacher's samples: forward KL, which covers
     gad          a table of ten scores learns by Bradley-Terry to tell the teacher's samples
-                 from the student's, and the student follows
-                 it by REINFORCE with the group's mean as the baseline (the score's optimum is
-                 log p_T / p_S: reverse KL, which chooses)
+                 from the student's, and the student follows it by REINFORCE with the group's
+                 mean as the baseline (the score's optimum is log p_T / p_S: reverse KL, which
+                 chooses)
     shuffled     control: gad whose pairs are swapped by a coin: the scores have nothing to
                  learn, the student must stay where it was
     no-update    control: gad whose table is kept at zero
@@ -28,12 +26,14 @@ from pathlib import Path
 
 import torch
 
-from experiments import say
 from opd import files
+from opd.pictures import new_picture, tidy
 from opd.stats import interval
 
 CLASSES = 10
-MODES, VALLEY = ((0, 1, 2, 3), (6, 7, 8, 9)), (4, 5)
+MODES = ((0, 1, 2, 3), (6, 7, 8, 9))
+VALLEY = (4, 5)
+KINDS = ("start", "seqkd", "gad", "shuffled", "no-update")
 
 
 def teacher_of(weights=(0.6, 0.4), means=(2.0, 7.0), width=0.7):
@@ -67,135 +67,108 @@ def measure(p, teacher):
 def train(kind, teacher, start, seed, steps, batch=256, rate=0.05, judge_rate=0.3):
     """(mu, s) after `steps` of seqkd, gad, shuffled or no-update from `start`."""
     rng = torch.Generator().manual_seed(seed)
-    parameters, scores = (
-        start.clone().requires_grad_(),
-        torch.zeros(CLASSES, dtype=torch.float64, requires_grad=True),
-    )
+    parameters = start.clone().requires_grad_()
+    scores = torch.zeros(CLASSES, dtype=torch.float64, requires_grad=True)
     # Adam would make full steps of noise
-    student, judge = (
-        torch.optim.SGD([parameters], lr=rate),
-        torch.optim.SGD([scores], lr=judge_rate),
-    )
+    student = torch.optim.SGD([parameters], lr=rate)
+    judge = torch.optim.SGD([scores], lr=judge_rate)
     for step in range(steps):
-        t = torch.multinomial(teacher, batch, True, generator=rng)
+        theirs = torch.multinomial(teacher, batch, True, generator=rng)
         if kind == "seqkd":
-            loss = -student_of(parameters).log()[t].mean()
+            loss = -student_of(parameters).log()[theirs].mean()
         else:
-            s = torch.multinomial(student_of(parameters).detach(), batch, True, generator=rng)
-            reward = scores[s].detach()  # by the scores of before this batch
+            p = student_of(parameters).detach()
+            own = torch.multinomial(p, batch, True, generator=rng)
+            reward = scores[own].detach()  # by the scores of before this batch
             if kind != "no-update":
                 swap = torch.rand(batch, generator=rng) < (0.5 if kind == "shuffled" else 0.0)
-                better, worse = torch.where(swap, s, t), torch.where(swap, t, s)
+                better = torch.where(swap, own, theirs)
+                worse = torch.where(swap, theirs, own)
                 judge.zero_grad()
                 torch.nn.functional.softplus(scores[worse] - scores[better]).mean().backward()
                 judge.step()
             if step < steps // 10:  # warm-up of the scores alone
                 continue
-            loss = -((reward - reward.mean()) * student_of(parameters).log()[s]).mean()
+            advantage = reward - reward.mean()
+            loss = -(advantage * student_of(parameters).log()[own]).mean()
         student.zero_grad()
         loss.backward()
         student.step()
     return parameters.detach()
 
 
+def start_of(seed):
+    """(mu, s) between the bumps, sigma 0.75."""
+    rng = torch.Generator().manual_seed(10**6 + seed)
+    mu = 3 + 3 * torch.rand(1, dtype=torch.float64, generator=rng)
+    return torch.cat([mu, torch.zeros(1, dtype=torch.float64)])
+
+
+def row_of(kind, teacher, seed, steps):
+    """One arm of one seed: what its student ends as."""
+    end = start_of(seed)
+    if kind != "start":
+        end = train(kind, teacher, end, seed, steps)
+    made = {"arm": kind, "seed": seed, "step": steps}
+    made |= {"mu": float(end[0]), "sigma": float(sigma_of(end))}
+    return made | measure(student_of(end), teacher), student_of(end)
+
+
 def plot(teacher, shown, path):
-    import matplotlib
+    """shown: {arm: p_S}, each drawn over the teacher's bars."""
+    figure = new_picture(3.2 * len(shown), 2.8)
+    for axes, (name, p) in zip(figure.subplots(1, len(shown), sharey=True), shown.items()):
+        axes.bar(range(CLASSES), teacher, color="0.8")
+        axes.plot(range(CLASSES), p, "o-", color="C3")
+        axes.set(title=name, xlabel="class", xticks=range(CLASSES))
+        axes.set_ylabel("probability (grey: teacher)")
+        axes.label_outer()
+        tidy(axes)
+    figure.savefig(path)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(shown), figsize=(3.2 * len(shown), 2.8), sharey=True)
-    for axis, (name, p) in zip(axes, shown.items()):
-        axis.bar(range(CLASSES), teacher, color="0.8", label="teacher")
-        axis.plot(range(CLASSES), p, "o-", color="C3", label=name)
-        axis.set_title(name)
-        axis.set_xlabel("class")
-        axis.set_xticks(range(CLASSES))
-    axes[0].set_ylabel("probability")
-    axes[0].legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def table(teacher, rows):
+    """Markdown: means over seeds ± half of the 95 % t-interval."""
+    names = ("mode", "valley", "forward", "reverse")
+    ideal = measure(teacher, teacher)
+    lines = [
+        "| arm | mass on one bump | in the valley | KL(p_T, p_S) | KL(p_S, p_T) |",
+        "| --- | --- | --- | --- | --- |",
+        f"| the teacher | {' | '.join(f'{ideal[name]:.3f}' for name in names)} |",
+    ]
+    for kind in KINDS:
+        cells = [kind]
+        for name in names:
+            mean, half = interval([row[name] for row in rows if row["arm"] == kind])
+            cells.append(f"{mean:.3f}" if half is None else f"{mean:.3f} ± {half:.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     p = files.parser(__doc__)
-    p.add_argument(
-        "--out",
-        default="runs/gad_toy",
-        help="folder for the table, the numbers and the picture",
-    )
-    p.add_argument(
-        "--seeds", type=int, default=10, help="seeds 0..N-1: samples of teacher and student"
-    )
+    p.add_argument("--out", default="runs/gad_toy", help="folder for table, numbers, picture")
+    p.add_argument("--seeds", type=int, default=10, help="seeds 0..N-1: samples of both")
     p.add_argument("--steps", type=int, default=3000, help="steps of every phase")
     p.add_argument("--smoke", action="store_true", help="two seeds, few steps")
     args = p.parse_args(argv)
     if args.smoke:
         args.seeds, args.steps = 2, 20
-
     teacher, rows, shown = teacher_of(), [], {}
     for seed in range(args.seeds):
-        mu = 3 + 3 * torch.rand(
-            1, dtype=torch.float64, generator=torch.Generator().manual_seed(10**6 + seed)
-        )
-        # between the bumps, sigma 0.75
-        start = torch.cat([mu, torch.zeros(1, dtype=torch.float64)])
-        ends = {
-            "start": start,
-            **{
-                kind: train(kind, teacher, start, seed, args.steps)
-                for kind in ("seqkd", "gad", "shuffled", "no-update")
-            },
-        }
-        for kind, parameters in ends.items():
-            rows.append(
-                {
-                    "arm": kind,
-                    "seed": seed,
-                    "step": args.steps,
-                    "mu": float(parameters[0]),
-                    "sigma": float(sigma_of(parameters)),
-                    **measure(student_of(parameters), teacher),
-                }
-            )
-            shown.setdefault(kind, student_of(parameters))
+        for kind in KINDS:
+            row, student = row_of(kind, teacher, seed, args.steps)
+            rows.append(row)
+            shown.setdefault(kind, student)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     command = f"python -m experiments.gad_toy {' '.join(argv)}".strip()
-    files.write_atomically(
-        out / "results.json",
-        json.dumps({"command": command, "teacher": teacher.tolist(), "rows": rows}, indent=1)
-        + "\n",
-    )
-    names = ("mode", "valley", "forward", "reverse")
-    lines = [
-        "| arm | mass on one bump | in the valley | KL(p_T, p_S) | KL(p_S, p_T) |",
-        "| --- | --- | --- | --- | --- |",
-        "| the teacher | "
-        + " | ".join(f"{measure(teacher, teacher)[n]:.3f}" for n in names)
-        + " |",
-    ]
-    for kind in shown:
-        values = [interval([r[n] for r in rows if r["arm"] == kind]) for n in names]
-        lines.append(
-            f"| {kind} | "
-            + " | ".join(
-                f"{mean:.3f}" + (f" ± {half:.3f}" if half is not None else "")
-                for mean, half in values
-            )
-            + " |"
-        )
-    files.write_atomically(out / "table.md", "\n".join(lines) + "\n")
+    found = {"command": command, "teacher": teacher.tolist(), "rows": rows}
+    files.write_atomically(out / "results.json", json.dumps(found, indent=1) + "\n")
+    files.write_atomically(out / "table.md", table(teacher, rows))
     plot(teacher, shown, out / "gad_toy.png")
-    say(
-        "\n".join(lines)
-        + (
-            f"\n\nmeans of {args.seeds} seeds ± half of the 95 % t-interval; picture of seed "
-            f"0: {out}/gad_toy.png"
-        )
-    )
+    print(table(teacher, rows) + f"\npicture of seed 0: {out}/gad_toy.png")
     return {"out": str(out), "rows": rows}
 
 
