@@ -53,39 +53,54 @@ The learning rate was chosen on dev, one seed (`--arms sft,grpo,uniform,sod --ev
 """
 
 import json
-import shutil
-import time
+from dataclasses import dataclass
 
-from experiments import (
-    Claim,
-    add_eval_flags,
-    add_run_flags,
-    begin,
-    gap,
-    imitate,
-    parse,
-    report,
-    run_arms,
-    say,
-    settle,
-    sod_drift,
-    train_round,
+from experiments import sod_drift
+from experiments.claims import Claim, gap, more
+from experiments.study import (
+    Measured,
+    Study,
+    Trial,
+    conduct,
+    setting,
+    spoil_student,
 )
 from opd import files
 from opd.stats import interval
 
+
+@dataclass(frozen=True)
+class Settings(Measured):
+    rounds: int = setting(15, "rounds of an arm", smoke=1)
+    n: int = setting(8, "episodes a problem", smoke=2)
+    updates: int = setting(4, "optimiser steps a round, as in the released scripts", smoke=2)
+    learning_rate: float = setting(3e-4, "of all arms but sft")
+    sft_learning_rate: float = setting(3e-4, "of imitation")
+    outage: float = setting(0.2, "calls that fail without being wrong, but in the calm arms")
+    terms: str = setting("2:4", "fewest and most operations of a problem")
+    pad: int = setting(45, "placebo: characters of a padded result, about those of an error")
+    max_calls: int = setting(10, "calls of an episode", smoke=2)
+    max_tokens: int = setting(256, "longest episode, with the tool's text", smoke=48)
+    base_steps: int = setting(900, "steps of 64 right episodes of the student", smoke=4)
+    teacher_steps: int = setting(1500, "of the teachers", smoke=4)
+    spoil_steps: int = setting(100, "steps of 64 careless episodes for a student", smoke=1)
+    spoil_lr: float = setting(1e-3, "learning rate of those steps")
+
+
 # as the row sod has it: what differs is then the reward alone
-CLIP = "clip_low=0.2 --set clip_high=0.28 --set dual_clip=3"
-ARMS = {  # method and what it reads; rule: how steps are weighted
+CLIP = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3}
+BOTH = dict(method="opd-grpo")
+# rule: how steps are weighted, by method sod unless another is named
+ARMS = {
     "before": {},
     "teacher": {},
     "sft": dict(method="seqkd"),
-    "grpo": dict(method="opd-grpo", set="teacher_weight=0"),
+    "grpo": dict(method="opd-grpo", set={"teacher_weight": 0}),
     "opd": dict(method="opd", set=CLIP, rewards=False),
     "opd-weighted": dict(
-        method="opd", set=CLIP + " --set token_weight=file", rule="sod", rewards=False
+        method="opd", set=CLIP | {"token_weight": "file"}, rule="sod", rewards=False
     ),
-    "uniform": dict(method="opd-grpo"),
+    "uniform": BOTH,
     "sod": dict(rule="sod"),
     "no-cap": dict(rule="no-cap"),
     "mask": dict(rule="mask"),
@@ -94,8 +109,8 @@ ARMS = {  # method and what it reads; rule: how steps are weighted
     "mean": dict(rule="mean"),
     "amount": dict(rule="amount"),
     "batch": dict(rule="batch"),
-    "half": dict(method="opd-grpo", set="teacher_weight=0.5"),
-    "double": dict(method="opd-grpo", set="teacher_weight=2"),
+    "half": dict(method="opd-grpo", set={"teacher_weight": 0.5}),
+    "double": dict(method="opd-grpo", set={"teacher_weight": 2}),
     "shaped": dict(rule="sod", shape=True),
     "large-teacher": dict(large=True),
     "large-uniform": dict(method="opd-grpo", large=True),
@@ -104,49 +119,12 @@ ARMS = {  # method and what it reads; rule: how steps are weighted
     "calm-uniform": dict(method="opd-grpo", calm=True),
     "calm-sod": dict(rule="sod", calm=True),
 }
-SHARED = (
-    "rounds",
-    "prompts",
-    "n",
-    "updates",
-    "learning_rate",
-    "sft_learning_rate",
-    "outage",
-    "max_calls",
-    "max_tokens",
-    "terms",
-    "pad",
-    "base_steps",
-    "teacher_steps",
-    "spoil_steps",
-    "spoil_lr",
-    "eval_every",
-    "eval_n",
-    "final_n",
-    "eval_split",
-)
-SMOKE = dict(
-    rounds=1,
-    prompts=4,
-    n=2,
-    updates=2,
-    max_tokens=48,
-    max_calls=2,
-    base_steps=4,
-    teacher_steps=4,
-    spoil_steps=1,
-    eval_every=1,
-    eval_n=1,
-    final_n=1,
-)
+EVALUATED = ("calls", "call_errors", "error_episodes", "tool_limit")
 COLUMNS = (
     "greedy",
     "after_error",
     "without_error",
-    "calls",
-    "call_errors",
-    "error_episodes",
-    "tool_limit",
+    *EVALUATED,
     "truncated",
     "length_mean",
     "d_first",
@@ -158,10 +136,9 @@ COLUMNS = (
 DENSE = ("uniform", "sod", "no-cap", "mask", "decay", "shuffled", "mean", "amount", "batch")
 
 
-def look(field):
-    """A number that `before` was found to have by experiments.sod_drift, or the difference of
-    two."""
-    one, _, other = field.partition(" - ")
+def drift(one, other=None):
+    """value of a Claim: a number that experiments.sod_drift found in the episodes of `before`,
+    or the difference of two."""
 
     def value(arms):
         # an episode without errors has nothing to say of them
@@ -171,175 +148,141 @@ def look(field):
     return value
 
 
+def mask_against_lowest(arms):
+    others = (arms[arm][-1]["accuracy"] for arm in DENSE if arm != "mask")
+    return arms["mask"][-1]["accuracy"] - min(others)
+
+
 CLAIMS = [
     Claim(
         "stage 0: after a mistake the teacher and the student are further apart",
         "d above clean episodes at the same step",
-        look("mistake"),
+        drift("mistake"),
     ),
     Claim(
         "...than after a result as long as an error (placebo)",
         "after a mistake − after a padded result",
-        look("mistake - placebo"),
+        drift("mistake", "placebo"),
     ),
     Claim(
         "...also after an outage, where the student was right",
         "d above clean episodes at the same step",
-        look("outage"),
+        drift("outage"),
     ),
     Claim(
         "...the more the longer the error is",
         "correlation of length and d above clean",
-        look("length_correlation"),
+        drift("length_correlation"),
     ),
     Claim(
         "...and come back after a recovery",
         "after a recovery − after a mistake",
-        look("recovery - mistake"),
+        drift("recovery", "mistake"),
         "below",
     ),
     Claim(
         "...the teacher itself is unsure after a mistake",
         "change of its entropy − after a result",
-        look("mistake_entropy - result_entropy"),
+        drift("mistake_entropy", "result_entropy"),
     ),
     Claim(
         "d is larger at mistakes, where it is the student who is wrong",
         "d(mistakes) − d(calls with results)",
-        look("d_mistake - d_result"),
+        drift("d_mistake", "d_result"),
     ),
     Claim(
         "where the next call is right, too, d is larger after a mistake than after a result",
         "d of calls with results, after a mistake − after a result",
-        look("way_mistake_result - way_result_result"),
+        drift("way_mistake_result", "way_result_result"),
     ),
     Claim(
         "the teacher's gradient has less signal to noise after a mistake (Prop. 2)",
         "snr of calls after a mistake − after a result",
-        look("snr_after_mistake - snr_after_result"),
+        drift("snr_after_mistake", "snr_after_result"),
         "below",
     ),
     Claim(
         "...and at a mistake",
         "snr of mistakes − of calls with results",
-        look("snr_at_mistake - snr_at_result"),
+        drift("snr_at_mistake", "snr_at_result"),
         "below",
     ),
     Claim(
         "step weights make an episode's gradient smaller (Prop. 3 bounds it)",
         "squared norm of the gradient, sod / uniform",
-        look("size_sod"),
+        drift("size_sod"),
         "below",
         1,
     ),
     Claim(
         "...and its signal to noise larger, which is what for",
         "snr of an episode's gradient, sod − uniform",
-        look("snr_sod - snr_uniform"),
+        drift("snr_sod", "snr_uniform"),
     ),
     Claim(
         "...more than the same weights shuffled",
         "snr(sod) − snr(shuffled)",
-        look("snr_sod - snr_shuffled"),
+        drift("snr_sod", "snr_shuffled"),
     ),
     Claim(
         "step weights leave as much of the teacher in episodes with a quiet first step",
         "share left in the quieter half − in all",
-        look("left_quiet_sod - left_sod"),
+        drift("left_quiet_sod", "left_sod"),
         "within",
         0.05,
     ),
     Claim(
         "...held against the file's mean first step they do",
         "the same of batch",
-        look("left_quiet_batch - left_batch"),
+        drift("left_quiet_batch", "left_batch"),
         "within",
         0.05,
     ),
-    Claim("step weights help (the paper's claim)", "sod − uniform", gap("sod", "uniform")),
-    Claim("...without the reward, too", "opd-weighted − opd", gap("opd-weighted", "opd")),
-    Claim(
-        "...on episodes with a failed call",
-        "after_error(sod) − after_error(uniform)",
-        gap("sod", "uniform", "after_error"),
-    ),
-    Claim("it is the steps: shuffled weights lose", "sod − shuffled", gap("sod", "shuffled")),
-    Claim(
-        "it is not only a smaller coefficient: one weight everywhere loses",
-        "sod − mean",
-        gap("sod", "mean"),
-    ),
-    Claim(
-        "nor only less of the teacher: as little of it everywhere loses",
-        "sod − amount",
-        gap("sod", "amount"),
-    ),
-    Claim(
-        "one weight everywhere is as good as none",
-        "mean − uniform",
-        gap("mean", "uniform"),
-        "within",
-        0.03,
-    ),
-    Claim(
-        "...even if it leaves as little as sod does",
-        "amount − uniform",
-        gap("amount", "uniform"),
-        "within",
-        0.03,
-    ),
+    more("step weights help (the paper's claim)", "sod", "uniform"),
+    more("...without the reward, too", "opd-weighted", "opd"),
+    more("...on episodes with a failed call", "sod", "uniform", metric="after_error"),
+    more("it is the steps: shuffled weights lose", "sod", "shuffled"),
+    more("it is not only a smaller coefficient: one weight everywhere loses", "sod", "mean"),
+    more("nor only less of the teacher: as little of it everywhere loses", "sod", "amount"),
+    more("one weight everywhere is as good as none", "mean", "uniform", "within", 0.03),
+    more("...even if it leaves as little as sod does", "amount", "uniform", "within", 0.03),
     Claim(
         "masking all that follows an error is the worst of the dense arms",
         "mask − lowest other",
-        lambda a: (
-            gap("mask", "before")(a) - min(gap(x, "before")(a) for x in DENSE if x != "mask")
-        ),
+        mask_against_lowest,
         "below",
     ),
-    Claim("the bound helps", "sod − no-cap", gap("sod", "no-cap")),
-    Claim("decay is below sod", "sod − decay", gap("sod", "decay")),
-    Claim(
+    more("the bound helps", "sod", "no-cap"),
+    more("decay is below sod", "sod", "decay"),
+    more(
         "a batch's first step serves as well as an episode's own",
-        "batch − sod",
-        gap("batch", "sod"),
+        "batch",
+        "sod",
         "within",
         0.03,
     ),
-    Claim(
-        "...and as uniform weights", "batch − uniform", gap("batch", "uniform"), "within", 0.03
-    ),
-    Claim("weighted, the teacher adds to the reward", "sod − grpo", gap("sod", "grpo")),
-    Claim("uniform, it does", "uniform − grpo", gap("uniform", "grpo")),
-    Claim("the reward adds to the teacher", "uniform − opd", gap("uniform", "opd")),
-    Claim("the method beats imitation", "sod − sft", gap("sod", "sft")),
-    Claim("...and so do uniform weights", "uniform − sft", gap("uniform", "sft")),
-    Claim(
+    more("...and as uniform weights", "batch", "uniform", "within", 0.03),
+    more("weighted, the teacher adds to the reward", "sod", "grpo"),
+    more("uniform, it does", "uniform", "grpo"),
+    more("the reward adds to the teacher", "uniform", "opd"),
+    more("the method beats imitation", "sod", "sft"),
+    more("...and so do uniform weights", "uniform", "sft"),
+    more(
         "greedily decoded, too, sod is better than the student",
-        "greedy(sod) − greedy(before)",
-        gap("sod", "before", "greedy"),
+        "sod",
+        "before",
+        metric="greedy",
     ),
-    Claim(
-        "...and uniform", "greedy(uniform) − greedy(before)", gap("uniform", "before", "greedy")
-    ),
-    Claim(
-        "paying for calls adds calls",
-        "calls(shaped) − calls(sod)",
-        gap("shaped", "sod", "calls"),
-    ),
-    Claim("...and no accuracy", "shaped − sod", gap("shaped", "sod"), "below", 0.02),
+    more("...and uniform", "uniform", "before", metric="greedy"),
+    more("paying for calls adds calls", "shaped", "sod", metric="calls"),
+    more("...and no accuracy", "shaped", "sod", "below", 0.02),
     Claim(
         "a larger teacher hurts uniform weights more",
         "(large-uniform − uniform) − (large-sod − sod)",
         lambda a: gap("large-uniform", "uniform")(a) - gap("large-sod", "sod")(a),
         "below",
     ),
-    Claim(
-        "without outages there is no gap",
-        "calm-sod − calm-uniform",
-        gap("calm-sod", "calm-uniform"),
-        "within",
-        0.03,
-    ),
+    more("without outages there is no gap", "calm-sod", "calm-uniform", "within", 0.03),
     Claim(
         "sod's agent goes on calling",
         "calls(sod) / calls(before)",
@@ -349,25 +292,25 @@ CLAIMS = [
     ),
 ]
 
+# ---- the table of stage 0
 
 # what came of a step
-STEPS = {
+OUTCOMES = {
     "result": "call with a result",
     "mistake": "mistake",
     "outage": "call into an outage",
     "answer": "answer",
 }
-BEFORE = {
+AFTER = {
     "start": "first call",
     "result": "call after a result",
     "mistake": "call after a mistake",
     "outage": "call after an outage",
     "recovery": "call after a recovery",
 }
-WEIGHED = ("uniform", "sod", "no-cap", "mask", "decay", "shuffled", "mean", "amount", "batch")
 
 
-def look_table(path):
+def drift_table(path):
     """Markdown: the numbers of stage 0, mean over seeds ± half of the 95 % t-interval."""
     seen = {}
     for row in files.read(path, "results"):
@@ -375,40 +318,33 @@ def look_table(path):
             seen.setdefault(name, []).extend([] if x is None else [x])
 
     def show(name, digits=3):
-        mean, half = interval(seen[name]) if seen.get(name) else (None, None)
-        return (
-            ""
-            if mean is None
-            else f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
-        )
+        if not seen.get(name):
+            return ""
+        mean, half = interval(seen[name])
+        text = f"{mean:.{digits}f}"
+        return text if half is None else f"{text} ± {half:.{digits}f}"
 
     lines = [
         "| step | d | d, after a result | d, after a mistake | the teacher's entropy | "
         "signal to noise |",
         "| --- |" + " --- |" * 5,
     ]
-    lines += [
-        f"| {words} | {show(f'd_{name}')} | {show(f'way_result_{name}')} | "
-        f"{show(f'way_mistake_{name}')} | {show(f'entropy_{name}')} | "
-        f"{show(f'snr_at_{name}', 4)} |"
-        for name, words in STEPS.items()
-    ]
-    lines += [
-        f"| {words} | | | | | {show(f'snr_after_{name}', 4)} |"
-        for name, words in BEFORE.items()
-    ]
+    for name, words in OUTCOMES.items():
+        kinds = ("d", "way_result", "way_mistake", "entropy")
+        numbers = " | ".join(show(f"{kind}_{name}") for kind in kinds)
+        lines.append(f"| {words} | {numbers} | {show(f'snr_at_{name}', 4)} |")
+    for name, words in AFTER.items():
+        lines.append(f"| {words} | | | | | {show(f'snr_after_{name}', 4)} |")
     lines += [
         "",
         "| rule | left of the teacher's term | in the half of the episodes with the smaller "
-        "d_1 | squared norm of an episode's gradient, of uniform's | its signal to "
-        "noise |",
+        "d_1 | squared norm of an episode's gradient, of uniform's | its signal to noise |",
         "| --- |" + " --- |" * 4,
     ]
-    lines += [
-        f"| {rule} | {show(f'left_{rule}', 2)} | {show(f'left_quiet_{rule}', 2)} | "
-        f"{show(f'size_{rule}', 2)} | {show(f'snr_{rule}', 4)} |"
-        for rule in WEIGHED
-    ]
+    for rule in DENSE:
+        kinds = ("left", "left_quiet", "size")
+        numbers = " | ".join(show(f"{kind}_{rule}", 2) for kind in kinds)
+        lines.append(f"| {rule} | {numbers} | {show(f'snr_{rule}', 4)} |")
     return "\n".join(lines) + (
         f"\n\nd_1: mean {show('d_first')}, median {show('d_first_median')}; an error's "
         f"text has {show('mistake_length', 0)} tokens, a padded result "
@@ -416,315 +352,199 @@ def look_table(path):
     )
 
 
-def build(run, args, arms):
+# ---- the world
+
+
+def build(run):
     """Problems, corpora, the teachers, and the base model that every seed's student is made
     from."""
-    world, texts = run.out / "world", 64 * args.base_steps
-    if not (world / "toy").exists():
+    s = run.settings
+    toy = run.world / "toy"
+    if not toy.exists():
         run.stage(
-            f"worlds.agents --terms {args.terms} --out {world}/toy --train-prompts "
-            f"{args.prompts * args.rounds} --clean {texts} --mixed "
-            f"{64 * args.spoil_steps} --outage {args.outage} --eval-prompts "
-            f"{8 if args.smoke else 200}"
+            "worlds.agents",
+            out=toy,
+            terms=s.terms,
+            train_prompts=s.prompts * s.rounds,
+            eval_prompts=8 if run.smoke else 200,
+            clean=64 * s.base_steps,
+            mixed=64 * s.spoil_steps,
+            outage=s.outage,
         )
-    for name, source, steps, out in (
-        ("student", "student", args.base_steps, "base"),
-        ("teacher", "teacher", args.teacher_steps, "teacher"),
-        ("large teacher", "large", args.teacher_steps, "large"),
-    ):
-        if out == "large" and not any(ARMS[arm].get("large") for arm in arms):
-            continue
-        if not (world / out).exists():
-            say(f"pre-training the {name}: {steps} steps of 64 episodes")
-        imitate(
-            run,
-            world / "toy" / source,
-            world / "toy" / "clean.jsonl",
-            steps,
-            4e-3,
-            0,
-            world / out,
-            "--warmup-steps 20 --schedule linear --save-every 200",
-        )
-    return world
+    models = [("student", "base", s.base_steps), ("teacher", "teacher", s.teacher_steps)]
+    if any(ARMS[arm].get("large") for arm in run.arms):
+        models.append(("large", "large", s.teacher_steps))
+    schedule = dict(warmup_steps=20, schedule="linear", save_every=200)
+    for source, name, steps in models:
+        clean = toy / "clean.jsonl"
+        run.pretrain(toy / source, clean, run.world / name, steps, **schedule)
 
 
-def prepare(run, args, world, seed):
-    folder = run.out / f"seed{seed}"
-    imitate(
-        run,
-        world / "base",
-        world / "toy" / "mixed.jsonl",
-        args.spoil_steps,
-        args.spoil_lr,
-        seed,
-        folder / "student",
-        "--fresh-optimizer",
-    )
-    return folder
+# ---- an arm
 
 
-def tools(args, calm=False, **options):
-    """The flags of rollout.py that give an agent its calculator."""
-    options = ({} if calm else {"outage": args.outage}) | options
-    return (
-        f"--tools calculator --call-format brackets --max-calls {args.max_calls} "
-        f"--max-tokens {args.max_tokens} --tool-options '{json.dumps(options)}'"
-    )
+class SodTrial(Trial):
+    def __init__(self, run, seed, arm):
+        self.how = ARMS[arm]
+        self.method = self.how.get("method", "sod" if "rule" in self.how else None)
+        teacher = run.world / ("large" if self.how.get("large") else "teacher")
+        measured = teacher if arm in ("teacher", "large-teacher") else None
+        super().__init__(run, seed, arm, start=measured, rounds=None if self.method else 0)
+        self.teacher = teacher
+        self.calls = None  # an episode, at the start
+        self.alarm = 0
 
+    def execute(self):
+        if self.arm == "before":
+            self.signal["drift"] = self.stage0()
+        return super().execute()
 
-def look_at(run, args, world, folder, seed):
-    """Stage 0: what experiments.sod_drift finds in the student's own episodes, and with results
-    padded to an error's length."""
-    found = {}
-    for name, options in (("plain", {}), ("placebo", {"pad": args.pad})):
-        at = folder / "drift" / name
-        run.stage(
-            f"rollout.py --model {folder}/student --prompts "
-            f"{world}/toy/{args.eval_split}.jsonl --n {args.eval_n} --seed {seed} "
-            f"{tools(args, **options)} --out {at}/rollouts.jsonl"
-        )
-        run.stage(
-            f"teacher.py score --model {world}/teacher --rollouts {at}/rollouts.jsonl "
-            f"--top-k 1000 --out {at}/scores.jsonl"
-        )
-        found[name] = run.stage(
-            f"experiments.sod_drift --rollouts {at}/rollouts.jsonl --scores "
-            f"{at}/scores.jsonl --out "
-            f"{at}/drift.json --plot {at}/drift.png --overwrite"
-            + (
-                f" --against {folder}/drift/plain/drift.json"
-                if name == "placebo"
-                else f" --model {folder}/student"
-            )
-        )
-    plain, after = found["plain"], found["plain"]["after"]
-    seen = {event: after[event]["above"] for event in ("mistake", "outage", "recovery")} | {
-        "placebo": found["placebo"]["after"]["result"]["above"]
-    }
-    seen |= {
-        "length_correlation": after["mistake"]["length_correlation"],
-        "mistake_length": after["mistake"]["length"],
-        "placebo_length": found["placebo"]["after"]["result"]["length"],
-    }
-    seen |= {
-        f"{event}_entropy": after[event]["entropy_change"]
-        for event in ("mistake", "outage", "result")
-    }
-    seen |= {"d_first": plain["first"]["mean"], "d_first_median": plain["first"]["median"]}
-    for name in STEPS:
-        seen |= {
-            f"d_{name}": plain["by_outcome"].get(name),
-            f"entropy_{name}": plain["entropy_by_outcome"].get(name),
-            f"snr_at_{name}": plain["gradient"]["outcome"].get(name, {}).get("snr"),
+    def generation(self, **tool_options):
+        s = self.settings
+        outage = {} if self.how.get("calm") else {"outage": s.outage}
+        return {
+            "tools": "calculator",
+            "call_format": "brackets",
+            "max_calls": s.max_calls,
+            "max_tokens": s.max_tokens,
+            "tool_options": json.dumps(outage | tool_options),
         }
-        seen |= {
-            f"way_{before}_{name}": plain["ways"].get(before, {}).get(name, {}).get("mean")
-            for before in sod_drift.EVENTS
-        }
-    seen |= {
-        f"snr_after_{name}": plain["gradient"]["after"].get(name, {}).get("snr")
-        for name in BEFORE
-    }
-    rules = plain["gradient"]["rule"]
-    seen |= {f"snr_{rule}": numbers["snr"] for rule, numbers in rules.items()}
-    seen |= {
-        f"size_{rule}": (x["signal"] + x["noise"])
-        / (rules["uniform"]["signal"] + rules["uniform"]["noise"])
-        for rule, x in rules.items()
-        if x["noise"]
-    }
-    return seen | {
-        f"{name}_{rule}": x
-        for name in ("left", "left_quiet")
-        for rule, x in plain[name].items()
-    }
 
-
-def run_arm(run, args, world, folder, seed, arm):
-    """One arm of one seed; appends a result line at every evaluation.  Returns the last one."""
-    a, place = ARMS[arm], folder / arm
-    shutil.rmtree(place, ignore_errors=True)  # an interrupted arm is begun again
-    place.mkdir(parents=True)
-    teacher, prompts, calm = (
-        world / ("large" if a.get("large") else "teacher"),
-        world / "toy" / "train.jsonl",
-        a.get("calm", False),
-    )
-    method = a.get("method", "sod" if "rule" in a else None)
-    model = student = teacher if arm in ("teacher", "large-teacher") else folder / "student"
-    row, signal, started, calls, alarm = None, {}, time.time(), None, 0
-    cost = {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0}
-    drift = {"drift": look_at(run, args, world, folder, seed)} if arm == "before" else {}
-
-    def measure(step, final):
-        nonlocal row, calls, alarm
-        spent = round(time.time() - started, 2)
-
-        def evaluate(n, more=""):
-            return run.stage(
-                f"eval.py --model {model} --prompts {world}/toy/{args.eval_split}.jsonl --n "
-                f"{n} {tools(args, calm)} --seed {2 * 10**6 + seed} --out "
-                f"{place}/eval.jsonl --overwrite {more}"
-            )
-
-        n = args.final_n if final else args.eval_n
-        score = evaluate(n)
-        calls = score["calls"] if calls is None else calls
-        alarm += score["calls"] < calls / 2
-        row = {
-            "arm": arm,
-            "seed": seed,
-            "step": step,
-            "final": final,
-            "accuracy": score["accuracy"],
-            "samples": n,
+    def columns(self, score, n, final):
+        if self.calls is None:
+            self.calls = score["calls"]
+        self.alarm += score["calls"] < self.calls / 2
+        columns = super().columns(score, n, final) | {
             "after_error": score["accuracy_after_error"],
             "without_error": score["accuracy_without_error"],
-            **{
-                name: score[name]
-                for name in (
-                    "calls",
-                    "call_errors",
-                    "error_episodes",
-                    "tool_limit",
-                    "length_mean",
-                )
-            },
-            "truncated": score["truncated_fraction"],
-            "alarm": alarm,
-            **signal,
-            **drift,
-            **cost,
-            "seconds": spent,
+            **{name: score[name] for name in EVALUATED},
+            "alarm": self.alarm,
         }
-        if final:
-            row["greedy"] = evaluate(1, "--temperature 0")["accuracy"]
-        run.result(args, {name: value for name, value in row.items() if value is not None})
+        return {name: value for name, value in columns.items() if value is not None}
 
-    measure(0, not method)
-    if not method:
-        return row
-    for number in files.progress(range(args.rounds), desc=f"seed {seed} {arm}", unit="round"):
-        at = place / f"round{number}"
-        part = (
-            f"--prompts {prompts} --slice "
-            f"{number * args.prompts}:{(number + 1) * args.prompts} --n {args.n} "
-            f"--seed {seed * 1000 + number} {tools(args, calm)} --out "
-            f"{at}/rollouts.jsonl"
+    def round(self, number):
+        s = self.settings
+        out = self.at(number) / "model"
+        if self.method == "seqkd":
+            answers = self.answer(number, self.teacher)
+            self.train("seqkd", answers, out, s.sft_learning_rate)
+            return
+        rollouts = self.rollout(number)
+        scores, done = self.score(self.teacher, rollouts, "scores")
+        self.cost["teacher_tokens"] += done["teacher_tokens"]
+        options = {"scores": scores, "set": self.how.get("set")}
+        if self.how.get("rewards", True):
+            shape = self.how.get("shape")
+            rewards, _ = self.grade(rollouts, grader="answer", shape_calls=shape)
+            options["rewards"] = rewards
+        if "rule" in self.how:
+            options["token_weights"] = self.weigh(number, rollouts, scores)
+        self.train(self.method, rollouts, out, s.learning_rate, **options)
+
+    def weigh(self, number, rollouts, scores):
+        """Step weights by the arm's rule."""
+        out = self.at(number) / "weights.jsonl"
+        done = self.run.stage(
+            "methods.sod weigh",
+            rollouts=rollouts,
+            scores=scores,
+            rule=self.how["rule"],
+            seed=self.seed * 1000 + number,
+            out=out,
         )
-        rollouts, flags, rate = f"--rollouts {at}/rollouts.jsonl", "", args.learning_rate
-        if method == "seqkd":
-            cost["teacher_tokens"] += run.stage(f"teacher.py answer --model {teacher} {part}")[
-                "generated_tokens"
-            ]
-            rate = args.sft_learning_rate
-        else:
-            cost["generated_tokens"] += run.stage(f"rollout.py --model {model} {part}")[
-                "generated_tokens"
-            ]
-            scored = run.stage(
-                f"teacher.py score --model {teacher} {rollouts} --out {at}/scores.jsonl"
-            )
-            cost["teacher_tokens"] += scored["teacher_tokens"]
-            flags = f"--scores {at}/scores.jsonl"
-            if a.get("rewards", True):
-                run.stage(
-                    f"rubric.py grade --grader answer --prompts {prompts} {rollouts} --out "
-                    f"{at}/rewards.jsonl" + " --shape-calls" * a.get("shape", False)
-                )
-                flags += f" --rewards {at}/rewards.jsonl"
-            if "rule" in a:
-                weights = run.stage(
-                    f"methods.sod weigh {rollouts} --scores {at}/scores.jsonl --rule "
-                    f"{a['rule']} --seed {seed * 1000 + number} --out "
-                    f"{at}/weights.jsonl"
-                )
-                signal = {
-                    name: weights[name] for name in ("d_first", "w_mean", "w_low", "w_bound")
-                }
-                flags += f" --token-weights {at}/weights.jsonl"
-        model, done = train_round(
-            run,
-            args,
-            method,
-            model,
-            student,
-            at,
-            seed,
-            rate,
-            flags + (f" --set {a['set']}" if "set" in a else ""),
-            first=number == 0,
+        for name in ("d_first", "w_mean", "w_low", "w_bound"):
+            if done[name] is not None:
+                self.signal[name] = done[name]
+        return out
+
+    # ---- stage 0
+
+    def stage0(self):
+        """What experiments.sod_drift finds in the student's own episodes, and with results
+        padded to an error's length."""
+        plain = self.measure_drift("plain", model=self.start)
+        against = self.folder / "drift" / "plain" / "drift.json"
+        placebo = self.measure_drift("placebo", against=against, pad=self.settings.pad)
+        after = plain["after"]
+        rules = plain["gradient"]["rule"]
+        found = {
+            "placebo": placebo["after"]["result"]["above"],
+            "length_correlation": after["mistake"]["length_correlation"],
+            "mistake_length": after["mistake"]["length"],
+            "placebo_length": placebo["after"]["result"]["length"],
+            "d_first": plain["first"]["mean"],
+            "d_first_median": plain["first"]["median"],
+        }
+        for event in ("mistake", "outage", "recovery"):
+            found[event] = after[event]["above"]
+        for event in ("mistake", "outage", "result"):
+            found[f"{event}_entropy"] = after[event]["entropy_change"]
+        for name in AFTER:
+            found[f"snr_after_{name}"] = plain["gradient"]["after"].get(name, {}).get("snr")
+        uniform = rules["uniform"]["signal"] + rules["uniform"]["noise"]
+        for rule, x in rules.items():
+            found[f"snr_{rule}"] = x["snr"]
+            if x["noise"]:
+                found[f"size_{rule}"] = (x["signal"] + x["noise"]) / uniform
+        for name in ("left", "left_quiet"):
+            found |= {f"{name}_{rule}": x for rule, x in plain[name].items()}
+        return found | by_outcome(plain)
+
+    def measure_drift(self, name, model=None, against=None, **tool_options):
+        s = self.settings
+        at = self.folder / "drift" / name
+        rollouts = at / "rollouts.jsonl"
+        self.run.stage(
+            "rollout.py",
+            model=self.start,
+            prompts=self.problems(),
+            n=s.eval_n,
+            seed=self.seed,
+            **self.generation(**tool_options),
+            out=rollouts,
         )
-        cost["trained_tokens"] += done["trained_tokens"]
-        if number + 1 == args.rounds or (number + 1) % args.eval_every == 0:
-            measure((number + 1) * args.updates, number + 1 == args.rounds)
-    return row
+        scores, _ = self.score(self.teacher, rollouts, "scores", top_k=1000)
+        return self.run.stage(
+            "experiments.sod_drift",
+            rollouts=rollouts,
+            scores=scores,
+            model=model,
+            against=against,
+            out=at / "drift.json",
+            plot=at / "drift.png",
+            overwrite=True,
+        )
+
+
+def by_outcome(drift):
+    """What sod_drift found of a step, by what came of it and of the step before."""
+    found = {}
+    for name in OUTCOMES:
+        found[f"d_{name}"] = drift["by_outcome"].get(name)
+        found[f"entropy_{name}"] = drift["entropy_by_outcome"].get(name)
+        found[f"snr_at_{name}"] = drift["gradient"]["outcome"].get(name, {}).get("snr")
+        for before in sod_drift.EVENTS:
+            way = drift["ways"].get(before, {}).get(name, {})
+            found[f"way_{before}_{name}"] = way.get("mean")
+    return found
+
+
+STUDY = Study(
+    "sod",
+    "agents with a calculator",
+    Settings,
+    ARMS,
+    CLAIMS,
+    COLUMNS,
+    build,
+    spoil_student,
+    SodTrial,
+    more=drift_table,
+)
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
-    add_run_flags(p, "sod")
-    p.add_argument("--rounds", type=int, default=15, help="rounds of an arm")
-    p.add_argument("--prompts", type=int, default=32, help="problems a round")
-    p.add_argument("--n", type=int, default=8, help="episodes a problem")
-    p.add_argument(
-        "--updates",
-        type=int,
-        default=4,
-        help="optimiser steps a round, as in the released scripts",
-    )
-    p.add_argument("--learning-rate", type=float, default=3e-4, help="of all arms but sft")
-    p.add_argument("--sft-learning-rate", type=float, default=3e-4, help="of imitation")
-    p.add_argument(
-        "--outage",
-        type=float,
-        default=0.2,
-        help="share of calls that fail without being wrong, but in the calm arms",
-    )
-    p.add_argument("--terms", default="2:4", help="fewest and most operations of a problem")
-    p.add_argument(
-        "--pad",
-        type=int,
-        default=45,
-        help="placebo: characters of a padded result, about those of an error",
-    )
-    p.add_argument("--max-calls", type=int, default=10, help="calls of an episode")
-    p.add_argument(
-        "--max-tokens", type=int, default=256, help="longest episode, with the tool's text"
-    )
-    p.add_argument(
-        "--base-steps",
-        type=int,
-        default=900,
-        help="pre-training steps of 64 right episodes of the student",
-    )
-    p.add_argument("--teacher-steps", type=int, default=1500, help="of the teachers")
-    p.add_argument(
-        "--spoil-steps",
-        type=int,
-        default=100,
-        help="steps of 64 careless episodes for a student",
-    )
-    p.add_argument("--spoil-lr", type=float, default=1e-3, help="learning rate of those steps")
-    add_eval_flags(p, every=5, n=2, final_n=8)
-    if not (args := parse(p, argv, CLAIMS, SMOKE, more=look_table)):
-        return None
-    arms = settle(args, "sod", ARMS)
-    run = begin(args, "agents with a calculator", arms, SHARED)
-    world = build(run, args, arms)
-    run_arms(
-        run,
-        args,
-        arms,
-        lambda seed: prepare(run, args, world, seed),
-        lambda *which: run_arm(run, args, world, *which),
-        lambda row: (
-            f"{args.eval_split} accuracy {row['accuracy']:.1%}, {row['calls']:.2f} calls an "
-            f"episode, {row['call_errors']:.0%} of them failed"
-        ),
-    )
-    return report(run, args, CLAIMS, COLUMNS, more=look_table)
+    return conduct(STUDY, __doc__, argv)
 
 
 if __name__ == "__main__":
