@@ -177,16 +177,16 @@ def ends(text):
     ],
 )
 def test_units_by_hand(student, teacher, want):
-    assert align.units(ends(student), ends(teacher)) == want and align.units(
+    assert align.aligned_units(ends(student), ends(teacher)) == want and align.aligned_units(
         ends(teacher), ends(student)
     ) == [(t0, t1, s0, s1) for s0, s1, t0, t1 in want]
 
 
 def test_tokens_without_bytes_join_a_unit():
     assert (
-        align.units([0, 2, 2, 5], [2, 5]) == [(0, 3, 0, 1), (3, 4, 1, 2)]
-        and align.units([], []) == []
-        and align.units([3], [4]) == []
+        align.aligned_units([0, 2, 2, 5], [2, 5]) == [(0, 3, 0, 1), (3, 4, 1, 2)]
+        and align.aligned_units([], []) == []
+        and align.aligned_units([3], [4]) == []
     )
 
 
@@ -208,7 +208,7 @@ def test_units_are_the_finest_division_that_cuts_no_token(a, b):
         (owner[g[0]][0], owner[g[-1]][0] + 1, owner[g[0]][1], owner[g[-1]][1] + 1)
         for g in groups
     ]
-    assert align.units(a, b) == want and last is None
+    assert align.aligned_units(a, b) == want and last is None
 
 
 # ---- tokenizers
@@ -243,7 +243,7 @@ def test_token_bytes_spell_any_text(tokenizers, kind, text):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if tokenizer.decode(ids, skip_special_tokens=False) != text:
         return
-    pieces = [align.spelling(tokenizer)[i] for i in ids]
+    pieces = [align.token_bytes(tokenizer)[i] for i in ids]
     spelt = b"".join(piece or b"" for piece in pieces)
     assert spelt in (raw, b" " + raw)
 
@@ -266,7 +266,7 @@ def test_units_of_real_tokenizers(tokenizers, student, teacher):
             i for i in a(text, add_special_tokens=False)["input_ids"] if i != a.eos_token_id
         ] + [a.eos_token_id] * ended
         got = align.align(a, b, ids)
-        mine, theirs = align.spelling(a), align.spelling(b)
+        mine, theirs = align.token_bytes(a), align.token_bytes(b)
 
         def spelt(spelling, some):
             return b"".join(spelling[i] or b"" for i in some)
@@ -370,7 +370,7 @@ def test_the_shared_vocabulary_is_matched_on_bytes(tokenizers):
     """A space is Ġ here and ▁ there, a line break Ċ here and <0x0A> there."""
     a, b = tokenizers["byte-level"], tokenizers["byte-fallback"]
     both = align.shared_vocabulary(a, b)
-    assert all(align.spelling(a)[i] == align.spelling(b)[j] for i, j in both.items())
+    assert all(align.token_bytes(a)[i] == align.token_bytes(b)[j] for i, j in both.items())
     assert both[a.convert_tokens_to_ids("Ċ")] == b.convert_tokens_to_ids("<0x0A>") and both[
         a.convert_tokens_to_ids("Ġd")
     ] == b.convert_tokens_to_ids("▁d")
@@ -433,4 +433,4 @@ def test_an_unknown_decoder_is_refused():
     with pytest.raises(
         records.BadInput, match="decoder: expected steps whose bytes are known, got CTC"
     ):
-        align.spelling(wrap(core, eos_token="<end>"))
+        align.token_bytes(wrap(core, eos_token="<end>"))

@@ -211,7 +211,7 @@ def test_the_files_numbers_are_the_teachers(world, foreign):
             )
             # of two digits at most; a <|user|> has no text
             text = b"".join(
-                align.spelling(student)[i] or b"" for i in r["response_ids"][s0:s1]
+                align.token_bytes(student)[i] or b"" for i in r["response_ids"][s0:s1]
             ).decode()
             assert [int(i) for i, p in zip(candidates[row], prefixes[row]) if p] == (
                 [student.convert_tokens_to_ids(text[0])] if len(text) > 1 else []

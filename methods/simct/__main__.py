@@ -1,5 +1,8 @@
-"""python -m methods.simct score | align: a teacher of another vocabulary
-(methods/simct/units.py, methods/simct/align.py)."""
+"""A teacher of another vocabulary (SimCT, arXiv 2605.07711).
+
+python -m methods.simct score --help    # scores rollouts unit by unit (units.py)
+python -m methods.simct align --help    # shows the units of a text (align.py)
+"""
 
 from methods.simct import align, units
 from opd import files

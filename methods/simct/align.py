@@ -1,40 +1,34 @@
-"""Two tokenizers over one text: where both end a token, and what lies between (SimCT, arXiv
-2605.07711, sections on alignment).
+"""Aligns two tokenizations of one text (SimCT, arXiv 2605.07711, theorem 1).
 
-    python methods/simct/align.py --student M1 --teacher M2 --text "happy day"       # the units
-    of a text,
-    and how much of it both spell alike
-    python methods/simct/align.py --student M1 --teacher M2 --rollouts R             # shares
-    over the
-    rollouts of M1
+    python -m methods.simct align --student M1 --teacher M2 --text "happy day"
+    python -m methods.simct align --student M1 --teacher M2 --rollouts rollouts.jsonl
 
-A teacher with another vocabulary says nothing of a student's token, but both spell the same
-bytes.  Their tokens end at byte offsets; between two neighbouring offsets at which both end a
-token lies a minimal aligned unit, and no finer division is possible without cutting a token
-(theorem 1):
+The first command shows the units of a text, the second prints which shares of the rollouts'
+bytes lie in units.
 
-    student   hap|py| d|ay          ends  3 5 7 9
-    teacher   ha|ppy| da|y          ends  2 5 8 9          common: 5 9          units: happy
-                                                           (2:2), _day (2:2)
-    student   7|+|12|=|19           teacher  7|+|1|2|=|1|9           units: 7 (1:1), + (1:1), 12
-                                             (1:2), = (1:1), 19 (1:2)
+A teacher with another vocabulary gives no log-prob to a student's token, but both models spell
+the same bytes.  Their tokens end at byte offsets.  Between two neighbouring offsets at which
+both end a token lies a minimal aligned unit; every finer division would cut a token:
 
-Everything is counted in bytes of tokens, never in decoded strings: a token may end inside a
-character (emoji, Chinese, accents), where a decoder shows a replacement character and two
-strings never become equal again.  What bytes a token stands for is read off the tokenizer's own
-decoder (byte-level alphabets, `▁` for a space, `<0x0A>` bytes, `##` continuations, plain
-characters), and special tokens stand for none.  A space that a tokenizer puts before a text of
-its own accord is no byte of the text.  The student's ids are those that it sampled; only the
-teacher's are made here.
+    student   hap|py| d|ay    ends 3 5 7 9
+    teacher   ha|ppy| da|y    ends 2 5 8 9    common 5 9    happy (2:2), _day (2:2)
 
-The end of a turn is a pair of its own: the student's end token is the teacher's, whatever they
-are called, if the answer ended.
+    student   12|=|19
+    teacher   1|2|=|1|9                       12 (1:2), = (1:1), 19 (1:2)
 
-Shared vocabulary: tokens of the same bytes, one on either side.  Two tokens of the same bytes
-in one vocabulary are ambiguous and leave it.
+Offsets count bytes of tokens and never characters of decoded text: a token may end inside a
+character (emoji, Chinese, accents), where a decoder shows a replacement character and the two
+texts would never be equal again.  A token's bytes are read off the tokenizer's own decoder.
+Special tokens have none.  A space that a tokenizer adds before a text is not part of the text.
+
+The student's ids are those that it sampled; only the teacher's ids are computed here.  If the
+answer ended, the student's end token and the teacher's form the last unit.
 """
 
 import json
+import os
+import re
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -42,6 +36,19 @@ from itertools import accumulate
 from opd import files
 from opd.policy import load_tokenizer
 from opd.records import BadInput
+
+# ---- the bytes of a token
+
+DECODER_STEPS = {
+    "ByteLevel",
+    "Metaspace",
+    "Replace",
+    "ByteFallback",
+    "Fuse",
+    "Strip",
+    "WordPiece",
+    "BPEDecoder",
+}
 
 
 def byte_alphabet():
@@ -52,266 +59,249 @@ def byte_alphabet():
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def _parts(node):
-    """A decoder's steps, flat."""
+BYTE_OF = byte_alphabet()
+
+
+def decoder_steps(node):
+    """[{"type": ..., ...}]: the steps of a tokenizer's decoder, with sequences flattened."""
     if not node:
         return []
-    return (
-        [step for part in node["decoders"] for step in _parts(part)]
-        if node["type"] == "Sequence"
-        else [node]
-    )
+    if node["type"] != "Sequence":
+        return [node]
+    return [step for part in node["decoders"] for step in decoder_steps(part)]
+
+
+def piece_bytes(piece, steps):
+    """The bytes that the decoder's steps make of one vocabulary entry; None for an entry that
+    no text produces.
+
+    "Ġday" (ByteLevel), "▁day" (Metaspace) -> b" day";  "<0x0A>" (ByteFallback) -> b"\\n"."""
+    kinds = {step["type"]: step for step in steps}
+    if "ByteLevel" in kinds:
+        known = all(c in BYTE_OF for c in piece)
+        return bytes(BYTE_OF[c] for c in piece) if known else None
+    if "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    if "WordPiece" in kinds:
+        prefix = kinds["WordPiece"]["prefix"]
+        if piece.startswith(prefix):
+            return piece.removeprefix(prefix).encode()
+        return b" " + piece.encode()
+    for step in steps:
+        if step["type"] == "Replace" and step["content"] == " ":
+            piece = piece.replace(step["pattern"]["String"], " ")
+        elif step["type"] == "Metaspace":
+            piece = piece.replace(step["replacement"], " ")
+        elif step["type"] == "BPEDecoder":
+            piece = piece.replace(step["suffix"], " ")
+    return piece.encode()
 
 
 @lru_cache(maxsize=8)
-def spelling(tokenizer):
-    """[bytes of every token id], None for special tokens and for ids without a token."""
+def token_bytes(tokenizer):
+    """[bytes of every token id]; None for special tokens, the unknown token and unused ids."""
     core = json.loads(tokenizer.backend_tokenizer.to_str())
-    steps, model, alphabet = _parts(core["decoder"]), core["model"], byte_alphabet()
-    kinds = [step["type"] for step in steps]
-    space = next(
-        (
-            step["pattern"]["String"]
-            for step in steps
-            if step["type"] == "Replace" and step.get("content") == " "
-        ),
-        "▁" if "Metaspace" in kinds else None,
-    )
-    prefix = next((step["prefix"] for step in steps if step["type"] == "WordPiece"), None)
-    suffix = next((step["suffix"] for step in steps if step["type"] == "BPEDecoder"), None)
-    unknown = [
-        kind
-        for kind in kinds
-        if kind
-        not in (
-            "ByteLevel",
-            "Metaspace",
-            "Replace",
-            "ByteFallback",
-            "Fuse",
-            "Strip",
-            "WordPiece",
-            "BPEDecoder",
-        )
-    ]
+    steps = decoder_steps(core["decoder"])
+    unknown = [step["type"] for step in steps if step["type"] not in DECODER_STEPS]
     if unknown:
         raise BadInput(
             f"tokenizer {tokenizer.name_or_path!r}: decoder: expected steps whose bytes are "
             f"known, got {', '.join(unknown)}"
         )
-    added = {int(i): token for i, token in tokenizer.added_tokens_decoder.items()}
+    added = tokenizer.added_tokens_decoder
     vocabulary = tokenizer.get_vocab()
     out = [None] * (max(vocabulary.values()) + 1)
-    for token, i in vocabulary.items():
-        if i in added:
-            out[i] = None if added[i].special else added[i].content.encode()
-        elif "ByteLevel" in kinds:
-            out[i] = (
-                bytes(alphabet[c] for c in token) if all(c in alphabet for c in token) else None
-            )
-        elif (
-            "ByteFallback" in kinds
-            and len(token) == 6
-            and token.startswith("<0x")
-            and token.endswith(">")
-        ):
-            out[i] = bytes([int(token[3:5], 16)])
-        elif prefix is not None:
-            out[i] = (
-                token[len(prefix) :].encode()
-                if token.startswith(prefix)
-                else b" " + token.encode()
-            )
-        else:
-            for mark in filter(None, (space, suffix)):
-                token = token.replace(mark, " ")
-            out[i] = token.encode()
-    unk = model.get("unk_token") if isinstance(model.get("unk_token"), str) else None
-    if model.get("unk_id") is not None:
-        out[model["unk_id"]] = None
-    if unk in vocabulary:
-        out[vocabulary[unk]] = None  # it stands for any text, so for none
+    for piece, i in vocabulary.items():
+        if i not in added:
+            out[i] = piece_bytes(piece, steps)
+        elif not added[i].special:
+            out[i] = added[i].content.encode()
+    # the unknown token stands for any text, so for none
+    if core["model"].get("unk_id") is not None:
+        out[core["model"]["unk_id"]] = None
+    if core["model"].get("unk_token") in vocabulary:
+        out[vocabulary[core["model"]["unk_token"]]] = None
     return out
+
+
+def pieces_of(tokenizer, ids):
+    """[bytes of each token], empty for tokens without bytes."""
+    table = token_bytes(tokenizer)
+    return [(table[i] or b"") if i < len(table) else b"" for i in ids]
+
+
+def ids_of_bytes(tokenizer):
+    """{bytes: id} of the tokens whose bytes no other token of the vocabulary has."""
+    ids = {}
+    for i, piece in enumerate(token_bytes(tokenizer)):
+        if piece:
+            ids.setdefault(piece, []).append(i)
+    return {piece: found[0] for piece, found in ids.items() if len(found) == 1}
 
 
 def shared_vocabulary(student, teacher):
-    """{student's id: teacher's id} of tokens that stand for the same bytes, each alone in its
-    vocabulary.  One and the same vocabulary is shared whole, with its special tokens."""
+    """{student's id: teacher's id} of tokens with the same bytes.  Two tokenizers with one
+    vocabulary share all of it, special tokens included."""
     if student.get_vocab() == teacher.get_vocab():
         return {i: i for i in sorted(student.get_vocab().values())}
-
-    def alone(tokenizer):
-        ids = {}
-        for i, piece in enumerate(spelling(tokenizer)):
-            if piece:
-                ids.setdefault(piece, []).append(i)
-        return {piece: found[0] for piece, found in ids.items() if len(found) == 1}
-
-    mine, theirs = alone(student), alone(teacher)
-    return {i: theirs[piece] for piece, i in mine.items() if piece in theirs}
+    theirs = ids_of_bytes(teacher)
+    return {i: theirs[piece] for piece, i in ids_of_bytes(student).items() if piece in theirs}
 
 
-def units(student_ends, teacher_ends):
-    """[(s0, s1, t0, t1)]: tokens s0..s1-1 of the student spell what tokens t0..t1-1 of the
-    teacher spell; in order, without gaps.
+# ---- alignment
 
-    ends: byte offsets at which the tokens end, never falling (a token may stand for no bytes:
-    it joins the unit before it, or the first).
 
-    units([3, 5, 7, 9], [2, 5, 8, 9]) -> [(0, 2, 0, 2), (2, 4, 2, 4)]"""
-    out, s, t, common = [], 0, 0, sorted(set(student_ends) & set(teacher_ends) - {0})
-    for offset in common:
-        s1, t1 = s, t
-        while s1 < len(student_ends) and student_ends[s1] <= offset:
-            s1 += 1
-        while t1 < len(teacher_ends) and teacher_ends[t1] <= offset:
-            t1 += 1
-        out.append((s, s1, t, t1))
-        s, t = s1, t1
-    return out
+def aligned_units(student_ends, teacher_ends):
+    """[(s0, s1, t0, t1)]: student tokens s0..s1-1 spell what teacher tokens t0..t1-1 spell; in
+    order, without gaps.
+
+    ends: byte offsets at which the tokens end, never falling.  A token without bytes joins the
+    unit before it, or the first.
+
+    aligned_units([3, 5, 7, 9], [2, 5, 8, 9]) -> [(0, 2, 0, 2), (2, 4, 2, 4)]"""
+    units = []
+    s0 = 0
+    t0 = 0
+    for offset in sorted(set(student_ends) & set(teacher_ends) - {0}):
+        s1 = bisect_right(student_ends, offset)
+        t1 = bisect_right(teacher_ends, offset)
+        units.append((s0, s1, t0, t1))
+        s0 = s1
+        t0 = t1
+    return units
 
 
 @dataclass(frozen=True)
 class Alignment:
     """One answer in both tokenizations."""
 
-    # the answer in the teacher's tokens, its end token included where the student's is
-    teacher_ids: list
-    units: list  # (s0, s1, t0, t1), of student_ids and teacher_ids
-    text: str  # what both spell
+    teacher_ids: list  # with an end token iff the student's is in a unit
+    units: list  # (s0, s1, t0, t1) into the student's ids and teacher_ids
+    text: str  # what the teacher's tokens spell
     bytes: int  # of the student's answer
-    covered: int  # bytes in units
-    strict: int  # bytes in units of one token on either side
+    covered: int  # of these, in units
+    strict: int  # of these, in units of one token on either side
 
 
 def longest_text(raw):
-    """The longest beginning of some bytes that is UTF-8: an answer cut inside a character, or a
-    student that writes none."""
+    """The longest beginning of some bytes that is valid UTF-8."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
         return raw[: error.start].decode()
 
 
-def common_prefix(a, b):
-    """Bytes at the beginning that are the same."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+def common_length(a, b):
+    """How many bytes at the beginning are the same."""
+    return len(os.path.commonprefix([a, b]))
+
+
+def one_to_one(unit):
+    """Whether a unit is one token on either side."""
+    s0, s1, t0, t1 = unit
+    return s1 - s0 == 1 and t1 - t0 == 1
 
 
 def align(student, teacher, student_ids, ends=None):
-    """Alignment of a student's sampled ids with what the teacher makes of their text.
+    """Alignment of a student's sampled ids with the teacher's tokens of their text.
 
-    ends: (student's id, teacher's id) of the end of a turn; by default both tokenizers' end
-    tokens."""
+    ends: (student's id, teacher's id) of the end of a turn; by default the end tokens of both
+    tokenizers."""
     end, teacher_end = ends or (student.eos_token_id, teacher.eos_token_id)
     ended = student_ids[-1:] == [end]
-    body, spelt, theirs = (
-        student_ids[:-1] if ended else student_ids,
-        spelling(student),
-        spelling(teacher),
-    )
-    pieces = [spelt[i] or b"" if i < len(spelt) else b"" for i in body]
+    body = student_ids[:-1] if ended else student_ids
+    pieces = pieces_of(student, body)
     raw = b"".join(pieces)
     text = longest_text(raw)
     teacher_ids = teacher(text, add_special_tokens=False)["input_ids"] if text else []
-    teacher_pieces = [theirs[i] or b"" for i in teacher_ids]
-    spelt_there = b"".join(teacher_pieces)
-    # a space that the tokenizer put there
-    virtual = int(
-        spelt_there[:1] == b" "
-        and common_prefix(raw, spelt_there[1:]) > common_prefix(raw, spelt_there)
-    )
-    same = common_prefix(raw, spelt_there[virtual:])
+    teacher_pieces = pieces_of(teacher, teacher_ids)
+    teacher_raw = b"".join(teacher_pieces)
+    added_space = 0
+    if teacher_raw[:1] == b" ":
+        without = common_length(raw, teacher_raw[1:])
+        added_space = int(without > common_length(raw, teacher_raw))
+    same = common_length(raw, teacher_raw[added_space:])
     student_ends = [e for e in accumulate(map(len, pieces)) if e <= same]
-    teacher_ends = [
-        e
-        for e in (max(0, e - virtual) for e in accumulate(map(len, teacher_pieces)))
-        if e <= same
-    ]
-    found = units(student_ends, teacher_ends)
+    shifted = [max(0, e - added_space) for e in accumulate(map(len, teacher_pieces))]
+    teacher_ends = [e for e in shifted if e <= same]
+    units = aligned_units(student_ends, teacher_ends)
+
     offsets = [0, *accumulate(map(len, pieces))]
-    covered = offsets[found[-1][1]] if found else 0
-    strict = sum(
-        offsets[s1] - offsets[s0] for s0, s1, t0, t1 in found if (s1 - s0, t1 - t0) == (1, 1)
-    )
-    understood = covered == len(raw) and (found[-1][1:4:2] if found else (0, 0)) == (
-        len(body),
-        len(teacher_ids),
-    )
-    if ended and understood and teacher_end is not None:  # only where all before it has been
-        found = found + [(len(body), len(body) + 1, len(teacher_ids), len(teacher_ids) + 1)]
+    _, s_last, _, t_last = units[-1] if units else (0, 0, 0, 0)
+    covered = offsets[s_last]
+    strict = sum(offsets[u[1]] - offsets[u[0]] for u in units if one_to_one(u))
+    complete = s_last == len(body) and t_last == len(teacher_ids)
+    # an end token means the same only after the same text
+    if ended and complete and teacher_end is not None:
+        units = units + [(s_last, s_last + 1, t_last, t_last + 1)]
         teacher_ids = teacher_ids + [teacher_end]
-    return Alignment(teacher_ids, found, text, len(raw), covered, strict)
+    return Alignment(teacher_ids, units, text, len(raw), covered, strict)
 
 
-def show(student, teacher, alignment, student_ids):
-    """The units as a person reads them: text (tokens:tokens)."""
-    spelt = spelling(student)
+def byte_shares(counts):
+    """{"covered", "strict", "whole"} of answers: the shares of their bytes in units and in
+    one-to-one units, and the share of answers covered to their end.
 
-    def piece(i):
-        return (
-            spelt[i].decode(errors="backslashreplace")
-            if spelt[i]
-            else student.convert_ids_to_tokens(i)
-        )
+    counts: [[bytes, covered, strict]].   [[4, 4, 2], [4, 0, 0]] -> 0.5, 0.25, 0.5"""
+    total = max(1, sum(n for n, _, _ in counts))
+    return {
+        "covered": sum(covered for _, covered, _ in counts) / total,
+        "strict": sum(strict for _, _, strict in counts) / total,
+        "whole": sum(n == covered for n, covered, _ in counts) / max(1, len(counts)),
+    }
 
-    return " ".join(
-        f"{'|'.join(piece(i) for i in student_ids[s0:s1]).replace(' ', '_')!r}"
-        f"({s1 - s0}:{t1 - t0})"
-        for s0, s1, t0, t1 in alignment.units
+
+def describe_shares(shares):
+    return (
+        f"{shares['covered']:.1%} of their bytes in units, {shares['strict']:.1%} in units of "
+        f"one token on either side, {shares['whole']:.1%} of them covered to their end"
     )
+
+
+# ---- the command
+
+
+def describe_units(student, units, student_ids):
+    """The units as a person reads them: "'hap|py'(2:2) '_d|ay'(2:2)"."""
+    words = []
+    for s0, s1, t0, t1 in units:
+        spelt = []
+        for i in student_ids[s0:s1]:
+            piece = token_bytes(student)[i]
+            name = student.convert_ids_to_tokens(i)
+            spelt.append(piece.decode(errors="backslashreplace") if piece else name)
+        words.append(f"{'|'.join(spelt).replace(' ', '_')!r}({s1 - s0}:{t1 - t0})")
+    return " ".join(words)
 
 
 def main(argv=None):
-
     p = files.parser(__doc__)
-    p.add_argument(
-        "--student",
-        required=True,
-        help="folder or Hugging Face id whose tokenizer wrote the answers",
-    )
-    p.add_argument(
-        "--teacher", required=True, help="folder or Hugging Face id of the other tokenizer"
-    )
-    p.add_argument("--text", help="show the units of this text")
-    p.add_argument(
-        "--rollouts", help="JSONL of the student's rollouts: shares over all of them"
-    )
+    p.add_argument("--student", required=True, help="whose tokenizer wrote the answers")
+    p.add_argument("--teacher", required=True, help="whose tokenizer they are aligned with")
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", help="show the units of this text")
+    source.add_argument("--rollouts", help="JSONL of the student's rollouts: print shares")
     args = p.parse_args(argv)
-    if bool(args.text) == bool(args.rollouts):
-        raise BadInput("--text, --rollouts: expected one of them")
-    student, teacher = load_tokenizer(args.student), load_tokenizer(args.teacher)
-    answers = (
-        [student(args.text, add_special_tokens=False)["input_ids"]]
-        if args.text
-        else [r["response_ids"] for r in files.read(args.rollouts, "rollouts")]
-    )
-    found = [align(student, teacher, ids) for ids in answers]
-    if args.text:
-        print(show(student, teacher, found[0], answers[0]))
-    total = max(1, sum(a.bytes for a in found))
-    both, mine = (
-        shared_vocabulary(student, teacher),
-        sum(piece is not None for piece in spelling(student)),
-    )
-    theirs = sum(piece is not None for piece in spelling(teacher))
-    summary = {
-        "answers": len(found),
-        "covered": sum(a.covered for a in found) / total,
-        "strict": sum(a.strict for a in found) / total,
-        "whole": sum(a.covered == a.bytes for a in found) / max(1, len(found)),
-        "shared_vocabulary": len(both),
-        "jaccard": len(both) / max(1, mine + theirs - len(both)),
-    }
+    student = load_tokenizer(args.student)
+    teacher = load_tokenizer(args.teacher)
+    if args.rollouts:
+        answers = [r["response_ids"] for r in files.read(args.rollouts, "rollouts")]
+    else:
+        answers = [student(args.text, add_special_tokens=False)["input_ids"]]
+    alignments = [align(student, teacher, ids) for ids in answers]
+    if not args.rollouts:
+        print(describe_units(student, alignments[0].units, answers[0]))
+    shares = byte_shares([(a.bytes, a.covered, a.strict) for a in alignments])
+    shared = len(shared_vocabulary(student, teacher))
+    sizes = [sum(b is not None for b in token_bytes(t)) for t in (student, teacher)]
+    jaccard = shared / max(1, sum(sizes) - shared)
     print(
-        f"methods/simct/align.py: {len(found)} answers, {summary['covered']:.1%} of their "
-        f"bytes in units, "
-        f"{summary['strict']:.1%} in units of one token on either side, "
-        f"{summary['whole']:.1%} of answers whole; "
-        f"{len(both)} tokens shared of {mine} and {theirs} (Jaccard {summary['jaccard']:.1%})"
+        f"methods.simct align: {len(answers)} answers, {describe_shares(shares)}; {shared} "
+        f"tokens shared of {sizes[0]} and {sizes[1]} (Jaccard {jaccard:.1%})"
     )
-    return summary
-
-
-if __name__ == "__main__":
-    files.run(main)
+    return {
+        "answers": len(answers),
+        **shares,
+        "shared_vocabulary": shared,
+        "jaccard": jaccard,
+    }

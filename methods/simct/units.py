@@ -1,56 +1,57 @@
-"""A teacher of another vocabulary scores a student's rollouts unit by unit (SimCT, arXiv
-2605.07711; `python -m methods.simct score`).
+"""Scores a student's rollouts with a teacher of another vocabulary (SimCT, arXiv 2605.07711).
 
-    python -m methods.simct score --model TEACHER --student STUDENT --prompts P --rollouts R
-    --out
-    scores.jsonl
-    python teacher.py score --model STUDENT --rollouts R --out own.jsonl --top-k 16
-    python -m methods.simct score --model TEACHER --student STUDENT --prompts P --rollouts R
-    --top-k-of own.jsonl --out scores.jsonl
-    python -m experiments.simct_regroup --scores scores.jsonl --drop-spans 0.5 --out half.jsonl
-    #
-    controls: spans dropped, coarsened, shuffled
+    python -m methods.simct score --model TEACHER --student STUDENT --prompts prompts.jsonl \\
+        --rollouts rollouts.jsonl --out scores.jsonl
 
-The teacher reads the prompt in its own chat template, and the student's text in its own tokens;
-methods/simct/align.py says which of them spell the same.  A line holds, beside the fields of
-every score,
+Where the vocabularies are large, bound the file with the student's own likeliest tokens:
 
-    units           [[s0, s1, t0, t1], ...]: tokens of the student, tokens of the teacher
-    unit_logprobs   the teacher's log-prob of each unit's whole spelling;  unit_logits: the sum
-                    of its raw logits in its place;  unit_logz: the
-                    log of their normaliser where the unit begins (only the released form of the
-                    loss reads these two)
-    unit_topk       where each unit begins, the teacher's log-probs of shared tokens, under the
-                    student's ids: of all of them, or, with
-                    --top-k-of, of those among the student's own likeliest (others: -inf), which
-                    bounds the file
-    prefixes        which of these tokens are a proper beginning of the unit's text: the
-                    teacher's first step into it, spelt its way
-    sorted          with --sorted K: the teacher's K largest log-probs, best first, at its place
-                    i for every token i of the student that has
-                    such a place (ULD, which aligns nothing)
-    logprobs        each unit's log-prob dealt out among the student's tokens in proportion to
-                    the student's own (DPCA, arXiv 2606.09456): what
-                    `--method opd` reads.  A token outside of any unit gets the student's own
-                    number: no advantage
+    python teacher.py score --model STUDENT --rollouts rollouts.jsonl --out own.jsonl --top-k 16
+    python -m methods.simct score ... --top-k-of own.jsonl --out scores.jsonl
 
-Size: a unit costs 7 bytes a candidate; 16 candidates and 500 units make 75 kB a rollout in
-base64, 150,000 shared tokens would make 700 MB: so use --top-k-of where the vocabularies are
-large.
+The teacher reads the prompt in its own chat template and the student's text in its own tokens.
+methods/simct/align.py finds the units that both spell.  A record holds, beside the fields of
+every score, for U units:
 
-Simplifications: 1. local teachers only; 2. a rollout with messages of several turns is scored
-in its last answer.
+    units          [[s0, s1, t0, t1]]: tokens s0..s1-1 of the student, t0..t1-1 of the teacher
+    unit_logprobs  [U] the teacher's log-prob of the unit's whole spelling
+    unit_logits    [U] the same sum of its raw logits (only --set span=logit reads these two)
+    unit_logz      [U] the log of the logits' normaliser at the unit's first token
+    unit_topk      [U, K] student ids and the teacher's log-probs of these shared tokens at the
+                   unit's first token: all shared tokens, or those of --top-k-of (-inf: not
+                   shared)
+    prefixes       [U, K] 1 where a candidate spells a proper beginning of the unit's text
+    sorted         [T, K] with --sorted K: the teacher's K largest log-probs at its tokens
+                   0..T-1, T at most the student's length (ULD pairs them by place)
+    bytes          [bytes of the answer, of these in units, of these in one-to-one units]
+    logprobs       each unit's log-prob, split among the student's tokens in proportion to their
+                   own (DPCA, arXiv 2606.09456), for `--method opd`.  A token outside of units
+                   keeps the student's log-prob: no advantage
+
+Size: 7 bytes a candidate and unit.  16 candidates of 500 units take 75 kB a rollout, 150,000
+shared tokens would take 700 MB.
+
+Simplifications: 1. local teachers only; 2. of a prompt with several turns only the last answer
+is scored; 3. episodes with tools are refused.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from methods.simct.align import align, shared_vocabulary, spelling
+from methods.simct.align import (
+    align,
+    byte_shares,
+    describe_shares,
+    pieces_of,
+    shared_vocabulary,
+    token_bytes,
+)
 from opd import files, records
 from opd.kernel import linear_logp
 from opd.policy import (
+    Policy,
     add_model_flags,
     check_tokens,
     hidden_at,
@@ -73,9 +74,60 @@ def raw_logits(hidden, head, ids, scale=1.0, softcap=None, vocabulary=None):
     return softcap * torch.tanh(z / softcap) if softcap else z
 
 
+# ---- what the teacher says of units
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher and the tokenizer of its student."""
+
+    student: object
+    teacher: Policy
+    ends: tuple  # (student's id, teacher's id) of the end of a turn
+    shared: dict  # {student's id: teacher's id}, the ends included
+
+
+@torch.no_grad()
+def score_units(teacher, prompts, alignments, candidates, largest=0):
+    """[(log-probs [T], logits [T], candidates' log-probs [U, K], `largest` log-probs [T, L])]
+    of answers with T teacher tokens and U units.
+
+    prompts: the teacher's ids of each prompt; candidates: of each answer [U, K] ids in the
+    teacher's vocabulary, -1 for none."""
+    answers = [a.teacher_ids for a in alignments]
+    hidden = hidden_at(
+        teacher.model,
+        [prompt + ids for prompt, ids in zip(prompts, answers)],
+        [response_positions(prompt, [1] * len(ids)) for prompt, ids in zip(prompts, answers)],
+    )  # [all teacher tokens, D]
+
+    def logps_of(states, ids):
+        return linear_logp(states, teacher.head, ids, **teacher.head_options)[0]
+
+    own = torch.tensor([i for ids in answers for i in ids], dtype=torch.int64)
+    own = own.to(hidden.device)
+    logp = logps_of(hidden, own).double().cpu().numpy()
+    logit = raw_logits(hidden, teacher.head, own, **teacher.head_options)
+    logit = logit.double().cpu().numpy()
+    best = np.zeros((len(own), 0), np.float32)
+    if largest:
+        best = logps_of(hidden, likeliest(teacher, hidden, largest)).cpu().numpy()
+
+    starts = np.cumsum([0] + [len(ids) for ids in answers])
+    first = [start + t0 for start, a in zip(starts, alignments) for _, _, t0, _ in a.units]
+    wanted = torch.from_numpy(np.concatenate(candidates)).to(hidden.device)
+    top = logps_of(hidden[first], wanted.clamp_min(0))
+    top = top.masked_fill(wanted < 0, -torch.inf).cpu().numpy()
+
+    by_token = starts[1:-1]
+    by_unit = np.cumsum([len(a.units) for a in alignments])[:-1]
+    by_answer = [np.split(values, by_token) for values in (logp, logit, best)]
+    return list(zip(*by_answer[:2], np.split(top, by_unit), by_answer[2]))
+
+
 def split_unit_logprob(unit_logps, units, own):
     """Every unit's log-prob among its student tokens, in proportion to their own log-probs;
-    alike where those are all 0.
+    equal parts where those are all 0.
 
     split_unit_logprob([-3.0], [(0, 2, 0, 1)], [-1.0, -0.5, -9.0]) -> [-2.0, -1.0, -9.0]"""
     out = list(own)
@@ -86,76 +138,162 @@ def split_unit_logprob(unit_logps, units, own):
     return out
 
 
-@torch.no_grad()
-def score_units(policy, prompts, alignments, candidates, largest=0):
-    """[(unit log-probs [U], unit logits [U], unit logz [U], candidates' log-probs [U, K], K
-    largest log-probs [T, K])] of a batch of answers.
+# ---- records
 
-    prompts: the teacher's ids of each prompt; candidates: [U, K] ids in its vocabulary, -1 for
-    none."""
-    found = [a.teacher_ids for a in alignments]
-    hidden = hidden_at(
-        policy.model,
-        [p + ids for p, ids in zip(prompts, found)],
-        [response_positions(p, [1] * len(ids)) for p, ids in zip(prompts, found)],
-    )
-    own = torch.tensor(
-        [t for ids in found for t in ids], dtype=torch.int64, device=hidden.device
-    )
-    logp, _ = linear_logp(hidden, policy.head, own, **policy.head_options)
-    logit = raw_logits(hidden, policy.head, own, **policy.head_options)
-    starts, offset = [], 0
-    for a, ids in zip(alignments, found):
-        starts += [offset + t0 for _, _, t0, _ in a.units]
-        offset += len(ids)
-    wanted = torch.from_numpy(np.concatenate(candidates).astype(np.int64)).to(hidden.device)
-    top, _ = linear_logp(
-        hidden[starts], policy.head, wanted.clamp_min(0), **policy.head_options
-    )
-    top = top.masked_fill(wanted < 0, -torch.inf).cpu().numpy()
-    best = (
-        linear_logp(
-            hidden, policy.head, likeliest(policy, hidden, largest), **policy.head_options
-        )[0]
-        .cpu()
-        .numpy()
-        if largest
-        else np.zeros((len(own), 0), np.float32)
-    )
-    logp, logit, out, offset, row = (
-        logp.double().cpu().numpy(),
-        logit.double().cpu().numpy(),
-        [],
-        0,
-        0,
-    )
-    for a, ids in zip(alignments, found):
-        spans = [(offset + t0, offset + t1) for _, _, t0, t1 in a.units]
-        out.append(
-            (
-                [logp[i:j].sum() for i, j in spans],
-                [logit[i:j].sum() for i, j in spans],
-                [logit[i] - logp[i] for i, _ in spans],
-                top[row : row + len(spans)],
-                best[offset : offset + len(ids)],
-            )
+
+def mark_prefixes(candidates, texts, table):
+    """[U, K] of 0 and 1: which candidates spell a proper beginning of their unit's text.
+
+    candidates: [U, K] student ids; texts: the bytes of each unit; table: `token_bytes`.
+    Candidates 1|12|2 of the unit "12" -> [[1, 0, 0]]."""
+    marks = np.zeros(candidates.shape, np.uint8)
+    for row, (ids, text) in enumerate(zip(candidates.tolist(), texts)):
+        for column, i in enumerate(ids):
+            piece = table[i]
+            marks[row, column] = bool(piece) and piece != text and text.startswith(piece)
+    return marks
+
+
+def unit_record(pair, rollout, alignment, candidates, scores):
+    """The score record of one rollout; candidates: [U, K] student ids; scores: of
+    `score_units`."""
+    logp, logit, top, largest = scores
+    ids = rollout["response_ids"]
+    units = alignment.units
+    unit_logps = [logp[t0:t1].sum() for _, _, t0, t1 in units]
+    split = split_unit_logprob(unit_logps, units, rollout["logprobs"])
+    texts = [b"".join(pieces_of(pair.student, ids[s0:s1])) for s0, s1, _, _ in units]
+    small = np.uint16 if candidates.max(initial=0) < 65536 else np.int32
+    record = {
+        "id": rollout["id"],
+        "sample": rollout["sample"],
+        "policy": pair.teacher.identity,
+        "rollout": records.fingerprint(rollout),
+        "logprobs": records.floats(np.minimum(split, 0)),
+        "units": [list(u) for u in units],
+        "unit_logprobs": records.floats(unit_logps),
+        "unit_logits": records.floats([logit[t0:t1].sum() for _, _, t0, t1 in units]),
+        "unit_logz": records.floats([logit[t0] - logp[t0] for _, _, t0, _ in units]),
+        "unit_topk": {
+            "ids": records.pack(candidates.astype(small)),
+            "logprobs": records.pack(top.astype(np.float32)),
+        },
+        "prefixes": records.pack(mark_prefixes(candidates, texts, token_bytes(pair.student))),
+        "bytes": [alignment.bytes, alignment.covered, alignment.strict],
+    }
+    if largest.shape[1]:
+        record["sorted"] = records.pack(largest[: len(ids)])
+    return record
+
+
+def candidate_ids(units, shared, topk_ids=None):
+    """[U, K] student ids whose log-probs are wanted where each unit begins: all shared tokens,
+    or those of the student's top-k [T, K] at the unit's first token."""
+    if topk_ids is None:
+        return np.tile(np.array(sorted(shared)), (len(units), 1))
+    first = np.array([s0 for s0, _, _, _ in units], np.int64)
+    return topk_ids[first].astype(np.int64)
+
+
+def score_rollouts(pair, rollouts, prompts, topk_ids, largest=0):
+    """Score records of a batch of rollouts.
+
+    prompts: their prompt records; topk_ids: [T, K] a rollout, or None for all shared tokens."""
+    teacher = pair.teacher
+    alignments = []
+    candidates = []  # student ids
+    wanted = []  # the same in the teacher's vocabulary
+    for rollout, proposed in zip(rollouts, topk_ids):
+        found = align(pair.student, teacher.tokenizer, rollout["response_ids"], pair.ends)
+        ids = candidate_ids(found.units, pair.shared, proposed)
+        theirs = [pair.shared.get(i, -1) for i in ids.flatten().tolist()]
+        alignments.append(found)
+        candidates.append(ids)
+        wanted.append(np.array(theirs, np.int64).reshape(ids.shape))
+    prompt_ids = [render(teacher.tokenizer, p, teacher.template_options) for p in prompts]
+    scores = score_units(teacher, prompt_ids, alignments, wanted, largest)
+    return [
+        unit_record(pair, *parts) for parts in zip(rollouts, alignments, candidates, scores)
+    ]
+
+
+# ---- the command
+
+
+def pair_of_ends(text, student, teacher):
+    """ "<|end|>=<|im_end|>" -> their ids; by default both end tokens."""
+    if not text:
+        return student.eos_token_id, teacher.eos_token_id
+    mine, _, other = text.partition("=")
+    if mine not in student.get_vocab() or other not in teacher.get_vocab():
+        raise BadInput(
+            f"--ends {text}: expected A=B, a token of the student's vocabulary and one of "
+            f"the teacher's"
         )
-        offset, row = offset + len(ids), row + len(spans)
-    return out
+    return student.get_vocab()[mine], teacher.get_vocab()[other]
 
 
-def main(argv):
-    p = files.parser(__doc__)
-    p.add_argument("--model", required=True, help="the teacher: folder or Hugging Face id")
-    p.add_argument(
-        "--student",
-        required=True,
-        help="folder or Hugging Face id whose tokenizer wrote the rollouts",
+def load_pair(model, student, ends, dtype, device, template_options):
+    """Pair of a teacher's and a student's folder; ends: what --ends says."""
+    teacher = load_policy(model, dtype, device, template_options)
+    tokenizer = load_tokenizer(student)
+    end_ids = pair_of_ends(ends, tokenizer, teacher.tokenizer)
+    shared = shared_vocabulary(tokenizer, teacher.tokenizer)
+    if None not in end_ids:
+        shared[end_ids[0]] = end_ids[1]
+    return Pair(tokenizer, teacher, end_ids, shared)
+
+
+def check_rollout(rollout, where, identity, vocabulary):
+    """Refuses a rollout in other tokens than the student's, and an episode with tools."""
+    check_tokens(rollout, where, identity, vocabulary, ("vocabulary",))
+    if len(rollout.get("steps", ())) > 1:
+        raise BadInput(
+            f"{where}: steps: expected an answer in one piece, got an episode with tools: its "
+            f"turns have no common spelling in two chat templates"
+        )
+
+
+def check_sources(rollout, where, prompts, proposals, rollouts):
+    """Refuses a rollout without a prompt, and one without proposed candidates."""
+    key = records.key_of(rollout, "rollouts")
+    if key[:1] not in prompts:
+        raise BadInput(
+            f"{where}: id: expected one of the ids in {prompts.path}, got {key[0]!r}"
+        )
+    if proposals and "topk" not in files.record_for(proposals, rollout, rollouts):
+        raise BadInput(
+            f"{proposals.where(key)}: topk: expected ids to score, but the field is missing: "
+            f"run teacher.py score with --top-k"
+        )
+
+
+def summarise(out, shared):
+    """What a finished file holds, and a line that says so."""
+    tokens = 0
+    counts = []
+    for record in files.read(out, "scores"):
+        tokens += record["units"][-1][3] if record["units"] else 0
+        counts.append(record["bytes"])
+    shares = byte_shares(counts)
+    print(
+        f"methods.simct score: {out}: {len(counts)} rollouts, {describe_shares(shares)}; "
+        f"{shared} shared tokens"
     )
+    return {
+        "out": out,
+        "records": len(counts),
+        "teacher_tokens": tokens,
+        **shares,
+        "shared_vocabulary": shared,
+    }
+
+
+def add_flags(p):
+    p.add_argument("--model", required=True, help="the teacher: folder or Hugging Face id")
+    p.add_argument("--student", required=True, help="whose tokenizer wrote the rollouts")
     p.add_argument(
-        "--prompts",
-        required=True,
-        help="JSONL of prompts, which the teacher reads in its own template",
+        "--prompts", required=True, help="JSONL; the teacher reads them in its own template"
     )
     p.add_argument("--rollouts", required=True, help="JSONL of rollouts to score")
     p.add_argument(
@@ -164,8 +302,8 @@ def main(argv):
     p.add_argument(
         "--top-k-of",
         metavar="FILE",
-        help="candidates: the student's own likeliest tokens (teacher.py score --top-k by "
-        "the student) in place of all shared ones",
+        help="candidates: the tokens that these scores by the student hold (teacher.py score "
+        "--top-k) in place of all shared ones",
     )
     p.add_argument(
         "--sorted",
@@ -188,184 +326,48 @@ def main(argv):
     )
     add_model_flags(p)
     p.add_argument("--overwrite", action="store_true", help="begin the output anew")
+
+
+def main(argv=None):
+    p = files.parser(__doc__)
+    add_flags(p)
     args = p.parse_args(argv)
-    policy, student = (
-        load_policy(args.model, args.dtype, args.device, args.template_options),
-        load_tokenizer(args.student),
+    pair = load_pair(
+        args.model, args.student, args.ends, args.dtype, args.device, args.template_options
     )
-    ends = pair_of_ends(args.ends, student, policy.tokenizer)
-    shared = shared_vocabulary(student, policy.tokenizer) | (
-        {ends[0]: ends[1]} if None not in ends else {}
-    )
-    everything, mine, identity = (
-        np.array(sorted(shared)),
-        spelling(student),
-        identity_of(args.student, None, student, {}),
-    )
-    pieces = {i: mine[i] for i in shared}
-    prompts = {str(r["id"]): r for r in files.read(args.prompts, "prompts")}
-    rollouts, others = (
-        files.Table(args.rollouts, "rollouts"),
-        files.Table(args.top_k_of, "scores") if args.top_k_of else None,
-    )
-    lengths = []
+    identity = identity_of(args.student, None, pair.student, {})
+    prompts = files.Table(args.prompts, "prompts")
+    rollouts = files.Table(args.rollouts, "rollouts")
+    proposals = files.Table(args.top_k_of, "scores") if args.top_k_of else None
+    lengths = {}
     for key in rollouts.keys():
         rollout = rollouts[key]
-        check_tokens(
-            rollout, rollouts.where(key), identity, vocabulary_size(student), ("vocabulary",)
-        )
-        if len(rollout.get("steps", ())) > 1:
-            raise BadInput(
-                f"{rollouts.where(key)}: steps: expected an answer in one piece, got an "
-                f"episode with tools: its turns have no common spelling in two "
-                f"chat templates"
-            )
-        if key[0] not in prompts:
-            raise BadInput(
-                f"{rollouts.where(key)}: id: expected one of the ids in {args.prompts}, got "
-                f"{key[0]!r}"
-            )
-        if others and "topk" not in files.record_for(others, rollout, rollouts):
-            raise BadInput(
-                f"{others.where(key)}: topk: expected ids to score, but the field is "
-                f"missing: run teacher.py score with --top-k"
-            )
-        lengths.append((key, len(rollout["prompt_ids"]) + 2 * len(rollout["response_ids"])))
-    total, covered, strict, tokens, whole = 0, 0, 0, 0, 0
+        where = rollouts.where(key)
+        check_rollout(rollout, where, identity, vocabulary_size(pair.student))
+        check_sources(rollout, where, prompts, proposals, rollouts)
+        lengths[key] = len(rollout["prompt_ids"]) + 2 * len(rollout["response_ids"])
     settings = {
-        "policy": policy.identity,
+        "policy": pair.teacher.identity,
         "student": identity["vocabulary"],
-        "ends": ends,
+        "ends": pair.ends,
         "sorted": args.sorted,
         "dtype": args.dtype,
     }
-    with files.Writer(
-        args.out,
-        "scores",
-        settings,
-        [args.rollouts, args.prompts] + [args.top_k_of] * bool(others),
-        args.overwrite,
-    ) as writer:
-        todo = [pair for pair in lengths if pair[0] not in writer]
-        for batch in files.progress(
-            [
-                [todo[i][0] for i in b]
-                for b in token_batches([n for _, n in todo], args.batch_tokens)
-            ],
-            desc=Path(args.out).name,
-        ):
-            some = [rollouts[key] for key in batch]
-            found = [align(student, policy.tokenizer, r["response_ids"], ends) for r in some]
-            ids = []  # candidates of every unit, under the student's ids
-            for key, a in zip(batch, found):
-                proposed = records.unpack(others[key]["topk"]["ids"]) if others else None
-                ids.append(
-                    np.array(
-                        [proposed[s0] if others else everything for s0, _, _, _ in a.units],
-                        np.int64,
-                    ).reshape(len(a.units), -1 if a.units else 0)
-                )
-            width = max((x.shape[1] for x in ids), default=0)
-            ids = [x if len(x) else np.zeros((0, width), np.int64) for x in ids]
-            theirs = [
-                np.array(
-                    [[shared.get(int(i), -1) for i in row] for row in x], np.int64
-                ).reshape(x.shape)
-                for x in ids
-            ]
-            asked = [
-                render(policy.tokenizer, prompts[key[0]], policy.template_options)
-                for key in batch
-            ]
-            for rollout, a, x, (logps, logits, logz, top, best) in zip(
-                some, found, ids, score_units(policy, asked, found, theirs, args.sorted)
-            ):
-                texts = [
-                    b"".join(mine[i] or b"" for i in rollout["response_ids"][s0:s1])
-                    for s0, s1, _, _ in a.units
-                ]
-                prefixes = np.array(
-                    [
-                        [
-                            bool(pieces.get(int(i)))
-                            and len(pieces[int(i)]) < len(text)
-                            and text.startswith(pieces[int(i)])
-                            for i in row
-                        ]
-                        for row, text in zip(x, texts)
-                    ],
-                    np.uint8,
-                ).reshape(x.shape)
-                small = np.uint16 if x.max(initial=0) < 65536 else np.int32
-                writer.write(
-                    {
-                        "id": rollout["id"],
-                        "sample": rollout["sample"],
-                        "policy": policy.identity,
-                        "rollout": records.fingerprint(rollout),
-                        "logprobs": records.floats(
-                            np.minimum(
-                                split_unit_logprob(logps, a.units, rollout["logprobs"]), 0
-                            )
-                        ),
-                        "units": [list(u) for u in a.units],
-                        "unit_logprobs": records.floats(logps),
-                        "unit_logits": records.floats(logits),
-                        "unit_logz": records.floats(logz),
-                        "unit_topk": {
-                            "ids": records.pack(x.astype(small)),
-                            "logprobs": records.pack(top.astype(np.float32)),
-                        },
-                        "prefixes": records.pack(prefixes),
-                        "bytes": [a.bytes, a.covered, a.strict],
-                        **(
-                            {"sorted": records.pack(best[: len(rollout["response_ids"])])}
-                            if args.sorted
-                            else {}
-                        ),
-                    }
-                )
-    for line in files.read(args.out, "scores"):
-        n, some, one = line["bytes"]
-        total, covered, strict, tokens, whole = (
-            total + n,
-            covered + some,
-            strict + one,
-            tokens + line["units"][-1][3] if line["units"] else tokens,
-            whole + (n == some),
-        )
-    summary = {
-        "out": args.out,
-        "records": len(lengths),
-        "teacher_tokens": tokens,
-        "covered": covered / max(1, total),
-        "strict": strict / max(1, total),
-        "whole": whole / max(1, len(lengths)),
-        "shared_vocabulary": len(shared),
-    }
-    print(
-        f"methods.simct score: {args.out}: {len(lengths)} rollouts, {summary['covered']:.1%} "
-        f"of "
-        f"their bytes in units, {summary['strict']:.1%} in units of one token on "
-        f"either side, "
-        f"{len(shared)} shared tokens, {summary['whole']:.1%} of rollouts understood to "
-        f"their end"
-    )
-    return summary
-
-
-def pair_of_ends(text, student, teacher):
-    """ "<|end|>=<|im_end|>" -> their ids; by default both end tokens."""
-    if not text:
-        return student.eos_token_id, teacher.eos_token_id
-    names = text.split("=")
-    if (
-        len(names) != 2
-        or names[0] not in student.get_vocab()
-        or names[1] not in teacher.get_vocab()
-    ):
-        raise BadInput(
-            f"--ends {text}: expected A=B, a token of the student's vocabulary and one of "
-            f"the teacher's"
-        )
-    return student.get_vocab()[names[0]], teacher.get_vocab()[names[1]]
+    inputs = [args.rollouts, args.prompts] + [args.top_k_of] * bool(proposals)
+    with files.Writer(args.out, "scores", settings, inputs, args.overwrite) as writer:
+        todo = [key for key in lengths if key not in writer]
+        batches = token_batches([lengths[key] for key in todo], args.batch_tokens)
+        for batch in files.progress(batches, desc=Path(args.out).name):
+            keys = [todo[i] for i in batch]
+            topk_ids = [None] * len(keys)
+            if proposals:
+                topk_ids = [records.unpack(proposals[key]["topk"]["ids"]) for key in keys]
+            scored = score_rollouts(
+                pair,
+                [rollouts[key] for key in keys],
+                [prompts[key[:1]] for key in keys],
+                topk_ids,
+                args.sorted,
+            )
+            writer.write(*scored)
+    return summarise(args.out, len(pair.shared))
