@@ -119,7 +119,7 @@ def main(argv=None):
     rng = np.random.default_rng(args.seed)
     rollouts = files.Table(args.rollouts, "rollouts")
     scores = files.Table(args.scores, "scores")
-    lines = []
+    lines = {}
     for line in scores:
         key = records.key_of(line, "scores")
         if "units" not in line:
@@ -137,20 +137,26 @@ def main(argv=None):
             line = coarsen(line, rollouts[key]["response_ids"], rng, args.coarsen)
         if args.drop_spans:
             line = drop_spans(line, rng, args.drop_spans)
-        lines.append(line)
+        lines[key] = line
     if args.shuffle_spans:
-        shuffle_spans(lines, args.seed)
+        shuffle_spans(lines.values(), args.seed)
     settings = {
         "drop": args.drop_spans,
         "coarsen": args.coarsen,
         "shuffle": args.shuffle_spans,
         "seed": args.seed,
     }
-    inputs = [args.scores, args.rollouts]
-    with files.Writer(args.out, "scores", settings, inputs, args.overwrite) as writer:
-        writer.write(*(line for line in lines if records.key_of(line, "scores") not in writer))
-    units = sum(len(line["units"]) for line in lines)
-    spans = len(spans_of(lines))
+    files.fill(
+        args.out,
+        "scores",
+        lines,
+        lambda missing: (lines[key] for key in missing),
+        settings,
+        [args.scores, args.rollouts],
+        args.overwrite,
+    )
+    units = sum(len(line["units"]) for line in lines.values())
+    spans = len(spans_of(lines.values()))
     print(
         f"experiments.simct_regroup: {args.out}: {len(lines)} rollouts, {units} units, {spans} "
         f"of them spans"

@@ -28,7 +28,7 @@ from methods.sod import __main__ as sod_command
 from methods.sod import weights as stepweights
 from opd import loss as losses
 from opd import policy as policies
-from opd import records, sampling
+from opd import records
 from opd.records import BadInput
 
 # ---- the weights
@@ -165,7 +165,7 @@ def test_weights_of_a_file_by_hand(agents, tmp_path, rule):
     got, rollouts = weighed(agents, tmp_path / "w.jsonl", rule), by_key(load(agents.rollouts))
     student, teacher, d = naive_model(agents.student), naive_model(agents.teacher), {}
     with torch.no_grad():
-        for key, r in sampling.items():
+        for key, r in rollouts.items():
             ids = torch.tensor(r["response_ids"])[:, None]
             gap = (
                 (
@@ -177,13 +177,13 @@ def test_weights_of_a_file_by_hand(agents, tmp_path, rule):
             )
             d[key] = [float(gap[a:b].mean()) for a, b, _ in r["steps"]]
     sod = {key: [min((v[0] + 1e-6) / (x + 1e-6), 1.2) for x in v] for key, v in d.items()}
-    sizes = {key: [b - a for a, b, _ in r["steps"]] for key, r in sampling.items()}
+    sizes = {key: [b - a for a, b, _ in r["steps"]] for key, r in rollouts.items()}
     mean = sum(np.dot(sod[k], sizes[k]) for k in d) / sum(map(sum, sizes.values()))
     left = sum(np.dot(np.multiply(sod[k], d[k]), sizes[k]) for k in d) / sum(
         np.dot(d[k], sizes[k]) for k in d
     )
     first = np.mean([v[0] for v in d.values()])
-    for key, r in sampling.items():
+    for key, r in rollouts.items():
         w, failed = (
             got[key]["w"],
             [not c["ok"] and "no answer, try again" not in c["output"] for c in r["calls"]]

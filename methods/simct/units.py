@@ -35,7 +35,6 @@ is scored; 3. episodes with tools are refused.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -353,21 +352,21 @@ def main(argv=None):
         "sorted": args.sorted,
         "dtype": args.dtype,
     }
-    inputs = [args.rollouts, args.prompts] + [args.top_k_of] * bool(proposals)
-    with files.Writer(args.out, "scores", settings, inputs, args.overwrite) as writer:
-        todo = [key for key in lengths if key not in writer]
-        batches = token_batches([lengths[key] for key in todo], args.batch_tokens)
-        for batch in files.progress(batches, desc=Path(args.out).name):
-            keys = [todo[i] for i in batch]
+
+    def score_missing(missing):
+        batches = token_batches([lengths[key] for key in missing], args.batch_tokens)
+        for keys in ([missing[i] for i in batch] for batch in batches):
             topk_ids = [None] * len(keys)
             if proposals:
                 topk_ids = [records.unpack(proposals[key]["topk"]["ids"]) for key in keys]
-            scored = score_rollouts(
+            yield score_rollouts(
                 pair,
                 [rollouts[key] for key in keys],
                 [prompts[key[:1]] for key in keys],
                 topk_ids,
                 args.sorted,
             )
-            writer.write(*scored)
+
+    inputs = [args.rollouts, args.prompts] + [args.top_k_of] * bool(proposals)
+    files.fill(args.out, "scores", lengths, score_missing, settings, inputs, args.overwrite)
     return summarise(args.out, len(pair.shared))
