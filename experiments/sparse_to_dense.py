@@ -52,25 +52,46 @@ and 3e-4, 25 % at 1e-3.  So GRPO trains at 1e-4 and everything with a teacher at
 
 import json
 import shutil
-import time
+from dataclasses import dataclass
 
 import numpy as np
 
-from experiments import (
-    Claim,
-    add_eval_flags,
-    add_run_flags,
-    begin,
-    gap,
-    imitate,
-    last,
-    parse,
-    report,
-    run_arms,
-    say,
-    settle,
-)
+from experiments.claims import Claim, last, more
+from experiments.study import Measured, Study, Trial, conduct, setting
 from opd import files, records
+
+
+@dataclass(frozen=True)
+class Settings(Measured):
+    rounds: int = setting(24, "rounds an arm; on half of the labels, half of them", smoke=4)
+    prompts: int = setting(32, "problems a round", smoke=2)
+    n: int = setting(8, "answers a problem", smoke=2)
+    updates: int = setting(4, "optimiser steps a round", smoke=2)
+    labels: int = setting(512, "problems with an answer", smoke=8)
+    warm_share: float = setting(0.25, "share of a bridge's rounds that are its warm-up")
+    cached_n: int = setting(4, "cached answers of the teacher, a problem", smoke=1)
+    rl_learning_rate: float = setting(1e-4, "of GRPO")
+    bridge_learning_rate: float = setting(3e-4, "of everything that has a teacher")
+    reference_kl: float = setting(5e-4, "GRPO's KL to the policy it starts from")
+    max_tokens: int = setting(80, "longest answer", smoke=8)
+    terms: str = setting("3:7", "fewest and most terms of a problem")
+    right: float = setting(0.5, "share of right work in the text of mixed quality")
+    student_steps: int = setting(400, "steps of 64 right texts, at first", smoke=2)
+    teacher_steps: int = setting(1200, "the same for the teacher", smoke=3)
+    spoil_steps: int = setting(100, "steps of 64 texts of mixed quality for both", smoke=1)
+    spoil_lr: float = setting(1e-3, "learning rate of those steps")
+    eval_prompts: int = setting(256, "problems in each of dev and heldout", smoke=8)
+    eval_every: int = setting(6, "rounds between evaluations", smoke=2)
+    final_n: int = setting(16, "samples a problem at the end of an arm", smoke=2)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.labels % (2 * self.prompts):
+            raise records.BadInput(
+                f"--labels {self.labels}: expected a multiple of twice --prompts "
+                f"{self.prompts}: a round must not reach into the other half"
+            )
+
 
 BRIDGE = "bridge"
 # model: what is trained; teacher: the arm that teaches; part: which labels or problems; share:
@@ -98,52 +119,9 @@ ARMS = {
     "half-replay": dict(model="half-bridge", stage="grpo", part="first", share=0.5, again=True),
 }
 PARENTS = {
-    arm: tuple(a[k] for k in ("model", "teacher") if a.get(k) in ARMS and a[k] != arm)
-    for arm, a in ARMS.items()
+    arm: tuple(how[k] for k in ("model", "teacher") if how.get(k) in ARMS and how[k] != arm)
+    for arm, how in ARMS.items()
 }
-# the student's pass@1 (at 0 nothing is sampled that could be rewarded; above, rewards are not
-# sparse)
-START = (0.05, 0.15)
-SHARED = (
-    "rounds",
-    "prompts",
-    "n",
-    "updates",
-    "labels",
-    "warm_share",
-    "cached_n",
-    "rl_learning_rate",
-    "bridge_learning_rate",
-    "reference_kl",
-    "max_tokens",
-    "terms",
-    "right",
-    "student_steps",
-    "teacher_steps",
-    "spoil_steps",
-    "spoil_lr",
-    "eval_prompts",
-    "eval_every",
-    "eval_n",
-    "final_n",
-    "eval_split",
-)
-SMOKE = dict(
-    rounds=4,
-    prompts=2,
-    n=2,
-    updates=2,
-    labels=8,
-    cached_n=1,
-    max_tokens=8,
-    student_steps=2,
-    teacher_steps=3,
-    spoil_steps=1,
-    eval_prompts=8,
-    eval_every=2,
-    eval_n=1,
-    final_n=2,
-)
 COLUMNS = (
     "pass@16",
     "greedy",
@@ -157,88 +135,52 @@ COLUMNS = (
     "all_right",
     "seconds",
 )
-
-
 CLAIMS = [
-    Claim(
+    more(
         "P1: a label spent on the teacher brings the student more than one spent on the "
         "student",
-        "rl-bridge − grpo",
-        gap("rl-bridge", "grpo"),
+        "rl-bridge",
+        "grpo",
     ),
-    Claim(
+    more(
         "P1: ...also when GRPO may go on for as many tokens as the teacher's took",
-        "rl-bridge − grpo-long",
-        gap("rl-bridge", "grpo-long"),
+        "rl-bridge",
+        "grpo-long",
     ),
-    Claim(
-        "P2: a teacher without rewards is not worth it",
-        "raw-bridge − grpo",
-        gap("raw-bridge", "grpo"),
-        "below",
-    ),
-    Claim(
-        "P2: ...its own accuracy beside what GRPO reaches",
-        "teacher − grpo",
-        gap("teacher", "grpo"),
-        "below",
-    ),
-    Claim(
-        "P3: the bridge beats distillation without a warm-up",
-        "rl-bridge − rl-opd",
-        gap("rl-bridge", "rl-opd"),
-    ),
-    Claim(
-        "P3: ...which beats imitation of the teacher's samples",
-        "rl-opd − rl-sft",
-        gap("rl-opd", "rl-sft"),
-    ),
-    Claim(
+    more("P2: a teacher without rewards is not worth it", "raw-bridge", "grpo", "below"),
+    more("P2: ...its own accuracy beside what GRPO reaches", "teacher", "grpo", "below"),
+    more("P3: the bridge beats distillation without a warm-up", "rl-bridge", "rl-opd"),
+    more("P3: ...which beats imitation of the teacher's samples", "rl-opd", "rl-sft"),
+    more(
         "P3 control: the bridge beats its own warm-up alone (soft labels, no own answers)",
-        "rl-bridge − rl-fkl",
-        gap("rl-bridge", "rl-fkl"),
+        "rl-bridge",
+        "rl-fkl",
     ),
-    Claim(
-        "P3 control: soft labels beat sampled tokens",
-        "rl-fkl − rl-sft",
-        gap("rl-fkl", "rl-sft"),
-    ),
-    Claim(
+    more("P3 control: soft labels beat sampled tokens", "rl-fkl", "rl-sft"),
+    more(
         "P3: how long the warm-up is makes no difference (a quarter, a half)",
-        "rl-even − rl-bridge",
-        gap("rl-even", "rl-bridge"),
+        "rl-even",
+        "rl-bridge",
         "within",
         0.03,
     ),
-    Claim(
-        "P4: after the bridge, new labels help",
-        "half-new − half-bridge",
-        gap("half-new", "half-bridge"),
-    ),
-    Claim(
+    more("P4: after the bridge, new labels help", "half-new", "half-bridge"),
+    more(
         "P4: labels that are in the teacher already do not",
-        "half-replay − half-bridge",
-        gap("half-replay", "half-bridge"),
+        "half-replay",
+        "half-bridge",
         "within",
         0.03,
     ),
-    Claim(
-        "P4: new ones help more than those",
-        "half-new − half-replay",
-        gap("half-new", "half-replay"),
-    ),
-    Claim(
+    more("P4: new ones help more than those", "half-new", "half-replay"),
+    more(
         "P4: all labels upstream are as good as half of them downstream",
-        "rl-bridge − half-new",
-        gap("rl-bridge", "half-new"),
+        "rl-bridge",
+        "half-new",
         "within",
         0.03,
     ),
-    Claim(
-        "P5: a teacher of the student's own size is worth it",
-        "self-bridge − grpo",
-        gap("self-bridge", "grpo"),
-    ),
+    more("P5: a teacher of the student's own size is worth it", "self-bridge", "grpo"),
     Claim(
         "P6: fewer groups without a difference after the bridge",
         "flat(half-bridge) − flat(before)",
@@ -251,31 +193,34 @@ CLAIMS = [
         last("all_wrong", "half-bridge", "before"),
         "below",
     ),
-    Claim(
+    more(
         "control: a teacher of shuffled rewards is no better than the teacher as it starts",
-        "teacher-shuffled − teacher",
-        gap("teacher-shuffled", "teacher"),
+        "teacher-shuffled",
+        "teacher",
         "below",
         0.03,
     ),
-    Claim(
+    more(
         "control: its student loses to the rewarded one's",
-        "shuffled-bridge − rl-bridge",
-        gap("shuffled-bridge", "rl-bridge"),
+        "shuffled-bridge",
+        "rl-bridge",
         "below",
     ),
-    Claim(
+    more(
         "watch: the bridge leaves less entropy than GRPO on the student",
-        "entropy(rl-bridge) − entropy(grpo)",
-        last("entropy", "rl-bridge", "grpo"),
+        "rl-bridge",
+        "grpo",
         "below",
+        metric="entropy",
     ),
-    Claim(
-        "stage 1 works: rewards teach the teacher",
-        "teacher-rl − teacher",
-        gap("teacher-rl", "teacher"),
-    ),
+    more("stage 1 works: rewards teach the teacher", "teacher-rl", "teacher"),
 ]
+
+# ---- the world
+
+# the student's pass@1 (at 0 nothing is sampled that could be rewarded; above, rewards are not
+# sparse)
+START = (0.05, 0.15)
 
 
 def check_start(accuracy, split, seed):
@@ -283,78 +228,68 @@ def check_start(accuracy, split, seed):
     if not START[0] <= accuracy <= START[1]:
         raise records.BadInput(
             f"seed {seed}: the student starts at {accuracy:.1%} pass@1 on {split}: expected "
-            f"{START[0]:.0%} to {START[1]:.0%}: below, no group has an answer to "
-            f"reward, above, "
-            "rewards are not sparse: the claim cannot be tested; change --student-steps, "
-            "--right or --terms"
+            f"{START[0]:.0%} to {START[1]:.0%}: below, no group has an answer to reward, "
+            f"above, rewards are not sparse: the claim cannot be tested; change "
+            f"--student-steps, --right or --terms"
         )
 
 
-def build(run, args):
+def build(run):
     """Problems, corpora, the problems without their answers, and both models after right
     work."""
-    world = run.out / "world"
-    if not (world / "toy").exists():
+    s = run.settings
+    toy = run.world / "toy"
+    if not toy.exists():
         run.stage(
-            f"worlds.sums --out {world}/toy --terms {args.terms} --right {args.right} "
-            f"--train-prompts {args.labels} --eval-prompts {args.eval_prompts} "
-            f"--clean {64 * args.teacher_steps} --mixed {128 * args.spoil_steps}"
+            "worlds.sums",
+            out=toy,
+            terms=s.terms,
+            right=s.right,
+            train_prompts=s.labels,
+            eval_prompts=s.eval_prompts,
+            clean=64 * s.teacher_steps,
+            mixed=128 * s.spoil_steps,
         )
-    if not (world / "unlabelled.jsonl").exists():
-        run.commands.write(
-            f"# {world}/unlabelled.jsonl: {world}/toy/train.jsonl without `answer` and "
-            f"`solution`\n"
-        )
-        files.write_atomically(
-            world / "unlabelled.jsonl",
-            (
-                json.dumps({k: v for k, v in p.items() if k not in ("answer", "solution")})
-                + "\n"
-                for p in files.read(world / "toy" / "train.jsonl", "prompts")
-            ),
-        )
-    for name, steps in (("student", args.student_steps), ("teacher", args.teacher_steps)):
-        if not (world / name).exists():
-            say(f"pre-training the {name}: {steps} steps of 64 right texts")
-            imitate(
-                run,
-                world / "toy" / name,
-                world / "toy" / "clean.jsonl",
-                steps,
-                4e-3,
-                0,
-                world / name,
-                "--warmup-steps 20 --schedule linear --save-every 200",
-            )
-    return world
+    if not (run.world / "unlabelled.jsonl").exists():
+        hide_answers(run, toy / "train.jsonl", run.world / "unlabelled.jsonl")
+    schedule = dict(warmup_steps=20, schedule="linear", save_every=200)
+    for name, steps in (("student", s.student_steps), ("teacher", s.teacher_steps)):
+        clean = toy / "clean.jsonl"
+        run.pretrain(toy / name, clean, run.world / name, steps, **schedule)
 
 
-def prepare(run, args, world, seed):
-    """This seed's folder with its student and teacher: both after a little text of mixed
-    quality."""
-    folder = run.out / f"seed{seed}"
+def hide_answers(run, prompts, out):
+    """The problems that stage 2 reads: a teacher needs no labels."""
+    run.commands.write(f"# {out}: {prompts} without `answer` and `solution`\n")
+    rows = list(files.read(prompts, "prompts"))
+    for row in rows:
+        row.pop("answer")
+        row.pop("solution")
+    files.write_atomically(out, (json.dumps(row) + "\n" for row in rows))
+
+
+def prepare(run, seed):
+    """This seed's student and teacher: both after a little text of mixed quality."""
+    s = run.settings
+    start = run.out / f"seed{seed}" / "start"
+    mixed = run.world / "toy" / "mixed.jsonl"
+    options = dict(rate=s.spoil_lr, seed=seed, fresh_optimizer=True)
     for name in ("student", "teacher"):
-        imitate(
-            run,
-            world / name,
-            world / "toy" / "mixed.jsonl",
-            args.spoil_steps,
-            args.spoil_lr,
-            seed,
-            folder / "start" / name,
-            "--fresh-optimizer",
+        run.pretrain(run.world / name, mixed, start / name, s.spoil_steps, **options)
+    if not (start / "dev.jsonl").exists() and not run.smoke:
+        done = run.stage(
+            "eval.py",
+            model=start / "student",
+            prompts=run.world / "toy" / "dev.jsonl",
+            n=8,
+            max_tokens=s.max_tokens,
+            seed=3 * 10**6 + seed,
+            out=start / "dev.jsonl",
         )
-    if not (folder / "start" / "dev.jsonl").exists() and not args.smoke:
-        check_start(
-            run.stage(
-                f"eval.py --model {folder}/start/student --prompts {world}/toy/dev.jsonl --n "
-                f"8 --max-tokens {args.max_tokens} --seed {3 * 10**6 + seed} "
-                f"--out {folder}/start/dev.jsonl"
-            )["accuracy"],
-            "dev",
-            seed,
-        )
-    return folder
+        check_start(done["accuracy"], "dev", seed)
+
+
+# ---- an arm
 
 
 def groups(path, size=8):
@@ -364,317 +299,197 @@ def groups(path, size=8):
     for line in files.read(path, "evals"):
         if line["sample"] < size:
             by_problem.setdefault(line["id"], []).append(bool(line["correct"]))
-    wrong, right = (
-        float(np.mean([check(group) for group in by_problem.values()]))
-        for check in (lambda g: not any(g), all)
-    )
+    wrong = float(np.mean([not any(group) for group in by_problem.values()]))
+    right = float(np.mean([all(group) for group in by_problem.values()]))
     return {"flat_groups": wrong + right, "all_wrong": wrong, "all_right": right}
 
 
-def run_arm(run, args, world, folder, seed, arm):
-    """One arm of one seed; appends a result line at every evaluation.  Returns the last one."""
-    a, place = ARMS[arm], folder / arm
-    shutil.rmtree(place, ignore_errors=True)  # an interrupted arm is begun again
-    place.mkdir(parents=True)
+class SparseTrial(Trial):
+    def __init__(self, run, seed, arm):
+        self.how = ARMS[arm]
+        self.stage = self.how.get("stage")
+        seed_folder = run.out / f"seed{seed}"
 
-    def model_of(name):
-        return (
-            folder / name / "model"
-            if (folder / name / "model").exists()
-            else folder / "start" / name
-        )
+        def model_of(name):
+            trained = seed_folder / name / "model"
+            return trained if trained.exists() else seed_folder / "start" / name
 
-    start, teacher, row, started = (
-        model_of(a["model"]),
-        a.get("teacher") and model_of(a["teacher"]),
-        None,
-        time.time(),
-    )
-    model = start
-    own, ledger = (
-        {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0},
-        place / "labels.jsonl",
-    )
-    # arm -> its own tokens: what stands behind this arm, each once however often it is met
-    upstream, spent = {}, 0
-    for parent in PARENTS[arm]:
-        upstream |= json.loads((folder / parent / "tokens.json").read_text())
-    if ledgers := [
-        folder / parent / "labels.jsonl"
-        for parent in PARENTS[arm]
-        if (folder / parent / "labels.jsonl").exists()
-    ]:
-        # labels that are in the teacher, or in the model this one goes on from, are spent
-        run.concatenate(ledgers, ledger)
-        spent = len({line["question"] for line in files.read(ledger, "labels")})
+        rounds = int(run.settings.rounds * self.how.get("share", 1)) if self.stage else 0
+        super().__init__(run, seed, arm, start=model_of(self.how["model"]), rounds=rounds)
+        self.teacher = model_of(self.how["teacher"]) if "teacher" in self.how else None
+        warm = self.how.get("warm", run.settings.warm_share)
+        self.warm_rounds = round(rounds * warm) if self.stage == BRIDGE else 0
+        self.inherit()
 
-    def measure(step, final):
-        nonlocal row
-        now = round(time.time() - started, 2)
+    def inherit(self):
+        """Tokens and labels that are in the teacher, or in the model this one goes on from."""
+        # arm -> its own tokens: each stands behind this arm once, however often it is met
+        self.upstream = {}
+        self.ledger = self.place / "labels.jsonl"
+        self.spent = 0
+        ledgers = []
+        for parent in PARENTS[self.arm]:
+            self.upstream |= json.loads((self.folder / parent / "tokens.json").read_text())
+            if (self.folder / parent / "labels.jsonl").exists():
+                ledgers.append(self.folder / parent / "labels.jsonl")
+        if ledgers:
+            self.run.concatenate(ledgers, self.ledger)
+            self.spent = len({line["question"] for line in files.read(self.ledger, "labels")})
 
-        def evaluate(n, more=""):
-            return run.stage(
-                f"eval.py --model {model} --prompts {world}/toy/{args.eval_split}.jsonl --n "
-                f"{n} --max-tokens {args.max_tokens} --seed {2 * 10**6 + seed} "
-                f"--out {place}/eval.jsonl --overwrite {more}"
-            )
+    def execute(self):
+        row = super().execute()
+        own = {}
+        if self.rounds:
+            self.model.rename(self.place / "model")
+            own[self.arm] = sum(self.cost.values())
+        text = json.dumps(self.upstream | own) + "\n"
+        files.write_atomically(self.place / "tokens.json", text)
+        return row
 
-        n = args.final_n if final else args.eval_n
-        score = evaluate(n)
-        row = {
-            "arm": arm,
-            "seed": seed,
-            "step": step,
-            "final": final,
-            "accuracy": score["accuracy"],
-            "samples": n,
-            "length_mean": score["length_mean"],
-            "truncated": score["truncated_fraction"],
-            **own,
-            "own_tokens": sum(own.values()),
-            "upstream_tokens": sum(upstream.values()),
-            "total_tokens": sum(own.values()) + sum(upstream.values()),
-            "labels": spent,
-            "seconds": now,
+    def columns(self, score, n, final):
+        own = sum(self.cost.values())
+        upstream = sum(self.upstream.values())
+        sampled = self.place / "eval.rollouts.jsonl"
+        logprobs = [x for r in files.read(sampled, "rollouts") for x in r["logprobs"]]
+        columns = {
+            "own_tokens": own,
+            "upstream_tokens": upstream,
+            "total_tokens": own + upstream,
+            "labels": self.spent,
+            "entropy": -float(np.mean(logprobs)),  # of a token, from the policy's own samples
         }
-        logps = [
-            x
-            for r in files.read(place / "eval.rollouts.jsonl", "rollouts")
-            for x in r["logprobs"]
-        ]
-        row["entropy"] = -float(np.mean(logps))  # of a token, from the policy's own samples
         if final:
-            row |= {f"pass@{n}": score[f"pass@{n}"], **groups(place / "eval.jsonl")}
-            if teacher:
-                row["kl"] = run.stage(
-                    f"teacher.py score --model {teacher} --rollouts "
-                    f"{place}/eval.rollouts.jsonl --out {place}/fresh.jsonl "
-                    f"--overwrite"
-                )["kl_mean"]
-            row["greedy"] = evaluate(1, "--temperature 0")["accuracy"]
-        run.result(args, row)
+            columns[f"pass@{n}"] = score[f"pass@{n}"]
+            columns |= groups(self.place / "eval.jsonl")
+            if self.teacher:
+                _, done = self.score(self.teacher, sampled, "fresh", overwrite=True)
+                columns["kl"] = done["kl_mean"]
+        return columns | super().columns(score, n, final)
 
-    def train(number, method, flags, rate, fresh):
-        """One call of train.py from `model`; the new weights are the model from then on."""
-        nonlocal model
-        out = place / f"model{number}"
-        done = run.stage(
-            f"train.py --method {method} --model {model} --out {out} --learning-rate {rate} "
-            f"--seed {seed * 1000 + number} {'--fresh-optimizer' if fresh else ''} "
-            f"{flags}"
+    def round(self, number):
+        if self.stage == "grpo":
+            self.reward(number)
+        elif self.stage == "seqkd":
+            self.imitate(number, "seqkd")
+        elif number < self.warm_rounds:
+            self.imitate(number, "fkl")
+        else:
+            self.distil(number)
+        done = number + 1
+        if done < self.rounds and not self.due(done):
+            # a reader finds the records of the rounds that were measured
+            shutil.rmtree(self.at(number), ignore_errors=True)
+
+    def sample(self, number, prompts):
+        """Answers to this round's problems, of the arm's half of the labels if it has one."""
+        size = self.settings.prompts
+        half = self.settings.labels // 2
+        low = half if self.how.get("part") == "second" else 0
+        count = half if "part" in self.how else 2 * half
+        at = low + number * size % count
+        return self.rollout(number, prompts=prompts, slice=f"{at}:{at + size}")
+
+    def update(self, number, method, rollouts, rate, fresh, **options):
+        self.train(
+            method,
+            rollouts,
+            self.place / f"model{number}",
+            rate,
+            seed=self.seed * 1000 + number,
+            fresh_optimizer=fresh,
+            **options,
         )
-        own["trained_tokens"] += done["trained_tokens"]
-        if model != start:
-            shutil.rmtree(model)  # the round before
-        model = out
 
-    def rollouts(number, prompts):
-        """The answers of this round's problems by the model of the moment."""
-        low, high = {
-            "first": (0, args.labels // 2),
-            "second": (args.labels // 2, args.labels),
-        }.get(a.get("part"), (0, args.labels))
-        at = low + number * args.prompts % (high - low)
-        own["generated_tokens"] += run.stage(
-            f"rollout.py --model {model} --prompts {prompts} --slice "
-            f"{at}:{at + args.prompts} --n {args.n} --max-tokens {args.max_tokens} "
-            f"--seed {seed * 1000 + number} --out {place}/round{number}/rollouts.jsonl"
-        )["generated_tokens"]
-        return place / f"round{number}"
-
-    def reward(number, rate):
+    def reward(self, number):
         """A round of GRPO: the only place where answers of problems are read."""
-        nonlocal spent
-        at = rollouts(number, world / "toy" / "train.jsonl")
-        graded = run.stage(
-            f"rubric.py grade --grader answer --prompts {world}/toy/train.jsonl --rollouts "
-            f"{at}/rollouts.jsonl --out {at}/rewards.jsonl --ledger {ledger} "
-            f"--spend {'teacher' if a['model'] == 'teacher' else 'student'}-rl "
-            f"{'--spend-again' if a.get('again') else ''} "
-            f"{f'--shuffle --seed {seed}' if a.get('shuffle') else ''}"
+        s = self.settings
+        rollouts = self.sample(number, self.toy / "train.jsonl")
+        of_teacher = self.how["model"] == "teacher"
+        shuffle = dict(shuffle=True, seed=self.seed) if self.how.get("shuffle") else {}
+        rewards, graded = self.grade(
+            rollouts,
+            grader="answer",
+            ledger=self.ledger,
+            spend="teacher-rl" if of_teacher else "student-rl",
+            spend_again=self.how.get("again"),
+            **shuffle,
         )
-        spent = graded["labels_spent"]
-        run.stage(
-            f"teacher.py score --model {start} --rollouts {at}/rollouts.jsonl --out "
-            f"{at}/reference.jsonl"
-        )
-        train(
+        self.spent = graded["labels_spent"]
+        reference, _ = self.score(self.start, rollouts, "reference")
+        self.update(
             number,
             "grpo",
-            f"--rollouts {at}/rollouts.jsonl --rewards {at}/rewards.jsonl --set "
-            f"reference_kl={args.reference_kl} --reference {at}/reference.jsonl "
-            f"--batch-size {args.prompts // args.updates}",
-            rate,
+            rollouts,
+            s.rl_learning_rate,
             number == 0,
+            rewards=rewards,
+            reference=reference,
+            set={"reference_kl": s.reference_kl},
         )
 
-    def distil(number, fresh):
+    def distil(self, number):
         """A round of on-policy distillation."""
-        at = rollouts(number, world / "unlabelled.jsonl")
-        own["teacher_tokens"] += run.stage(
-            f"teacher.py score --model {teacher} --rollouts {at}/rollouts.jsonl --out "
-            f"{at}/scores.jsonl --top-k 1000"
-        )["teacher_tokens"]
-        train(
-            number,
-            "opd-full",
-            f"--rollouts {at}/rollouts.jsonl --scores {at}/scores.jsonl --batch-size "
-            f"{args.prompts // args.updates}",
-            args.bridge_learning_rate,
-            fresh,
-        )
+        rollouts = self.sample(number, self.run.world / "unlabelled.jsonl")
+        scores, done = self.score(self.teacher, rollouts, "scores", top_k=1000)
+        self.cost["teacher_tokens"] += done["teacher_tokens"]
+        rate = self.settings.bridge_learning_rate
+        fresh = number == self.warm_rounds
+        self.update(number, "opd-full", rollouts, rate, fresh, scores=scores)
 
-    def cached(method):
-        """The teacher's answers and, for soft labels, its distributions: made once, walked as
-        often as the rounds need."""
-        if not (place / "cache").exists():
-            part = f"--slice 0:{args.labels // 2}" if a.get("part") == "first" else ""
-            own["generated_tokens"] += run.stage(
-                f"teacher.py answer --model {teacher} --prompts {world}/unlabelled.jsonl "
-                f"{part} --n {args.cached_n} --max-tokens {args.max_tokens} "
-                f"--seed {10**6 + seed} --out {place}/cache/answers.jsonl"
-            )["generated_tokens"]
-            if method == "fkl":
-                own["teacher_tokens"] += run.stage(
-                    f"teacher.py score --model {teacher} --rollouts "
-                    f"{place}/cache/answers.jsonl --out {place}/cache/scores.jsonl "
-                    f"--top-k 1000"
-                )["teacher_tokens"]
+    def imitate(self, number, method):
+        """A round on the teacher's answers and, for soft labels, its distributions: made once,
+        walked as often as the rounds need."""
+        s = self.settings
+        answers = self.place / "cache" / "answers.jsonl"
+        if not answers.exists():
+            self.fill_cache(answers, method)
         # as many answers an update as everywhere
-        size = max(1, args.prompts * args.n // args.updates // args.cached_n)
-        return (
-            f"--rollouts {place}/cache/answers.jsonl "
-            f"{f'--scores {place}/cache/scores.jsonl' if method == 'fkl' else ''} "
-            f"--batch-size {size} --steps {args.updates}"
-        )
+        size = max(1, s.prompts * s.n // s.updates // s.cached_n)
+        options = dict(batch_size=size, steps=s.updates)
+        if method == "fkl":
+            options["scores"] = answers.with_name("scores.jsonl")
+        self.update(number, method, answers, s.bridge_learning_rate, number == 0, **options)
 
-    stage, rounds = a.get("stage"), int(args.rounds * a.get("share", 1))
-    if not stage:
-        measure(0, True)
-        files.write_atomically(place / "tokens.json", json.dumps(upstream) + "\n")
-        return row
-    measure(0, False)
-    warm = round(rounds * a.get("warm", args.warm_share)) if stage == BRIDGE else 0
-    for number in files.progress(range(rounds), desc=f"seed {seed} {arm}", unit="round"):
-        if stage == "grpo":
-            reward(number, args.rl_learning_rate)
-        elif stage == "seqkd" or number < warm:
-            method = "seqkd" if stage == "seqkd" else "fkl"
-            train(number, method, cached(method), args.bridge_learning_rate, number == 0)
-        else:
-            distil(number, number == warm)
-        if (number + 1) % args.eval_every == 0 or number + 1 == rounds:
-            measure((number + 1) * args.updates, number + 1 == rounds)
-        elif (place / f"round{number}").exists():
-            # a reader finds the records of the rounds that were measured
-            shutil.rmtree(place / f"round{number}")
-    model.rename(place / "model")
-    files.write_atomically(
-        place / "tokens.json", json.dumps(upstream | {arm: sum(own.values())}) + "\n"
-    )
-    return row
+    def fill_cache(self, answers, method):
+        s = self.settings
+        done = self.run.stage(
+            "teacher.py answer",
+            model=self.teacher,
+            prompts=self.run.world / "unlabelled.jsonl",
+            slice=f"0:{s.labels // 2}" if self.how.get("part") == "first" else None,
+            n=s.cached_n,
+            max_tokens=s.max_tokens,
+            seed=10**6 + self.seed,
+            out=answers,
+        )
+        self.cost["generated_tokens"] += done["generated_tokens"]
+        if method == "fkl":
+            _, done = self.score(self.teacher, answers, "scores", top_k=1000)
+            self.cost["teacher_tokens"] += done["teacher_tokens"]
+
+
+STUDY = Study(
+    "sparse_to_dense",
+    "sparse to dense on running sums",
+    Settings,
+    ARMS,
+    CLAIMS,
+    COLUMNS,
+    build,
+    prepare,
+    SparseTrial,
+    parents=PARENTS,
+    pictures=(
+        ("step", "accuracy.png"),
+        ("labels", "labels.png"),
+        ("total_tokens", "tokens.png"),
+    ),
+    resampled=True,
+)
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
-    add_run_flags(p, "sparse_to_dense")
-    p.add_argument(
-        "--rounds",
-        type=int,
-        default=24,
-        help="rounds of an arm; arms on half of the labels: half of them",
-    )
-    p.add_argument("--prompts", type=int, default=32, help="problems a round")
-    p.add_argument("--n", type=int, default=8, help="answers a problem")
-    p.add_argument("--updates", type=int, default=4, help="optimiser steps a round")
-    p.add_argument(
-        "--labels",
-        type=int,
-        default=512,
-        help="problems with an answer; their halves are stage 1's and stage 3's in the arms "
-        "half-...",
-    )
-    p.add_argument(
-        "--warm-share",
-        type=float,
-        default=0.25,
-        help="share of a bridge's rounds that are forward KL on the teacher's cached answers",
-    )
-    p.add_argument(
-        "--cached-n", type=int, default=4, help="cached answers of the teacher, a problem"
-    )
-    p.add_argument("--rl-learning-rate", type=float, default=1e-4, help="of GRPO")
-    p.add_argument(
-        "--bridge-learning-rate",
-        type=float,
-        default=3e-4,
-        help="of everything that has a teacher",
-    )
-    p.add_argument(
-        "--reference-kl",
-        type=float,
-        default=5e-4,
-        help="GRPO's leash to the policy it starts from",
-    )
-    p.add_argument("--max-tokens", type=int, default=80, help="longest answer")
-    p.add_argument("--terms", default="3:7", help="fewest and most terms of a problem")
-    p.add_argument(
-        "--right",
-        type=float,
-        default=0.5,
-        help="share of right work in the text of mixed quality",
-    )
-    p.add_argument(
-        "--student-steps",
-        type=int,
-        default=400,
-        help="steps of 64 right texts that the student learns from first",
-    )
-    p.add_argument("--teacher-steps", type=int, default=1200, help="the same for the teacher")
-    p.add_argument(
-        "--spoil-steps",
-        type=int,
-        default=100,
-        help="steps of 64 texts of mixed quality for both",
-    )
-    p.add_argument("--spoil-lr", type=float, default=1e-3, help="learning rate of those steps")
-    p.add_argument(
-        "--eval-prompts", type=int, default=256, help="problems in each of dev and heldout"
-    )
-    add_eval_flags(p, every=6, n=2, final_n=16)
-    if not (args := parse(p, argv, CLAIMS, SMOKE, resampled=True)):
-        return None
-    arms = settle(args, "sparse_to_dense", ARMS, PARENTS)
-    if args.labels % (2 * args.prompts):
-        raise records.BadInput(
-            f"--labels {args.labels}: expected a multiple of twice --prompts {args.prompts}: "
-            f"a round must not reach into the other half"
-        )
-    run = begin(args, "sparse to dense on running sums", arms, SHARED)
-    world = build(run, args)
-    run_arms(
-        run,
-        args,
-        arms,
-        lambda seed: prepare(run, args, world, seed),
-        lambda *which: run_arm(run, args, world, *which),
-        lambda row: (
-            f"{args.eval_split} accuracy {row['accuracy']:.1%}, {row['labels']} labels, "
-            f"entropy {row['entropy']:.2f}, groups alike {row['flat_groups']:.0%}"
-        ),
-    )
-    return report(
-        run,
-        args,
-        CLAIMS,
-        COLUMNS,
-        pictures=(
-            ("step", "accuracy.png"),
-            ("labels", "labels.png"),
-            ("total_tokens", "tokens.png"),
-        ),
-        resampled=True,
-    )
+    return conduct(STUDY, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -43,12 +43,43 @@ pre-trained on right aa answers first, and then on its own corpus: otherwise it 
 routes long before the digits.
 """
 
-import shutil
 import time
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from experiments import Claim, add_run_flags, begin, last, parse, report, run_arms, settle
+from experiments.claims import Claim, last, more
+from experiments.study import Rounds, Study, Trial, conduct, part, setting
 from opd import files, records
 
+
+@dataclass(frozen=True)
+class Settings(Rounds):
+    rounds: int = setting(30, "rounds an arm", smoke=2)
+    prompts: int = setting(32, "prompts a round, the 8 problems in turn", smoke=16)
+    n: int = setting(8, "answers a prompt")
+    updates: int = setting(4, "optimiser steps a round", smoke=1)
+    learning_rate: float = setting(5e-4, "of every arm")
+    max_tokens: int = setting(5, "longest answer, end token included")
+    teacher_steps: int = setting(500, "steps of 64 texts that make the teacher", smoke=60)
+    digit_steps: int = setting(
+        150, "steps of 64 texts that teach the student right digits, by route aa", smoke=100
+    )
+    student_steps: int = setting(1000, "steps of 64 texts of its own corpus", smoke=60)
+    pretrain_lr: float = setting(4e-3, "learning rate of those steps")
+    floor: float = setting(1e-6, "rarer answers are not listed, see missed_mass", smoke=1e-5)
+    eval_every: int = setting(5, "rounds between evaluations", smoke=9)
+    recovery_n: int = setting(32, "samples from each foreign beginning", smoke=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rounds % 2:
+            raise records.BadInput(
+                f"--rounds {self.rounds}: expected an even number: fkl-opd takes half of them "
+                f"each way"
+            )
+
+
+# arm -> phases (row of METHODS, whose answers, times --rounds)
 ARMS = {
     "before": (),
     "sft-both": (("sft", "demos_both", 1),),
@@ -66,35 +97,9 @@ ARMS = {
     "fkl-long-opd": (("fkl", "teacher", 1), ("opd-full", "own", 1)),
     "grpo-shuffled": (("grpo", "own", 1),),
     "opd-self": (("opd-full", "own", 1),),
-}  # arm -> phases (row of METHODS, whose answers, times --rounds)
+}
+VERIFIED = ("grpo", "dpo", "rft")
 EPS = ("0.01", "0.001", "0.0001")
-SHARED = (
-    "rounds",
-    "prompts",
-    "n",
-    "updates",
-    "learning_rate",
-    "max_tokens",
-    "teacher_steps",
-    "digit_steps",
-    "student_steps",
-    "pretrain_lr",
-    "floor",
-    "eval_every",
-    "recovery_n",
-)
-SMOKE = dict(
-    eval_every=9,
-    rounds=2,
-    prompts=16,
-    n=8,
-    updates=1,
-    teacher_steps=60,
-    digit_steps=100,
-    student_steps=60,
-    recovery_n=1,
-    floor=1e-5,
-)
 COLUMNS = (
     "expansion@0.0001",
     "expansion_mass@0.0001",
@@ -108,15 +113,25 @@ COLUMNS = (
 )
 
 
-def gain(arm, metric="accuracy"):
-    return last(metric, arm, "before")
+def expansion(arm):
+    return last("expansion_mass@0.0001", arm)
+
+
+def moved(arm):
+    return last("moved@0.0001", arm)
+
+
+def route_b(text, arm, test="above", bound=0.25):
+    """A claim about the share of an arm's answers that take the missing route."""
+    formula = f"share of answers with a b({arm})"
+    return Claim(text, formula, last("route_b", arm), test, bound)
 
 
 CLAIMS = [
     Claim(
         "C1: demonstrations of a route outside of the support expand it",
         "expansion mass(sft-both)",
-        last("expansion_mass@0.0001", "sft-both"),
+        expansion("sft-both"),
         "above",
         0.1,
     ),
@@ -124,7 +139,7 @@ CLAIMS = [
         "C1: the same loss on demonstrations inside of it does not: the data decides, not "
         "the loss",
         "expansion mass(sft-a)",
-        last("expansion_mass@0.0001", "sft-a"),
+        expansion("sft-a"),
         "below",
         0.01,
     ),
@@ -132,94 +147,73 @@ CLAIMS = [
         Claim(
             f"C2: {arm} does not expand",
             f"expansion mass({arm})",
-            last("expansion_mass@0.0001", arm),
+            expansion(arm),
             "below",
             0.01,
         )
-        for arm in ("grpo", "dpo", "rft")
+        for arm in VERIFIED
     ),
     *(
         Claim(
             f"C2: {arm} moves mass inside of the common support",
             f"moved({arm})",
-            last("moved@0.0001", arm),
+            moved(arm),
             "above",
             0.1,
         )
-        for arm in ("grpo", "dpo", "rft")
+        for arm in VERIFIED
     ),
-    *(
-        Claim(f"C2: {arm} raises pass@1", f"{arm} − before", gain(arm), "above", 0.1)
-        for arm in ("grpo", "dpo", "rft")
-    ),
+    *(more(f"C2: {arm} raises pass@1", arm, "before", "above", 0.1) for arm in VERIFIED),
     *(
         Claim(
             f"C2: {arm} brings no new right answer (distinct ones of probability 1e-4 or "
             f"more, a problem)",
             f"right answers({arm}) − before",
-            gain(arm, "right_answers"),
+            last("right_answers", arm, "before"),
             "below",
             0.5,
         )
-        for arm in ("grpo", "dpo", "rft")
+        for arm in VERIFIED
     ),
-    Claim(
-        "C3: reverse KL at own prefixes does not reach the missing route",
-        "share of answers with a b(opd)",
-        last("route_b", "opd"),
-        "below",
-        0.05,
+    route_b(
+        "C3: reverse KL at own prefixes does not reach the missing route", "opd", "below", 0.05
     ),
-    Claim(
-        "C3: after a forward-KL warm-up it is kept",
-        "share of answers with a b(fkl-opd)",
-        last("route_b", "fkl-opd"),
-        "above",
-        0.25,
+    route_b("C3: after a forward-KL warm-up it is kept", "fkl-opd"),
+    route_b(
+        "C3: ...after one of twice the length (added after a look at fkl-opd)", "fkl-long-opd"
     ),
-    Claim(
-        "C3: ...after one of twice the length (added after a look at fkl-opd)",
-        "share of answers with a b(fkl-long-opd)",
-        last("route_b", "fkl-long-opd"),
-        "above",
-        0.25,
-    ),
-    Claim(
-        "C3: forward KL at own prefixes reaches it too",
-        "share of answers with a b(dagger)",
-        last("route_b", "dagger"),
-        "above",
-        0.25,
-    ),
+    route_b("C3: forward KL at own prefixes reaches it too", "dagger"),
     Claim(
         "C4: long imitation of a narrow corpus loses more of the old support than on-policy "
         "distillation",
         "attrition(sft-b-long) − attrition(opd)",
         last("attrition_mass@0.0001", "sft-b-long", "opd"),
     ),
-    Claim(
+    more(
         "C5: from a foreign beginning, training on own answers gets home more often than on "
         "given ones: reverse KL",
-        "recovery(opd) − recovery(fkl)",
-        last("recovery", "opd", "fkl"),
+        "opd",
+        "fkl",
+        metric="recovery",
     ),
-    Claim(
+    more(
         "C5: ...and with the same loss, forward KL, on other prefixes",
-        "recovery(dagger) − recovery(fkl)",
-        last("recovery", "dagger", "fkl"),
+        "dagger",
+        "fkl",
+        metric="recovery",
     ),
-    Claim(
+    more(
         "control: shuffled rewards teach nothing (the learning rate was lowered until they "
         "did not)",
-        "grpo-shuffled − before",
-        gain("grpo-shuffled"),
+        "grpo-shuffled",
+        "before",
         "within",
         0.05,
     ),
     Claim(
         "control: shuffled rewards do not expand (the same)",
         "expansion mass(grpo-shuffled)",
-        last("expansion_mass@0.0001", "grpo-shuffled"),
+        expansion("grpo-shuffled"),
         "below",
         0.01,
     ),
@@ -227,295 +221,198 @@ CLAIMS = [
         "control: a student that is its own teacher hardly moves (AdamW makes full steps of "
         "tiny gradients)",
         "moved(opd-self)",
-        last("moved@0.0001", "opd-self"),
+        moved("opd-self"),
         "below",
         0.05,
     ),
 ]
 
 
-def build_world(run, args):
-    world = run.out / "world"
-    if not (world / "forks").exists():
-        run.stage(
-            f"worlds.forks --out {world}/forks --train-prompts "
-            f"{args.prompts * args.rounds} --texts {64 * args.student_steps}"
-        )
-    pretrain(
-        run,
-        args,
-        world,
-        world / "forks" / "teacher",
-        "teacher",
-        args.teacher_steps,
-        0,
-        world / "teacher",
-    )
-    return world
+def pretrain(run, start, corpus, out, steps, seed):
+    texts = run.world / "forks" / f"{corpus}.jsonl"
+    how = dict(warmup_steps=20, schedule="linear", micro_batch_tokens=None)
+    rate = run.settings.pretrain_lr
+    run.pretrain(start, texts, out, steps, rate, seed, fresh_optimizer=True, **how)
 
 
-def pretrain(run, args, world, start, corpus, steps, seed, out):
-    if not out.exists():
-        run.stage(
-            f"train.py --method sft --model {start} --rollouts {world}/forks/{corpus}.jsonl "
-            f"--batch-size 64 --learning-rate {args.pretrain_lr} --fresh-optimizer "
-            f"--steps {steps} --warmup-steps 20 --schedule linear --adam-beta2 0.95 --seed "
-            f"{seed} --out {out}"
-        )
+def build(run):
+    s = run.settings
+    forks = run.world / "forks"
+    if not forks.exists():
+        problems = s.prompts * s.rounds
+        run.stage("worlds.forks", out=forks, train_prompts=problems, texts=64 * s.student_steps)
+    pretrain(run, forks / "teacher", "teacher", run.world / "teacher", s.teacher_steps, 0)
 
 
-def run_arm(run, args, world, folder, seed, arm):
-    """All phases of one arm; appends a result line at every evaluation.  Returns the last
-    one."""
-    phases, place = ARMS[arm], folder / arm
-    shutil.rmtree(place, ignore_errors=True)  # an interrupted arm is begun again
-    place.mkdir(parents=True)
-    student, model, row, started = folder / "student", folder / "student", None, time.time()
-    number, updates, total = 0, 0, sum(int(share * args.rounds) for _, _, share in phases)
-    cost = {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0}
+def prepare(run, seed):
+    """This seed's student: right digits first, then its own corpus."""
+    s = run.settings
+    folder = run.out / f"seed{seed}"
+    untrained = run.world / "forks" / "student"
+    pretrain(run, untrained, "demos_a", folder / "digits", s.digit_steps, seed)
+    pretrain(run, folder / "digits", "base", folder / "student", s.student_steps, seed)
 
-    def measure(final):
+
+class Turn(NamedTuple):
+    """One call of train.py: `rounds` of a phase, from its round `at` on; `number` of the arm's
+    rounds came before."""
+
+    method: str
+    source: str
+    at: int
+    number: int
+    rounds: int
+
+
+def turns(arm, settings):
+    """A corpus is there already: fewer, longer calls."""
+    found = []
+    number = 0
+    for method, source, share in ARMS[arm]:
+        sampled = source in ("own", "teacher")
+        stride = 1 if sampled else min(settings.eval_every, settings.rounds)
+        for at in range(0, int(share * settings.rounds), stride):
+            found.append(Turn(method, source, at, number, stride))
+            number += stride
+    return found
+
+
+class UnifiedTrial(Trial):
+    def __init__(self, run, seed, arm):
+        self.turns = turns(arm, run.settings)
+        super().__init__(run, seed, arm, rounds=len(self.turns))
+        self.toy = run.world / "forks"
+        self.number = 0  # rounds so far
+        self.skipped = False
+
+    def due(self, done):
+        return not self.skipped and super().due(self.number)
+
+    def step(self, done):
+        return self.number * self.settings.updates
+
+    def sample(self, name, n):
+        prompts = self.toy / f"{name}.jsonl"
+        return self.evaluate(prompts, n, out=self.place / f"{name}.jsonl")
+
+    def measure(self, step, final=False):
         """On the way accuracy is sampled; at the end every answer is listed, and the foreign
         beginnings are tried."""
-        nonlocal row
-        spent = round(time.time() - started, 2)
-
-        def sampled(name, n):
-            return run.stage(
-                f"eval.py --model {model} --prompts {world}/forks/{name}.jsonl --n {n} "
-                f"--max-tokens {args.max_tokens} --seed {2 * 10**6 + seed} "
-                f"--out {place}/{name}.jsonl --overwrite"
-            )
-
-        free = sampled("heldout", 8 * args.recovery_n)
+        seconds = round(time.time() - self.began, 2)
+        free = self.sample("heldout", 8 * self.settings.recovery_n)
         texts = [r["text"] for r in files.read(free["out"], "evals")]
-        row = {
-            "arm": arm,
-            "seed": seed,
-            "step": number * args.updates,
+        self.row = {
+            "arm": self.arm,
+            "seed": self.seed,
+            "step": step,
             "final": final,
             "accuracy": free["accuracy"],
-            "updates": updates,
+            "updates": self.steps,
             "route_b": sum("b" in text for text in texts) / len(texts),
-            **cost,
-            "seconds": spent,
+            **self.cost,
+            "seconds": seconds,
         }
         if final:
-            exact = run.stage(
-                f"methods.unified --before {student} --after {model} --prompts "
-                f"{world}/forks/heldout.jsonl --max-tokens {args.max_tokens} --eps "
-                f"{' '.join(EPS)} "
-                f"--floor {args.floor} --max-prefixes 4000000 --out {place}/support.jsonl "
-                f"--overwrite"
-            )
-            row |= {
-                "accuracy": exact["accuracy_after"],
-                "pass@256": exact["pass@256_after"],
-                "right_answers": exact["right_answers_after@0.0001"],
-                "missed_mass": exact["missed_mass"],
-                **{
-                    f"{name}@{eps}": exact[f"{name}@{eps}"]
-                    for eps in EPS
-                    for name in (
-                        "expansion",
-                        "expansion_mass",
-                        "attrition",
-                        "attrition_mass",
-                        "moved",
-                    )
-                },
-                "recovery": sampled("corrupt", args.recovery_n)["accuracy"],
-            }
-        run.result(args, row)
+            self.row |= self.support()
+        self.run.record(self.row)
 
-    if not phases:
-        measure(True)
-        return row
-    measure(False)
-    for method, source, share in phases:
-        rounds = int(share * args.rounds)
-        # a corpus is there already: fewer, longer calls
-        stride = 1 if source in ("own", "teacher") else min(args.eval_every, args.rounds)
-        for turn in range(0, rounds, stride):
-            at = place / f"round{number}"
-            part = (
-                f"--prompts {world}/forks/train.jsonl --slice "
-                f"{turn * args.prompts}:{(turn + 1) * args.prompts} --max-tokens "
-                f"{args.max_tokens} --n {args.n}"
+    def support(self):
+        """Exact numbers, from every answer with its probability."""
+        s = self.settings
+        exact = self.run.stage(
+            "methods.unified",
+            before=self.start,
+            after=self.model,
+            prompts=self.toy / "heldout.jsonl",
+            max_tokens=s.max_tokens,
+            eps=EPS,
+            floor=s.floor,
+            max_prefixes=4000000,
+            out=self.place / "support.jsonl",
+            overwrite=True,
+        )
+        found = {
+            "accuracy": exact["accuracy_after"],
+            "pass@256": exact["pass@256_after"],
+            "right_answers": exact["right_answers_after@0.0001"],
+            "missed_mass": exact["missed_mass"],
+            "recovery": self.sample("corrupt", s.recovery_n)["accuracy"],
+        }
+        for kind in ("expansion", "expansion_mass", "attrition", "attrition_mass", "moved"):
+            found |= {f"{kind}@{eps}": exact[f"{kind}@{eps}"] for eps in EPS}
+        return found
+
+    def round(self, index):
+        s = self.settings
+        turn = self.turns[index]
+        options = {"batch_size": s.prompts // s.updates, "steps": s.updates}
+        if turn.source == "own":
+            rollouts, given = self.own(turn)
+        elif turn.source == "teacher":
+            rollouts = self.given(turn, "answers")
+            given = dict(teacher=self.teacher) if turn.method == "fkl" else {}
+        else:
+            rollouts = self.toy / f"{turn.source}.jsonl"
+            given = dict(batch_size=s.prompts * s.n // s.updates, steps=s.updates * turn.rounds)
+        self.skipped = given is None
+        if not self.skipped:
+            self.train(
+                turn.method,
+                rollouts,
+                self.at(turn.number) / "model",
+                s.learning_rate,
+                seed=self.seed * 1000 + turn.number,
+                fresh_optimizer=turn.at == 0,
+                **(options | given),
             )
-            teacher = model if arm == "opd-self" else world / "teacher"
-            flags = (
-                f"--teacher {teacher}"
-                if method in ("fkl", "opd-full", "dagger")
-                else "--set prefix=self"
-                if method in ("rft", "dpo")
-                else ""
-            )
-            if source == "own":
-                rollouts = at / "rollouts.jsonl"
-                rolled = run.stage(
-                    f"rollout.py --model {model} {part} --seed {seed * 1000 + number} --out "
-                    f"{rollouts}"
-                )
-                cost["generated_tokens"] += rolled["generated_tokens"]
-                if method in ("rft", "dpo", "grpo"):
-                    shuffle = "--shuffle" if arm == "grpo-shuffled" else ""
-                    graded = run.stage(
-                        f"rubric.py grade --grader answer --prompts "
-                        f"{world}/forks/train.jsonl --rollouts {rollouts} "
-                        f"{shuffle} --seed {seed} --out {at}/rewards.jsonl"
-                    )
-                    flags += f" --rewards {at}/rewards.jsonl"
-                    # nothing to imitate or to compare
-                    if (
-                        method == "rft"
-                        and graded["reward_mean"] == 0
-                        or method == "dpo"
-                        and graded["zero_variance_groups"] == 1
-                    ):
-                        number += 1
-                        continue
-                if method == "dpo":
-                    run.stage(
-                        f"teacher.py score --model {student} --rollouts {rollouts} --out "
-                        f"{at}/reference.jsonl"
-                    )
-                    flags += f" --reference {at}/reference.jsonl"
-                if method == "gkd":
-                    given = run.stage(
-                        f"teacher.py answer --model {world}/teacher {part} --seed "
-                        f"{10**6 + seed * 1000 + number} --out {at}/given.jsonl"
-                    )
-                    cost["teacher_tokens"] += given["generated_tokens"]
-                    flags += (
-                        f" --data {at}/given.jsonl --teacher {world}/teacher "
-                        f"--teacher-top-k 1000"
-                    )
-            elif source == "teacher":
-                rollouts = at / "answers.jsonl"
-                given = run.stage(
-                    f"teacher.py answer --model {world}/teacher {part} --seed "
-                    f"{10**6 + seed * 1000 + number} --out {rollouts}"
-                )
-                cost["teacher_tokens"] += given["generated_tokens"]
-            else:
-                rollouts = world / "forks" / f"{source}.jsonl"
-            size = (
-                f"--batch-size {args.prompts // args.updates} --steps {args.updates}"
-                if source in ("own", "teacher")
-                else (
-                    f"--batch-size {args.prompts * args.n // args.updates} --steps "
-                    f"{args.updates * stride}"
-                )
-            )
-            fresh = "--fresh-optimizer" if turn == 0 else ""
-            done = run.stage(
-                f"train.py --method {method} --model {model} --rollouts {rollouts} {flags} "
-                f"--out {at}/model --learning-rate {args.learning_rate} "
-                f"--seed {seed * 1000 + number} {size} {fresh}"
-            )
-            cost["trained_tokens"] += done["trained_tokens"]
-            updates += done["steps"]
-            if model != student:
-                shutil.rmtree(model)
-            model, number = at / "model", number + stride
-            if number < total and number % args.eval_every == 0:
-                measure(False)
-    measure(True)
-    return row
+        self.number = turn.number + turn.rounds
+
+    def given(self, turn, name):
+        """The teacher's answers."""
+        problems = part(turn.at, self.settings.prompts)
+        seed = 10**6 + self.seed * 1000 + turn.number
+        return self.answer(turn.number, self.teacher, name, slice=problems, seed=seed)
+
+    def own(self, turn):
+        """The student's answers, and what train.py reads beside them: None where there is
+        nothing to imitate or to compare."""
+        problems = part(turn.at, self.settings.prompts)
+        rollouts = self.rollout(turn.number, slice=problems)
+        if turn.method in ("opd-full", "dagger"):
+            of_itself = self.arm == "opd-self"
+            return rollouts, dict(teacher=self.model if of_itself else self.teacher)
+        if turn.method == "gkd":
+            data = self.given(turn, "given")
+            return rollouts, dict(data=data, teacher=self.teacher, teacher_top_k=1000)
+        shuffle = self.arm == "grpo-shuffled"
+        rewards, graded = self.grade(rollouts, grader="answer", shuffle=shuffle, seed=self.seed)
+        if turn.method == "rft" and graded["reward_mean"] == 0:
+            return rollouts, None
+        if turn.method == "dpo" and graded["zero_variance_groups"] == 1:
+            return rollouts, None
+        beside = {"rewards": rewards}
+        if turn.method != "grpo":
+            beside["set"] = {"prefix": "self"}
+        if turn.method == "dpo":
+            beside["reference"], _ = self.score(self.start, rollouts, "reference")
+        return rollouts, beside
+
+
+STUDY = Study(
+    "unified",
+    "the unified view on forks",
+    Settings,
+    ARMS,
+    CLAIMS,
+    COLUMNS,
+    build,
+    prepare,
+    UnifiedTrial,
+)
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
-    add_run_flags(p, "unified")
-    p.add_argument("--rounds", type=int, default=30, help="rounds an arm")
-    p.add_argument(
-        "--prompts", type=int, default=32, help="prompts a round, the 8 problems in turn"
-    )
-    p.add_argument("--n", type=int, default=8, help="answers a prompt")
-    p.add_argument("--updates", type=int, default=4, help="optimiser steps a round")
-    p.add_argument("--learning-rate", type=float, default=5e-4, help="of every arm")
-    p.add_argument(
-        "--max-tokens", type=int, default=5, help="longest answer, end token included"
-    )
-    p.add_argument(
-        "--teacher-steps", type=int, default=500, help="steps of 64 texts that make the teacher"
-    )
-    p.add_argument(
-        "--digit-steps",
-        type=int,
-        default=150,
-        help="steps of 64 right texts by route aa, which teach the student what a right "
-        "digit is",
-    )
-    p.add_argument(
-        "--student-steps",
-        type=int,
-        default=1000,
-        help="steps of 64 texts of its own corpus that make the student",
-    )
-    p.add_argument(
-        "--pretrain-lr", type=float, default=4e-3, help="learning rate of those steps"
-    )
-    p.add_argument(
-        "--floor",
-        type=float,
-        default=1e-6,
-        help="answers less likely than this are not listed; what they hold together is in "
-        "missed_mass",
-    )
-    p.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations")
-    p.add_argument(
-        "--recovery-n", type=int, default=32, help="samples from each foreign beginning"
-    )
-    if not (args := parse(p, argv, CLAIMS, SMOKE)):
-        return None
-    arms = settle(args, "unified", ARMS)
-    if args.rounds % 2:
-        raise records.BadInput(
-            f"--rounds {args.rounds}: expected an even number: fkl-opd takes half of them "
-            f"each way"
-        )
-    run = begin(args, "the unified view on forks", arms, SHARED)
-    world = build_world(run, args)
-
-    def prepare(seed):
-        folder = run.out / f"seed{seed}"
-        pretrain(
-            run,
-            args,
-            world,
-            world / "forks" / "student",
-            "demos_a",
-            args.digit_steps,
-            seed,
-            folder / "digits",
-        )
-        pretrain(
-            run,
-            args,
-            world,
-            folder / "digits",
-            "base",
-            args.student_steps,
-            seed,
-            folder / "student",
-        )
-        return folder
-
-    run_arms(
-        run,
-        args,
-        arms,
-        prepare,
-        lambda *which: run_arm(run, args, world, *which),
-        lambda row: (
-            f"accuracy {row['accuracy']:.1%}, route b {row['route_b']:.1%}, expansion mass "
-            f"{row['expansion_mass@0.0001']:.3f}, "
-            f"attrition mass {row['attrition_mass@0.0001']:.3f}, recovery {row['recovery']:.1%}"
-        ),
-    )
-    return report(run, args, CLAIMS, COLUMNS)
+    return conduct(STUDY, __doc__, argv)
 
 
 if __name__ == "__main__":
