@@ -262,7 +262,7 @@ def main(argv=None):
             f"--repeats {args.repeats} --plot {args.plot}: expected at least 1, and a name "
             f"that ends in .png, .svg or .pdf"
         )
-    for path in (args.out, args.plot):
+    for path in filter(None, (args.out, args.plot)):
         refuse_existing(path, args.overwrite)
     rollouts, prompts = (
         files.Table(args.rollouts, "rollouts"),

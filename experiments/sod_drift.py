@@ -340,7 +340,7 @@ def main(argv=None):
     if args.device and not args.model:
         raise BadInput("--device: is that of --model, which is not given")
     level = read_level(args.against) if args.against else None
-    for path in (args.out, args.plot):
+    for path in filter(None, (args.out, args.plot)):
         refuse_existing(path, args.overwrite)
     rollouts = files.Table(args.rollouts, "rollouts")
     measure, episodes = reader(args, rollouts), []

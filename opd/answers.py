@@ -3,6 +3,8 @@
 import re
 from decimal import Decimal
 
+from opd import files, records
+
 # ---- reading an answer
 
 # commas between thousands only: 1,2 is a pair
@@ -48,3 +50,15 @@ def question_of(prompt):
     if "prompt" in prompt:
         return prompt["prompt"]
     return "\n\n".join(m["content"] for m in prompt["messages"] if m["role"] != "system")
+
+
+def read_answerable(path):
+    """The Table of prompts in a file, each of which must have an answer."""
+    prompts = files.Table(path, "prompts")
+    for prompt in prompts:
+        if prompt.get("answer") in (None, ""):
+            where = prompts.where(records.key_of(prompt, "prompts"))
+            raise records.BadInput(
+                f"{where}: answer: expected the right final answer, but there is none"
+            )
+    return prompts

@@ -4,15 +4,6 @@ from pathlib import Path
 
 from opd.records import BadInput
 
-
-def refuse_existing(out, overwrite):
-    if out and Path(out).exists() and not overwrite:
-        raise BadInput(
-            f"{out}: exists already: give another --out, or --overwrite to replace it"
-        )
-    Path(out or "").parent.mkdir(parents=True, exist_ok=True)
-
-
 # safe for the colour-blind
 COLOURS = (
     "#0072B2",
@@ -24,6 +15,22 @@ COLOURS = (
     "#555555",
     "#8C6D31",
 )
+
+
+def refuse_existing(out, overwrite):
+    """Refuses to replace a file unless told to; makes its folder."""
+    if Path(out).exists() and not overwrite:
+        raise BadInput(
+            f"{out}: exists already: give another --out, or --overwrite to replace it"
+        )
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+
+
+def check_picture(out, overwrite):
+    """refuse_existing, and a name that is no picture's."""
+    if Path(out).suffix not in (".png", ".svg", ".pdf"):
+        raise BadInput(f"{out}: expected a name that ends in .png, .svg or .pdf")
+    refuse_existing(out, overwrite)
 
 
 def new_picture(width, height):
@@ -39,10 +46,3 @@ def new_picture(width, height):
 def tidy(axes):
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def check_picture_name(p, args):
-    """Refuses an --out that is no picture's name, or is there already."""
-    if not args.out.endswith((".png", ".svg", ".pdf")):
-        p.error(f"--out: expected a name that ends in .png, .svg or .pdf, got {args.out}")
-    refuse_existing(args.out, args.overwrite)

@@ -9,42 +9,33 @@ from opd import records
 
 is_number = records.TYPES["number"][1]
 
-# ---- the measures
+# 97.5 % points of Student's t with 1 to 10 degrees of freedom
+T_TABLE = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 
 
 def pass_at_k(n, c, k):
     """Probability that k answers, drawn without replacement from n of which c are right, hold a
-    right one.
+    right one: 1 - C(n-c, k) / C(n, k)   (Chen et al. 2021, eq. 1).
 
-    1 - C(n-c, k) / C(n, k).  Averaged over prompts it estimates pass@k without bias, which 1 -
-    (1 - c/n)^k does not. n=4, c=1, k=2: 3 of the 6 pairs miss the right answer, so 0.5."""
+    Averaged over prompts it estimates pass@k without bias, which 1 - (1 - c/n)^k does not.
+    n=4, c=1, k=2: 3 of the 6 pairs miss the right answer, so 0.5."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def repetition_ratio(text, tail):
-    """How far zlib shrinks the last `tail` characters: UTF-8 bytes / compressed bytes.  Prose
-    stays near 1.5 (and short text below 1, for the header); "2+2=4\\n" fifty times over has
-    more than 12."""
+    """How far zlib shrinks the last `tail` characters: UTF-8 bytes / compressed bytes.
+
+    Prose stays near 1.5 (and short text below 1, for the header); "2+2=4\\n" fifty times over
+    has more than 12."""
     data = text[-tail:].encode("utf-8", "replace")
     return len(data) / len(zlib.compress(data))
 
 
 def t_quantile(freedom):
-    """97.5 % point of Student's t: a table up to 10 degrees of freedom, then the expansion in 1
-    / freedom (within 0.1 %)."""
-    if freedom <= 10:
-        return (
-            12.7062,
-            4.3027,
-            3.1824,
-            2.7764,
-            2.5706,
-            2.4469,
-            2.3646,
-            2.3060,
-            2.2622,
-            2.2281,
-        )[freedom - 1]
+    """97.5 % point of Student's t: a table up to 10 degrees of freedom, then the expansion in
+    1 / freedom (within 0.1 %)."""
+    if freedom <= len(T_TABLE):
+        return T_TABLE[freedom - 1]
     z = 1.959964
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
@@ -55,10 +46,11 @@ def interval(values):
 
     [0.2, 0.4, 0.6]: mean 0.4, standard deviation 0.2, t = 4.303 with 2 degrees of freedom, so
     0.4 +- 0.497."""
-    mean, n = float(np.mean(values)), len(values)
-    return mean, None if n < 2 else float(
-        t_quantile(n - 1) * np.std(values, ddof=1) / math.sqrt(n)
-    )
+    mean = float(np.mean(values))
+    n = len(values)
+    if n < 2:
+        return mean, None
+    return mean, float(t_quantile(n - 1) * np.std(values, ddof=1) / math.sqrt(n))
 
 
 def auc(values, right):
@@ -69,9 +61,18 @@ def auc(values, right):
     information."""
     _, level = np.unique(values, return_inverse=True)
     right = np.asarray(right, bool)
-    hits, misses = (
-        np.bincount(level[kind], minlength=level.max() + 1) for kind in (right, ~right)
-    )
+    hits = np.bincount(level[right], minlength=level.max() + 1)
+    misses = np.bincount(level[~right], minlength=level.max() + 1)
     if not hits.sum() or not misses.sum():
         return None
     return float((hits * (misses.cumsum() - misses / 2)).sum() / (hits.sum() * misses.sum()))
+
+
+def mean_or_none(values):
+    """The mean of a list, None of an empty one."""
+    return float(np.mean(values)) if len(values) else None
+
+
+def shown(x, form=".3f"):
+    """A number for a printed line; "none" for None."""
+    return "none" if x is None else format(x, form)
