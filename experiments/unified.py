@@ -1,46 +1,44 @@
-"""The unified view, measured: does where the answers come from decide what training does to a
-policy?
+"""The unified view (arXiv 2604.07941), measured: does the source of the answers decide what
+training does to a policy?
 
     python -m experiments.unified --seeds 5
-    python -m experiments.unified --smoke
     python -m experiments.unified --report results/unified.jsonl
 
-arXiv 2604.07941 sorts all of post-training by provenance (whose answers), interface (tokens,
-rewards, a teacher) and role: training *expands* the set of things a policy writes, *reshapes*
-how it divides its mass among them, or consolidates.  It reports no experiment. Here every class
-of row trains the same student with as many updates on as many answers (twice and four times as
-many where it says so), in a world (worlds.forks) so small that `methods.unified`
-lists every answer with its probability, and expansion, attrition and moved mass are exact
-numbers.
+The paper sorts all of post-training by provenance (whose answers), interface (tokens, rewards,
+a teacher) and role: training *expands* the set of things a policy writes, *reshapes* how it
+divides its mass among them, or consolidates.  It reports no experiment.  Here every class of
+method trains the same student with as many updates on as many answers (more where it says so),
+in a world (worlds/forks.py) so small that `methods.unified` lists every answer with its
+probability: expansion, attrition and moved mass are exact numbers.
 
-The student writes route aa (mostly wrong) and cc (a habit, at random); route bb is outside of
-its support, although as right as aa. The teacher writes aa and bb, and gets home from any
-beginning.  Arms:
+The student writes route aa (mostly wrong) and cc (a habit, at random).  Route bb is outside of
+its support, although as right as aa.  The teacher writes aa and bb, and recovers from any
+prefix.
 
-    before
-    sft-both, sft-a     imitation of right demonstrations of aa and bb, and of aa only: the same
-                        loss
+    before              the student as it starts
+    sft-both, sft-a     imitation of right demonstrations of aa and bb, and of aa only
     sft-b-long          imitation of bb only, four times as long: a narrow corpus
-    seqkd, fkl          imitation of the teacher's answers, and of its whole distribution on
-                        them
+    seqkd, fkl          imitation of the teacher's answers; of its whole distribution on them
     rft, dpo, grpo      own answers of this round and a verifier: accepted ones imitated, best
                         against worst, policy gradient
     opd, dagger, gkd    own answers and the teacher: reverse KL, forward KL, half of each source
     fkl-opd             half of the updates fkl, then opd
-    fkl-long-opd        all of the updates fkl, then as many again opd: a handover after the new
-                        route has been learnt to its end
-    grpo-shuffled       control: rewards dealt out at random within each group
+    fkl-long-opd        all of the updates fkl, then as many again opd (added after a look at
+                        fkl-opd)
+    grpo-shuffled       control: rewards in random order within each group
     opd-self            control: the student is its own teacher
 
-Checks C1-C5 are claims below.  Every effective support is measured at eps 1e-2, 1e-3 and 1e-4;
-claims use 1e-4, which the student's whole corpus passes and a pair outside of it does not: at
-1e-3 most of the student's pairs are below the bar, and mere reweighting of them would count as
-expansion.  A pair's mass is at most 1 / (8 problems x 5 tokens) = 0.025. There is no held-out
-part of so small a world.  The learning rate is 5e-4 because at 1e-3, the first that was tried
-(one seed), the control `grpo-shuffled` drifted: the noise of shuffled rewards alone gave it an
-expansion mass of 0.29.  `fkl-long-opd` was added after a look at fkl-opd. The student is
-pre-trained on right aa answers first, and then on its own corpus: otherwise it learns the
-routes long before the digits.
+Every effective support is measured at eps 1e-2, 1e-3 and 1e-4; claims use 1e-4, which the
+student's whole corpus passes and a pair outside of it does not.  At 1e-3 most of the student's
+pairs are below the bar, and mere reweighting of them would count as expansion.  A pair's mass
+is at most 1 / (8 problems x 5 tokens) = 0.025.  So small a world has no held-out part.
+
+Regime: reached for support: the student writes route b in 0 of 2048 samples.  Not reached for
+pass@k: its pass@256 is 1.00 at the start.
+
+The learning rate is 5e-4: at 1e-3, the first that was tried (one seed), the control
+`grpo-shuffled` drifted to an expansion mass of 0.29.  The student is pre-trained on right aa
+answers first and then on its own corpus: otherwise it learns the routes long before the digits.
 """
 
 import time
