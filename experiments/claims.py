@@ -27,10 +27,9 @@ def last(metric, arm, other=None):
     return lambda arms: arms[arm][-1][metric] - (arms[other][-1][metric] if other else 0)
 
 
-def gap(arm, other, metric="accuracy"):
-    """value of a Claim: what an arm's last accuracy, or another metric, is more than another
-    arm's."""
-    return last(metric, arm, other)
+def minus(value, other):
+    """value of a Claim: the difference of two, as of two gains."""
+    return lambda arms: value(arms) - other(arms)
 
 
 def more(text, arm, other=None, test="above", bound=0.0, metric="accuracy"):

@@ -54,7 +54,7 @@ import shutil
 from dataclasses import dataclass
 
 from experiments import study
-from experiments.claims import Claim, gap, more
+from experiments.claims import Claim, last, more
 from experiments.study import part, setting
 from opd import files, records
 
@@ -166,7 +166,7 @@ CLAIMS = [
     Claim(
         "2: ...and answers grow",
         "length(frozen) − length(warm)",
-        gap("frozen", "warm", "length_mean"),
+        last("length_mean", "frozen", "warm"),
     ),
     more(
         "2: with a discriminator that learns on, quality does not fall",
@@ -178,7 +178,7 @@ CLAIMS = [
     Claim(
         "2: ...nor does length run away from the teacher's (characters)",
         "length gap(gad) − length gap(frozen)",
-        gap("gad", "frozen", "length_gap"),
+        last("length_gap", "gad", "frozen"),
         "below",
     ),
     more("2: ...and it ends above the frozen one", "gad", "frozen"),

@@ -37,7 +37,7 @@ any of three rates) and rwsft at 1e-4 and 3e-4 alike, sft at 1e-3.
 
 from dataclasses import dataclass
 
-from experiments.claims import Claim, gap, more
+from experiments.claims import Claim, last, more
 from experiments.study import (
     Measured,
     Study,
@@ -114,7 +114,7 @@ CLAIMS = [
     Claim(
         "answers grow shorter",
         "length(opsd) − length(before)",
-        gap("opsd", "before", "length_mean"),
+        last("length_mean", "opsd", "before"),
         "below",
     ),
 ]

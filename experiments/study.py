@@ -1,7 +1,4 @@
-"""Studies: one file a system, each a list of stage commands with arms, controls and seeds.
-
-    python -m experiments.NAME [--seeds N] [--arms a,b] [--smoke]
-    python -m experiments.NAME --report results/NAME.jsonl
+"""What all studies share: settings, the run that issues commands, an arm's trial, the report.
 
 A study computes nothing itself.  `run.stage("rollout.py", model=m, n=8, out=o)` writes the line
 that a person could paste into OUT/commands.sh, `rollout.py --model m --n 8 --out o`, and then
@@ -10,8 +7,7 @@ calls that stage's `main` in this process, so that torch is imported once.  A st
     Settings    its flags, a dataclass      build, prepare    the world; a seed's student
     ARMS        what differs, as data       Trial             one arm of one seed: its rounds
     CLAIMS      sentences and numbers       STUDY, main       all of these, given to `conduct`
-
-and everything else is here."""
+"""
 
 import contextlib
 import dataclasses
