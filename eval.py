@@ -252,13 +252,13 @@ def main(argv=None):
         sample(args.model, args.prompts, source, args.overwrite, sampling)
     answers = read_answers(source, prompts, args.partial)
 
+    def work(missing):
+        for key in missing:
+            yield grade(answers[key], prompts[key[:1]]["answer"], args.tail)
+
     settings = {"tail": args.tail}
     inputs = (args.prompts, source)
-    with files.Writer(args.out, "evals", settings, inputs, args.overwrite) as out:
-        for key in files.progress(answers.keys(), desc="grade", unit="answer"):
-            if key not in out:
-                out.write(grade(answers[key], prompts[key[:1]]["answer"], args.tail))
-
+    files.fill(args.out, "evals", answers.keys(), work, settings, inputs, args.overwrite)
     summary = summarise(files.read(args.out, "evals"), args.tail, args.threshold)
     if args.rewards:
         rewards = files.Table(args.rewards, "rewards")

@@ -318,7 +318,7 @@ class UnifiedTrial(Trial):
         """Exact numbers, from every answer with its probability."""
         s = self.settings
         exact = self.run.stage(
-            "methods.unified",
+            "methods.unified support",
             before=self.start,
             after=self.model,
             prompts=self.toy / "heldout.jsonl",

@@ -117,7 +117,7 @@ def test_the_check_notices_a_dead_flag(tmp_path, monkeypatch):
         "rubric.py grade",
         "train.py",
         "eval.py",
-        "methods.unified",
+        "methods.unified support",
         "opd.files check",
         "experiments/ropd.py",
         "experiments/opd.py",
