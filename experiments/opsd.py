@@ -175,16 +175,13 @@ class OpsdTrial(Trial):
         out = self.at(number) / "model"
         options = {"set": self.how.get("set")}
         if self.method.startswith("opd"):
-            scores, scored = self.score(
-                self.teacher_of_the_moment(),
+            options["scores"], done = self.teach(
                 rollouts,
-                "scores",
+                self.teacher_of_the_moment(),
                 prompts=self.toy / f"{self.how.get('prompts', 'told_train')}.jsonl",
                 top_k=1000 if self.method == "opd-full" else None,
             )
-            self.cost["teacher_tokens"] += scored["teacher_tokens"]
-            self.signal["kl"] = scored["kl_mean"]
-            options["scores"] = scores
+            self.signal["kl"] = done["kl_mean"]
         else:
             options["rewards"], _ = self.grade(rollouts, grader="answer")
         self.train(self.method, rollouts, out, self.settings.learning_rate, **options)

@@ -183,24 +183,21 @@ class PrefixTrial(Trial):
             columns["greedy"] = greedy["accuracy"]
         return columns
 
-    def teach(self, rollouts, contrast):
-        """The teacher's scores; contrast: also of the model's likeliest tokens, where a cut is
-        looked for."""
-        own = None
-        if contrast:
-            own, _ = self.score(self.model, rollouts, "own", top_k=4)
-        scores, done = self.score(self.teacher, rollouts, "scores", top_k_of=own)
-        self.cost["teacher_tokens"] += done["teacher_tokens"]
-        return scores
+    def teach_contrast(self, rollouts):
+        """The teacher's scores, also of the model's likeliest tokens: a cut is looked for
+        there."""
+        own, _ = self.score(self.model, rollouts, "own", top_k=4)
+        return self.teach(rollouts, top_k_of=own)
 
     def stage0(self):
         """What the detector finds in the student's rollouts, and in the same series in random
         order."""
         rollouts = self.rollout(0, slice=f":{self.settings.null_prompts}")
+        scores, _ = self.teach_contrast(rollouts)
         null = self.run.stage(
             "experiments.prefix_null",
             rollouts=rollouts,
-            scores=self.teach(rollouts, contrast=True),
+            scores=scores,
             model=self.model,
             prompts=self.toy / "train.jsonl",
             seed=self.seed,
@@ -225,7 +222,7 @@ class PrefixTrial(Trial):
     def round(self, number):
         rollouts = self.rollout(number)
         detects = bool(self.rule) and self.rule["rule"] != "fixed"
-        scores = self.teach(rollouts, contrast=detects)
+        scores, _ = self.teach_contrast(rollouts) if detects else self.teach(rollouts)
         options = {"scores": scores}
         if self.rule:
             options["token_weights"] = self.weigh(number, rollouts, scores, detects)

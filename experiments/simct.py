@@ -249,10 +249,9 @@ class SimctTrial(Trial):
             return
         rollouts = self.rollout(number)
         if self.method == "opd-full":
-            scores, done = self.score(self.teacher, rollouts, "scores", top_k=1000)
+            scores, _ = self.teach(rollouts, top_k=1000)
         else:
-            scores, done = self.score_units(rollouts)
-        self.cost["teacher_tokens"] += done["teacher_tokens"]
+            scores = self.score_units(rollouts)
         if "regroup" in self.how:
             scores = self.regroup(number, rollouts, scores)
         rate = s.learning_rate / (3 if self.how.get("slow") else 1)
@@ -276,7 +275,8 @@ class SimctTrial(Trial):
         )
         for name in ("strict", "covered", "whole"):
             self.signal[name] = done[name]
-        return out, done
+        self.cost["teacher_tokens"] += done["teacher_tokens"]
+        return out
 
     def regroup(self, number, rollouts, scores):
         """A control: the same scores with other spans."""

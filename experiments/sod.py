@@ -429,8 +429,7 @@ class SodTrial(Trial):
             self.train("seqkd", answers, out, s.sft_learning_rate)
             return
         rollouts = self.rollout(number)
-        scores, done = self.score(self.teacher, rollouts, "scores")
-        self.cost["teacher_tokens"] += done["teacher_tokens"]
+        scores, _ = self.teach(rollouts)
         options = {"scores": scores, "set": self.how.get("set")}
         if self.how.get("rewards", True):
             shape = self.how.get("shape")

@@ -432,8 +432,7 @@ class SparseTrial(Trial):
     def distil(self, number):
         """A round of on-policy distillation."""
         rollouts = self.sample(number, self.run.world / "unlabelled.jsonl")
-        scores, done = self.score(self.teacher, rollouts, "scores", top_k=1000)
-        self.cost["teacher_tokens"] += done["teacher_tokens"]
+        scores, _ = self.teach(rollouts, top_k=1000)
         rate = self.settings.bridge_learning_rate
         fresh = number == self.warm_rounds
         self.update(number, "opd-full", rollouts, rate, fresh, scores=scores)
@@ -466,8 +465,7 @@ class SparseTrial(Trial):
         )
         self.cost["generated_tokens"] += done["generated_tokens"]
         if method == "fkl":
-            _, done = self.score(self.teacher, answers, "scores", top_k=1000)
-            self.cost["teacher_tokens"] += done["teacher_tokens"]
+            self.teach(answers, top_k=1000)
 
 
 STUDY = Study(

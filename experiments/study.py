@@ -371,6 +371,13 @@ class Trial:
         )
         return out, done
 
+    def teach(self, rollouts, teacher=None, **options):
+        """Scores rollouts under the teacher, which costs its tokens; returns (scores.jsonl
+        beside them, the stage's summary)."""
+        out, done = self.score(teacher or self.teacher, rollouts, "scores", **options)
+        self.cost["teacher_tokens"] += done["teacher_tokens"]
+        return out, done
+
     def grade(self, rollouts, **options):
         """Rewards for rollouts; returns (file beside them, the stage's summary)."""
         out, prompts = rollouts.with_name("rewards.jsonl"), self.toy / "train.jsonl"
