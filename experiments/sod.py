@@ -13,7 +13,8 @@ round is 32 problems, 8 episodes each, in 4 updates:
     rollout.py --tools calculator    episodes
     rubric.py grade --grader answer  1 for the right final answer
     teacher.py score                 the teacher's log-prob of every token
-    methods.sod weigh --rule ...     a weight for every step
+    methods.sod weigh                a weight for every step (other rules:
+                                     experiments.sod_controls)
     train.py --method sod            GRPO's advantage + weight x (log p_T - log mu), PPO's clip
                                      around the sum
 
@@ -442,14 +443,13 @@ class SodTrial(Trial):
     def weigh(self, number, rollouts, scores):
         """Step weights by the arm's rule."""
         out = self.at(number) / "weights.jsonl"
-        done = self.run.stage(
-            "methods.sod weigh",
-            rollouts=rollouts,
-            scores=scores,
-            rule=self.how["rule"],
-            seed=self.seed * 1000 + number,
-            out=out,
-        )
+        paths = {"rollouts": rollouts, "scores": scores, "out": out}
+        rule = self.how["rule"]
+        if rule == "sod":
+            done = self.run.stage("methods.sod weigh", **paths)
+        else:
+            seed = self.seed * 1000 + number
+            done = self.run.stage("experiments.sod_controls", rule=rule, seed=seed, **paths)
         for name in ("d_first", "w_mean", "w_low", "w_bound"):
             if done[name] is not None:
                 self.signal[name] = done[name]
@@ -522,8 +522,7 @@ def by_outcome(drift):
         found[f"entropy_{name}"] = drift["entropy_by_outcome"].get(name)
         found[f"snr_at_{name}"] = drift["gradient"]["outcome"].get(name, {}).get("snr")
         for before in sod_drift.EVENTS:
-            way = drift["ways"].get(before, {}).get(name, {})
-            found[f"way_{before}_{name}"] = way.get("mean")
+            found[f"way_{before}_{name}"] = drift["ways"][before].get(name)
     return found
 
 

@@ -1,11 +1,14 @@
-"""python -m methods.sod weigh: step weights of episodes (weights.py)."""
+"""Step-wise on-policy distillation of agents with tools (SOD, arXiv 2605.07725).
+
+python -m methods.sod weigh --help    # a weight for every step (weights.py)
+"""
 
 from methods.sod import weights
 from opd import files
 
 
 def main(argv=None):
-    return files.dispatch(weights.__doc__, {"weigh": weights.steps}, argv)
+    return files.dispatch(__doc__, {"weigh": weights.main}, argv)
 
 
 if __name__ == "__main__":
