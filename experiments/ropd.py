@@ -37,6 +37,9 @@ teacher and bad habits.  Pre-training is done once; a seed then fixes how the st
 spoiled, the teacher's answers, the order of the problems and every sample.  Arms with the same
 seed start from the same student.  The held-out problems serve for measuring only; the settings
 below were chosen on dev.
+
+Regime (results/ropd.md): the student starts at 13 %, the teacher is at 93 %: a rubric has
+something to tell apart.
 """
 
 from dataclasses import dataclass
@@ -76,13 +79,8 @@ ARMS = {  # create, grade: flags of rubric.py; method: row of train.py
     "teacher": {},
 }
 COLUMNS = (
-    "length_mean",
-    "reward_mean",
-    "reward_auc_within",
-    "generated_tokens",
-    "teacher_tokens",
-    "seconds",
-)
+    "length_mean reward_mean reward_auc_within generated_tokens teacher_tokens seconds"
+).split()
 CLAIMS = [
     more("ROPD lifts the student (main claim)", "ropd", "before"),
     more("...because of which answer gets which reward", "shuffled", "before", "below", 0.02),
@@ -107,15 +105,8 @@ CLAIMS = [
 def prepare(run, seed):
     """A seed's student, and the teacher's answers to every problem."""
     study.spoil_student(run, seed)
-    run.stage(
-        "teacher.py answer",
-        model=run.world / "teacher",
-        prompts=run.world / "toy" / "train.jsonl",
-        n=4,
-        max_tokens=run.settings.max_tokens,
-        seed=10**6 + seed,
-        out=run.out / f"seed{seed}" / "answers.jsonl",
-    )
+    out = run.out / f"seed{seed}" / "answers.jsonl"
+    run.answers("teacher", out, 10**6 + seed, n=4)
 
 
 class Trial(study.Trial):
@@ -184,7 +175,9 @@ class Trial(study.Trial):
                 self.cost["teacher_tokens"] += len(r["response_ids"])
 
     def step(self, done):
-        return super().step(self.settings.rounds if self.arm == "sft" else done)
+        if self.arm == "sft":
+            done *= self.settings.rounds
+        return super().step(done)
 
     def columns(self, score, n, final):
         columns = {f"pass@{n}": score[f"pass@{n}"]}

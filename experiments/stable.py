@@ -40,6 +40,9 @@ answers are loops.  So all arms train at 3e-4, and five are run again hot, at te
 rate, for there the paper's cure has a disease to cure:
 
     hot-opd, hot-kl, hot-gold, hot-stable, hot-sft
+
+Regime (results/stable.md): the collapse is there at ten times the rate alone: 73 % of hot-opd's
+answers are loops at its end, 5 % of opd's and 2.5 % of the teacher's.
 """
 
 import json
@@ -131,21 +134,10 @@ ARMS = {
     "teacher": Arm(None, "teacher"),
 }
 COLUMNS = (
-    "dev_accuracy",
-    "greedy",
-    "peak",
-    "repetition",
-    "worst_repetition",
-    "truncated",
-    "length_mean",
-    "alarms",
-    "advantage_repetitive",
-    "advantage_other",
-    "student_end_mass",
-    "teacher_end_mass",
-    "gold_tokens",
-    "seconds",
-)
+    "dev_accuracy greedy peak repetition worst_repetition truncated length_mean alarms "
+    "advantage_repetitive advantage_other student_end_mass teacher_end_mass gold_tokens "
+    "seconds"
+).split()
 
 
 def more_than_half(arm, whole, base):
@@ -308,8 +300,8 @@ def build(run):
             ("eos-teacher", "eos/teacher", clean, s.eos_steps, s.eos_steps),
         )
     ):
-        schedule = dict(warmup_steps=20, schedule="linear", total_steps=total)
-        run.pretrain(world / start, corpus, world / name, steps, seed=seed, **schedule)
+        how = dict(seed=seed, total_steps=total, **study.RAMP)
+        run.pretrain(world / start, corpus, world / name, steps, **how)
 
 
 def write_gold(run):
@@ -346,15 +338,12 @@ def golden_answer(prompt):
 
 def prepare(run, seed):
     """A seed's three students: a base after careless text of some kind."""
-    s, world = run.settings, run.world
     for name, base, corpus in (
         ("student", "base", "careless/planted"),
         ("planted", "base", "toy/planted"),
         ("eos", "eos-base", "eos/mixed"),
     ):
-        texts, out = world / f"{corpus}.jsonl", run.out / f"seed{seed}" / name
-        options = dict(rate=s.spoil_lr, seed=seed, fresh_optimizer=True)
-        run.pretrain(world / base, texts, out, s.spoil_steps, **options)
+        run.spoil(base, f"{corpus}.jsonl", seed, name)
 
 
 class Trial(study.Trial):
@@ -439,8 +428,7 @@ class Trial(study.Trial):
         if self.how.hot:
             rate = self.settings.hot_learning_rate
         self.train(method, rollouts, out, rate, batch_size=size, **options)
-        lines = (out / "metrics.jsonl").read_text().splitlines()
-        self.history += [json.loads(line) for line in lines]
+        self.history += self.metrics
 
     def due(self, done):
         return self.how.source == "gold" or super().due(done)

@@ -197,6 +197,20 @@ class Run:
         how = common | dict(steps=steps, learning_rate=rate, seed=seed) | options
         self.stage("train.py", method="sft", model=start, rollouts=corpus, **how, out=out)
 
+    def spoil(self, start, corpus, seed, name="student"):
+        """A seed's student: a model of the world after a little careless text."""
+        s, out = self.settings, self.out / f"seed{seed}" / name
+        how = dict(rate=s.spoil_lr, seed=seed, fresh_optimizer=True)
+        self.pretrain(self.world / start, self.world / corpus, out, s.spoil_steps, **how)
+
+    def answers(self, teacher, out, seed, **options):
+        """A teacher's answers to the problems that are trained on; returns how many tokens."""
+        common = dict(prompts=self.world / "toy" / "train.jsonl", seed=seed)
+        common["max_tokens"] = self.settings.max_tokens
+        model = self.world / teacher
+        done = self.stage("teacher.py answer", model=model, **common, **options, out=out)
+        return done["generated_tokens"]
+
     def concatenate(self, parts, out):
         """One file of several, as `cat` does it; returns its path."""
         self.commands.write(f"cat {' '.join(map(str, parts))} > {out}\n")
@@ -232,6 +246,8 @@ def say(text):
 
 # ---- the world of running sums, and an arm in it
 
+RAMP = dict(warmup_steps=20, schedule="linear")  # the learning rate of pre-training
+
 
 def build_sums(run, problems, corpus="clean", **options):
     """Problems (so many to train on; `options` of worlds.sums), corpora and two checkpoints of
@@ -246,20 +262,15 @@ def build_sums(run, problems, corpus="clean", **options):
         **options,
     )
     texts = world / "toy" / f"{corpus}.jsonl"
-    common = dict(
-        warmup_steps=20, schedule="linear", total_steps=s.teacher_steps, save_every=200
-    )
+    common = RAMP | dict(total_steps=s.teacher_steps, save_every=200)
     start, more = world / "toy" / "student", s.teacher_steps - s.base_steps
     run.pretrain(start, texts, world / "base", s.base_steps, seed=0, **common)
     run.pretrain(world / "base", texts, world / "teacher", more, seed=1, **common)
 
 
 def spoil_student(run, seed):
-    """This seed's student: the base after a little careless text."""
-    s, corpus = run.settings, run.world / "toy" / "mixed.jsonl"
-    out = run.out / f"seed{seed}" / "student"
-    options = dict(rate=s.spoil_lr, seed=seed, fresh_optimizer=True)
-    run.pretrain(run.world / "base", corpus, out, s.spoil_steps, **options)
+    """The `prepare` of a study in that world."""
+    run.spoil("base", "toy/mixed.jsonl", seed)
 
 
 def part(number, size):
@@ -294,6 +305,7 @@ class Trial:
         self.cost = {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0}
         self.signal = {}  # more columns: what the rounds since the last line showed
         self.steps = 0  # optimiser steps so far
+        self.metrics = []  # of the last call of train.py, a dict a step
         self.row = None
         self.began = time.time()
 
@@ -404,6 +416,8 @@ class Trial:
         )
         self.cost["trained_tokens"] += done["trained_tokens"]
         self.steps += done["steps"]
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        self.metrics = [json.loads(line) for line in lines]
         if self.model != self.start:
             shutil.rmtree(self.model)
         self.model = out
