@@ -445,7 +445,7 @@ class Trial(study.Trial):
         if self.how.no_end:
             weights = scores.with_name("weights.jsonl")
             self.run.stage(
-                "methods.prefix weigh", rollouts=rollouts, rule="no-end", out=weights
+                "experiments.weight_controls", rule="no-end", rollouts=rollouts, out=weights
             )
         return dict(
             scores=scores,

@@ -61,18 +61,19 @@ class Settings(World, Measured):
 
 
 FIXED = (8, 16, 32, 48)
-# flags of methods.prefix weigh; {} for plain distillation, None for what is only measured
+# flags of methods.prefix weigh (cut) and of experiments.weight_controls, which comes after it
+# (control); {} for plain distillation, None for what is only measured
 ARMS = {
     "before": None,
     "full": {},
-    "release": dict(rule="release"),
-    "release-guard": dict(rule="release", guard=True),
-    "no-rescale": dict(rule="release", no_rescale=True),
-    "boost": dict(rule="boost"),
-    "shuffled": dict(rule="shuffled"),
-    **{f"fixed{n}": dict(rule="fixed", tokens=n) for n in FIXED},
-    "suffix": dict(rule="suffix"),
-    "spread": dict(rule="release", signal="spread"),
+    "release": dict(cut={}),
+    "release-guard": dict(cut=dict(guard=True)),
+    "no-rescale": dict(cut=dict(cap=1)),
+    "boost": dict(cut={}, control=dict(rule="boost")),
+    "shuffled": dict(cut={}, control=dict(rule="shuffled")),
+    **{f"fixed{n}": dict(control=dict(rule="fixed", tokens=n)) for n in FIXED},
+    "suffix": dict(cut={}, control=dict(rule="suffix")),
+    "spread": dict(cut=dict(signal="spread")),
     "full-lr2": {},
     "teacher": None,
 }
@@ -221,30 +222,43 @@ class PrefixTrial(Trial):
 
     def round(self, number):
         rollouts = self.rollout(number)
-        detects = bool(self.rule) and self.rule["rule"] != "fixed"
-        scores, _ = self.teach_contrast(rollouts) if detects else self.teach(rollouts)
+        cuts = "cut" in self.rule
+        scores, _ = self.teach_contrast(rollouts) if cuts else self.teach(rollouts)
         options = {"scores": scores}
         if self.rule:
-            options["token_weights"] = self.weigh(number, rollouts, scores, detects)
+            options["token_weights"] = self.weigh(number, rollouts, scores)
         rate = self.settings.learning_rate * (2 if self.arm == "full-lr2" else 1)
         method = "release" if self.rule else "opd"
         self.train(method, rollouts, self.place / f"model{number}", rate, **options)
 
-    def weigh(self, number, rollouts, scores, detects):
+    def weigh(self, number, rollouts, scores):
         """Token weights by the arm's rule."""
-        out = self.at(number) / "weights.jsonl"
-        series = dict(scores=scores, model=self.model) if detects else {}
-        if self.arm == "shuffled":
-            series["seed"] = number
-        done = self.run.stage(
-            "methods.prefix weigh", **self.rule, rollouts=rollouts, **series, out=out
-        )
+        weights = None
+        if "cut" in self.rule:
+            name = "release" if "control" in self.rule else "weights"
+            weights = self.at(number) / f"{name}.jsonl"
+            done = self.run.stage(
+                "methods.prefix weigh",
+                **self.rule["cut"],
+                rollouts=rollouts,
+                scores=scores,
+                model=self.model,
+                out=weights,
+            )
+        if "control" in self.rule:
+            given = dict(rollouts=rollouts, weights=weights)
+            if self.arm == "shuffled":
+                given["seed"] = number
+            weights = self.at(number) / "weights.jsonl"
+            done = self.run.stage(
+                "experiments.weight_controls", **self.rule["control"], **given, out=weights
+            )
         for name in ("cut_rate", "kept_median", "scale_mean", "scale_max"):
             if done[name] is not None:
                 values = self.cuts.setdefault(name, [])
                 values.append(done[name])
                 self.signal[name] = sum(values) / len(values)
-        return out
+        return weights
 
 
 STUDY = Study(
