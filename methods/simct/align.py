@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from opd import files
 from opd.policy import load_tokenizer
 from opd.records import BadInput
@@ -51,15 +53,7 @@ DECODER_STEPS = {
 }
 
 
-def byte_alphabet():
-    """{character: byte} of byte-level tokenizers: printable bytes stand for themselves, the
-    others for characters from 256 on (GPT-2)."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-BYTE_OF = byte_alphabet()
+BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # as GPT-2
 
 
 def decoder_steps(node):
@@ -265,11 +259,11 @@ def describe_units(student, units, student_ids):
     """The units as a person reads them: "'hap|py'(2:2) '_d|ay'(2:2)"."""
     words = []
     for s0, s1, t0, t1 in units:
-        spelt = []
-        for i in student_ids[s0:s1]:
-            piece = token_bytes(student)[i]
-            name = student.convert_ids_to_tokens(i)
-            spelt.append(piece.decode(errors="backslashreplace") if piece else name)
+        pieces = zip(pieces_of(student, student_ids[s0:s1]), student_ids[s0:s1])
+        spelt = [
+            piece.decode(errors="backslashreplace") or student.convert_ids_to_tokens(i)
+            for piece, i in pieces
+        ]
         words.append(f"{'|'.join(spelt).replace(' ', '_')!r}({s1 - s0}:{t1 - t0})")
     return " ".join(words)
 
@@ -294,14 +288,8 @@ def main(argv=None):
     shares = byte_shares([(a.bytes, a.covered, a.strict) for a in alignments])
     shared = len(shared_vocabulary(student, teacher))
     sizes = [sum(b is not None for b in token_bytes(t)) for t in (student, teacher)]
-    jaccard = shared / max(1, sum(sizes) - shared)
     print(
         f"methods.simct align: {len(answers)} answers, {describe_shares(shares)}; {shared} "
-        f"tokens shared of {sizes[0]} and {sizes[1]} (Jaccard {jaccard:.1%})"
+        f"tokens shared of {sizes[0]} and {sizes[1]}"
     )
-    return {
-        "answers": len(answers),
-        **shares,
-        "shared_vocabulary": shared,
-        "jaccard": jaccard,
-    }
+    return {"answers": len(answers), **shares, "shared_vocabulary": shared}
