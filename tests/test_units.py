@@ -1,6 +1,7 @@
 """SimCT's loss: an example by hand, the same vocabulary as ordinary distillation, and a real
 pair of tokenizers in float64."""
 
+import copy
 import math
 
 import numpy as np
@@ -130,6 +131,12 @@ def test_a_constant_on_one_positions_logits_changes_the_released_score_only():
 # ---- files
 
 
+def scored(world, model, out, **flags):
+    """methods.simct score of the world's rollouts; returns its summary."""
+    paths = dict(student=world.base, prompts=world.prompts, rollouts=world.rollouts)
+    return simct_command.main(argv("score", model=model, out=out, **paths, **flags))
+
+
 @pytest.fixture(scope="module")
 def foreign(world, tmp_path_factory):
     """A teacher that merges two digits, after a little training, and its units of the world's
@@ -147,16 +154,7 @@ def foreign(world, tmp_path_factory):
             warmup_steps=5,
         )
     )
-    done = simct_command.main(
-        argv(
-            "score",
-            model=root / "teacher",
-            student=world.base,
-            prompts=world.prompts,
-            rollouts=world.rollouts,
-            out=root / "units.jsonl",
-        )
-    )
+    done = scored(world, root / "teacher", root / "units.jsonl")
     return root, root / "teacher", root / "units.jsonl", done
 
 
@@ -166,267 +164,186 @@ def both(world, foreign):
     return [(r, scores[r["id"], r["sample"]]) for r in load(world.rollouts)]
 
 
-def pieces(world, foreign):
-    """Per rollout: (rollout, score, teacher's ids, teacher's prompt ids), recomputed."""
-    student, there = (
-        policies.load_tokenizer(str(world.base)),
-        policies.load_tokenizer(str(foreign[1])),
-    )
-    prompts = {p["id"]: p for p in load(world.prompts)}
-    for r, s in both(world, foreign):
-        yield (
-            r,
-            s,
-            align.align(student, there, r["response_ids"]).teacher_ids,
-            policies.render(there, prompts[r["id"]]),
-        )
+def tokenizers(world, foreign):
+    names = (world.base, foreign[1])
+    return [policies.load_tokenizer(str(name)) for name in names]
+
+
+def candidates_of(score):
+    """(ids, log-probs, prefixes), each [U, K]."""
+    packed = (*score["unit_topk"].values(), score["prefixes"])
+    return [records.unpack(x) for x in packed]
 
 
 def test_the_files_numbers_are_the_teachers(world, foreign):
-    model, shared = naive_model(foreign[1]), 0
-    student, there = (
-        policies.load_tokenizer(str(world.base)),
-        policies.load_tokenizer(str(foreign[1])),
-    )
-    both = align.shared_vocabulary(student, there) | {student.eos_token_id: there.eos_token_id}
-    for r, s, ids, prompt in pieces(world, foreign):
+    model = naive_model(foreign[1])
+    student, there = tokenizers(world, foreign)
+    shared = align.shared_vocabulary(student, there) | {
+        student.eos_token_id: there.eos_token_id
+    }
+    prompts = {p["id"]: p for p in load(world.prompts)}
+    numbers = 0
+    for r, s in both(world, foreign):
+        ids = align.align(student, there, r["response_ids"]).teacher_ids
+        prompt = policies.render(there, prompts[r["id"]])
         with torch.no_grad():
             z = model(torch.tensor([prompt + ids])).logits[0][len(prompt) - 1 : -1]
         logp = torch.log_softmax(z, -1)
-        candidates, top, prefixes = (
-            records.unpack(x)
-            for x in (s["unit_topk"]["ids"], s["unit_topk"]["logprobs"], s["prefixes"])
-        )
+        candidates, top, prefixes = candidates_of(s)
         for row, (s0, s1, t0, t1) in enumerate(s["units"]):
-            spelt = [float(logp[t, ids[t]]) for t in range(t0, t1)]
-            assert s["unit_logprobs"][row] == pytest.approx(sum(spelt), abs=1e-4) and sum(
-                s["logprobs"][s0:s1]
-            ) == pytest.approx(sum(spelt), abs=1e-3)
-            assert s["unit_logits"][row] == pytest.approx(
-                sum(float(z[t, ids[t]]) for t in range(t0, t1)), abs=1e-3
-            )
+            own = torch.tensor(ids[t0:t1])[:, None]
+            total = float(logp[t0:t1].gather(1, own).sum())
+            assert s["unit_logprobs"][row] == pytest.approx(total, abs=1e-4)
+            assert sum(s["logprobs"][s0:s1]) == pytest.approx(total, abs=1e-3)
+            logits = float(z[t0:t1].gather(1, own).sum())
+            assert s["unit_logits"][row] == pytest.approx(logits, abs=1e-3)
             assert s["unit_logz"][row] == pytest.approx(float(z[t0].logsumexp(-1)), abs=1e-3)
-            assert top[row] == pytest.approx(
-                [float(logp[t0, both[int(i)]]) for i in candidates[row]], abs=1e-4
-            )
+            theirs = [float(logp[t0, shared[int(i)]]) for i in candidates[row]]
+            assert top[row] == pytest.approx(theirs, abs=1e-4)
             # of two digits at most; a <|user|> has no text
-            text = b"".join(
-                align.token_bytes(student)[i] or b"" for i in r["response_ids"][s0:s1]
-            ).decode()
-            assert [int(i) for i, p in zip(candidates[row], prefixes[row]) if p] == (
-                [student.convert_tokens_to_ids(text[0])] if len(text) > 1 else []
-            )
-            shared += len(text) > 1
-    assert shared > 10, "there are numbers of two digits"
+            text = b"".join(align.pieces_of(student, r["response_ids"][s0:s1])).decode()
+            begins = [student.convert_tokens_to_ids(text[0])] if len(text) > 1 else []
+            assert candidates[row][prefixes[row] > 0].tolist() == begins
+            numbers += len(text) > 1
+    assert numbers > 10, "there are numbers of two digits"
     assert 0 < foreign[3]["strict"] < foreign[3]["covered"] <= 1
+
+
+def is_span(unit):
+    return (unit[1] - unit[0], unit[3] - unit[2]) != (1, 1)
+
+
+def unit_by_hand(z, r, s, row, span, prefixes):
+    """The divergence of one unit by equations 6 to 9; z [T, V] logits of the rollout's tokens.
+    None where it is left out."""
+    s0, s1, t0, t1 = s["units"][row]
+    several = is_span(s["units"][row])
+    if several and span == "none":
+        return None
+    values = z if span == "logit" else torch.log_softmax(z, -1)
+    shift = s["unit_logz"][row] if span == "logit" else 0
+    mine = []
+    theirs = []
+    for i, logp, begins in zip(*(x[row] for x in candidates_of(s))):
+        if not (several and prefixes == "drop" and begins):
+            mine.append(values[s0][int(i)])
+            theirs.append(float(logp) + shift)
+    if several:
+        own = torch.tensor(r["response_ids"][s0:s1])[:, None]
+        spelt = values[s0:s1].gather(1, own).sum()
+        score = s["unit_logits" if span == "logit" else "unit_logprobs"][row]
+        mine.append(spelt if span == "sum" else spelt / (s1 - s0))
+        theirs.append(score if span == "sum" else score / (t1 - t0))
+    q = torch.log_softmax(torch.stack(mine), 0)
+    p = torch.log_softmax(torch.tensor(theirs, dtype=torch.float64), 0)
+    return (q.exp() * (q - p)).sum()
 
 
 @pytest.mark.parametrize("span", ["mean", "sum", "logit", "none"])
 @pytest.mark.parametrize("prefixes", ["keep", "drop"])
 def test_the_gradient_of_a_step_is_the_formulas(world, foreign, base64bit, span, prefixes):
-    """Equations 6 to 9 written out: full logits in float64, one unpadded sequence at a time,
-    one unit at a time."""
-    import copy
-
+    """Full logits in float64, one unpadded sequence and one unit at a time."""
     model = copy.deepcopy(base64bit)
-    total, count, seen = 0.0, sum(len(r["response_ids"]) for r in load(world.rollouts)), 0
-    for r, s, ids, _ in pieces(world, foreign):
-        z = model(torch.tensor([r["prompt_ids"] + r["response_ids"]])).logits[0][
-            len(r["prompt_ids"]) - 1 : -1
-        ]
-        logp = torch.log_softmax(z, -1)
-        candidates, top, prefix = (
-            records.unpack(x)
-            for x in (s["unit_topk"]["ids"], s["unit_topk"]["logprobs"], s["prefixes"])
-        )
-        for row, (s0, s1, t0, t1) in enumerate(s["units"]):
-            several = (s1 - s0, t1 - t0) != (1, 1)
-            if several and span == "none":
-                continue
-            kept = [
-                i
-                for i in range(len(candidates[row]))
-                if not (several and prefixes == "drop" and prefix[row][i])
-            ]
-            here = z[s0] if span == "logit" else logp[s0]
-            mine = [here[int(candidates[row][i])] for i in kept]
-            theirs = [
-                float(top[row][i]) + (s["unit_logz"][row] if span == "logit" else 0)
-                for i in kept
-            ]
-            if several:
-                spelt = sum(
-                    (z if span == "logit" else logp)[t, r["response_ids"][t]]
-                    for t in range(s0, s1)
-                )
-                score = s["unit_logits" if span == "logit" else "unit_logprobs"][row]
-                mine.append(spelt if span == "sum" else spelt / (s1 - s0))
-                theirs.append(score if span == "sum" else score / (t1 - t0))
-                seen += 1
-            q, p = (
-                torch.log_softmax(torch.stack(mine), 0),
-                torch.log_softmax(torch.tensor(theirs, dtype=torch.float64), 0),
-            )
-            total = total + (q.exp() * (q - p)).sum()
+    pairs = both(world, foreign)
+    count = sum(len(r["response_ids"]) for r, _ in pairs)
+    total = 0.0
+    for r, s in pairs:
+        ids = torch.tensor([r["prompt_ids"] + r["response_ids"]])
+        z = model(ids).logits[0][len(r["prompt_ids"]) - 1 : -1]
+        for row in range(len(s["units"])):
+            value = unit_by_hand(z, r, s, row, span, prefixes)
+            total = total + (0 if value is None else value)
+    assert sum(is_span(u) for _, s in pairs for u in s["units"]) > 20
     (total / count).backward()
-    want = torch.cat(
-        [
-            torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
-            for p in model.parameters()
-        ]
-    )
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     flags = dict(method="simct", rollouts=world.rollouts, scores=foreign[2])
-    got, numbers = gradient(world, flags, overrides=(f"span={span}", f"prefixes={prefixes}"))
-    same_gradient(got, want, 5e-5)
-    part, _ = gradient(
-        world, flags, overrides=(f"span={span}", f"prefixes={prefixes}"), micro=1
-    )
-    same_gradient(part, got, 1e-5)
-    assert (
-        numbers["kl/units"] == pytest.approx(float(total.detach()) / count, rel=1e-4)
-        and (seen > 20 or span == "none")
-        and 0 < numbers["units/spans"] < 1
-    )
+    overrides = (f"span={span}", f"prefixes={prefixes}")
+    got, numbers = gradient(world, flags, overrides=overrides)
+    same_gradient(got, torch.cat([part.flatten() for part in parts]), 5e-5)
+    one_by_one, _ = gradient(world, flags, overrides=overrides, micro=1)
+    same_gradient(one_by_one, got, 1e-5)
+    assert numbers["kl/units"] == pytest.approx(float(total.detach()) / count, rel=1e-4)
+    assert 0 < numbers["units/spans"] < 1
 
 
 def test_one_vocabulary_on_both_sides_is_ordinary_distillation(world, tmp_path):
-    """methods.simct score by a teacher of the student's own tokenizer: the gradient of the
-    exact reverse KL over the whole vocabulary."""
-    done = simct_command.main(
-        argv(
-            "score",
-            model=world.teacher,
-            student=world.base,
-            prompts=world.prompts,
-            rollouts=world.rollouts,
-            out=tmp_path / "u.jsonl",
-        )
-    )
+    """Units of a teacher with the student's own tokenizer: the gradient of the exact reverse KL
+    over the whole vocabulary."""
+    done = scored(world, world.teacher, tmp_path / "u.jsonl")
     assert done["shared_vocabulary"] == 24
     # a student in training samples a <|user|> now and then, whose bytes are none: what stands
-    # behind it is not understood
-    whole = {
-        (s["id"], s["sample"])
-        for s in load(tmp_path / "u.jsonl")
-        if len(s["units"]) == len(s["logprobs"])
-    }
-    keep = {
-        name: dump(
-            tmp_path / f"{name}.jsonl",
-            [r for r in load(path) if (r["id"], r["sample"]) in whole],
-        )
-        for name, path in (
-            ("rollouts", world.rollouts),
-            ("scores", world.scores),
-            ("units", tmp_path / "u.jsonl"),
-        )
-    }
-    assert len(whole) > 16 and all(
-        [u[1] - u[0] for u in s["units"]] == [1] * len(s["units"]) for s in load(keep["units"])
-    )
-    want, _ = gradient(
-        world, dict(method="opd-full", rollouts=keep["rollouts"], scores=keep["scores"])
-    )
+    # behind it has no unit
+    whole = set()
+    for s in load(tmp_path / "u.jsonl"):
+        if len(s["units"]) == len(s["logprobs"]):
+            whole.add((s["id"], s["sample"]))
+            assert not any(is_span(u) for u in s["units"])
+    assert len(whole) > 16
+
+    def kept(name, path):
+        rows = [r for r in load(path) if (r["id"], r["sample"]) in whole]
+        return dump(tmp_path / f"{name}.jsonl", rows)
+
+    rollouts = kept("rollouts", world.rollouts)
+    scores = kept("scores", world.scores)
+    units_file = kept("units", tmp_path / "u.jsonl")
+
+    def of(method, path):
+        return gradient(world, dict(method=method, rollouts=rollouts, scores=path))[0]
+
+    want = of("opd-full", scores)
     for name in ("simct", "simple-opd"):
-        got, _ = gradient(
-            world, dict(method=name, rollouts=keep["rollouts"], scores=keep["units"])
-        )
-        same_gradient(got, want, 2e-5)
-    got, _ = gradient(
-        world, dict(method="opd", rollouts=keep["rollouts"], scores=keep["units"])
-    )
-    want, _ = gradient(
-        world, dict(method="opd", rollouts=keep["rollouts"], scores=keep["scores"])
-    )
-    same_gradient(got, want, 2e-4)  # the file's log-probs have six digits
+        same_gradient(of(name, units_file), want, 2e-5)
+    # the file's log-probs have six digits
+    same_gradient(of("opd", units_file), of("opd", scores), 2e-4)
 
 
 def test_opd_on_units_is_dpca(world, foreign):
     """Every token's advantage is (L_T / L_S - 1) log p_S(token), L the log-probs of its unit
     (2606.09456); none outside of units."""
     for r, s in both(world, foreign):
-        inside = set()
+        want = np.zeros(len(r["logprobs"]))
         for (s0, s1, _, _), total in zip(s["units"], s["unit_logprobs"]):
-            mine = sum(r["logprobs"][s0:s1])
-            for t in range(s0, s1):
-                assert s["logprobs"][t] - r["logprobs"][t] == pytest.approx(
-                    (total / mine - 1) * r["logprobs"][t], abs=2e-3
-                )
-                inside.add(t)
-        assert all(
-            s["logprobs"][t] == pytest.approx(r["logprobs"][t], abs=1e-5)
-            for t in range(len(r["logprobs"]))
-            if t not in inside
-        )
+            own = np.array(r["logprobs"][s0:s1])
+            want[s0:s1] = (total / own.sum() - 1) * own
+        assert np.subtract(s["logprobs"], r["logprobs"]) == pytest.approx(want, abs=2e-3)
 
 
 def test_candidates_of_the_students_own_choice_bound_the_file(world, foreign, tmp_path):
-    teacher.main(
-        argv(
-            "score",
-            model=world.base,
-            rollouts=world.rollouts,
-            out=tmp_path / "own.jsonl",
-            top_k=3,
-        )
-    )
-    simct_command.main(
-        argv(
-            "score",
-            model=foreign[1],
-            student=world.base,
-            prompts=world.prompts,
-            rollouts=world.rollouts,
-            top_k_of=tmp_path / "own.jsonl",
-            out=tmp_path / "u.jsonl",
-        )
-    )
-    own, everything = by_key(load(tmp_path / "own.jsonl")), by_key(load(foreign[2]))
-    for s in load(tmp_path / "u.jsonl"):
-        key = s["id"], s["sample"]
-        full = (
-            dict(
-                zip(map(int, records.unpack(everything[key]["unit_topk"]["ids"])[0]), range(99))
-            )
-            if s["units"]
-            else {}
-        )
-        whole = records.unpack(everything[key]["unit_topk"]["logprobs"])
+    own = tmp_path / "own.jsonl"
+    teacher.main(argv("score", model=world.base, rollouts=world.rollouts, out=own, top_k=3))
+    scored(world, foreign[1], tmp_path / "u.jsonl", top_k_of=own)
+    proposed = by_key(load(own))
+    everything = by_key(load(foreign[2]))
+    for key, s in by_key(load(tmp_path / "u.jsonl")).items():
+        topk = records.unpack(proposed[key]["topk"]["ids"])
+        all_ids, all_logps, _ = candidates_of(everything[key])
+        ids, logps, _ = candidates_of(s)
         for row, (s0, _, _, _) in enumerate(s["units"]):
-            ids, logps = (
-                records.unpack(s["unit_topk"]["ids"])[row],
-                records.unpack(s["unit_topk"]["logprobs"])[row],
-            )
-            assert ids.tolist() == records.unpack(own[key]["topk"]["ids"])[s0].tolist()
-            assert [float(x) for x in logps] == pytest.approx(
-                [float(whole[row][full[int(i)]]) if int(i) in full else -np.inf for i in ids],
-                abs=1e-4,
-            )
-    got, numbers = gradient(
-        world, dict(method="simct", rollouts=world.rollouts, scores=tmp_path / "u.jsonl")
-    )
-    assert (
-        torch.isfinite(got).all() and got.abs().sum() > 0 and math.isfinite(numbers["kl/units"])
-    )
+            known = dict(zip(all_ids[row].tolist(), all_logps[row].tolist()))
+            assert ids[row].tolist() == topk[s0].tolist()
+            want = [known.get(i, -np.inf) for i in ids[row].tolist()]
+            assert logps[row].tolist() == pytest.approx(want, abs=1e-4)
+    flags = dict(method="simct", rollouts=world.rollouts, scores=tmp_path / "u.jsonl")
+    got, numbers = gradient(world, flags)
+    assert torch.isfinite(got).all() and got.abs().sum() > 0
+    assert math.isfinite(numbers["kl/units"])
 
 
 def test_a_masked_token_takes_its_unit_with_it(world, foreign, tmp_path):
-    """What tool text has a part in is not trained on: the same gradient whatever stands in the
-    unit."""
+    """The same gradient whatever score stands in such a unit."""
     rows, scores = map(list, zip(*both(world, foreign)))
     for r, s in zip(rows, scores):
-        span = next(((s0, s1) for s0, s1, _, _ in s["units"] if s1 - s0 > 1), None)
+        span = next((u for u in s["units"] if u[1] - u[0] > 1), None)
         if span:
             r["loss_mask"][span[0] + 1] = 0
-    masked = dump(tmp_path / "r.jsonl", rows)
-    got, _ = gradient(world, dict(method="simct", rollouts=masked, scores=foreign[2]))
+    flags = dict(method="simct", rollouts=dump(tmp_path / "r.jsonl", rows))
+    got, _ = gradient(world, flags | {"scores": foreign[2]})
     for r, s in zip(rows, scores):
         for row, (s0, s1, _, _) in enumerate(s["units"]):
             if not all(r["loss_mask"][s0:s1]):
                 s["unit_logprobs"][row] = -55.0
-    other, _ = gradient(
-        world, dict(method="simct", rollouts=masked, scores=dump(tmp_path / "s.jsonl", scores))
-    )
+    other, _ = gradient(world, flags | {"scores": dump(tmp_path / "s.jsonl", scores)})
     assert torch.equal(got, other)
 
 
@@ -434,101 +351,78 @@ def test_a_masked_token_takes_its_unit_with_it(world, foreign, tmp_path):
 
 
 def regrouped(world, foreign, out, **flags):
-    return (
-        simct_regroup.main(argv(scores=foreign[2], rollouts=world.rollouts, out=out, **flags)),
-        by_key(load(out)),
-        by_key(load(foreign[2])),
-    )
-
-
-def is_span(unit):
-    return (unit[1] - unit[0], unit[3] - unit[2]) != (1, 1)
+    paths = dict(scores=foreign[2], rollouts=world.rollouts, out=out)
+    done = simct_regroup.main(argv(**paths, **flags))
+    return done, by_key(load(out)), by_key(load(foreign[2]))
 
 
 def test_without_spans_simct_is_its_baseline(world, foreign, tmp_path):
-    done, _, _ = regrouped(world, foreign, tmp_path / "u.jsonl", drop_spans=1.0)
+    done, _, before = regrouped(world, foreign, tmp_path / "u.jsonl", drop_spans=1.0)
     assert done["spans"] == 0
     flags = dict(rollouts=world.rollouts)
     got, _ = gradient(world, dict(flags, method="simct", scores=tmp_path / "u.jsonl"))
     want, _ = gradient(world, dict(flags, method="simple-opd", scores=foreign[2]))
     same_gradient(got, want, 1e-6)
     half, _, _ = regrouped(world, foreign, tmp_path / "h.jsonl", drop_spans=0.5, seed=3)
-    whole = sum(is_span(u) for s in load(foreign[2]) for u in s["units"])
+    whole = sum(is_span(u) for s in before.values() for u in s["units"])
     assert 0.2 * whole < half["spans"] < 0.8 * whole
 
 
 def test_coarsening_keeps_the_text_and_its_probability(world, foreign, tmp_path):
     done, coarse, fine = regrouped(world, foreign, tmp_path / "u.jsonl", coarsen=0.5)
-    ids = {(r["id"], r["sample"]): r["response_ids"] for r in load(world.rollouts)}
+    tokens = {key: r["response_ids"] for key, r in by_key(load(world.rollouts)).items()}
     joined = 0
     for key, s in coarse.items():
         before = fine[key]
-        assert [u[0] for u in s["units"]] == [0] * bool(s["units"]) + [
-            u[1] for u in s["units"]
-        ][:-1] and s["units"][-1:] == before["units"][-1:], (
-            "no gap, and the end of a turn alone"
-        )
-        assert sum(s["unit_logprobs"]) == pytest.approx(sum(before["unit_logprobs"])) and sum(
-            s["unit_logits"]
-        ) == pytest.approx(sum(before["unit_logits"]))
+        edges = [0, *(u[1] for u in s["units"])]
+        assert [u[0] for u in s["units"]] == edges[:-1], "no gap"
+        assert s["units"][-1:] == before["units"][-1:], "the end of a turn stays alone"
+        for name in ("unit_logprobs", "unit_logits"):
+            assert sum(s[name]) == pytest.approx(sum(before[name]))
+        ids, logps, prefixes = candidates_of(s)
+        _, logps_before, _ = candidates_of(before)
         place = {u[0]: i for i, u in enumerate(before["units"])}
         for i, u in enumerate(s["units"]):
             j = place[u[0]]
-            assert (
-                records.unpack(s["unit_topk"]["logprobs"])[i].tolist()
-                == records.unpack(before["unit_topk"]["logprobs"])[j].tolist()
-                and s["unit_logz"][i] == before["unit_logz"][j]
-            )
+            assert logps[i].tolist() == logps_before[j].tolist()
+            assert s["unit_logz"][i] == before["unit_logz"][j]
             if u != before["units"][j]:
-                marked = records.unpack(s["unit_topk"]["ids"])[i][
-                    records.unpack(s["prefixes"])[i] > 0
-                ].tolist()
-                assert marked in ([ids[key][u[0]]], []), (
-                    "its first token begins it (a special one is no candidate)"
-                )
+                # its first token begins it (a special one is no candidate)
+                assert ids[i][prefixes[i] > 0].tolist() in ([tokens[key][u[0]]], [])
                 joined += 1
-    assert joined > 30 and done["spans"] == joined + sum(
-        is_span(u) for s in fine.values() for u in s["units"]
-    )
+    spans = sum(is_span(u) for s in fine.values() for u in s["units"])
+    assert joined > 30 and done["spans"] == joined + spans
 
 
 def test_shuffling_deals_the_spans_scores_among_the_spans(world, foreign, tmp_path):
     _, dealt, before = regrouped(world, foreign, tmp_path / "u.jsonl", shuffle_spans=True)
-    means = [
-        sorted(
-            round(s["unit_logprobs"][i] / (u[3] - u[2]), 5)
-            for s in some.values()
-            for i, u in enumerate(s["units"])
-            if is_span(u)
-        )
-        for some in (dealt, before)
-    ]
-    assert means[0] == pytest.approx(means[1], abs=2e-5) and any(
-        dealt[k]["unit_logprobs"] != before[k]["unit_logprobs"] for k in before
-    )
-    for key in before:
-        assert all(
-            a == b
-            for a, b, u in zip(
-                dealt[key]["unit_logprobs"], before[key]["unit_logprobs"], before[key]["units"]
-            )
-            if not is_span(u)
-        )
+    means = {"dealt": [], "before": []}
+    for key, old in before.items():
+        new = dealt[key]
+        for i, u in enumerate(old["units"]):
+            if is_span(u):
+                means["dealt"].append(new["unit_logprobs"][i] / (u[3] - u[2]))
+                means["before"].append(old["unit_logprobs"][i] / (u[3] - u[2]))
+            else:
+                assert new["unit_logprobs"][i] == old["unit_logprobs"][i]
+    assert means["dealt"] != means["before"]
+    assert sorted(means["dealt"]) == pytest.approx(sorted(means["before"]), abs=2e-5)
 
 
 def test_regroup_refuses_what_is_no_units_file(world, foreign, tmp_path, capsys):
-    flags = dict(rollouts=world.rollouts, out=tmp_path / "u.jsonl")
-    assert "run methods.simct score" in refusal(
-        simct_regroup.main, argv(scores=world.scores, **flags), capsys
-    )
+    flags = dict(rollouts=world.rollouts, scores=foreign[2], out=tmp_path / "u.jsonl")
+
+    def said(**changes):
+        return refusal(simct_regroup.main, argv(**flags | changes), capsys)
+
+    assert "run methods.simct score" in said(scores=world.scores)
+    rows = [r | {"text": r["text"] + "1"} for r in load(world.rollouts)]
+    other = dump(tmp_path / "r.jsonl", rows)
+    assert "made for other rollouts" in said(rollouts=other)
+    strange = dump(tmp_path / "s.jsonl", [load(foreign[2])[0] | {"id": "strange"}])
+    assert "expected those of a rollout of" in said(scores=strange)
     with pytest.raises(SystemExit):
-        simct_regroup.main(argv(scores=foreign[2], coarsen=1.5, **flags))
-    other = dump(
-        tmp_path / "r.jsonl", [r | {"text": r["text"] + "1"} for r in load(world.rollouts)]
-    )
-    assert "made for other rollouts" in refusal(
-        simct_regroup.main, argv(scores=foreign[2], **dict(flags, rollouts=other)), capsys
-    )
+        simct_regroup.main(argv(coarsen=1.5, **flags))
 
 
 def test_what_does_not_fit_is_refused(world, foreign, tmp_path, capsys):
@@ -557,9 +451,7 @@ def test_what_does_not_fit_is_refused(world, foreign, tmp_path, capsys):
     assert ":4: units: expected one after another" in said(
         scores=dump(tmp_path / "s.jsonl", broken)
     )
-    assert "is read from --scores" in said(
-        scores=None, teacher=world.teacher
-    )
+    assert "is read from --scores" in said(scores=None, teacher=world.teacher)
     assert "go with coefficient unit" in said(method="opd", set="span=sum")
     units_flags = dict(
         model=foreign[1],
