@@ -12,7 +12,7 @@ the student with a new head, learns to score them above the student's answers of
 begins alone, for --judge-rounds rounds.  Then, in every round,
 
     rollout.py                                    32 problems, 8 answers each
-    rubric.py grade --grader discriminator        its score as it stands is the reward; the
+    methods.gad grade                             its score as it stands is the reward; the
                                                   teacher's texts are scored beside it and earn
                                                   nothing
     train.py --method discriminator               the discriminator learns from these very
@@ -352,14 +352,16 @@ class Trial(Pair):
             # a folder with the new head; at rate 0 nothing is learnt
             shutil.copytree(self.at(number), self.place / "untrained")
             self.learn_to_judge(index, self.place / "untrained", rate=0)
-        _, graded = self.grade(
-            rollouts,
-            grader="discriminator",
+        out = rollouts.with_name("scored.jsonl" if self.how.shuffled else "rewards.jsonl")
+        graded = self.run.stage(
+            "methods.gad grade",
             discriminator=self.judge,
+            rollouts=rollouts,
             answers=self.answers(index),
-            shuffle=self.how.shuffled,
-            seed=self.seed if self.how.shuffled else None,
+            out=out,
         )
+        if self.how.shuffled:
+            graded |= self.control("shuffle-rewards", out)[1]
         judged = graded["accuracy"]
         self.signal |= {
             "proxy": graded["reward_mean"],

@@ -439,7 +439,10 @@ class Trial(study.Trial):
         if self.how.shuffled:
             null = scores.with_name("null.jsonl")
             self.run.stage(
-                "experiments.shuffle_scores", scores=scores, seed=self.seed, out=null
+                "experiments.controls shuffle-scores",
+                scores=scores,
+                seed=self.seed,
+                out=null,
             )
             scores = null
         if self.how.no_end:

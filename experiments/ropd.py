@@ -4,13 +4,14 @@ teacher's.
     python -m experiments.ropd                       # before, ROPD, shuffled null, teacher
     python -m experiments.ropd --claims --seeds 5    # every arm, five seeds
 
-One round is five commands (OUT/commands.sh keeps every command of the run; one prompt's records
+One round is six commands (OUT/commands.sh keeps every command of the run; one prompt's records
 are in OUT/seed0/ropd/round0/):
 
     rollout.py        the student answers 32 problems, 8 times each
     rubric.py create  one rubric a problem from 4 teacher answers and those 8 rollouts
-    rubric.py grade   the rubric's verdicts on the rollouts (an imperfect verifier: 5 % of the
-                      verdicts are wrong)
+    rubric.py grade   the rubric's verdicts on the rollouts
+    experiments.controls flip-verdicts
+                      an imperfect verifier: 5 % of the verdicts are wrong
     train.py          one policy-gradient step a quarter of the batch
     eval.py           every few rounds: accuracy on held-out problems, sampled at temperature 1
 
@@ -64,18 +65,18 @@ class Settings(study.World, study.Rounds):
     )
 
 
-ARMS = {  # create, grade: flags of rubric.py; method: row of train.py
+ARMS = {  # create: flags of rubric.py create; view: of the impression; method: row of train.py
     "before": {},
     "sft": dict(method="sft"),
-    "scalar": dict(grade=dict(grader="scalar", scalar_view="all")),
-    "scalar-merits": dict(grade=dict(grader="scalar", scalar_view="merits")),
+    "scalar": dict(view="all"),
+    "scalar-merits": dict(view="merits"),
     "ropd": dict(create=dict(m=4)),
     "ropd-paper": dict(create=dict(m=4), method="ropd-paper"),
     "ropd-m1": dict(create=dict(m=1)),
-    "ropd-flat": dict(create=dict(m=4, flat_points=True)),
-    "ropd-unchecked": dict(create=dict(m=4, without="total_right")),
-    "shuffled": dict(create=dict(m=4), grade=dict(shuffle=True)),
-    "answer": dict(grade=dict(grader="answer")),
+    "ropd-flat": dict(create=dict(m=4), flat=True),
+    "ropd-unchecked": dict(create=dict(m=4, predicates="worlds.predicates:UNCHECKED")),
+    "shuffled": dict(create=dict(m=4), shuffled=True),
+    "answer": dict(answer=True),
     "teacher": {},
 }
 COLUMNS = (
@@ -151,21 +152,44 @@ class Trial(study.Trial):
 
     def reward(self):
         """Rewards for the round's rollouts by the arm's grader."""
-        options = dict(self.how.get("grade", {}))
-        if options.get("grader") != "answer":
-            options |= dict(seed=self.seed, verifier_noise=self.settings.verifier_noise)
-        if "create" in self.how:
-            options["rubrics"] = self.rollouts.with_name("rubrics.jsonl")
-            self.run.stage(
-                "rubric.py create",
+        if "answer" in self.how:
+            return self.grade(self.rollouts, grader="answer")
+        noise = self.settings.verifier_noise
+        if "view" in self.how:
+            out = self.rollouts.with_name("rewards.jsonl")
+            done = self.run.stage(
+                "experiments.controls impression",
                 prompts=self.toy / "train.jsonl",
                 rollouts=self.rollouts,
-                answers=self.answers,
-                **self.how["create"],
-                out=options["rubrics"],
+                view=self.how["view"],
+                rate=noise,
+                seed=self.seed,
+                out=out,
             )
-            self.count_teacher_tokens(options["rubrics"], self.how["create"]["m"])
-        return self.grade(self.rollouts, **options)
+            return out, done
+        rubrics = self.create()
+        verdicts, _ = self.grade(self.rollouts, "verdicts", rubrics=rubrics)
+        shuffled = self.how.get("shuffled")
+        name = "flipped" if shuffled else "rewards"
+        rewards = self.control("flip-verdicts", verdicts, name, rubrics=rubrics, rate=noise)
+        return self.control("shuffle-rewards", rewards[0]) if shuffled else rewards
+
+    def create(self):
+        """The round's rubrics; returns their file."""
+        rubrics = self.rollouts.with_name("rubrics.jsonl")
+        drawn = rubrics.with_name("drawn.jsonl") if "flat" in self.how else rubrics
+        self.run.stage(
+            "rubric.py create",
+            prompts=self.toy / "train.jsonl",
+            rollouts=self.rollouts,
+            answers=self.answers,
+            **self.how["create"],
+            out=drawn,
+        )
+        if "flat" in self.how:
+            self.run.stage("experiments.controls flat-points", rubrics=drawn, out=rubrics)
+        self.count_teacher_tokens(rubrics, self.how["create"]["m"])
+        return rubrics
 
     def count_teacher_tokens(self, rubrics, m):
         """Those behind a round's rubrics: the first m answers to each of their problems."""

@@ -433,12 +433,17 @@ class SodTrial(Trial):
         scores, _ = self.teach(rollouts)
         options = {"scores": scores, "set": self.how.get("set")}
         if self.how.get("rewards", True):
-            shape = self.how.get("shape")
-            rewards, _ = self.grade(rollouts, grader="answer", shape_calls=shape)
-            options["rewards"] = rewards
+            options["rewards"] = self.reward(rollouts)
         if "rule" in self.how:
             options["token_weights"] = self.weigh(number, rollouts, scores)
         self.train(self.method, rollouts, out, s.learning_rate, **options)
+
+    def reward(self, rollouts):
+        """1 for a right answer; of an arm that shapes, a little for a wrong one's calls."""
+        if not self.how.get("shape"):
+            return self.grade(rollouts, grader="answer")[0]
+        graded, _ = self.grade(rollouts, "graded", grader="answer")
+        return self.control("shape-calls", graded, rollouts=rollouts)[0]
 
     def weigh(self, number, rollouts, scores):
         """Step weights by the arm's rule."""

@@ -19,7 +19,7 @@ Bridge = 2a for --warm-share of the rounds, then 2b.  A round is 32 problems, 8 
 updates, in every stage and arm.  What the teacher cost stands beside an arm as
 `upstream_tokens`.  Stage 2 reads problems from a file without answers.  Every arm has a ledger
 (methods/sparse_to_dense.py) that goes on from its teacher's: a label that is in the teacher
-cannot be spent on the student unnoticed; `half-replay` has to say --spend-again.
+cannot be spent on the student unnoticed; `half-replay` has to say --again.
 
     before, teacher    as they start
     teacher-rl         stage 1 on all labels
@@ -406,17 +406,17 @@ class SparseTrial(Trial):
         """A round of GRPO: the only place where answers of problems are read."""
         s = self.settings
         rollouts = self.sample(number, self.toy / "train.jsonl")
-        of_teacher = self.how["model"] == "teacher"
-        shuffle = dict(shuffle=True, seed=self.seed) if self.how.get("shuffle") else {}
-        rewards, graded = self.grade(
-            rollouts,
-            grader="answer",
+        purpose = "teacher-rl" if self.how["model"] == "teacher" else "student-rl"
+        labels = self.run.stage(
+            "methods.sparse_to_dense spend",
             ledger=self.ledger,
-            spend="teacher-rl" if of_teacher else "student-rl",
-            spend_again=self.how.get("again"),
-            **shuffle,
+            prompts=self.toy / "train.jsonl",
+            rollouts=rollouts,
+            purpose=purpose,
+            again=self.how.get("again"),
         )
-        self.spent = graded["labels_spent"]
+        self.spent = labels["labels_spent"]
+        rewards, _ = self.grade_answers(rollouts, self.how.get("shuffle"))
         reference, _ = self.score(self.start, rollouts, "reference")
         self.update(
             number,

@@ -390,13 +390,26 @@ class Trial:
         self.cost["teacher_tokens"] += done["teacher_tokens"]
         return out, done
 
-    def grade(self, rollouts, **options):
+    def grade(self, rollouts, name="rewards", **options):
         """Rewards for rollouts; returns (file beside them, the stage's summary)."""
-        out, prompts = rollouts.with_name("rewards.jsonl"), self.toy / "train.jsonl"
+        out, prompts = rollouts.with_name(f"{name}.jsonl"), self.toy / "train.jsonl"
         done = self.run.stage(
             "rubric.py grade", prompts=prompts, rollouts=rollouts, **options, out=out
         )
         return out, done
+
+    def control(self, verb, rewards, name="rewards", **options):
+        """A control of experiments.controls on rewards, with the trial's seed; returns (file
+        beside them, its summary)."""
+        out = rewards.with_name(f"{name}.jsonl")
+        command = f"experiments.controls {verb}"
+        done = self.run.stage(command, rewards=rewards, seed=self.seed, **options, out=out)
+        return out, done
+
+    def grade_answers(self, rollouts, shuffled=False):
+        """Rewards by the final answer; shuffled: dealt out at random in each group."""
+        graded = self.grade(rollouts, "graded" if shuffled else "rewards", grader="answer")
+        return self.control("shuffle-rewards", graded[0]) if shuffled else graded
 
     def train(self, method, rollouts, out, rate, **options):
         """One call of train.py; its model is the model of the moment from then on.  The weights

@@ -382,8 +382,7 @@ class UnifiedTrial(Trial):
         if turn.method == "gkd":
             data = self.given(turn, "given")
             return rollouts, dict(data=data, teacher=self.teacher, teacher_top_k=1000)
-        shuffle = self.arm == "grpo-shuffled"
-        rewards, graded = self.grade(rollouts, grader="answer", shuffle=shuffle, seed=self.seed)
+        rewards, graded = self.grade_answers(rollouts, self.arm == "grpo-shuffled")
         if turn.method == "rft" and graded["reward_mean"] == 0:
             return rollouts, None
         if turn.method == "dpo" and graded["zero_variance_groups"] == 1:

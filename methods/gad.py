@@ -5,8 +5,7 @@ answer).
               # a first one: the student's weights, a new head
     train.py  --method discriminator --model D --rollouts R2 --data ANSWERS --out D2
               # and so on, with every round of rollouts
-    rubric.py grade --grader discriminator --discriminator D --prompts P --rollouts R --answers
-    ANSWERS --out W
+    python -m methods.gad grade --discriminator D --rollouts R --answers ANSWERS --out W
 
 It learns to score given answers (--data, a teacher's texts) above a policy's own to the same
 questions; its score is then the reward of that policy, which is all that distillation from a
@@ -34,8 +33,11 @@ import numpy as np
 import torch
 import transformers
 
+from opd import files, rewards
+from opd.batches import answer_ids
 from opd.policy import (
     Policy,
+    check_tokens,
     find_folder,
     hash_weights,
     hidden_at,
@@ -242,3 +244,74 @@ def verdicts(groups):
         "length_correlation": float(x @ y) / spread if spread > 1e-12 else 0.0,
         "score_std": float(np.mean([np.std(own) for _, own, _ in groups])),
     }
+
+
+# ---- grading
+
+
+def group_sequences(scorer, rollouts, answers):
+    """What the discriminator judges of one prompt: the rollouts' tokens, then those of the
+    given answers."""
+    prompt_ids = rollouts[0]["prompt_ids"]
+    own = [scorer.sees(r["prompt_ids"], r["response_ids"]) for r in rollouts]
+    return own + [scorer.sees(prompt_ids, answer_ids(scorer, a)) for a in answers]
+
+
+def grade(argv=None):
+    p = files.parser(__doc__)
+    p.add_argument("--discriminator", required=True, help="folder whose score is the reward")
+    p.add_argument("--rollouts", required=True, help="JSONL of rollouts to grade")
+    p.add_argument(
+        "--answers",
+        help="JSONL of given answers to the same prompts: how often they score above a "
+        "rollout is told, never paid",
+    )
+    p.add_argument("--out", required=True, help="JSONL of rewards to write, any number each")
+    p.add_argument("--overwrite", action="store_true", help="begin the output anew")
+    args = p.parse_args(argv)
+    scorer = load_scorer(args.discriminator)
+    table = files.Table(args.rollouts, "rollouts")
+    groups, given, seen = {}, {}, []
+    for key in table.keys():
+        check_tokens(table[key], table.where(key), scorer.identity, scorer.vocabulary)
+        groups.setdefault(key[0], []).append(key)
+    for answer in files.read(args.answers, "answers") if args.answers else ():
+        given.setdefault(str(answer["id"]), []).append(answer)
+    weights = scorer.identity["weights"]
+
+    def work(missing):
+        for prompt_id in dict.fromkeys(key[0] for key in missing):
+            own = [table[key] for key in groups[prompt_id]]
+            scores = scorer.scores(group_sequences(scorer, own, given.get(prompt_id, [])))
+            lengths = [len(r["response_ids"]) for r in own]
+            seen.append((scores[len(own) :], scores[: len(own)], lengths))
+            yield [
+                rewards.reward_record(r, rewards.Reward(score), f"discriminator {weights}")
+                | {"discriminator": weights}
+                for key, r, score in zip(groups[prompt_id], own, scores)
+                if key in missing
+            ]
+
+    files.fill(
+        args.out,
+        "rewards",
+        table.keys(),
+        work,
+        {"discriminator": weights},
+        [path for path in (args.rollouts, args.answers) if path],
+        args.overwrite,
+    )
+    summary = rewards.summarise(args.out) | (verdicts(seen) if seen else {})
+    text = rewards.describe(summary)
+    if "accuracy" in summary:
+        text += f", {summary['accuracy']:.0%} of given answers above a rollout"
+    print(f"methods.gad grade: {args.out}: {text}")
+    return summary
+
+
+def main(argv=None):
+    return files.dispatch(__doc__, {"grade": grade}, argv)
+
+
+if __name__ == "__main__":
+    files.run(main)

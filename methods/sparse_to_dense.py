@@ -1,18 +1,20 @@
 """The ledger of labels: which problems' answers have been paid out as reward, and for what.
 
-    rubric.py grade --grader answer --prompts P --rollouts R --out W --ledger labels.jsonl
-    --spend teacher-rl
+    python -m methods.sparse_to_dense spend --ledger labels.jsonl --prompts P --rollouts R \\
+        --purpose teacher-rl
+    python rubric.py grade --grader answer --prompts P --rollouts R --out W
     python -m opd.files check labels.jsonl
 
 A label that a teacher was trained with is in its student too, so a second stage that is to
 learn from new labels must not meet the old ones (2605.12483, the contrast of new and replayed
-labels).  With --ledger, `grade` writes down every label before it reads one:
+labels).  `spend` writes down the label of every prompt that has rollouts, before rubric.py
+reads one:
 
     {"id": "t00017", "question": "1f0c9be2a4d7", "spent_on": "teacher-rl", "again": false}
 
 A label is known by its question and not by its id, for a copied problem has the same answer.
 One purpose may ask for a label as often as it likes (epochs); another purpose is refused it
-unless `--spend-again` says that this is meant, and then the line says so too.
+unless --again says that this is meant, and then the line says so too.
 """
 
 import hashlib
@@ -38,7 +40,9 @@ def spend(ledger, prompts, purpose, again=False):
     Returns {"labels": those of this call, "labels_new": of these, not in the ledger before,
     "labels_spent": all in the ledger}. BadInput names the ledger's line, the label, what it was
     spent on and by which flag it could be spent again."""
-    path, known, fresh = Path(ledger), {}, []
+    path = Path(ledger)
+    known = {}  # question: {purpose: line}
+    fresh = []
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as file:
         if files.fcntl:
@@ -60,7 +64,7 @@ def spend(ledger, prompts, purpose, again=False):
                     f"{ledger}:{number}: spent_on: expected {purpose!r} or no line yet for "
                     f"label {prompt['id']!r}, got {other!r}: it has been spent on "
                     f"that; "
-                    "take other problems, or --spend-again if this is meant"
+                    "take other problems, or --again if this is meant"
                 )
             fresh.append(
                 {
@@ -77,3 +81,41 @@ def spend(ledger, prompts, purpose, again=False):
         "labels_new": len(known) - before,
         "labels_spent": len(known),
     }
+
+
+def spend_command(argv=None):
+    p = files.parser(__doc__)
+    p.add_argument("--ledger", required=True, help="JSONL of labels, begun or added to")
+    p.add_argument("--prompts", required=True, help="JSONL of prompts with an `answer`")
+    p.add_argument(
+        "--rollouts", required=True, help="JSONL of rollouts: the prompts whose labels are read"
+    )
+    p.add_argument(
+        "--purpose", required=True, help="what the labels are spent on, like teacher-rl"
+    )
+    p.add_argument(
+        "--again", action="store_true", help="take labels that were spent on something else"
+    )
+    args = p.parse_args(argv)
+    prompts = files.Table(args.prompts, "prompts")
+    asked = dict.fromkeys((str(r["id"]),) for r in files.read(args.rollouts, "rollouts"))
+    if missing := [key for key in asked if key not in prompts]:
+        raise BadInput(
+            f"{args.prompts}: expected a prompt with id {missing[0][0]!r}, of which "
+            f"{args.rollouts} has rollouts, but there is none"
+        )
+    labelled = [prompts[key] for key in asked]
+    summary = spend(args.ledger, labelled, args.purpose, args.again)
+    print(
+        f"methods.sparse_to_dense spend: {args.ledger}: {summary['labels']} labels, "
+        f"{summary['labels_new']} of them new, {summary['labels_spent']} spent in all"
+    )
+    return summary
+
+
+def main(argv=None):
+    return files.dispatch(__doc__, {"spend": spend_command}, argv)
+
+
+if __name__ == "__main__":
+    files.run(main)

@@ -44,6 +44,15 @@ def is_correct(text, answer):
     return given == wanted
 
 
+def visible(text):
+    """The part of an answer that is judged: what follows the last </think>, or all of it if
+    nothing does.
+
+    "<think>7+5=12</think> #12" -> "#12"          "<think>7+5=12</think>" -> unchanged"""
+    tail = text.rsplit("</think>", 1)[-1].strip()
+    return tail if "</think>" in text and tail else text
+
+
 def question_of(prompt):
     """What the judge is shown as the question: the prompt's text, or its messages other than
     the system's."""

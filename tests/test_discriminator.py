@@ -11,7 +11,6 @@ import torch
 from conftest import argv, by_key, dump, load, refusal, variant
 
 import rollout
-import rubric
 import teacher
 import train
 from methods import gad
@@ -337,14 +336,12 @@ def test_explain_shows_a_pair_by_hand():
 
 
 def grade(world, pairs, out, **flags):
-    return rubric.main(
+    return gad.main(
         argv(
             "grade",
             **dict(
                 dict(
-                    grader="discriminator",
                     discriminator=pairs.d,
-                    prompts=world.prompts,
                     rollouts=world.rollouts,
                     out=out,
                 ),
@@ -411,14 +408,12 @@ def test_a_reward_beyond_0_and_1_needs_a_discriminators_name():
 def test_grading_is_refused_where_it_would_mean_nothing(world, pairs, tmp_path, capsys):
     def message(**flags):
         said = refusal(
-            rubric.main,
+            gad.main,
             argv(
                 "grade",
                 **dict(
                     dict(
-                        grader="discriminator",
                         discriminator=pairs.d,
-                        prompts=world.prompts,
                         rollouts=world.rollouts,
                         out=tmp_path / "w.jsonl",
                     ),
@@ -430,8 +425,6 @@ def test_grading_is_refused_where_it_would_mean_nothing(world, pairs, tmp_path, 
         assert not (tmp_path / "w.jsonl").exists()
         return said
 
-    assert "expected --discriminator FOLDER" in message(discriminator=None)
-    assert "expected no --discriminator" in message(grader="answer")
     assert "expected a sequence classifier, got LlamaForCausalLM" in message(
         discriminator=world.base
     )
@@ -508,12 +501,10 @@ def held_out_accuracy(world, tmp_path, own, given):
             overwrite=True,
         )
     )
-    return rubric.main(
+    return gad.main(
         argv(
             "grade",
-            grader="discriminator",
             discriminator=tmp_path / "d",
-            prompts=world.prompts,
             rollouts=parts["own2"],
             answers=parts["given2"],
             out=tmp_path / "w.jsonl",

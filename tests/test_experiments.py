@@ -230,12 +230,12 @@ def check_order(out):
     """In a round of GAD the discriminator that scores is the one of before the round's answers,
     and every reward says which it was."""
     commands = [
-        line.split(" ", 1)[1]
+        line.split(" ", 1)[1].removeprefix("-m ")
         for line in (out / "commands.sh").read_text().splitlines()
         if "/arm-gad/round" in line and "eval.py" not in line
     ]
     stages = [line.split()[2 if line.startswith("train.py") else 0] for line in commands]
-    assert stages == 2 * ["rollout.py", "rubric.py", "discriminator", "teacher.py", "gad"]
+    assert stages == 2 * ["rollout.py", "methods.gad", "discriminator", "teacher.py", "gad"]
     graders = [re.search(r"--discriminator (\S+)", line) for line in commands]
     first, second = (found[1] for found in graders if found)
     assert first.endswith("warm/judge") and second.endswith("arm-gad/round0/judge")

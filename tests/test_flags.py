@@ -45,7 +45,7 @@ STAGES = ("rollout.py", "teacher.py", "rubric.py", "train.py", "eval.py")
 READERS = {
     "rollout.py": ["opd/served.py", "opd/sampling.py", "opd/policy.py"],
     "teacher.py": ["opd/served.py", "opd/sampling.py", "opd/policy.py"],
-    "rubric.py": ["opd/served.py"],
+    "rubric.py": ["opd/served.py", "opd/judge.py"],
     "methods/simct/units.py": ["opd/policy.py"],
     "train.py": ["opd/batches.py"],
     "experiments/opd.py": ["experiments/ropd.py"],
@@ -112,7 +112,8 @@ def test_the_check_notices_a_dead_flag(tmp_path, monkeypatch):
         "rollout.py",
         "teacher.py answer",
         "teacher.py score",
-        "experiments.shuffle_scores",
+        "experiments.controls shuffle-scores",
+        "methods.sparse_to_dense spend",
         "methods.prefix weigh",
         "experiments.prefix_null",
         "experiments.weight_controls",

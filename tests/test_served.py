@@ -518,7 +518,7 @@ def test_map_can_be_interrupted_while_the_server_hangs():
 
     with FakeServer(always="hang") as fake:
         code = (
-            "import served, signal, sys\n"
+            "import signal\nfrom opd import served\n"
             # a test run in the background would pass on that it is ignored
             "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             f"server = served.Server({fake.base_url!r}, 'm', 'FAKE_KEY', timeout=600)\n"
@@ -529,7 +529,7 @@ def test_map_can_be_interrupted_while_the_server_hangs():
         )
         child = subprocess.Popen(
             [sys.executable, "-c", code],
-            cwd=Path(served.__file__).parent,
+            cwd=Path(served.__file__).parents[1],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, "NO_PROXY": "127.0.0.1"},

@@ -20,7 +20,7 @@ from conftest import (
 )
 
 import teacher
-from experiments import shuffle_scores
+from experiments import controls
 from opd import records
 from opd.policy import load_tokenizer
 
@@ -335,8 +335,8 @@ def test_prompts_that_the_rollouts_do_not_answer_are_refused(world, tmp_path, ca
 
 
 def test_shuffled_scores_are_the_same_numbers_at_other_tokens(world, tmp_path):
-    summary = shuffle_scores.main(
-        argv(scores=world.scores, out=tmp_path / "null.jsonl", seed=3)
+    summary = controls.main(
+        argv("shuffle-scores", scores=world.scores, out=tmp_path / "null.jsonl", seed=3)
     )
     before, after = load(world.scores), load(tmp_path / "null.jsonl")
     assert summary["records"] == len(before) == len(after)
@@ -353,8 +353,9 @@ def test_shuffled_scores_are_the_same_numbers_at_other_tokens(world, tmp_path):
 def test_a_tools_tokens_keep_their_scores_when_the_others_are_dealt_out(
     agents, tmp_path, capsys
 ):
-    shuffle_scores.main(
+    controls.main(
         argv(
+            "shuffle-scores",
             scores=agents.scores,
             rollouts=agents.rollouts,
             out=tmp_path / "null.jsonl",
@@ -384,8 +385,8 @@ def test_a_tools_tokens_keep_their_scores_when_the_others_are_dealt_out(
     assert np.array_equal(*map(np.sort, own)) and np.mean(own[0] == own[1]) < 0.2
     part = dump(tmp_path / "part.jsonl", load(agents.rollouts)[:-1])
     message = refusal(
-        shuffle_scores.main,
-        argv(scores=agents.scores, rollouts=part, out=tmp_path / "x.jsonl"),
+        controls.main,
+        argv("shuffle-scores", scores=agents.scores, rollouts=part, out=tmp_path / "x.jsonl"),
         capsys,
     )
     assert "expected the scores of a rollout of" in message and str(agents.scores) in message

@@ -29,6 +29,7 @@ import rollout
 import rubric
 import teacher
 import train
+from experiments import controls
 from methods.simct import __main__ as simct_command
 from opd import policy as policies
 from opd import records, sampling, tools
@@ -701,11 +702,10 @@ def test_only_the_last_step_is_the_answer(agents, tmp_path):
         dump(tmp_path / "p.jsonl", [prompt]),
         dump(tmp_path / "a.jsonl", [row, row | {"sample": 1, "final": "#7", "calls": []}]),
     )
-    assert (
-        rubric.outcome(row, "7") == 0
-        and rubric.outcome(row | {"final": "#7"}, "7") == 1
-        and rubric.outcome({"text": "x\n#7"}, "7") == 1
+    paid = rubric.answer_rewards(
+        {"answer": "7"}, [row, row | {"final": "#7"}, {"text": "x\n#7"}]
     )
+    assert [reward.value for reward in paid] == [0, 1, 1]
     summary = evaluation.main(argv(rollouts=answers, prompts=prompts, out=tmp_path / "e.jsonl"))
     assert [r["correct"] for r in load(tmp_path / "e.jsonl")] == [False, True]
     assert (
@@ -717,145 +717,23 @@ def test_only_the_last_step_is_the_answer(agents, tmp_path):
     ) == (0.5, 1.0, 0.5, 0.0, 1.0)
 
 
-def test_a_wrong_answers_calls_can_be_paid_for(agents, tmp_path, capsys):
-    rows = [{"final": "#1", "text": "", "calls": [{}] * n} for n in range(6)]
-    assert [rubric.outcome(r, "2", shape=True) for r in rows] == pytest.approx(
+def test_a_wrong_answers_calls_can_be_paid_for(agents, tmp_path):
+    assert [controls.shaped(0.0, n) for n in range(6)] == pytest.approx(
         [0, 0.05, 0.1, 0.15, 0.2, 0.2]
-    ) and rubric.outcome(rows[5], "1", shape=True) == 1
-    assert [rubric.outcome(r, "2") for r in rows] == [0] * 6
+    )
+    assert controls.shaped(1.0, 5) == 1
     plain, shaped = (tmp_path / f"{name}.jsonl" for name in ("plain", "shaped"))
-    rubric.main(
-        argv(
-            "grade",
-            grader="answer",
-            prompts=agents.prompts,
-            rollouts=agents.rollouts,
-            out=plain,
-        )
-    )
-    rubric.main(
-        argv(
-            "grade",
-            grader="answer",
-            prompts=agents.prompts,
-            rollouts=agents.rollouts,
-            out=shaped,
-            shape_calls=True,
-        )
-    )
-    calls, moved = {key: len(r["calls"]) for key, r in by_key(load(agents.rollouts)).items()}, 0
+    flags = dict(grader="answer", prompts=agents.prompts, rollouts=agents.rollouts)
+    rubric.main(argv("grade", **flags, out=plain))
+    controls.main(argv("shape-calls", rewards=plain, rollouts=agents.rollouts, out=shaped))
+    calls = {key: len(r["calls"]) for key, r in by_key(load(agents.rollouts)).items()}
+    moved = 0
     for a, b in zip(load(plain), load(shaped)):
-        assert b["reward"] == (
-            1 if a["reward"] else pytest.approx(min(0.2, 0.05 * calls[a["id"], a["sample"]]))
-        )
+        paid = min(0.2, 0.05 * calls[a["id"], a["sample"]])
+        assert b["reward"] == (1 if a["reward"] else pytest.approx(paid))
+        assert b["rollout"] == a["rollout"]
         moved += a["reward"] != b["reward"]
     assert moved
-    assert "--shape-calls: goes with --grader answer" in refusal(
-        rubric.main,
-        argv(
-            "grade",
-            prompts=agents.prompts,
-            rollouts=agents.rollouts,
-            rubrics=plain,
-            out=tmp_path / "x",
-            shape_calls=True,
-        ),
-        capsys,
-    )
-
-
-def test_evaluation_samples_with_tools(agents, tmp_path):
-    summary = evaluation.main(
-        argv(
-            model=agents.student,
-            prompts=agents.toy / "heldout.jsonl",
-            n=2,
-            out=tmp_path / "e.jsonl",
-            **agents.tools,
-        )
-    )
-    sampled = load(tmp_path / "e.rollouts.jsonl")
-    assert summary["calls"] == np.mean([len(r["calls"]) for r in sampled]) and summary[
-        "length_mean"
-    ] == np.mean([sum(r["loss_mask"]) for r in sampled])
-    assert summary["length_mean"] < np.mean([len(r["response_ids"]) for r in sampled])
-
-
-def test_a_teacher_answers_with_tools_and_is_imitated(agents, tmp_path):
-    done = teacher.main(
-        argv(
-            "answer",
-            model=agents.teacher,
-            prompts=agents.prompts,
-            slice=":4",
-            n=2,
-            out=tmp_path / "answers.jsonl",
-            **agents.tools,
-        )
-    )
-    rows = load(tmp_path / "answers.jsonl")
-    assert (
-        done["generated_tokens"]
-        == sum(sum(r["loss_mask"]) for r in rows)
-        < sum(len(r["response_ids"]) for r in rows)
-    )
-    trained = train.main(
-        argv(
-            method="seqkd",
-            model=agents.student,
-            rollouts=tmp_path / "answers.jsonl",
-            out=tmp_path / "m",
-            learning_rate=1e-3,
-        )
-    )
-    assert trained["trained_tokens"] == done["generated_tokens"] and trained["retokenized"] == 0
-    metrics = load(tmp_path / "m" / "metrics.jsonl")[-1]
-    calls = [c["ok"] for r in rows for c in r["calls"]]
-    assert metrics["rollout/calls"] == len(calls) / 8 and metrics[
-        "rollout/call_errors"
-    ] == pytest.approx(calls.count(False) / len(calls))
-
-
-# ---- the world
-
-
-def test_the_corpora_are_what_they_say(agents):
-    oks, malformed, learnt, wrong = {}, 0, 0, 0
-    for name in ("clean", "mixed"):
-        rows = load(agents.toy / f"{name}.jsonl")
-        oks[name] = np.mean([c["ok"] for r in rows for c in r["calls"]])
-        for r in rows:
-            assert (
-                records.validate(r, "answers") is None
-                and len(r["response_ids"]) + len(r["prompt_ids"]) < 512
-            )
-            expected = split_of(r["messages"][0]["content"].removesuffix("=?"))
-            assert expected == "train"
-            for (start, end, ok), call in zip(r["steps"], r["calls"]):
-                bad = ok is False and "no answer" not in call["output"]
-                malformed += name == "clean" and bad
-                learnt += name == "clean" and bad and any(r["loss_mask"][start:end])
-                if name == "mixed":
-                    assert all(r["loss_mask"][start:end])
-            chain = r["messages"][0]["content"].removesuffix("=?").split(",")
-            wrong += name == "clean" and r["final"] != f"#{result(chain)}"
-    assert malformed > 100 and learnt == 0 and wrong == 0
-    assert 0.8 < oks["clean"] < 0.95 and 0.4 < oks["mixed"] < 0.75
-
-
-def test_prompts_have_right_answers_and_no_split_shares_one(agents):
-    seen = {}
-    for split in ("train", "dev", "heldout"):
-        for prompt in load(agents.toy / f"{split}.jsonl"):
-            chain = prompt["messages"][0]["content"].removesuffix("=?").split(",")
-            total = int(chain[0])
-            for operation in chain[1:]:
-                total = int(Expression(f"{total}{operation}").value())
-                assert 0 <= total <= 999
-            assert (
-                str(total) == prompt["answer"]
-                and seen.setdefault(",".join(chain), split) == split
-            )
 
 
 def test_what_cannot_read_episodes_refuses_them(agents, world, tmp_path, capsys):

@@ -155,7 +155,7 @@ def test_the_mixed_corpus_has_the_stated_shares(big):
             count["guess"] += 1
         elif steps < len(terms_in(r)) - 1:
             count["skipped"] += 1
-        elif correct and predicates.passes(["arithmetic_right"], question, text):
+        elif correct and predicates.CHECKS["arithmetic_right"].test(question, text):
             count["right work"] += 1
         else:
             count["slip"] += 1

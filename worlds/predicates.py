@@ -1,12 +1,17 @@
-"""Predicates on answers to running sums: merits and decoys, which the rubricator `contrast`
-mines."""
+"""Predicates on answers to running sums, merits and decoys: the library that the rubricator
+`contrast` mines.
+
+    python rubric.py create --predicates worlds.predicates --prompts P --answers A \\
+        --rollouts R --out rubrics.jsonl
+
+No predicate sees the `answer` field; `total_right` redoes the sum of the question.
+"""
 
 import re
 from dataclasses import dataclass
 from typing import Callable
 
 from opd.answers import final_answer
-from opd.records import BadInput
 
 INTEGER = "[0-9]{1,9}"  # no answer can make code convert a number of a million digits, or a ²
 
@@ -218,9 +223,5 @@ DECOYS = {
 CHECKS = MERITS | DECOYS
 
 
-def passes(check, question, text):
-    """Evaluates a rubric's `check` = [name, *arguments]."""
-    name, *arguments = check
-    if name not in CHECKS:
-        raise BadInput(f"criterion check: expected one of {', '.join(CHECKS)}, got {name!r}")
-    return bool(CHECKS[name].test(question, text, *arguments))
+# for an examiner who cannot do the sum
+UNCHECKED = {name: check for name, check in CHECKS.items() if name != "total_right"}

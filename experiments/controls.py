@@ -1,0 +1,224 @@
+"""Controls: what a study changes on purpose, one file to another.
+
+    python -m experiments.controls shuffle-rewards --rewards W --seed 0 --out null.jsonl
+    python -m experiments.controls flip-verdicts --rewards W --rubrics C --rate 0.05 --out W2
+    python -m experiments.controls shape-calls --rewards W --rollouts R --out W2
+    python -m experiments.controls flat-points --rubrics C --out flat.jsonl
+    python -m experiments.controls impression --prompts P --rollouts R --view all --out W
+    python -m experiments.controls shuffle-scores --scores S --seed 0 --out null.jsonl
+
+shuffle-rewards  each group keeps its rewards, every rollout loses its own
+flip-verdicts    an unreliable verifier: verdicts are flipped, rewards computed anew
+shape-calls      SOD's released code: a wrong answer earns 0.05 a tool call, at most 0.2 (there -1
+                 to -0.6 of +-1), which pays for calling, not for being right
+flat-points      every criterion the same points, decisive or not
+impression       a judge without a rubric, in place of a model: general properties, one vote
+                 each, and a taste for length
+shuffle-scores   a teacher that knows nothing: its log-probs dealt out among all tokens
+"""
+
+import hashlib
+
+import numpy as np
+
+from opd import files, records, rewards
+from opd.answers import question_of
+from opd.records import BadInput
+from rubric import pass_rate
+from worlds import predicates
+
+
+def parser(*inputs):
+    """The flags of a control that reads these files."""
+    p = files.parser(__doc__)
+    for name in inputs:
+        p.add_argument(f"--{name}", required=True, help=f"JSONL of {name}")
+    p.add_argument("--out", required=True, help="JSONL to write")
+    p.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
+    p.add_argument("--overwrite", action="store_true", help="begin the output anew")
+    return p
+
+
+def write(out, kind, rows, inputs, settings, overwrite):
+    """Writes the rows that the output lacks; returns a summary of the output."""
+    rows = {records.key_of(row, kind): row for row in rows}
+    made = lambda missing: (rows[key] for key in missing)
+    files.fill(out, kind, rows, made, settings, inputs, overwrite)
+    if kind != "rewards":
+        print(f"experiments.controls: {out}: {len(rows)} {kind}")
+        return {"out": out, "records": len(rows)}
+    summary = rewards.summarise(out)
+    print(f"experiments.controls: {out}: {rewards.describe(summary)}")
+    return summary
+
+
+# ---- rewards
+
+
+def shuffle_rewards(argv):
+    args = parser("rewards").parse_args(argv)
+    groups = {}
+    for row in files.read(args.rewards, "rewards"):
+        groups.setdefault(str(row["id"]), []).append(row)
+    rows = []
+    for prompt_id, group in groups.items():
+        name = hashlib.sha256(f"{args.seed}|{prompt_id}".encode()).hexdigest()
+        order = np.random.default_rng(int(name[:8], 16)).permutation(len(group))
+        for row, i in zip(group, order):
+            kept = {k: v for k, v in row.items() if k not in ("verdicts", "reason")}
+            other = {k: group[i][k] for k in ("reward", "status", "reason") if k in group[i]}
+            rows.append(kept | other | {"grader": row["grader"] + ", shuffled"})
+    return write(args.out, "rewards", rows, [args.rewards], {"seed": args.seed}, args.overwrite)
+
+
+def flipped(rate, *names):
+    """Whether a verdict is wrong: true at this rate, fixed by the names."""
+    drawn = hashlib.sha256("|".join(map(str, names)).encode()).digest()[:6]
+    return int.from_bytes(drawn, "big") / 2**48 < rate
+
+
+def flip_verdicts(argv):
+    p = parser("rewards", "rubrics")
+    p.add_argument("--rate", type=float, required=True, help="share of wrong verdicts")
+    args = p.parse_args(argv)
+    rubrics = {str(r["id"]): r["criteria"] for r in files.read(args.rubrics, "rubrics")}
+    rows = []
+    for row in files.read(args.rewards, "rewards"):
+        key = records.key_of(row, "rewards")
+        if row["reward"] is not None:
+            criteria = rubrics[key[0]]
+            verdicts = [
+                verdict != flipped(args.rate, args.seed, key, criterion["id"])
+                for criterion, verdict in zip(criteria, row["verdicts"])
+            ]
+            reward = pass_rate([criterion["points"] for criterion in criteria], verdicts)
+            row |= {"verdicts": verdicts, "reward": reward}
+        rows.append(row)
+    settings = {"rate": args.rate, "seed": args.seed}
+    inputs = [args.rewards, args.rubrics]
+    return write(args.out, "rewards", rows, inputs, settings, args.overwrite)
+
+
+def impression_of(question, text, view, rate, *names):
+    """0-10 over 10: one vote for every general property, plus up to two points for length, a
+    known taste of such judges.  view "all": the whole library, merit or mere style, for it has
+    no contrast to tell them apart; "merits": a judge that knows what is merit."""
+    library = predicates.CHECKS if view == "all" else predicates.MERITS
+    general = [
+        name for name, check in library.items() if check.propose is predicates.Check.propose
+    ]
+    votes = sum(
+        bool(library[name].test(question, text)) != flipped(rate, *names, name)
+        for name in general
+    )
+    return round(8 * votes / len(general) + 2 * min(1.0, len(text) / 40)) / 10
+
+
+def impression(argv):
+    p = parser("prompts", "rollouts")
+    p.add_argument(
+        "--view", default="all", choices=("all", "merits"), help="properties it votes on"
+    )
+    p.add_argument("--rate", type=float, default=0.0, help="share of wrong votes")
+    args = p.parse_args(argv)
+    asked = {str(r["id"]): question_of(r) for r in files.read(args.prompts, "prompts")}
+    rows = []
+    for rollout in files.read(args.rollouts, "rollouts"):
+        key = records.key_of(rollout, "rollouts")
+        names = rollout["text"], args.view, args.rate, args.seed, key
+        reward = rewards.Reward(impression_of(asked[key[0]], *names))
+        rows.append(rewards.reward_record(rollout, reward, "impression"))
+    inputs = [args.prompts, args.rollouts]
+    settings = {"view": args.view, "rate": args.rate, "seed": args.seed}
+    return write(args.out, "rewards", rows, inputs, settings, args.overwrite)
+
+
+def shaped(reward, calls):
+    """shaped(0.0, 3) -> 0.15, shaped(1.0, 3) -> 1.0"""
+    return min(0.2, 0.05 * calls) if reward == 0 else reward
+
+
+def shape_calls(argv):
+    args = parser("rewards", "rollouts").parse_args(argv)
+    table = files.Table(args.rewards, "rewards")
+    rollouts = files.Table(args.rollouts, "rollouts")
+    rows = []
+    for rollout in rollouts:
+        row = files.record_for(table, rollout, rollouts)
+        rows.append(row | {"reward": shaped(row["reward"], len(rollout.get("calls", ())))})
+    return write(args.out, "rewards", rows, [args.rewards, args.rollouts], {}, args.overwrite)
+
+
+# ---- rubrics
+
+
+def flat_points(argv):
+    args = parser("rubrics").parse_args(argv)
+    rows = [
+        rubric | {"criteria": [c | {"points": 3} for c in rubric["criteria"]]}
+        for rubric in files.read(args.rubrics, "rubrics")
+    ]
+    return write(args.out, "rubrics", rows, [args.rubrics], {"points": 3}, args.overwrite)
+
+
+# ---- scores
+
+
+def shuffle_scores(argv):
+    p = parser("scores")
+    p.add_argument(
+        "--rollouts",
+        help="the rollouts of these scores: tokens that their loss mask hides, a tool's, keep "
+        "their own",
+    )
+    args = p.parse_args(argv)
+    without = ("topk", "topk_of", "end_mass")
+    rows = [
+        {k: v for k, v in row.items() if k not in without}
+        for row in files.read(args.scores, "scores")
+    ]
+    flat = np.concatenate([row["logprobs"] for row in rows])
+    counts = np.ones(len(flat), bool)
+    if args.rollouts:
+        masks = masks_of(args.scores, args.rollouts)
+        counts = np.concatenate([masks[records.key_of(row, "scores")] for row in rows]) > 0
+    flat[counts] = np.random.default_rng(args.seed).permutation(flat[counts])
+    ends = np.cumsum([len(row["logprobs"]) for row in rows])[:-1]
+    dealt = [row | {"logprobs": part.tolist()} for row, part in zip(rows, np.split(flat, ends))]
+    inputs = [path for path in (args.scores, args.rollouts) if path]
+    return write(args.out, "scores", dealt, inputs, {"seed": args.seed}, args.overwrite)
+
+
+def masks_of(scores, rollouts):
+    """{key: loss mask} of the rollouts that scores belong to, all of them."""
+    scores = files.Table(scores, "scores")
+    rollouts = files.Table(rollouts, "rollouts")
+    masks = {}
+    for rollout in rollouts:
+        files.record_for(scores, rollout, rollouts)
+        masks[records.key_of(rollout, "rollouts")] = rollout["loss_mask"]
+    for key in scores.keys():
+        if key not in masks:
+            raise BadInput(
+                f"{scores.where(key)}: expected the scores of a rollout of {rollouts.path}, "
+                f"got those of another"
+            )
+    return masks
+
+
+COMMANDS = {
+    "shuffle-rewards": shuffle_rewards,
+    "flip-verdicts": flip_verdicts,
+    "shape-calls": shape_calls,
+    "flat-points": flat_points,
+    "impression": impression,
+    "shuffle-scores": shuffle_scores,
+}
+
+
+def main(argv=None):
+    return files.dispatch(__doc__, COMMANDS, argv)
+
+
+if __name__ == "__main__":
+    files.run(main)

@@ -1,0 +1,93 @@
+"""Rewards: the record of one, and what a file of them says.
+
+    {"id": "t7", "sample": 0, "reward": 0.75, "status": "ok", "rollout": "9f2c01d4a7b3",
+     "grader": "check", "verdicts": [true, false, true]}
+
+A judgement that failed has reward null, status "failed" and a `reason`: never a zero.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from opd import files
+from opd.records import fingerprint
+
+
+class Reward(NamedTuple):
+    """A number, or None for a judgement that failed; note: its verdicts, or why it failed."""
+
+    value: float | None
+    note: list | str | None = None
+
+
+def reward_record(rollout, reward, grader):
+    """The line of a rewards file that belongs to a rollout."""
+    failed = reward.value is None
+    record = {
+        "id": rollout["id"],
+        "sample": rollout["sample"],
+        "reward": reward.value,
+        "status": "failed" if failed else "ok",
+        "rollout": fingerprint(rollout),
+        "grader": grader,
+    }
+    if reward.note is not None:
+        record["reason" if failed else "verdicts"] = reward.note
+    return record
+
+
+def failure_of(record):
+    """Why a judgement failed; None for one that did not."""
+    return record.get("reason", "no reason given") if record["reward"] is None else None
+
+
+def summarise(path):
+    """What a rewards file says, failed judgements left out of every mean."""
+    groups = {}
+    records = failed = 0
+    for record in files.read(path, "rewards"):
+        records += 1
+        if record["reward"] is None:
+            failed += 1
+        else:
+            groups.setdefault(str(record["id"]), []).append(record["reward"])
+    rewards = [reward for group in groups.values() for reward in group]
+    flat = sum(max(group) == min(group) for group in groups.values())
+    return {
+        "out": str(path),
+        "records": records,
+        "failed": failed,
+        "failure_rate": failed / records,
+        "reward_mean": float(np.mean(rewards)) if rewards else None,
+        "zero_variance_groups": flat / max(1, len(groups)),
+    }
+
+
+def compare_with_teacher(pools):
+    """How the teacher's answers fared in pools [(students' rewards, teacher's rewards)].  They
+    are logged, never paid."""
+    fared, beaten = [], []
+    for students, teachers in pools:
+        teachers = [r.value for r in teachers if r.value is not None]
+        best = max((r.value for r in students if r.value is not None), default=0.0)
+        if teachers:
+            fared += teachers
+            beaten.append(min(teachers) < best)
+    if not fared:
+        return {}
+    return {
+        "teacher_reward_mean": float(np.mean(fared)),
+        "student_beats_worst_teacher": float(np.mean(beaten)),
+    }
+
+
+def describe(summary):
+    """A summary in words."""
+    text = f"{summary['records']} rewards, {summary['failed']} failed"
+    if summary["reward_mean"] is not None:
+        text += f", mean {summary['reward_mean']:.3f}"
+        text += f", {summary['zero_variance_groups']:.0%} of groups without a difference"
+    if "teacher_reward_mean" in summary:
+        text += f", teacher's mean {summary['teacher_reward_mean']:.3f}"
+    return text
