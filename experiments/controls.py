@@ -9,8 +9,8 @@
 
 shuffle-rewards  each group keeps its rewards, every rollout loses its own
 flip-verdicts    an unreliable verifier: verdicts are flipped, rewards computed anew
-shape-calls      SOD's released code: a wrong answer earns 0.05 a tool call, at most 0.2 (there -1
-                 to -0.6 of +-1), which pays for calling, not for being right
+shape-calls      SOD's released code: a wrong answer earns 0.05 a tool call, at most 0.2 (there
+                 -1 to -0.6 of +-1), which pays for calling, not for being right
 flat-points      every criterion the same points, decisive or not
 impression       a judge without a rubric, in place of a model: general properties, one vote
                  each, and a taste for length
