@@ -255,7 +255,7 @@ def served_noise_floor(server, rollouts):
     raise BadInput(f"the self-test failed on {len(rollouts)} rollouts (last: {last})")
 
 
-def score(argv):
+def score(argv):  # noqa: C901
     p = files.parser(__doc__)
     p.add_argument(
         "--model", required=True, help="the teacher: folder, Hugging Face id, or a served name"

@@ -275,7 +275,7 @@ def optimise(policy, data, items, masters, optimiser, args, gold=()):
     )
 
 
-def micro_batch(policy, data, items, args, sums, worst):
+def micro_batch(policy, data, items, args, sums, worst):  # noqa: C901
     """The loss of a micro-batch, a scalar; its part of the step's metrics is added to `sums`
     and `worst`."""
     method, hidden = data.method, states(policy, items)
@@ -351,7 +351,7 @@ def micro_batch(policy, data, items, args, sums, worst):
     return loss(slice(None), token_numbers(hidden, policy.head, ids, **options))
 
 
-def token_metrics(method, logp, entropy, batch, numbers, exact):
+def token_metrics(method, logp, entropy, batch, numbers, exact):  # noqa: C901
     """Per-token tensors [N] whose mean is logged."""
     out = {"policy/entropy": entropy}
     if method.signal == "tokens":
@@ -624,7 +624,7 @@ def explain(argv):
     return {"explain": text}
 
 
-def main(argv=None):
+def main(argv=None):  # noqa: C901
     p = files.parser(__doc__)
     p.add_argument(
         "--explain",

@@ -313,7 +313,7 @@ class Data:
             rollouts[i] = rollouts[i] | tokens
         return [self._sequence(key, rollout) for key, rollout in zip(keys, rollouts)]
 
-    def _sequence(self, key, rollout):
+    def _sequence(self, key, rollout):  # noqa: C901
         mask = rollout["loss_mask"]
         item = {
             "key": key,

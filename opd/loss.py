@@ -566,7 +566,7 @@ def settings(name, overrides=()):
     return method
 
 
-def check(method):
+def check(method):  # noqa: C901
     """Raises BadInput for a row that does not do what its columns say."""
     c = method.coefficient
     for column, choices in CHOICES.items():
@@ -1062,7 +1062,7 @@ def unit_divergence(method, logp, batch):
     return torch.zeros_like(logp[:, 0]).index_add(0, rows, kl.masked_fill(~live.any(-1), 0))
 
 
-def token_loss(method, logp, entropy, batch, exact=None):
+def token_loss(method, logp, entropy, batch, exact=None):  # noqa: C901
     """The loss of each trained token, [N], for any row of METHODS; sum(loss * batch["weight"])
     is the step's loss.
 

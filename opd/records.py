@@ -233,7 +233,7 @@ KINDS = {
 }
 
 
-def validate(record, kind):
+def validate(record, kind):  # noqa: C901
     """The first thing wrong with `record` as a sentence `field: expected ..., got ...`, or
     None."""
     if type(record) is not dict:

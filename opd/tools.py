@@ -164,8 +164,9 @@ class Expression:
 
 
 def format_number(number):
-    """A fraction as a model reads it: whole, or 12 significant digits.   format_number(Fraction(1,
-    3)) -> "0.333333333333" """
+    """A fraction as a model reads it: whole, or 12 significant digits.
+
+    format_number(Fraction(1, 3)) -> "0.333333333333" """
     if number.denominator == 1:
         return str(number.numerator)
     return format(

@@ -437,9 +437,9 @@ def test_dpo_has_the_gradient_of_its_loss():
     loss = -torch.stack(
         [
             torch.nn.functional.logsigmoid(
-                scale * ((logp - reference)[w].sum() - (logp - reference)[l].sum())
+                scale * ((logp - reference)[w].sum() - (logp - reference)[lost].sum())
             )
-            for w, l in answers
+            for w, lost in answers
         ]
     ).mean()
     want = torch.autograd.grad(loss, logits, retain_graph=True)[0]

@@ -1093,7 +1093,8 @@ def test_check_of_a_missing_file_and_of_another_kind(tmp_path):
     ],
 )
 def test_abbreviations_and_unknown_flags_of_check_are_refused(tmp_path, argv):
-    done = check(*[str(write_lines(tmp_path / "x", [reward(1)])) if a == "x" else a for a in argv])
+    path = str(write_lines(tmp_path / "x", [reward(1)]))
+    done = check(*[path if a == "x" else a for a in argv])
     assert done.returncode == 2 and done.stderr.startswith("usage: "), done.stderr
 
 

@@ -36,8 +36,7 @@ from opd import records, sampling, tools
 from opd.tools import Calculator, Expression, Mistake, Toolbox, format_number
 from worlds import agents as agent_world
 from worlds import sums
-from worlds.agents import MORE_SPECIAL, SYMBOLS, TEMPLATE, result
-from worlds.build import split_of
+from worlds.agents import MORE_SPECIAL, SYMBOLS, TEMPLATE
 
 END = "<|end|>"
 
