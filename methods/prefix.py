@@ -56,9 +56,20 @@ import re
 import numpy as np
 
 from opd import files, records
+from opd.loss import Method
 from opd.policy import check_tokens, identity_of, load_tokenizer, vocabulary_size
 from opd.records import BadInput
 
+ROWS = {
+    "release": Method(
+        "self",
+        "k1",
+        token_weight="file",
+        formula="w π/μ (log p_T − log μ) [a = y]",
+        about="on-policy distillation up to where the teacher's margin collapses: "
+        "methods.prefix weigh (arXiv 2605.13643)",
+    )
+}
 SERIES = ("scores", "model", "signal", "block_end", "guard")
 RULES = {
     "all": (),
