@@ -284,6 +284,12 @@ def add_input_flags(p):
         "then sees its whole distribution",
     )
     p.add_argument(
+        "--teacher-dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: as its folder stores it",
+    )
+    p.add_argument(
         "--teacher-top-k",
         type=int,
         metavar="K",
@@ -426,10 +432,10 @@ def check_teacher_flags(method, teacher, settings):
         raise BadInput("--kernel triton: `pip install triton` first")
 
 
-def load_teacher(name, policy, device, template_options, weights, any_template):
+def load_teacher(name, policy, dtype, device, template_options, weights, any_template):
     """The --teacher as a Policy that shares the student's token ids, and its template unless a
     mismatch is meant."""
-    teacher = load_policy(name, "auto", device, template_options, weights)
+    teacher = load_policy(name, dtype, device, template_options, weights)
     reasons = {
         "vocabulary": "their token ids mean different things",
         "template": "a teacher off its own template scores badly; pass --allow template if "
@@ -527,6 +533,7 @@ def main(argv=None):
         teacher = load_teacher(
             args.teacher,
             policy,
+            args.teacher_dtype,
             args.device,
             args.template_options,
             identity["teacher"],

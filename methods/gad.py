@@ -243,7 +243,9 @@ def optimise(trainer, own, given, loss, batch_tokens):
         (-(values @ torch.from_numpy(omegas).to(values.device))).backward()
         trainer.collect()
     metrics["train/grad_norm"] = trainer.update()
-    return sequence_metrics(own) | metrics
+    texts = sequence_metrics(own)
+    texts.pop("rollout/student_end_mass", None)  # the policy's, which is not trained here
+    return texts | metrics
 
 
 def weigh_scores(scorer, loss, own, given, batch_tokens):
