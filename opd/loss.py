@@ -360,11 +360,12 @@ def changed_column(row, column, value):
     """The row with one column set to a value given as text."""
     kind = column_types(row)[column]
     try:
-        return dataclasses.replace(row, **{column: kind(value)})
+        typed = kind(value)
     except ValueError:
         raise BadInput(
             f"--set {column}={value}: expected a {kind.__name__}, got {value!r}"
         ) from None
+    return dataclasses.replace(row, **{column: typed})
 
 
 def check(method):

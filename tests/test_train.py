@@ -521,7 +521,9 @@ def test_offline_and_online_have_one_gradient_at_the_first_step_and_no_weights_l
     same_gradient(stale, flat_gradient(model), 1e-4)
     x = np.concatenate(ratios)
     assert numbers["policy/weight_std"] == pytest.approx(x.std(), rel=1e-3)
-    assert numbers["policy/weight_ess"] == pytest.approx(x.mean() ** 2 / (x**2).mean(), rel=1e-3)
+    assert numbers["policy/weight_ess"] == pytest.approx(
+        x.mean() ** 2 / (x**2).mean(), rel=1e-3
+    )
 
 
 def test_rollouts_at_another_temperature_train_that_distribution(world, base64bit, tmp_path):
