@@ -3,7 +3,6 @@
     python -m methods.sparse_to_dense spend --ledger labels.jsonl --prompts P --rollouts R \\
         --purpose teacher-rl
     python rubric.py grade --grader answer --prompts P --rollouts R --out W
-    python -m opd.files check labels.jsonl
 
 A label that a teacher was trained with is in its student too, so a second stage that is to
 learn from new labels must not meet the old ones (2605.12483, the contrast of new and replayed
@@ -23,7 +22,10 @@ import os
 from pathlib import Path
 
 from opd import files
-from opd.records import BadInput
+from opd.records import ANY, ID, KINDS, TEXT, BadInput, Kind
+
+LABEL = {"id": ID, "question": TEXT, "spent_on": TEXT, "again": ANY}
+KINDS["labels"] = Kind(key=(), mark="spent_on", required=LABEL, optional={})
 
 
 def question_hash(prompt):
