@@ -403,11 +403,10 @@ class SodTrial(Trial):
         s = self.settings
         outage = {} if self.how.get("calm") else {"outage": s.outage}
         return {
-            "tools": "calculator",
+            "tools": json.dumps({"calculator": outage | tool_options}),
             "call_format": "brackets",
             "max_calls": s.max_calls,
             "max_tokens": s.max_tokens,
-            "tool_options": json.dumps(outage | tool_options),
         }
 
     def columns(self, score, n, final):

@@ -334,10 +334,9 @@ def agents(tmp_path_factory):
         )
     )
     tools = dict(
-        tools="calculator",
+        tools='{"calculator": {"outage": 0.3}}',
         call_format="brackets",
         max_calls=3,
-        tool_options='{"outage": 0.3}',
         max_tokens=120,
     )
     w = types.SimpleNamespace(

@@ -154,7 +154,11 @@ def test_sampler_walks_the_chain_and_rows_leave_when_they_stop():
         top_p=1.0,
     )
     reasons = set()
-    for prompt, (ids, logps, reason, end_mass) in zip(PROMPTS, answers):
+    for prompt, answer in zip(PROMPTS, answers):
+        ids = answer.response_ids
+        logps = answer.logprobs
+        reason = answer.finish_reason
+        end_mass = answer.end_mass
         want = chain(prompt, 20)
         ends = [t for t, token in enumerate(want) if token in stops]
         want = want[: ends[0] + 1] if ends else want
@@ -357,7 +361,9 @@ def test_the_same_seed_gives_the_same_answers_however_they_are_batched(world, tm
     whole = answers(by_key(load(world.rollouts)))
     assert answers(sample(world, tmp_path / "a.jsonl", batch_tokens=1)) == whole
     assert answers(sample(world, tmp_path / "b.jsonl", batch_tokens=150)) == whole
-    halves = [answers(sample(world, tmp_path / f"s{i}.jsonl", shard=f"{i}/2")) for i in (0, 1)]
+    halves = [
+        answers(sample(world, tmp_path / f"s{i}.jsonl", slice=f"{i}:8:2")) for i in (0, 1)
+    ]
     assert len(halves[0]) == len(halves[1]) == 16 and halves[0] | halves[1] == whole
     part = answers(sample(world, tmp_path / "c.jsonl", slice="2:5"))
     assert part == {k: v for k, v in whole.items() if k[0] in ("t00002", "t00003", "t00004")}
@@ -454,10 +460,11 @@ def test_as_a_program_it_explains_and_exits_with_2(world, tmp_path):
         dict(temperature=-1),
         dict(top_p=0),
         dict(top_p=1.5),
-        dict(shard="2/2"),
         dict(slice="3"),
         dict(slice="30:"),
-        dict(shard="a/b"),
+        dict(slice="a:b"),
+        dict(slice="::0"),
+        dict(slice="1:2:3:4"),
     ],
 )
 def test_senseless_flags_are_refused(world, tmp_path, capsys, flags):

@@ -17,6 +17,7 @@ calculator may have outages: then the same call again is right.  A third model, 
 larger teacher.
 """
 
+import json
 from functools import partial
 from types import SimpleNamespace
 
@@ -234,7 +235,8 @@ def main(argv=None):
         template_options={},
         identity=identity_of("worlds.agents", None, tokenizer, {}),
     )
-    toolbox = Toolbox("calculator", {"outage": args.outage}, "brackets", MOST_STEPS)
+    tools = json.dumps({"calculator": {"outage": args.outage}})
+    toolbox = Toolbox(tools, "brackets", MOST_STEPS)
     made = {"clean": args.clean, "mixed": args.mixed}
     ask = partial(prompts, terms=args.terms)
     with new_folder(args.out, args.overwrite) as folder:
