@@ -519,8 +519,8 @@ def score(argv):
     summary = {"out": args.out, "records": written, "failed": len(failures)}
     summary |= summarise(args.out, rollouts) | {"noise_floor": floor}
     print(
-        f"teacher.py score: {args.out}: {written} rollouts, {summary['teacher_tokens']} tokens, "
-        f"student - teacher log-prob {summary['kl_mean']:+.4f} nats a token (largest gap "
+        f"teacher.py score: {args.out}: {written} rollouts, {summary['teacher_tokens']} "
+        f"tokens, student - teacher log-prob {summary['kl_mean']:+.4f} nats a token (largest gap "
         f"{summary['gap_max']:.1e}), noise floor {floor:.1e}"
     )
     return summary

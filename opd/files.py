@@ -331,8 +331,8 @@ def stop_if_failing(out, failures, done, total, limit):
     nothing_works = not done and len(failures) >= limit.first
     if too_many or nothing_works:
         raise BadInput(
-            f"{out}: {len(failures)} of {total} requests failed, {done} succeeded and are kept; "
-            f"more than --max-failure-rate {limit.rate} allows (last: {failures[-1]}): "
+            f"{out}: {len(failures)} of {total} requests failed, {done} succeeded and are "
+            f"kept; more than --max-failure-rate {limit.rate} allows (last: {failures[-1]}): "
             f"{limit.advice}"
         )
 

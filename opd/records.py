@@ -121,7 +121,7 @@ STATUS = Type('"ok" or "failed"', lambda x: x in ("ok", "failed"))
 
 class Kind(NamedTuple):
     key: tuple  # fields that name a record; () for a log
-    mark: str  # a field by which `files.guess_kind` knows the kind
+    mark: str  # a field by which `files.guess_kind` knows the kind, the first that fits
     required: dict
     optional: dict
 
@@ -158,7 +158,7 @@ KINDS = {
     "answers": Kind(("id", "sample"), "text", ANSWER, TOKENS | EPISODE | QUESTION),
     "scores": Kind(("id", "sample"), "logprobs", SCORE, SCORE_MORE),
     "metrics": Kind((), "step", {"step": COUNT}, {}),
-    "prompts": Kind(("id",), "id", {"id": ID}, QUESTION),
+    "prompts": Kind(("id",), "messages", {"id": ID}, QUESTION),
 }
 
 

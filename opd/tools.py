@@ -139,8 +139,8 @@ You will then be given what it returns."""
 
 
 def tool_options(text):
-    """{tool: its options} of --tools:  "calculator,mytools:Dictionary", or the same as JSON with
-    options, '{"calculator": {"outage": 0.2}}'."""
+    """{tool: its options} of --tools: "calculator,mytools:Dictionary", or JSON with options,
+    '{"calculator": {"outage": 0.2}}'."""
     if not text.startswith("{"):
         return {name: {} for name in text.split(",")}
     try:

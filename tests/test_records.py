@@ -15,10 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import methods.simct  # noqa: F401  declares fields
+import methods.sparse_to_dense  # noqa: F401  declares a kind
 from opd import files, records
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from conftest import refusal
 
 from opd.files import Table, Writer, read
 from opd.records import BadInput
@@ -103,12 +107,12 @@ GOOD = {
     "metrics": {"step": 0, "train/loss": 1.5},
     "results": {"arm": "ropd", "seed": 0, "step": 40, "accuracy": 0.5},
 }
-BAD = {  # type name -> values that are not of it
-    "id": ["", None, 1.5, True, ["p1"]],
-    "int": [-1, 1.0, "1", None, True],
-    "text": [None, 3, ["a"], {}],
-    "number": ["1", None, True, float("nan"), float("inf"), [1]],
-    "messages": [
+BAD = {  # name of a type in records -> values that are not of it
+    "ID": ["", None, 1.5, True, ["p1"]],
+    "COUNT": [-1, 1.0, "1", None, True],
+    "TEXT": [None, 3, ["a"], {}],
+    "NUMBER": ["1", None, True, float("nan"), float("inf"), [1]],
+    "MESSAGES": [
         [],
         "hello",
         [{"role": "user"}],
@@ -118,16 +122,15 @@ BAD = {  # type name -> values that are not of it
         None,
         {},
     ],
-    "policy": [None, "m", {}, {"model": None}, []],
-    "finish": [None, "eos", "", 1, ["stop"]],
-    "ids": [None, "12", [1.0], [-1], [True], [None], [[1]], {}],
-    "mask": [None, [2], [True], [0.5], ["1"], 1],
-    "logprobs": [None, [0.5], [float("nan")], [float("-inf")], ["-1"], [None], [False], -1.0],
-    "weights": [None, [-0.5], [float("nan")], [float("inf")], ["1"], [None], [True], 1.0],
-    "numbers": [None, ["1"], [float("nan")], [None], [True], 1.0],
-    "units": [None, [[0, 1]], [[0, 1, 0, -1]], [[0, 1, 0, 1.0]], [1], "x", {}],
-    "packed": [None, {}, {"dtype": "float32"}, [1], "x"],
-    "steps": [
+    "POLICY": [None, "m", {}, {"model": None}, []],
+    "FINISH": [None, "eos", "", 1, ["stop"]],
+    "IDS": [None, "12", [1.0], [-1], [True], [None], [[1]], {}],
+    "MASK": [None, [2], [True], [0.5], ["1"], 1],
+    "LOGPROBS": [None, [0.5], [float("nan")], [float("-inf")], ["-1"], [None], [False], -1.0],
+    "WEIGHTS": [None, [-0.5], [float("nan")], [float("inf")], ["1"], [None], [True], 1.0],
+    "NUMBERS": [None, ["1"], [float("nan")], [None], [True], 1.0],
+    "PACKED": [None, {}, {"dtype": "float32"}, [1], "x"],
+    "STEPS": [
         None,
         [[0, 1]],
         [1],
@@ -138,7 +141,7 @@ BAD = {  # type name -> values that are not of it
         [[0, 1, 1]],
         [[0, 1, "ok"]],
     ],
-    "calls": [
+    "CALLS": [
         None,
         {},
         ["x"],
@@ -147,14 +150,14 @@ BAD = {  # type name -> values that are not of it
         [{"output": 2, "ok": True}],
         [{"output": "2", "ok": 1}],
     ],
-    "topk": [
+    "TOPK": [
         None,
         {},
         {"ids": PACKED},
         {"ids": [1], "logprobs": [2]},
         {"ids": PACKED, "logprobs": {"dtype": "float32"}},
     ],
-    "criteria": [None, [], {}, ["c"], [{"id": "c", "category": "a", "criterion": "b"}]]
+    "CRITERIA": [None, [], {}, ["c"], [{"id": "c", "category": "a", "criterion": "b"}]]
     + [
         [GOOD["rubrics"]["criteria"][0] | change]
         for change in (
@@ -169,8 +172,8 @@ BAD = {  # type name -> values that are not of it
             {"category": None},
         )
     ],
-    "reward": [-0.1, 1.1, "1", True, float("nan"), [0.5]],
-    "status": [None, "OK", "", 0, ["ok"]],
+    "REWARD": ["1", True, float("nan"), float("inf"), [0.5]],
+    "STATUS": [None, "OK", "", 0, ["ok"]],
 }
 
 
@@ -226,37 +229,38 @@ def test_good_records_are_read_back_as_they_are(tmp_path, kind):
 
 
 FIELDS = [
-    (kind, field, type_name, required)
-    for kind, (_, must, may) in records.KINDS.items()
-    for fields, required in ((must, True), (may, False))
-    for field, type_name in fields.items()
+    (kind, field, type_, field in records.KINDS[kind].required)
+    for kind in GOOD
+    for field, type_ in (records.KINDS[kind].required | records.KINDS[kind].optional).items()
 ]
+UNIT = next(type_ for _, field, type_, _ in FIELDS if field == "units")
+WRONG = {getattr(records, name): values for name, values in BAD.items()}
+WRONG[UNIT] = [None, [[0, 1]], [[0, 1, 0, -1]], [[0, 1, 0, 1.0]], [1], "x", {}]
 
 
-@pytest.mark.parametrize("kind,field,type_name,required", FIELDS)
+@pytest.mark.parametrize("kind,field,type_,required", FIELDS)
 def test_wrong_and_missing_fields_are_named_with_file_and_line(
-    tmp_path, kind, field, type_name, required
+    tmp_path, kind, field, type_, required
 ):
     good = GOOD[kind]
     if required:
         without = {k: v for k, v in good.items() if k != field}
         path = write_lines(tmp_path / "x.jsonl", [without])
         assert problem_of(path, kind) == (
-            f"{path}:1: {field}: expected {records.TYPES[type_name][0]}, but the field is "
-            f"missing"
+            f"{path}:1: {field}: expected {type_.expected}, but the field is missing"
         )
     second = {"id": "other"} if "id" in good else {}
-    for value in BAD.get(type_name, []):
+    for value in WRONG.get(type_, []):
         path = write_lines(tmp_path / "x.jsonl", [good, good | second | {field: value}])
         message = problem_of(path, kind)
-        assert message.startswith(
-            f"{path}:2: {field}: expected {records.TYPES[type_name][0]}, got "
-        ), (value, message)
+        assert message.startswith(f"{path}:2: {field}: expected {type_.expected}, got "), (
+            value,
+            message,
+        )
 
 
-def test_every_type_name_has_bad_examples():
-    used = {type_name for _, _, type_name, _ in FIELDS}
-    assert used - {"any"} == set(BAD)
+def test_every_type_has_bad_examples():
+    assert {type_ for _, _, type_, _ in FIELDS} - {records.ANY} == set(WRONG)
 
 
 @pytest.mark.parametrize("line", ["[]", "7", "null", '"text"', "true", "[{}]"])
@@ -1040,20 +1044,10 @@ def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path):
 # ---- command lines
 
 
-def check(*argv):
-    return subprocess.run(
-        [sys.executable, "-m", "opd.files", *map(str, argv)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-
-
-def test_check_says_what_a_file_holds(tmp_path):
+def test_check_says_what_a_file_holds(tmp_path, capsys):
     paths = [write_lines(tmp_path / f"{kind}.jsonl", [record]) for kind, record in GOOD.items()]
-    done = check("check", *paths)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "".join(
+    files.main(["check", *map(str, paths)])
+    assert capsys.readouterr().out == "".join(
         f"{path}: 1 {kind}, all valid\n" for path, kind in zip(paths, GOOD)
     )
 
@@ -1063,38 +1057,17 @@ def test_check_says_what_a_file_holds(tmp_path):
     ["", "{", "7\n", '{"id": 1}\n', (json.dumps(reward(1)) + "\n") * 2, "[" * 100_000 + "\n"],
     ids=["empty", "torn", "number", "no prompt", "duplicate", "deep"],
 )
-def test_check_exits_with_2_and_one_line(tmp_path, content):
+def test_check_exits_with_2_and_one_line(tmp_path, capsys, content):
     path = tmp_path / "x.jsonl"
     path.write_text(content)
-    done = check("check", path)
-    assert (
-        done.returncode == 2
-        and done.stderr.startswith(f"error: {path}")
-        and done.stderr.count("\n") == 1
-    ), done.stderr[-500:]
+    assert refusal(files.main, ["check", str(path)], capsys).startswith(f"error: {path}")
 
 
-def test_check_of_a_missing_file_and_of_another_kind(tmp_path):
-    assert check("check", tmp_path / "absent.jsonl").returncode == 2
-    path = write_lines(tmp_path / "x.jsonl", [reward(1)])
-    done = check("check", "--kind", "scores", path)
-    assert done.returncode == 2 and ":1: policy: expected an object" in done.stderr
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["check", "--kin", "rewards", "x"],
-        ["check", "--no-such-flag", "x"],
-        ["--che"],
-        [],
-        ["chec", "x"],
-        ["check"],
-    ],
-)
-def test_abbreviations_and_unknown_flags_of_check_are_refused(tmp_path, argv):
-    done = check(*[str(write_lines(tmp_path / "x", [reward(1)])) if a == "x" else a for a in argv])
-    assert done.returncode == 2 and done.stderr.startswith("usage: "), done.stderr
+def test_check_of_a_missing_file_and_of_another_kind(tmp_path, capsys):
+    refusal(files.main, ["check", str(tmp_path / "absent.jsonl")], capsys)
+    path = str(write_lines(tmp_path / "x.jsonl", [reward(1)]))
+    message = refusal(files.main, ["check", "--kind", "scores", path], capsys)
+    assert ":1: policy: expected an object" in message
 
 
 def test_parser_refuses_abbreviations_and_unknown_flags():
@@ -1168,3 +1141,70 @@ def test_two_writers_of_one_file_are_refused(tmp_path):
         with pytest.raises(BadInput, match="another process"):
             files.Writer(tmp_path / "w.jsonl", "rewards", {}, overwrite=True)
     files.Writer(tmp_path / "w.jsonl", "rewards", {}).__exit__()
+
+
+# ---- fill
+
+
+def test_fill_makes_what_is_missing_once_and_in_order(tmp_path):
+    path = tmp_path / "x.jsonl"
+    keys = [(str(i), 0) for i in range(5)]
+    asked = []
+
+    def work(missing):
+        asked.append(missing)
+        yield reward(int(missing[0][0]))
+        yield [reward(int(i)) for i, _ in missing[1:3]]  # a batch
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.fill(path, "rewards", keys, work, {})
+    assert [r["id"] for r in read(path, "rewards")] == [0, 1, 2], "every result is on disk"
+
+    def rest(missing):
+        asked.append(missing)
+        return (reward(int(i)) for i, _ in missing)
+
+    for _ in range(2):
+        assert files.fill(path, "rewards", keys, rest, {}) == (5, [])
+    assert asked == [keys, keys[3:]], "a finished file asks for nothing"
+    with pytest.raises(BadInput, match="was begun with"):
+        files.fill(path, "rewards", keys, rest, {"seed": 1})
+
+
+def test_fill_counts_failures_and_stops_beyond_the_limit(tmp_path):
+    path = tmp_path / "x.jsonl"
+    keys = [(str(i), 0) for i in range(10)]
+
+    def half(missing):
+        return [RuntimeError(i) if int(i) % 2 else reward(int(i)) for i, _ in missing]
+
+    limit = files.FailureLimit(rate=0.5, first=2, advice="look")
+    written, failures = files.fill(path, "rewards", keys, half, {}, limit=limit)
+    assert written == 5 and [str(f) for f in failures] == ["1", "3", "5", "7", "9"]
+    with pytest.raises(
+        BadInput, match=r"2 of 10 requests failed, 5 succeeded .*last: 3\): look"
+    ):
+        files.fill(path, "rewards", keys, half, {}, limit=limit._replace(rate=0.1))
+    none = lambda missing: (RuntimeError(i) for i in missing)  # noqa: E731
+    with pytest.raises(BadInput, match="2 of 10 requests failed, 0 succeeded"):
+        files.fill(
+            tmp_path / "y.jsonl", "rewards", keys, none, {}, limit=limit._replace(rate=1)
+        )
+
+
+def test_fill_writes_null_judgements_counts_them_and_asks_again(tmp_path):
+    path = tmp_path / "x.jsonl"
+    keys = [(str(i), 0) for i in range(4)]
+    make = {"failed": lambda i: failed(i) if i == 2 else reward(i), "ok": reward}
+    for kind, wanted in (("failed", ["failed"]), ("ok", [])):
+        written, failures = files.fill(
+            path,
+            "rewards",
+            keys,
+            lambda missing: [make[kind](int(i)) for i, _ in missing],
+            {},
+            failure_of=lambda r: r["status"] == "failed" and r["status"],
+            limit=files.FailureLimit(rate=0.5),
+        )
+        assert (written, failures) == (4, wanted)
