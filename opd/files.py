@@ -549,7 +549,11 @@ def guess_kind(path):
 def main(argv=None):
     args = parser(__doc__)
     commands = args.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="validate JSONL files")
+    check = commands.add_parser(
+        "check",
+        help="validate JSONL files",
+        description="Validate JSONL files.\n\n    python -m opd.files check FILE ...",
+    )
     check.add_argument("files", nargs="+", metavar="FILE")
     check.add_argument(
         "--kind",
