@@ -80,6 +80,16 @@ def left_padded(prompts, device):
     return ids.to(device), mask.to(device)
 
 
+def next_logits(policy, ids, mask, position, cache):
+    """(float32 logits [B, V] after the last column of ids, as the trainer computes them; the
+    cache)."""
+    step = policy.model.get_decoder()(
+        input_ids=ids, attention_mask=mask, position_ids=position, cache=cache, use_cache=True
+    )
+    last = step.last_hidden_state[:, -1]
+    return all_logits(last, policy.head, **policy.head_options), step.cache
+
+
 @torch.no_grad()
 def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
     """An Answer to each of a batch of token-id prompts.
@@ -98,16 +108,7 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
     rows = np.arange(len(prompts))  # which answer each row of the shrinking batch belongs to
     cache = None
     for t in range(int(limits.max())):
-        step = policy.model.get_decoder()(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position,
-            cache=cache,
-            use_cache=True,
-        )
-        cache = step.cache
-        # float32, as the trainer computes them
-        logits = all_logits(step.last_hidden_state[:, -1], policy.head, **policy.head_options)
+        logits, cache = next_logits(policy, ids, mask, position, cache)
         tokens, logps = pick(logits, draws[rows, t], temperature, top_p)
         if not torch.isfinite(logps).all():
             raise BadInput(

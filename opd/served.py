@@ -104,17 +104,9 @@ def add_flags(parser):
     )
 
 
-SERVER_ADVICE = "look at the server's log, then run again"
-
-
-def failure_limit(args, advice=SERVER_ADVICE):
+def failure_limit(args, advice="look at the server's log, then run again"):
     """How many requests may fail: a share of all, or every one of the first few."""
     return files.FailureLimit(args.max_failure_rate, 2 * args.concurrency, advice)
-
-
-def stop_if_failing(failures, done, total, args, advice=SERVER_ADVICE):
-    """Stops a stage in which too many requests fail."""
-    files.stop_if_failing(args.out, failures, done, total, failure_limit(args, advice))
 
 
 class Server:

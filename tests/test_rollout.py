@@ -24,7 +24,7 @@ import rollout
 import teacher
 import train
 from opd import policy as policies
-from opd import sampling
+from opd import sampling, scoring
 from opd.kernel import linear_logp, token_numbers
 
 V = 16
@@ -130,7 +130,7 @@ def test_trainer_and_teacher_read_the_right_position():
     logp = trainer_logps(policy, CHAINS)
     assert logp.shape == (sum(COUNTS), 1) and logp.abs().max() < 1e-6
     for top_k in (0, 3):
-        for c, (own, ids, *_) in zip(CHAINS, teacher.score_batch(policy, CHAINS, top_k)):
+        for c, (own, ids, *_) in zip(CHAINS, scoring.score_batch(policy, CHAINS, top_k)):
             assert len(own) == len(c["response_ids"]) and np.abs(own).max() < 1e-6
             assert ids is None or ids[:, 0].tolist() == c["response_ids"]
 
@@ -309,7 +309,7 @@ def test_recorded_log_probs_are_those_of_the_model(world, base64bit, tmp_path, t
         np.testing.assert_allclose(r["logprobs"], want, atol=2e-5, rtol=0)
         np.testing.assert_allclose([trainer.pop(0) for _ in want], want, atol=2e-5, rtol=0)
     if temperature == 1:
-        for r, (own, *_) in zip(rows, teacher.score_batch(policy, rows, 0)):
+        for r, (own, *_) in zip(rows, scoring.score_batch(policy, rows, 0)):
             np.testing.assert_allclose(own, r["logprobs"], atol=2e-5, rtol=0)
 
 

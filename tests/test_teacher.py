@@ -465,14 +465,14 @@ def test_the_self_test_reports_what_batching_does_to_the_numbers(
 ):
     summary, _ = score(world, tmp_path / "quiet.jsonl")
     assert 0 <= summary["noise_floor"] < 1e-4
-    quiet, alone = teacher.hidden_at, []
+    quiet, alone = scoring.hidden_at, []
 
     # a model whose batched forward differs from its single one
     def noisy(model, sequences, positions):
         alone.append(len(sequences) == 1)
         return quiet(model, sequences, positions) * (1.0 if len(sequences) == 1 else 1.01)
 
-    monkeypatch.setattr(teacher, "hidden_at", noisy)
+    monkeypatch.setattr(scoring, "hidden_at", noisy)
     summary, _ = score(world, tmp_path / "noisy.jsonl")
     assert any(alone) and not all(alone)
     assert summary["noise_floor"] > 1e-3
