@@ -1,55 +1,38 @@
 """Stage 4: rollouts + rewards or teacher scores -> new weights.
 
-    python train.py --method sft  --model runs/toy/student --rollouts runs/toy/clean.jsonl
-                                  --batch-size 128 --out M1
-    python train.py --method ropd --model M1 --rollouts rollouts.jsonl --rewards rewards.jsonl
-    --out M2
-    python train.py --explain gkd                        # a method's row, formula, files, and
-                                                         one worked token
+    python train.py --method sft --model runs/toy/student --rollouts clean.jsonl --out M1
+    python train.py --method ropd --model M1 --rollouts R.jsonl --rewards W.jsonl --out M2
 
 Reads rollouts (or answers, for sft), the rewards and scores that belong to them, and a model
 folder; writes a model folder that transformers, vLLM and lm-eval load as it is, with
-metrics.jsonl and the optimiser's state beside it. opd/loss.py says what is descended,
-opd/batches.py what a step is made of: this file has no branch that is named after a method.
+metrics.jsonl and the optimiser's state beside it.  opd/loss.py defines the loss (ROPD, arXiv
+2605.07396, eq. 6-8, is one of its rows), opd/batches.py a step's data, opd/trainer.py the
+optimiser and resume.  `python -m methods` prints all rows.
 
 One call is one round: the rollouts are walked once (--epochs), in a seeded order, --batch-size
-prompts with all their rollouts an optimiser step.  The log-probs of the starting weights are
-computed before the first update when there is more than one.  Given M2 as --model, a next round
-of the same --method continues M2's optimiser and step count.
-
-On-policy is checked, not believed: a row of METHODS with prefix "self" accepts only rollouts
-whose recorded weight hash is that of --model, sampled with the same chat template and
-vocabulary, at top-p 1 (--allow-stale skips the first).
-
-Checkpoints go to OUT.partial every --save-every steps; a killed run continues there, and ends
-in the same bits.
+prompts with all their rollouts an optimiser step.  Given M2 as --model, a next round of the
+same --method continues M2's optimiser and step count.  A row with prefix "self" accepts only
+rollouts whose recorded weight hash is that of --model, sampled with its template and
+vocabulary at top-p 1 (--allow stale skips the first).  A killed run goes on from OUT.partial
+and ends in the same bits.
 
 Simplifications: 1. one device; 2. models run in evaluation mode (no dropout), so no random
-state needs saving;
-3. rows of a micro-batch are padded, not packed; 4. parameters are all trained, no LoRA.
-"""
+state needs saving; 3. rows of a micro-batch are padded, not packed; 4. no LoRA."""
 
-import functools
+import dataclasses
 import json
-import math
-import shutil
-import sys
-import time
+from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from methods.explain import explain as explain_row
-from methods.gad import load_scorer, weigh_scores
-from methods.simct.units import raw_logits
+from methods.rows import METHODS
 from opd import files
 from opd import loss as losses
-from opd.batches import Data, check_teacher, plan, taught_by
+from opd.batches import Data, Inputs, check_teacher, plan, taught_by
 from opd.kernel import KERNELS, linear_token_loss, token_numbers
+from opd.metrics import StepMetrics, sequence_metrics
 from opd.policy import (
     find_folder,
     hash_weights,
@@ -60,66 +43,168 @@ from opd.policy import (
     token_batches,
 )
 from opd.records import BadInput
-from opd.tools import call_use
+from opd.trainer import Run, Trainer, add_trainer_flags, trainer_settings
 
-# ---- one step
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step is computed, not what it is: memory and speed."""
+
+    micro_batch_tokens: int = 8192
+    kernel: str = "auto"
+    teacher_top_k: int = None  # of a teacher in memory; None: its whole vocabulary
+
+
+# ---- one optimiser step
+
+
+def optimise(trainer, data, items, settings, given=None, given_items=()):
+    """One optimiser step on `items`; returns its metrics.  given, given_items: a Data of given
+    answers and a step's items of it, for a row with gold_weight."""
+    method = data.method
+    extra = {}
+    if method.omega == "preference":
+        extra = weigh_pairs(trainer.policy, data, items, settings)
+    items, metrics = gradient(trainer, data, items, settings)
+    if method.gold_weight:
+        weight = method.gold_weight
+        _, more = gradient(trainer, given, given_items, settings, weight)
+        extra["gold/nll"] = more["train/loss"] / weight
+        metrics["train/loss"] += more["train/loss"]
+    metrics["train/grad_norm"] = trainer.update()
+    return metrics | sequence_metrics(items) | extra
+
+
+def gradient(trainer, data, items, settings, scale=1.0):
+    """Adds the gradient of one source of texts, times `scale`, micro-batch by micro-batch.
+    Returns (items that counted, their metrics)."""
+    norm = data.method.norm
+    lengths = [s["length"] for s in items]
+    weights = losses.token_weights(lengths, norm, [s["omega"] for s in items])
+    # of a mean that is logged
+    shares = losses.token_weights(lengths, "sequence" if norm == "sequence" else "token")
+    for item, weight, share in zip(items, weights, shares):
+        item["weight"] = np.asarray(weight) * scale
+        item["share"] = np.asarray(share)
+    items = [s for s in items if s["length"] and s["omega"]]
+    if not items:
+        raise BadInput("a whole optimiser step has no token to train on (loss masks are 0)")
+    metrics = StepMetrics()
+    for some in micro_batches(items, settings):
+        loss = micro_batch(trainer.policy, data, some, settings, metrics)
+        loss.backward()
+        trainer.collect()
+    return items, metrics.result()
+
+
+def micro_batches(items, settings):
+    lengths = [len(s["prompt_ids"]) + len(s["response_ids"]) for s in items]
+    for batch in token_batches(lengths, settings.micro_batch_tokens):
+        yield [items[i] for i in batch]
+
+
+def micro_batch(policy, data, items, settings, metrics):
+    """The loss of a micro-batch, a scalar; its part of the step's metrics goes into
+    `metrics`."""
+    method = data.method
+    hidden = states(policy, items)  # [N, D]
+    batch = token_constants(items, hidden.device, policy.vocabulary)
+    ids = chosen_ids(items, policy.head.device)  # [N, 1]
+    ids = torch.cat([ids, field_ids(items, "support_ids", ids.device)], 1)
+    teacher = None
+    if data.teacher is not None:
+        teacher, likely = read_teacher(data.teacher, items, settings.teacher_top_k)
+        ids = torch.cat([ids, likely], 1)
+        batch["whole"] = likely.shape[1] >= policy.vocabulary
+    if method.own:
+        ids = method.own.prepare(policy, hidden, ids, batch)
+    support = slice(1, ids.shape[1])
+    ids = torch.cat([ids, field_ids(items, "reference_support_ids", ids.device)], 1)
+
+    def loss(cut, numbers):
+        part = {k: v if isinstance(v, bool) else v[cut] for k, v in batch.items()}
+        exact = None
+        if teacher is not None:
+            part["teacher_logp"] = numbers.teacher_logp[:, 0].detach()
+            if settings.teacher_top_k:
+                part["support_logp"] = numbers.teacher_logp[:, support].detach()
+            else:
+                exact = (numbers.reverse_kl, numbers.forward_kl)
+        value = losses.token_loss(method, numbers.logp, part, exact)
+        metrics.add(method, numbers, part, exact, value.detach())
+        return (value * part["weight"]).sum()
+
+    options = dict(
+        temperature=data.temperature or 1.0,
+        teacher=teacher,
+        kernel=settings.kernel,
+        **policy.head_options,
+    )
+    if method.separable:
+        return linear_token_loss(hidden, policy.head, ids, loss, **options)
+    return loss(slice(None), token_numbers(hidden, policy.head, ids, **options))
+
+
+def weigh_pairs(policy, data, items, settings):
+    """Scales the signs that a pair's answers carry as their omega (DPO), from the log-probs of
+    this moment.  Returns metrics."""
+    scale = data.method.omega_scale
+    pairs = {}
+    for item, logp in zip(items, current_logps(policy, data, items, settings)):
+        ratio = float((logp - item["reference_logp"]).sum())
+        pairs.setdefault(item["key"][0], []).append((item, ratio))
+    margins = []
+    for pair in pairs.values():
+        signs = [item["omega"] for item, _ in pair]
+        ratios = [ratio for _, ratio in pair]
+        omegas = [0.0] * len(pair)
+        if all(item["length"] for item, _ in pair):  # half a pair is no preference
+            omegas = losses.preference_weights(scale, signs, ratios)
+            margins.append(scale * sum(s * r for s, r in zip(signs, ratios)))
+        for (item, _), omega in zip(pair, omegas):
+            item["omega"] = omega
+    if not margins:
+        return {}
+    margins = np.asarray(margins)
+    return {
+        "preference/margin": float(np.mean(margins)),
+        "preference/accuracy": float(np.mean(margins > 0)),
+        "preference/loss": float(np.logaddexp(0, -margins).mean()),
+    }
+
+
+# ---- tensors of a micro-batch
 
 
 def states(policy, items):
-    """Hidden states [N, D] that predict the trained tokens of a micro-batch, in order; for a
-    discriminator, those of the last tokens."""
-    if "judged" in items[0]:
-        return policy.states([s["judged"] for s in items])
-    return hidden_at(
-        policy.model,
-        [s["prompt_ids"] + s["response_ids"] for s in items],
-        [response_positions(s["prompt_ids"], s["mask"]) for s in items],
-    )
+    """Hidden states [N, D] that predict the trained tokens of a micro-batch, in order."""
+    sequences = [s["prompt_ids"] + s["response_ids"] for s in items]
+    positions = [response_positions(s["prompt_ids"], s["mask"]) for s in items]
+    return hidden_at(policy.model, sequences, positions)
 
 
-def chosen_ids(items, field=None):
-    """The recorded tokens, [N, 1]; of a field like "support_ids" its ids, [N, K]; K = 0 where
-    items have none."""
-    if field:
-        arrays = [s.get(field, np.zeros((s["length"], 0))) for s in items]
-        return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
-    return torch.tensor(
-        [t for s in items for t, m in zip(s["response_ids"], s["mask"]) if m], dtype=torch.int64
-    )[:, None]
+def chosen_ids(items, device=None):
+    """The recorded trained tokens, [N, 1]."""
+    ids = [t for s in items for t, m in zip(s["response_ids"], s["mask"]) if m]
+    return torch.tensor(ids, dtype=torch.int64, device=device)[:, None]
 
 
-def known(items, device, vocabulary):
-    """The constant per-token tensors of a micro-batch for loss.token_loss, in the order of
-    `states`."""
+def field_ids(items, name, device):
+    """The ids of a field like "support_ids", [N, K]; K = 0 where items have none."""
+    arrays = [s.get(name, np.zeros((s["length"], 0))) for s in items]
+    return torch.from_numpy(np.concatenate(arrays).astype(np.int64)).to(device)
+
+
+def token_constants(items, device, vocabulary):
+    """{name: [N, ...]}: the constant arrays of the items, for loss.token_loss."""
     batch = {}
-    for name in (
-        "old_logp",
-        "behaviour_logp",
-        "teacher_logp",
-        "support_logp",
-        "reference_logp",
-        "reference_support_logp",
-        "token_weight",
-        "weight",
-        "share",
-        "unit",
-        "prefix",
-        "sorted_logp",
-        "sorted_here",
-    ):
-        if name in items[0]:
-            batch[name] = torch.from_numpy(
-                np.concatenate([s[name] for s in items]).astype(np.float32)
-            ).to(device)
-    batch["sequence"] = torch.repeat_interleave(torch.tensor([s["length"] for s in items])).to(
-        device
-    )
+    for name, value in items[0].items():
+        if isinstance(value, np.ndarray) and not name.endswith("_ids"):
+            array = np.concatenate([s[name] for s in items]).astype(np.float32)
+            batch[name] = torch.from_numpy(array).to(device)
     if "advantage" in items[0]:
-        batch["advantage"] = torch.tensor(
-            [s["advantage"] for s in items for _ in range(s["length"])],
-            dtype=torch.float32,
-            device=device,
-        )
+        values = [s["advantage"] for s in items for _ in range(s["length"])]
+        batch["advantage"] = torch.tensor(values, dtype=torch.float32, device=device)
     if "support_logp" in batch:
         batch["whole"] = batch["support_logp"].shape[1] >= vocabulary
     if "reference_support_logp" in batch:
@@ -128,515 +213,53 @@ def known(items, device, vocabulary):
 
 
 @torch.no_grad()
-def current_logps(policy, data, items, args):
-    """log-probs [length] of the trained tokens of every item under the weights as they are
-    now."""
-    out = [None] * len(items)
-    for batch in token_batches(
-        [len(s["prompt_ids"]) + len(s["response_ids"]) for s in items], args.micro_batch_tokens
-    ):
-        micro = [items[i] for i in batch]
-        hidden = states(policy, micro)
-        logp = (
-            token_numbers(
-                hidden,
-                policy.head,
-                chosen_ids(micro).to(hidden.device),
-                temperature=data.temperature or 1.0,
-                kernel=args.kernel,
-                **policy.head_options,
-            )
-            .logp[:, 0]
-            .cpu()
-            .numpy()
+def read_teacher(teacher, items, top_k):
+    """A teacher in memory: what kernel.token_numbers takes of it, and the ids [N, K] of its
+    likeliest tokens, K = 0 where its whole vocabulary is read."""
+    hidden = states(teacher, items)
+    options = {name: teacher.head_options[name] for name in ("scale", "softcap")}
+    ids = torch.zeros((len(hidden), 0), dtype=torch.int64, device=hidden.device)
+    if top_k:
+        ids = likeliest(teacher, hidden, top_k)
+    return (hidden, teacher.head, options), ids
+
+
+@torch.no_grad()
+def current_logps(policy, data, items, settings):
+    """log-probs [length] of the trained tokens of every item under the weights as they are."""
+    out = {}
+    for some in micro_batches(items, settings):
+        hidden = states(policy, some)
+        numbers = token_numbers(
+            hidden,
+            policy.head,
+            chosen_ids(some, hidden.device),
+            temperature=data.temperature or 1.0,
+            kernel=settings.kernel,
+            **policy.head_options,
         )
-        for i, part in zip(
-            batch, np.split(logp, np.cumsum([items[i]["length"] for i in batch])[:-1])
-        ):
-            out[i] = part
-    return out
+        logp = numbers.logp[:, 0].cpu().numpy()
+        ends = np.cumsum([s["length"] for s in some])[:-1]
+        out |= {s["key"]: part for s, part in zip(some, np.split(logp, ends))}
+    return [out[s["key"]] for s in items]
 
 
-def starting_logps(policy, data, keys, args):
+def starting_logps(policy, data, settings):
     """{key: log-probs of its trained tokens} before the first update, a thousand rollouts in
     memory at a time."""
+    keys = [key for group in data.groups.values() for key in group]
     out = {}
     for start in range(0, len(keys), 1024):
-        out.update(
-            zip(
-                keys[start : start + 1024],
-                current_logps(policy, data, data.sequences(keys[start : start + 1024]), args),
-            )
-        )
+        some = keys[start : start + 1024]
+        out |= zip(some, current_logps(policy, data, data.sequences(some), settings))
     return out
-
-
-def weigh_pairs(policy, data, items, args):
-    """Scales the signs that a pair's answers carry as their omega, from the log-probs of this
-    moment.  Returns metrics."""
-    pairs, margins = {}, []
-    for item, logp in zip(items, current_logps(policy, data, items, args)):
-        pairs.setdefault(item["key"][0], []).append(
-            (item, float((logp - item["reference_logp"]).sum()))
-        )
-    for pair in pairs.values():
-        signs, ratios = [item["omega"] for item, _ in pair], [ratio for _, ratio in pair]
-        if not all(item["length"] for item, _ in pair):  # half a pair is no preference
-            for item, _ in pair:
-                item["omega"] = 0.0
-            continue
-        margins.append(data.method.omega_scale * sum(s * r for s, r in zip(signs, ratios)))
-        for (item, _), omega in zip(
-            pair, losses.preference_weights(data.method.omega_scale, signs, ratios)
-        ):
-            item["omega"] = omega
-    return (
-        {}
-        if not margins
-        else {
-            "preference/margin": float(np.mean(margins)),
-            "preference/accuracy": float(np.mean(np.asarray(margins) > 0)),
-            "preference/loss": float(np.logaddexp(0, -np.asarray(margins)).mean()),
-        }
-    )
-
-
-def gradient(policy, data, items, masters, args, scale=1.0):
-    """Adds the gradient of one source of texts, times `scale`, micro-batch by micro-batch.
-    Returns (items that counted, their metrics)."""
-    method, lengths = data.method, [s["length"] for s in items]
-    weights = losses.token_weights(lengths, method.norm, [s["omega"] for s in items])
-    # of a mean that is logged
-    shares = losses.token_weights(lengths, "sequence" if method.norm == "sequence" else "token")
-    for item, weight, share in zip(items, weights, shares):
-        item["weight"], item["share"] = np.asarray(weight) * scale, np.asarray(share)
-    items = [s for s in items if s["length"] and s["omega"]]
-    if not items:
-        raise BadInput(
-            "train.py: a whole optimiser step has no token to train on (every loss mask is 0)"
-        )
-    sums, worst = {}, {}
-    for micro in token_batches(
-        [len(s["prompt_ids"]) + len(s["response_ids"]) for s in items], args.micro_batch_tokens
-    ):
-        micro = [items[i] for i in micro]
-        micro_batch(policy, data, micro, args, sums, worst).backward()
-        for p, master in zip(policy.model.parameters(), masters):
-            if master is not p and p.grad is not None:  # micro-batches add up in float32
-                master.grad, p.grad = (
-                    p.grad.float() if master.grad is None else master.grad.add_(p.grad),
-                    None,
-                )
-    if "policy/weight_square" in sums:  # of pi / mu - 1
-        gap, square = sums.pop("policy/weight_gap"), sums.pop("policy/weight_square")
-        sums |= {
-            "policy/weight_std": math.sqrt(max(0.0, square - gap**2)),
-            "policy/weight_ess": (1 + gap) ** 2 / (1 + 2 * gap + square),
-        }
-    return items, sums | worst
-
-
-def optimise(policy, data, items, masters, optimiser, args, gold=()):
-    """One optimiser step on `items`: micro-batches, one gradient, one update.  Returns the
-    step's metrics.
-
-    gold: (Data, its items), the given answers of a row that takes some."""
-    extra, own = (
-        weigh_pairs(policy, data, items, args) if data.method.omega == "preference" else {},
-        items,
-    )
-    if data.method.scalar:  # one loss of own and given answers together
-        extra = weigh_scores(policy, data.method.omega, own, gold[1], args.micro_batch_tokens)
-        items = [*own, *gold[1]]
-    items, metrics = gradient(policy, data, items, masters, args)
-    if data.method.gold_weight:
-        _, more = gradient(policy, *gold, masters, args, data.method.gold_weight)
-        extra |= {"gold/nll": more["train/loss"] / data.method.gold_weight}
-        metrics["train/loss"] += more["train/loss"]
-    norm = torch.nn.utils.clip_grad_norm_(
-        masters, args.grad_clip if args.grad_clip > 0 else math.inf
-    )
-    if not torch.isfinite(norm):
-        raise BadInput(
-            f"train.py: gradient norm is {float(norm)}: lower --learning-rate, or look for "
-            f"bad log-probs in the inputs"
-        )
-    optimiser.step()
-    optimiser.zero_grad()
-    with torch.no_grad():
-        for p, master in zip(policy.model.parameters(), masters):
-            if master is not p:
-                p.copy_(master)
-    return (
-        metrics
-        | {"train/grad_norm": float(norm)}
-        | sequence_metrics(own if data.method.scalar else items)
-        | extra
-    )
-
-
-def micro_batch(policy, data, items, args, sums, worst):  # noqa: C901
-    """The loss of a micro-batch, a scalar; its part of the step's metrics is added to `sums`
-    and `worst`."""
-    method, hidden = data.method, states(policy, items)
-    if method.scalar:
-        return -(
-            (hidden @ policy.head.T)[:, 0].float()
-            @ known(items, hidden.device, policy.vocabulary)["weight"]
-        )
-    ids, leash = (
-        torch.cat([chosen_ids(items), chosen_ids(items, "support_ids")], 1).to(
-            policy.head.device
-        ),
-        chosen_ids(items, "reference_support_ids").to(policy.head.device),
-    )
-    batch, teacher = known(items, hidden.device, policy.vocabulary), None
-    # read here and now instead of from a file: its whole vocabulary, or its likeliest tokens
-    if data.teacher is not None:
-        with torch.no_grad():
-            t_hidden = states(data.teacher, items)
-            if args.teacher_top_k:
-                ids, batch["whole"] = (
-                    torch.cat([ids, likeliest(data.teacher, t_hidden, args.teacher_top_k)], 1),
-                    args.teacher_top_k >= policy.vocabulary,
-                )
-        teacher = (
-            t_hidden,
-            data.teacher.head,
-            {k: data.teacher.head_options[k] for k in ("scale", "softcap")},
-        )
-    if method.coefficient == "sorted":  # the policy's own largest, as many as the teacher's
-        with torch.no_grad():
-            ids = torch.cat([ids, likeliest(policy, hidden, batch["sorted_logp"].shape[1])], 1)
-        batch["sorted_logp"] = batch["sorted_logp"][:, : ids.shape[1] - 1]
-    width, ids = ids.shape[1], torch.cat([ids, leash], 1)
-    if method.span == "logit":
-        batch["raw"] = raw_logits(hidden, policy.head, ids[:, 0], **policy.head_options)
-
-    def loss(cut, numbers):
-        some = {k: v if isinstance(v, bool) else v[cut] for k, v in batch.items()}
-        if teacher is not None:
-            some["teacher_logp"] = numbers.teacher_logp[:, 0].detach()
-            if args.teacher_top_k:
-                some["support_logp"] = numbers.teacher_logp[:, 1:width].detach()
-        kls = (
-            (numbers.reverse_kl, numbers.forward_kl)
-            if teacher is not None and not args.teacher_top_k
-            else None
-        )
-        value = losses.token_loss(method, numbers.logp, numbers.entropy, some, kls)
-        logp, entropy = numbers.logp.detach()[:, 0], numbers.entropy.detach()
-        for name, x in token_metrics(method, logp, entropy, some, numbers, kls).items():
-            sums[name] = sums.get(name, 0.0) + float((x * some["share"]).sum())
-        sums["train/loss"] = sums.get("train/loss", 0.0) + float(
-            (value.detach() * some["weight"]).sum()
-        )
-        if "behaviour_logp" in some:
-            old = some.get("old_logp", logp)
-            for name, x in (
-                ("rollout/logprob_gap_max", old - some["behaviour_logp"]),
-                ("policy/ratio_gap_max", torch.expm1(logp - old)),
-            ):
-                worst[name] = max(worst.get(name, 0.0), float(x.abs().max()))
-        return (value * some["weight"]).sum()
-
-    options = dict(
-        temperature=data.temperature or 1.0,
-        teacher=teacher,
-        kernel=args.kernel,
-        **policy.head_options,
-    )
-    if method.separable:
-        return linear_token_loss(hidden, policy.head, ids, loss, **options)
-    return loss(slice(None), token_numbers(hidden, policy.head, ids, **options))
-
-
-def token_metrics(method, logp, entropy, batch, numbers, exact):  # noqa: C901
-    """Per-token tensors [N] whose mean is logged."""
-    out = {"policy/entropy": entropy}
-    if method.signal == "tokens":
-        return out
-    if "behaviour_logp" in batch:
-        old = batch.get("old_logp", logp)
-        # KL(pi_old || pi) from pi_old's samples, k3
-        out["policy/kl_from_start"] = (logp - old).exp() - 1 - (logp - old)
-        out["rollout/logprob_gap_mean"] = (old - batch["behaviour_logp"]).abs()
-        # one-sample reverse KL of the policy that sampled; single tokens may be negative
-        if "teacher_logp" in batch:
-            out["kl/teacher"] = batch["behaviour_logp"] - batch["teacher_logp"]
-        # of pi / mu: how far the samples are from this policy's own
-        if method.signal == "teacher":
-            gap = torch.expm1(logp - batch["behaviour_logp"])
-            out["policy/weight_gap"], out["policy/weight_square"] = gap, gap**2
-    if numbers.reverse_kl is not None:
-        out["kl/reverse"], out["kl/forward"] = (
-            numbers.reverse_kl.detach(),
-            numbers.forward_kl.detach(),
-        )
-    if "unit" in batch:
-        out["kl/units"], several = (
-            losses.unit_divergence(method, numbers.logp.detach(), batch).detach(),
-            (batch["unit"][:, 2] > 1) | (batch["unit"][:, 3] > 1),
-        )
-        out["units/spans"], out["units/tokens_inside"] = several.float(), batch["unit"][:, 1]
-    elif "support_logp" in batch:
-        out["kl/teacher_support_mass"] = batch["support_logp"].exp().sum(-1)
-    if "reference_logp" in batch:
-        out["kl/reference"] = logp - batch["reference_logp"]
-    if "reference_support_logp" in batch:
-        leash = batch["reference_support_logp"]
-        out["kl/reference_exact"] = losses.divergence(
-            "rkl", numbers.logp.detach()[:, -leash.shape[1] :], leash, batch["reference_whole"]
-        )
-    if "token_weight" in batch:
-        out["weights/mean"], out["weights/kept"] = (
-            batch["token_weight"],
-            (batch["token_weight"] > 0).float(),
-        )
-    kl = (
-        losses.teacher_divergence(method, numbers.logp.detach(), batch, exact).detach()
-        if method.baseline == "kl"
-        else None
-    )
-    if method.advantage_clip:
-        advantage = (
-            batch["teacher_logp"] - logp
-            if method.coefficient == "k2"
-            else losses.teacher_advantage(method, batch, kl)
-        )
-        out["policy/advantage_clip_fraction"] = (
-            advantage.abs() > method.advantage_clip
-        ).float()
-    # where the clip takes the gradient away
-    if (method.clip_low or method.clip_high) and "behaviour_logp" in batch:
-        ratio = losses.log_ratio(
-            method, logp, old if method.advantage != "none" else batch["behaviour_logp"], batch
-        ).exp()
-        good = losses.sampled_advantage(method, batch, kl) > 0
-        high, low = 1 + (method.clip_high or math.inf), 1 - (method.clip_low or 1)
-        out["policy/clip_fraction"] = torch.where(good, ratio > high, ratio < low).float()
-    return out
-
-
-def sequence_metrics(items):
-    out = {
-        "rollout/length_mean": float(np.mean([s["tokens"] for s in items])),
-        "rollout/length_max": max(s["tokens"] for s in items),
-        "rollout/truncated": float(np.mean([s["truncated"] for s in items])),
-        "train/tokens": sum(s["tokens"] for s in items),
-        "train/sequences": len(items),
-        "rollout/on_policy_fraction": float(np.mean([s["own"] for s in items])),
-    }
-    if "calls" in items[0]:
-        out |= {
-            f"rollout/{name}": value
-            for name, value in call_use(
-                [s["calls"] for s in items], [s["limited"] for s in items]
-            ).items()
-        }
-    if "reward" in items[0]:
-        out["reward/mean"] = float(np.mean([s["reward"] for s in items]))
-        out["reward/advantage_abs_mean"] = float(np.mean([abs(s["advantage"]) for s in items]))
-    # at the last token of every rollout, whether it ended there or was cut
-    for name in ("student_end_mass", "teacher_end_mass"):
-        if all(name in s for s in items):  # a server, or an older file, does not say
-            out[f"rollout/{name}"] = float(np.mean([s[name] for s in items]))
-    if "repetitive" in items[0]:
-        out["rollout/repetition"] = float(np.mean([s["repetitive"] for s in items]))
-        for name, some in (("repetitive", True), ("other", False)):
-            gaps = [
-                s["teacher_logp"] - s["behaviour_logp"]
-                for s in items
-                if s["repetitive"] == some and "teacher_logp" in s
-            ]
-            if gaps:
-                out[f"kl/teacher_{name}"] = -float(np.concatenate(gaps).mean())
-    return out
-
-
-def learning_rate(step, args):
-    """Warm-up, then constant, or linear / cosine decay to zero at --total-steps.  `step` counts
-    from 0 over all rounds."""
-    scale = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
-    if args.schedule != "constant":
-        done = min(
-            1.0, max(0, step - args.warmup_steps) / max(1, args.total_steps - args.warmup_steps)
-        )
-        scale *= 1 - done if args.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return args.learning_rate * scale
-
-
-# ---- checkpoints
-
-
-def save(folder, policy, masters, optimiser, state):
-    """A complete model folder.  Its subfolder trainer/ has the moments and master weights as
-    safetensors and the rest as JSON: a subfolder, because loaders take every *.safetensors
-    beside config.json for weights of the model."""
-    (folder / "trainer").mkdir(parents=True, exist_ok=True)
-    tensors, names = {}, [n for n, _ in policy.model.named_parameters()]
-    for name, master, p in zip(names, masters, policy.model.parameters()):
-        for key, value in optimiser.state.get(master, {}).items():
-            tensors[f"{key}/{name}"] = value.contiguous()
-        if master is not p:
-            tensors[f"master/{name}"] = master.detach()
-    try:
-        policy.model.save_pretrained(folder)
-        policy.tokenizer.save_pretrained(folder)
-        save_file(tensors, folder / "trainer" / "optimizer.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise BadInput(
-            f"{folder}: could not be written ({error}): make room and run the same command "
-            f"again, it goes on from its last checkpoint"
-        ) from None
-    files.write_atomically(
-        folder / "trainer" / "state.json", json.dumps(state, indent=1, default=str) + "\n"
-    )
-
-
-def load_trainer_state(folder, policy, masters, optimiser):
-    """Puts moments and master weights back; returns the JSON part."""
-    tensors = load_file(folder / "trainer" / "optimizer.safetensors")
-    for (name, _), master in zip(policy.model.named_parameters(), masters):
-        entry = {
-            key: tensors[f"{key}/{name}"]
-            .clone()
-            .to("cpu" if key == "step" and not optimiser.defaults["fused"] else master.device)
-            for key in ("step", "exp_avg", "exp_avg_sq")
-            if f"{key}/{name}" in tensors
-        }
-        if entry:
-            optimiser.state[master] = entry
-        if f"master/{name}" in tensors:
-            master.data.copy_(tensors[f"master/{name}"])
-    return json.loads((folder / "trainer" / "state.json").read_text())
-
-
-def checkpoint(partial, step, *content):
-    """Writes OUT.partial/step-N, then points LATEST at it: a kill at any moment leaves one
-    complete checkpoint."""
-    save(partial / f"step-{step}", *content)
-    files.write_atomically(partial / "LATEST", f"step-{step}")
-    for old in partial.glob("step-*"):
-        if old.name != f"step-{step}":
-            shutil.rmtree(old)
 
 
 # ---- the stage
 
 
-def check_inputs(args, method):
-    """The files a row reads are there, and none that it does not read."""
-    row = f"--method {args.method}"
-    for needed, flags in (
-        (method.rewards, {"rewards": "FILE"}),
-        (method.teacher, {"scores": "FILE", "teacher": "FOLDER"}),
-        (method.reference, {"reference": "FILE"}),
-        (method.token_weight != "one", {"token_weights": "FILE"}),
-        (method.given, {"data": "FILE"}),
-        (method.prefix == "mixed" and not args.teacher, {"data_scores": "FILE"}),
-    ):
-        given = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag)]
-        if needed and not given:
-            raise BadInput(
-                f"{row}: expected "
-                f"{' or '.join(f'--{k} {v}' for k, v in flags.items()).replace('_', '-')}, "
-                f"but it is missing"
-            )
-        if "--data-scores" in given and args.teacher:
-            raise BadInput(
-                "--data-scores and --teacher both say what the teacher thinks: give one of them"
-            )
-        if given and not needed:
-            raise BadInput(f"{row}: {given[0]} is given, but this method does not read it")
-        if len(given) > 1:
-            raise BadInput(
-                f"{' and '.join(given)} both say what the teacher thinks: give one of them"
-            )
-    if method.prefix == "self" and args.prompts and not args.data:
-        raise BadInput(
-            f"{row}: --prompts is given, but rollouts bring their prompt's tokens along"
-        )
-    if args.teacher_top_k is not None and not (args.teacher and method.support):
-        raise BadInput(
-            "--teacher-top-k: how much of a --teacher's distribution is read: needs "
-            "--teacher and a method that reads a distribution"
-        )
-    if args.teacher and method.coefficient in ("unit", "sorted"):
-        raise BadInput(
-            f"{row}: a teacher of another vocabulary is read from --scores (teacher.py "
-            f"units), got --teacher"
-        )
-    if args.teacher and method.divergence == "jsd" and not args.teacher_top_k:
-        raise BadInput(
-            "--teacher: a Jensen-Shannon divergence does not come out of the kernel's one "
-            "pass: give --teacher-top-k (the vocabulary's size: exact)"
-        )
-
-
-def load_teacher(args, policy, weights):
-    """The --teacher as a Policy that shares the student's token ids, and its template unless a
-    mismatch is meant."""
-    teacher = load_policy(
-        args.teacher, args.teacher_dtype, args.device, args.template_options, weights
-    )
-    for field in (
-        ("vocabulary",) if args.allow_template_mismatch else ("vocabulary", "template")
-    ):
-        if teacher.identity[field] != policy.identity[field]:
-            raise BadInput(
-                f"--teacher {args.teacher}: expected the {field} of {args.model}, "
-                f"{policy.identity[field]}, got {teacher.identity[field]}: "
-                + (
-                    "their token ids mean different things"
-                    if field == "vocabulary"
-                    else (
-                        "a teacher off its own template scores badly; pass "
-                        "--allow-template-mismatch if this is meant"
-                    )
-                )
-            )
-    return teacher
-
-
-def explain(argv):
-    """train.py --explain NAME [--set COLUMN=VALUE]."""
-    p = files.parser(
-        "A row of loss.METHODS in words.\n\n    python train.py --explain gkd --set "
-        "interpolation=0.1"
-    )
-    p.add_argument(
-        "--explain",
-        required=True,
-        metavar="NAME",
-        help="row of loss.METHODS: " + ", ".join(losses.METHODS),
-    )
-    p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="COLUMN=VALUE",
-        help="change a column of it",
-    )
-    args = p.parse_args(argv)
-    text = explain_row(args.explain, args.set)
-    print(text)
-    return {"explain": text}
-
-
-def main(argv=None):  # noqa: C901
-    p = files.parser(__doc__)
-    p.add_argument(
-        "--explain",
-        metavar="NAME",
-        help="print that row of loss.METHODS: formula, files, one worked token; trains nothing",
-    )
-    p.add_argument(
-        "--method",
-        required=True,
-        metavar="NAME",
-        help="row of loss.METHODS: " + ", ".join(losses.METHODS),
-    )
+def add_input_flags(p):
+    p.add_argument("--method", required=True, metavar="NAME", help="row: " + ", ".join(METHODS))
     p.add_argument(
         "--set",
         action="append",
@@ -650,13 +273,11 @@ def main(argv=None):  # noqa: C901
     p.add_argument(
         "--rollouts",
         required=True,
-        help="JSONL of rollouts, or of answers for methods on other people's texts (sft: or "
-        "of prompts with a `solution`)",
+        help="JSONL of rollouts, or of answers for methods on other people's texts (sft: or of "
+        "prompts with a `solution`)",
     )
     p.add_argument("--rewards", help="JSONL of rewards for these rollouts (rubric.py grade)")
-    p.add_argument(
-        "--scores", help="JSONL of teacher scores for these rollouts (teacher.py score)"
-    )
+    p.add_argument("--scores", help="JSONL of teacher scores for them (teacher.py score)")
     p.add_argument(
         "--teacher",
         help="folder or Hugging Face id of a teacher to read in place of --scores: opd-full "
@@ -672,40 +293,50 @@ def main(argv=None):  # noqa: C901
         "--teacher-top-k",
         type=int,
         metavar="K",
-        help="read only the K likeliest tokens of --teacher (default: exact; the "
-        "vocabulary's size is exact, too)",
-    )
-    p.add_argument(
-        "--allow-template-mismatch",
-        action="store_true",
-        help="a --teacher with another chat template, off its own ground",
+        help="read only the K likeliest tokens of --teacher (default: exact)",
     )
     p.add_argument(
         "--reference",
-        help="JSONL of reference-policy scores for the KL leash (teacher.py score --model "
+        help="JSONL of reference-policy scores for reference_kl (teacher.py score --model "
         "START)",
     )
     p.add_argument(
-        "--token-weights",
-        help="JSONL of a number for every token of these rollouts (methods.prefix), for a "
-        "method "
-        "that reads them (release, sod)",
-    )
-    p.add_argument(
-        "--allow-teacher-mismatch",
-        action="store_true",
-        help="another teacher than that of the fine-tuning, for a method that wants the same",
+        "--token-weights", help="JSONL of a number for every token of these rollouts"
     )
     p.add_argument(
         "--data",
         help="JSONL of given answers to the same prompts (gkd: in the rollouts' place; "
-        "stable-opd: beside them), or of prompts with a `solution`",
+        "gold_weight: beside them), or of prompts with a `solution`",
     )
     p.add_argument("--data-scores", help="JSONL of teacher scores for --data")
     p.add_argument(
         "--prompts", help="JSONL of prompts, for answers that bring neither tokens nor messages"
     )
+    p.add_argument(
+        "--allow",
+        nargs="+",
+        default=[],
+        choices=("stale", "teacher", "template"),
+        help="stale: rollouts of other weights for an on-policy method; teacher: another than "
+        "that of the fine-tuning; template: a --teacher with another chat template",
+    )
     p.add_argument("--out", required=True, help="folder for the new weights")
+
+
+def input_files(args):
+    """The Inputs of the rollouts and those of --data."""
+    own = Inputs(
+        args.rollouts,
+        args.rewards,
+        args.scores,
+        args.reference,
+        args.token_weights,
+        args.prompts,
+    )
+    return own, Inputs(args.data, scores=args.data_scores, prompts=args.prompts)
+
+
+def add_run_flags(p):
     p.add_argument(
         "--batch-size",
         type=int,
@@ -719,41 +350,6 @@ def main(argv=None):  # noqa: C901
     )
     p.add_argument(
         "--steps", type=int, help="exactly this many optimiser steps instead of --epochs"
-    )
-    p.add_argument(
-        "--learning-rate",
-        type=float,
-        default=1e-6,
-        help="peak of AdamW's learning rate; tiny models want 1e-3",
-    )
-    p.add_argument(
-        "--weight-decay", type=float, default=0.01, help="AdamW's decoupled weight decay"
-    )
-    p.add_argument(
-        "--adam-beta2",
-        type=float,
-        default=0.999,
-        help="memory of AdamW's second moment; 0.95 forgets faster",
-    )
-    p.add_argument(
-        "--grad-clip", type=float, default=1.0, help="largest gradient norm; 0 is off"
-    )
-    p.add_argument(
-        "--schedule",
-        default="constant",
-        choices=("constant", "linear", "cosine"),
-        help="decay to 0 at --total-steps",
-    )
-    p.add_argument(
-        "--warmup-steps",
-        type=int,
-        default=0,
-        help="steps of linear warm-up, counted over all rounds",
-    )
-    p.add_argument(
-        "--total-steps",
-        type=int,
-        help="end of the decay, counted over all rounds (default: this call's last step)",
     )
     p.add_argument(
         "--micro-batch-tokens",
@@ -781,321 +377,189 @@ def main(argv=None):  # noqa: C901
         metavar="JSON",
         help="as for rollout.py",
     )
-    p.add_argument(
-        "--save-every",
-        type=int,
-        default=100,
-        help="steps between checkpoints a killed run continues from",
-    )
-    p.add_argument(
-        "--fresh-optimizer",
-        action="store_true",
-        help="do not continue the optimiser state of --model",
-    )
-    p.add_argument(
-        "--allow-stale",
-        action="store_true",
-        help="accept rollouts of other weights for an on-policy method",
-    )
-    p.add_argument(
-        "--tail",
-        type=int,
-        default=256,
-        help="characters at the end of a rollout that are searched for repetition, as in "
-        "eval.py",
-    )
-    p.add_argument(
-        "--threshold",
-        type=float,
-        default=4.0,
-        help="compression ratio that counts as repetitive",
-    )
     p.add_argument("--seed", type=int, default=0, help="order of the prompts")
-    p.add_argument("--overwrite", action="store_true", help="replace --out and any partial run")
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--explain"] or argv[:1] and argv[0].startswith("--explain="):
-        return explain(argv)
-    args = p.parse_args(argv)
-    if args.explain:
-        p.error("--explain: comes first, and alone but for --set")
-    for flag in (
-        "batch_size",
-        "micro_batch_tokens",
-        "save_every",
-        "epochs",
-        "steps",
-        "teacher_top_k",
-    ):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise BadInput(
-                f"--{flag.replace('_', '-')}: expected at least 1, got {getattr(args, flag)}"
-            )
-    if args.steps and args.epochs:
-        raise BadInput("--steps and --epochs both say how long to train: give one of them")
-    if args.total_steps and args.schedule == "constant":
-        raise BadInput("--total-steps: the end of a decay; a constant schedule has none")
-    if args.kernel == "triton" and args.teacher:
+
+
+def check_inputs(label, method, own, given, teacher):
+    """The files a row reads are there, and none that it does not read.  own, given: the Inputs
+    of the rollouts and of --data."""
+    scored_data = method.prefix == "mixed" and not teacher
+    check_input(label, method.rewards, rewards=own.rewards)
+    check_input(label, method.teacher, scores=own.scores, teacher=teacher)
+    check_input(label, method.reference, reference=own.reference)
+    check_input(label, method.token_weight != "one", token_weights=own.token_weights)
+    check_input(label, method.given, data=given.rollouts)
+    check_input(label, scored_data, data_scores=given.scores)
+    if method.prefix == "self" and own.prompts and not given.rollouts:
+        raise BadInput(
+            f"{label}: --prompts is given, but rollouts bring their prompt's tokens along"
+        )
+
+
+def check_input(label, needed, **options):
+    """Exactly one of the flags is given where one is needed, and else none."""
+    names = ["--" + name.replace("_", "-") for name in options]
+    found = [name for name, value in zip(names, options.values()) if value]
+    if needed and not found:
+        raise BadInput(f"{label}: expected {' or '.join(names)}, but it is missing")
+    if found and not needed:
+        raise BadInput(f"{label}: {found[0]} is given, but this method does not read it")
+    if len(found) > 1:
+        raise BadInput(f"{' and '.join(found)} are both a teacher's numbers: give one of them")
+
+
+def check_teacher_flags(method, teacher, settings):
+    """What a teacher in memory can do."""
+    top_k = settings.teacher_top_k
+    if top_k is not None and not (teacher and method.support):
+        raise BadInput(
+            "--teacher-top-k: how much of a --teacher's distribution is read: needs --teacher "
+            "and a method that reads a distribution"
+        )
+    if teacher and method.own:
+        raise BadInput("--teacher: this method reads a teacher of another vocabulary: --scores")
+    if teacher and method.support and method.divergence == "jsd" and not top_k:
+        raise BadInput(
+            "--teacher: a Jensen-Shannon divergence does not come out of the kernel's one "
+            "pass: give --teacher-top-k (the vocabulary's size: exact)"
+        )
+    if settings.kernel == "triton" and teacher:
         raise BadInput(
             "--kernel triton: has no KL to a teacher in memory: use auto or torch with "
             "--teacher"
         )
-    if args.kernel == "triton" and not find_spec("triton"):
+    if settings.kernel == "triton" and not find_spec("triton"):
         raise BadInput("--kernel triton: `pip install triton` first")
-    method = losses.settings(args.method, args.set)
-    check_inputs(args, method)
-    out, partial = Path(args.out), Path(str(args.out) + ".partial")
-    source = find_folder(args.model)
-    flags = {
-        k: v
-        for k, v in vars(args).items()
-        if k
-        not in (
-            "overwrite",
-            "save_every",
-            "micro_batch_tokens",
-            "device",
-            "kernel",
-            "tail",
-            "threshold",
-        )
+
+
+def load_teacher(name, policy, dtype, device, template_options, weights, any_template):
+    """The --teacher as a Policy that shares the student's token ids, and its template unless a
+    mismatch is meant."""
+    teacher = load_policy(name, dtype, device, template_options, weights)
+    reasons = {
+        "vocabulary": "their token ids mean different things",
+        "template": "a teacher off its own template scores badly; pass --allow template if "
+        "this is meant",
     }
-    run = {
-        "flags": flags,
-        "method": method.columns(),
-        "weights": hash_weights(source),
-        "teacher": hash_weights(find_folder(args.teacher)) if args.teacher else None,
-        "inputs": {
-            f: files.hash_file(f)
-            for f in (
-                args.rollouts,
-                args.rewards,
-                args.scores,
-                args.reference,
-                args.data,
-                args.data_scores,
-                args.token_weights,
-                args.prompts,
-            )
-            if f
-        },
-    }
-    if out.exists() and out.samefile(source):
-        raise BadInput(f"--out {out}: is the model to start from: give another --out")
-    if not args.overwrite:
-        for state_file in (out / "trainer" / "state.json", partial / "run.json"):
-            if state_file.exists() and (
-                difference := files.first_difference(
-                    json.loads(state_file.read_text()).get("run"), run
-                )
-            ):
-                raise BadInput(
-                    f"{state_file}: holds another training run ({difference}): give another "
-                    f"--out, or --overwrite"
-                )
-        if (out / "trainer" / "state.json").exists():
-            summary = json.loads((out / "trainer" / "state.json").read_text())["summary"]
-            print(f"train.py: {out}: complete already, {summary['steps']} steps")
-            return summary
-        if out.exists():
+    for field, reason in reasons.items():
+        wanted, got = policy.identity[field], teacher.identity[field]
+        if wanted != got and not (field == "template" and any_template):
             raise BadInput(
-                f"{out}: exists and is not a training run of this stage: give another --out"
+                f"--teacher {name}: expected the {field} of {policy.identity['model']}, "
+                f"{wanted}, got {got}: {reason}"
             )
-    elif (
-        out.exists()
-        and (not out.is_dir() or any(out.iterdir()))
-        and not (out / "trainer" / "state.json").exists()
-    ):
-        raise BadInput(
-            f"--overwrite: replaces a training run, and {out} is none: give another --out"
-        )
-    elif inside := [
-        path
-        for path in vars(args).values()
-        if isinstance(path, str)
-        and path != args.out
-        and Path(path).exists()
-        and out.resolve() in Path(path).resolve().parents
-    ]:
-        raise BadInput(
-            f"--overwrite: would delete {inside[0]}, which this run reads, with {out}: give "
-            f"another --out"
-        )
+    return teacher
 
-    load = (
-        functools.partial(load_scorer, seed=args.seed, view=method.view)
-        if method.scalar
-        else load_policy
-    )
-    policy = load(args.model, args.dtype, args.device, args.template_options, run["weights"])
-    teacher = load_teacher(args, policy, run["teacher"]) if args.teacher else None
-    data = Data(args, method, policy, teacher)
-    check_teacher(args, source, method, data)
-    given = None
-    if args.data:
-        given = (
-            Data(args, losses.METHODS["sft"], policy, given=True)
-            if method.gold_weight
-            else Data(args, method, policy, teacher, given=True)
-        )
-    if given and (missing := [prompt for prompt in data.groups if prompt not in given.groups]):
-        raise BadInput(
-            f"{args.data}: expected an answer to every prompt of {args.rollouts}, got none "
-            f"to id {missing[0]!r}"
-        )
-    if args.overwrite:  # only now, when the new run's inputs are known to be good
-        for folder in (out, partial):
-            shutil.rmtree(folder, ignore_errors=True)
-    steps = plan(data.groups, args.batch_size, args.epochs or 1, args.steps, args.seed)
-    old = {}
-    if method.on_policy and len(steps) > 1:
-        old = starting_logps(
-            policy, data, [key for keys in data.groups.values() for key in keys], args
-        )
 
-    masters = [
-        p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-        for p in policy.model.parameters()
-    ]
-    # one pass over memory in place of ten: on a CPU 0.1 s instead of several for 135 million
-    # parameters; a tiny model gains nothing
-    fused = sum(m.numel() for m in masters) > 10_000_000
-    optimiser = torch.optim.AdamW(
-        masters,
-        lr=args.learning_rate,
-        betas=(0.9, args.adam_beta2),
-        weight_decay=args.weight_decay,
-        fused=fused,
-    )
-    done, before, metrics_path = 0, {"step": 0, "tokens": 0}, partial / "metrics.jsonl"
-    if (partial / "LATEST").exists():
-        folder = partial / (partial / "LATEST").read_text()
-        policy.model.load_state_dict(
-            load(folder, args.dtype, args.device, weights="unfinished").model.state_dict()
-        )
-        state = load_trainer_state(folder, policy, masters, optimiser)
-        done, before = state["done"], state["before"]
-        kept = metrics_path.read_text().splitlines(keepends=True)[:done]
-        files.write_atomically(metrics_path, kept)
+def load_given(inputs, method, policy, teacher, data):
+    """The answers of --data: golden ones to imitate, or a mixed row's other texts."""
+    if not inputs.rollouts:
+        return None
+    if method.gold_weight:
+        given = Data(inputs, METHODS["sft"], policy)
     else:
-        partial.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(partial / "run.json", json.dumps({"run": run}, indent=1) + "\n")
-        metrics_path.unlink(missing_ok=True)
-        continued = source / "trainer" / "state.json"
-        if (
-            continued.exists()
-            and not args.fresh_optimizer
-            and json.loads(continued.read_text())["run"]["flags"]["method"] == args.method
-        ):
-            state = load_trainer_state(source, policy, masters, optimiser)
-            before = {"step": state["step"], "tokens": state["tokens"]}
-    args.total_steps = args.total_steps or before["step"] + len(steps)
+        given = Data(inputs, dataclasses.replace(method, prefix="data"), policy, teacher)
+    given.check_answers_all(data)
+    return given
 
-    tokens, started, cut, alarms = (
-        before["tokens"] if not done else state["tokens"],
-        time.time(),
-        0.0,
-        0,
-    )
-    with open(metrics_path, "ab", buffering=0) as log:
-        for index in files.progress(
-            range(done, len(steps)), initial=done, total=len(steps), desc=f"train {args.method}"
-        ):
-            step = before["step"] + index
-            # a coin of each step's own: rounds of a few steps under one seed must not toss the
-            # same few coins again and again
-            texts = (
-                data
-                if np.random.default_rng([args.seed, 1, step]).random()
-                < method.student_fraction
-                else given
-            )
-            items = texts.sequences(
-                [key for prompt in steps[index] for key in texts.groups[prompt]]
-            )
+
+def parse(argv):
+    p = files.parser(__doc__)
+    add_input_flags(p)
+    add_run_flags(p)
+    add_trainer_flags(p)
+    args = p.parse_args(argv)
+    for flag in ("batch_size", "micro_batch_tokens", "epochs", "steps", "teacher_top_k"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise BadInput(f"--{flag.replace('_', '-')}: expected at least 1, got {value}")
+    if args.steps and args.epochs:
+        raise BadInput("--steps and --epochs both say how long to train: give one of them")
+    return args
+
+
+def identity_of_run(flags, method, weights, teacher, inputs):
+    """What determines the result of a run, as JSON: a folder of another run is refused.  flags:
+    {name: value}, of which those are left out that change memory and speed alone."""
+    without = ("overwrite", "save_every", "micro_batch_tokens", "device", "kernel")
+    return {
+        "flags": {name: value for name, value in flags.items() if name not in without},
+        "method": method.columns(),
+        "weights": weights,
+        "teacher": hash_weights(find_folder(teacher)) if teacher else None,
+        "inputs": {path: files.hash_file(path) for path in inputs},
+    }
+
+
+def train_steps(trainer, run, steps, data, given, settings, seed, old):
+    """The optimiser steps that are left.  steps: each a list of prompts;  old: starting_logps,
+    or {} where there is one update."""
+    method = data.method
+    for index, step in run.steps(len(steps)):
+        prompts = steps[index]
+        # a coin of each step's own: rounds of a few steps under one seed must not toss the same
+        # few coins again and again
+        coin = np.random.default_rng([seed, 1, step]).random()
+        texts = data if coin < method.student_fraction else given
+        items = texts.items(prompts)
+        if old and texts is data:
             for item in items:
-                if texts is data and item["key"] in old:
-                    item["old_logp"] = old[item["key"]]
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(step, args)
-            gold = (
-                (
-                    given,
-                    given.sequences(
-                        [key for prompt in steps[index] for key in given.groups[prompt]]
-                    ),
-                )
-                if method.gold_weight or method.scalar
-                else ()
-            )
-            metrics = optimise(policy, texts, items, masters, optimiser, args, gold)
-            metrics["alarm/collapse"], cut = (
-                float(
-                    metrics.get("rollout/repetition", 0) >= 0.05
-                    or min(cut, metrics["rollout/truncated"]) > 0.9
-                ),
-                metrics["rollout/truncated"],
-            )
-            alarms += metrics["alarm/collapse"]
-            tokens += metrics["train/tokens"]
-            metrics |= {
-                "train/learning_rate": learning_rate(step, args),
-                "train/tokens_total": tokens,
-            }
-            if method.rewards:
-                metrics |= data.signals
-            files.append_whole(log, json.dumps({"step": step + 1} | metrics).encode() + b"\n")
-            if (index + 1) % args.save_every == 0 and index + 1 < len(steps):
-                checkpoint(
-                    partial,
-                    index + 1,
-                    policy,
-                    masters,
-                    optimiser,
-                    {
-                        "run": run,
-                        "done": index + 1,
-                        "before": before,
-                        "step": step + 1,
-                        "tokens": tokens,
-                    },
-                )
-    summary = {
-        "out": str(out),
-        "steps": len(steps),
-        "step": before["step"] + len(steps),
-        "trained_tokens": tokens - before["tokens"],
-        "loss": metrics["train/loss"],
+                item["old_logp"] = old[item["key"]]
+        golden = given.items(prompts) if method.gold_weight else ()
+        metrics = optimise(trainer, texts, items, settings, given, golden)
+        run.log(metrics | data.signals)
+
+
+def main(argv=None):
+    args = parse(argv)
+    method = losses.settings(METHODS, args.method, args.set)
+    settings = StepSettings(args.micro_batch_tokens, args.kernel, args.teacher_top_k)
+    own_files, given_files = input_files(args)
+    check_inputs(f"--method {args.method}", method, own_files, given_files, args.teacher)
+    check_teacher_flags(method, args.teacher, settings)
+    source = find_folder(args.model)
+    weights = hash_weights(source)
+    inputs = [*own_files.paths(), *given_files.paths()]
+    identity = identity_of_run(vars(args), method, weights, args.teacher, inputs)
+    reads = [*inputs, source, *filter(None, [args.teacher])]
+    run = Run(args.out, identity, source, reads, args.overwrite)
+    if run.finished:
+        print(f"train.py: {args.out}: complete already, {run.finished['steps']} steps")
+        return run.finished
+
+    policy = load_policy(args.model, args.dtype, args.device, args.template_options, weights)
+    teacher = None
+    if args.teacher:
+        teacher = load_teacher(
+            args.teacher,
+            policy,
+            args.teacher_dtype,
+            args.device,
+            args.template_options,
+            identity["teacher"],
+            "template" in args.allow,
+        )
+    data = Data(own_files, method, policy, teacher, "stale" in args.allow)
+    given = load_given(given_files, method, policy, teacher, data)
+    if "teacher" not in args.allow:
+        check_teacher(source, method, data)
+    steps = plan(data.groups, args.batch_size, args.epochs or 1, args.steps, args.seed)
+    several = method.on_policy and len(steps) > 1
+    old = starting_logps(policy, data, settings) if several else {}
+
+    trainer = Trainer(policy, trainer_settings(args))
+    run.begin(trainer, args.fresh_optimizer)
+    train_steps(trainer, run, steps, data, given, settings, args.seed, old)
+    counts = {
         "groups_dropped": data.dropped,
         "groups_without_weight": data.silent,
         "retokenized": len(data.retokenized),
-        "seconds": round(time.time() - started, 2),
     }
-    final = partial / "final"
-    shutil.rmtree(final, ignore_errors=True)
-    save(
-        final,
-        policy,
-        masters,
-        optimiser,
-        {"run": run, "step": summary["step"], "tokens": tokens, "summary": summary},
-    )
-    shutil.copy(metrics_path, final / "metrics.jsonl")
-    if taught := taught_by(source, method, data):
-        files.write_atomically(final / "sft_teacher.json", json.dumps(taught) + "\n")
-    final.rename(out)
-    shutil.rmtree(partial)
-    if alarms:
-        print(
-            f"train.py: {out}: WARNING: in {alarms:.0f} of {len(steps) - done} steps at "
-            f"least 5 % of the texts were repetitive, or more than 90 % cut at "
-            f"their longest "
-            "twice in a row: length inflation (rollout/repetition, rollout/truncated; "
-            "--method stable-opd)"
-        )
+    summary = run.finish(counts, taught_by(source, method, data))
+    dropped = f", {data.dropped} groups dropped for failed judgements" if data.dropped else ""
     print(
-        f"train.py: {out}: {args.method}, {len(steps)} steps, {summary['trained_tokens']} "
-        f"tokens, loss {summary['loss']:.4f}"
-        + (f", {data.dropped} groups dropped for failed judgements" if data.dropped else "")
+        f"train.py: {args.out}: {args.method}, {len(steps)} steps, {summary['trained_tokens']} "
+        f"tokens, loss {summary['loss']:.4f}{dropped}"
     )
     return summary
 

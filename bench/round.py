@@ -82,11 +82,15 @@ ASKED = (
     "Tell a fable about a fox and a crow, with a moral at its end.",
 )
 PARTS = {  # part -> what belongs to it: module, or module.class, and the function
-    "load": ("opd.policy load_policy", "opd.policy hash_weights", "train load_trainer_state"),
+    "load": (
+        "opd.policy load_policy",
+        "opd.policy hash_weights",
+        "opd.trainer.Trainer load_optimiser",
+    ),
     "generate": ("opd.sampling sample_batch",),
     "score": ("teacher score_batch",),
     "gradient": ("train optimise",),
-    "save": ("train save",),
+    "save": ("opd.trainer.Trainer save",),
     "jsonl": (
         "opd.files _lines",
         "opd.records fingerprint",

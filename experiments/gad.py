@@ -15,7 +15,7 @@ begins alone, for --judge-rounds rounds.  Then, in every round,
     methods.gad grade                             its score as it stands is the reward; the
                                                   teacher's texts are scored beside it and earn
                                                   nothing
-    train.py --method discriminator               the discriminator learns from these very
+    methods.gad train                             the discriminator learns from these very
                                                   answers
     train.py --method gad                         the student follows the scores of before:
                                                   GRPO's advantage, clip, KL to the
@@ -130,7 +130,7 @@ ARMS = {
 }
 WARM_UPS = {  # settings of the discriminator's row
     "warm": {},
-    "warm-ce": {"omega": "cross-entropy"},
+    "warm-ce": {"loss": "cross-entropy"},
     "warm-length": {"view": "length"},
     "cold": {},  # without imitation
 }
@@ -250,15 +250,14 @@ class Pair(study.Trial):
         """The discriminator learns from AT/rollouts.jsonl and the teacher's texts."""
         s, out = self.settings, at / "judge"
         self.run.stage(
-            "train.py",
-            method="discriminator",
+            "methods.gad train",
             model=self.judge,
             rollouts=at / "rollouts.jsonl",
             data=self.answers(index),
             batch_size=s.prompts // s.updates,
             learning_rate=s.judge_learning_rate if rate is None else rate,
             grad_clip=s.grad_clip,
-            set=self.view,
+            **self.view,
             seed=self.seed,
             fresh_optimizer=self.judge == self.first_judge,
             out=out,

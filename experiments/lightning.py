@@ -450,11 +450,11 @@ class Trial(study.Trial):
             self.run.stage(
                 "experiments.weight_controls", rule="no-end", rollouts=rollouts, out=weights
             )
+        other = self.how.start != f"sft-{self.how.teacher}"
         return dict(
             scores=scores,
             token_weights=weights,
-            allow_stale=True,
-            allow_teacher_mismatch=self.how.start != f"sft-{self.how.teacher}",
+            allow=["stale", "teacher"] if other else ["stale"],
             set=self.how.set,
         )
 

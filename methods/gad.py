@@ -1,32 +1,31 @@
-"""A discriminator: a language model with one number in the place of its vocabulary, D(question,
-answer).
+"""GAD (arXiv 2511.10643): distillation from a teacher that shows only texts.  A discriminator,
+a language model with one number in the place of its vocabulary, D(question, answer), learns
+beside the student; its score is the student's reward.
 
-    train.py  --method discriminator --model STUDENT --rollouts R --data ANSWERS --out D
-              # a first one: the student's weights, a new head
-    train.py  --method discriminator --model D --rollouts R2 --data ANSWERS --out D2
-              # and so on, with every round of rollouts
+    python -m methods.gad train --model STUDENT --rollouts R --data ANSWERS --out D
+    python -m methods.gad train --model D --rollouts R2 --data ANSWERS --out D2
     python -m methods.gad grade --discriminator D --rollouts R --answers ANSWERS --out W
+    python train.py --method gad --model STUDENT --rollouts R --rewards W --reference S --out M
 
-It learns to score given answers (--data, a teacher's texts) above a policy's own to the same
-questions; its score is then the reward of that policy, which is all that distillation from a
-black box has (GAD, arXiv 2511.10643).  Folders are transformers' sequence classifiers with one
-label.  The score is read at the last token that an answer really has, which the record's own
-ids say; a padding id is never searched. Both sides end alike: with the end token where the
-answer ended by itself, without one where it was cut.
+The first line makes a first discriminator: the student's weights, a new head.  It learns to
+score given answers (--data, a teacher's texts) above a policy's own to the same questions.
+Folders are transformers' sequence classifiers with one label.  The score is read at the last
+token that an answer really has, which the record's own ids say; a padding id is never
+searched.  Both sides end alike: with the end token where the answer ended by itself, without
+one where it was cut.
 
-Every answer y of a step has a number omega, what the loss wants of its score at this moment,
-and the gradient is that of - sum omega D(y), in the form of all our rows.  With pairs (t, s),
-every own answer s and a given one t:
+Every answer y of a step has a number omega, minus the derivative of the loss by its score, and
+the gradient is that of - sum omega D(y).  With pairs (t, s), every own answer s and a given
+one t:
 
     bradley-terry    mean over pairs of -log sigmoid(D(t) - D(s))          omega_t =
                      sigmoid(D(s) - D(t)) = -omega_s      (eq. 3)
-    cross-entropy    mean over pairs of -log sigmoid(D(t)) - log sigmoid(-D(s))
-                     (its ablation)
+    cross-entropy    mean over pairs of -log sigmoid(D(t)) - log sigmoid(-D(s))  (its ablation)
 
-`view` length (a control) replaces every token of an answer but its end by one and the same, so
-that its length is all that is left to judge.
-"""
+--view length (a control) replaces every token of an answer but its end by one and the same, so
+that its length is all that is left to judge."""
 
+import json
 import math
 
 import numpy as np
@@ -34,7 +33,9 @@ import torch
 import transformers
 
 from opd import files, rewards
-from opd.batches import answer_ids
+from opd.batches import Data, Inputs, answer_ids, plan
+from opd.loss import PPO, Method
+from opd.metrics import sequence_metrics
 from opd.policy import (
     Policy,
     check_tokens,
@@ -48,8 +49,23 @@ from opd.policy import (
     vocabulary_size,
 )
 from opd.records import BadInput
+from opd.trainer import Run, Trainer, add_trainer_flags, trainer_settings
 
+# the released scripts' token mean and clip; their gradient clip, 0.2, is a flag of train.py
+ROWS = {
+    "gad": Method(
+        "self",
+        **PPO,
+        advantage="std",
+        reference_kl=0.001,
+        about="a co-trained discriminator's score as the reward: distillation from a teacher "
+        "that shows only texts (arXiv 2511.10643)",
+    )
+}
+LOSSES = ("bradley-terry", "cross-entropy")
 VIEWS = ("text", "length")
+# the answers of a step are read as texts, whoever wrote them
+TEXTS = Method("data", "token")
 
 
 class Scorer(Policy):
@@ -57,11 +73,9 @@ class Scorer(Policy):
     is [1, D]."""
 
     def __init__(self, model, tokenizer, name, weights, template_options=None):
-        self.model, self.tokenizer, self.template_options = (
-            model,
-            tokenizer,
-            template_options or {},
-        )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.template_options = template_options or {}
         self.identity = identity_of(name, weights, tokenizer, self.template_options)
         self.vocabulary = vocabulary_size(tokenizer)
 
@@ -78,26 +92,20 @@ class Scorer(Policy):
         if self.view == "text":
             return prompt_ids + response_ids
         end = response_ids[-1:] if response_ids[-1:] == [self.tokenizer.eos_token_id] else []
-        return (
-            prompt_ids
-            + [self.tokenizer.pad_token_id or 0] * (len(response_ids) - len(end))
-            + end
-        )
+        same = [self.tokenizer.pad_token_id or 0]
+        return prompt_ids + same * (len(response_ids) - len(end)) + end
 
-    def states(self, sequences):
-        """Hidden states of the last tokens, [N, D]."""
-        return hidden_at(self.model, sequences, [[len(s) - 1] for s in sequences])
+    def values(self, sequences):
+        """D of a batch of sequences, [N], differentiable."""
+        hidden = hidden_at(self.model, sequences, [[len(s) - 1] for s in sequences])
+        return (hidden @ self.head.T)[:, 0].float()
 
     @torch.no_grad()
     def scores(self, sequences, batch_tokens=16384):
         """D of every sequence (as `sees` returns them), a list of floats."""
         out = [0.0] * len(sequences)
         for batch in token_batches([len(s) for s in sequences], batch_tokens):
-            values = (
-                (self.states([sequences[i] for i in batch]) @ self.head.T)[:, 0]
-                .float()
-                .tolist()
-            )
+            values = self.values([sequences[i] for i in batch]).tolist()
             for i, value in zip(batch, values):
                 out[i] = value
         return out
@@ -111,46 +119,26 @@ def load_scorer(
     standard deviation 0.02 in most families).
 
     view: what it is to see; a folder that was trained with another view is refused."""
-
     folder = find_folder(name)
     config = transformers.AutoConfig.from_pretrained(folder)
     trained = any("SequenceClassification" in a for a in config.architectures or ())
     if not trained and seed is None:
         raise BadInput(
             f"--discriminator {name}: expected a sequence classifier, got "
-            f"{', '.join(config.architectures or ['?'])}: train one with --method "
-            f"discriminator"
+            f"{', '.join(config.architectures or ['?'])}: train one with methods.gad train"
         )
-    level = transformers.utils.logging.get_verbosity()
-    # it would warn of the new head, which is what was asked for
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed or 0)
-            model = load_weights(
-                name,
-                folder,
-                "AutoModelForSequenceClassification",
-                dtype,
-                device,
-                **({} if trained else {"num_labels": 1}),
-            )
-    finally:
-        transformers.utils.logging.set_verbosity(level)
-    if (
-        type(getattr(model, "score", None)) is not torch.nn.Linear
-        or model.score.out_features != 1
-        or model.score.bias is not None
-    ):
+    labels = {} if trained else {"num_labels": 1}
+    model = quiet_classifier(name, folder, dtype, device, seed or 0, labels)
+    head = getattr(model, "score", None)
+    if type(head) is not torch.nn.Linear or head.out_features != 1 or head.bias is not None:
         raise BadInput(
-            f"--model {name}: expected a classifier with one label and a plain linear "
-            f"`score`, got {type(model).__name__} with {model.config.num_labels}"
+            f"--model {name}: expected a classifier with one label and a plain linear `score`, "
+            f"got {type(model).__name__} with {model.config.num_labels}"
         )
     if not trained:
         model.config.discriminator_view = view or "text"
-    scorer = Scorer(
-        model, load_tokenizer(folder), name, weights or hash_weights(folder), template_options
-    )
+    weights = weights or hash_weights(folder)
+    scorer = Scorer(model, load_tokenizer(folder), name, weights, template_options)
     if view and scorer.view != view:
         raise BadInput(
             f"--model {name}: has learnt from the {scorer.view} of answers: expected {view}: "
@@ -159,54 +147,47 @@ def load_scorer(
     return scorer
 
 
+def quiet_classifier(name, folder, dtype, device, seed, labels):
+    """transformers' classifier without its warning of a new head, which is drawn with
+    `seed`."""
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            kind = "AutoModelForSequenceClassification"
+            return load_weights(name, folder, kind, dtype, device, **labels)
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+
+
+# ---- the loss
+
+
 def pair_weights(kind, given, own):
-    """What the loss wants of the scores of one question's given and own answers: (omegas of
-    given, omegas of own, the loss of every pair).
+    """Minus the derivatives of the loss by the scores of one question's given and own answers:
+    (omegas of given, omegas of own, the loss of every pair).
 
     Own answer i is paired with given answer i mod their number; omegas are those of the SUM
     over pairs: divide by the step's pairs.
 
     pair_weights("bradley-terry", [0.0], [0.0, 0.0]) -> ([1.0], [-0.5, -0.5], [0.693, 0.693])
     pair_weights("cross-entropy", [0.0], [0.0, 0.0]) -> ([1.0], [-0.5, -0.5], [1.386, 1.386])"""
-    wanted, unwanted, losses = [0.0] * len(given), [], []
+    wanted = [0.0] * len(given)
+    unwanted = []
+    losses = []
     for i, s in enumerate(own):
         t = given[i % len(given)]
         if kind == "bradley-terry":
             up = down = sigmoid(s - t)
             losses.append(softplus(s - t))
         else:
-            up, down = sigmoid(-t), sigmoid(s)
+            up = sigmoid(-t)
+            down = sigmoid(s)
             losses.append(softplus(-t) + softplus(s))
         wanted[i % len(given)] += up
         unwanted.append(-down)
     return wanted, unwanted, losses
-
-
-def weigh_scores(scorer, kind, own, given, batch_tokens):
-    """Gives every own and given answer of a step (data.Data.sequences) the omega that the loss
-    has for it at this moment.  Returns metrics: the loss, a mean over pairs, and what
-    `verdicts` says of the own answers before they are learnt from."""
-    items, questions, pairs, groups = [*given, *own], {}, [], []
-    for item, score in zip(
-        items, scorer.scores([item["judged"] for item in items], batch_tokens)
-    ):
-        item["score"] = score
-    for side, some in enumerate((given, own)):
-        for item in some:
-            questions.setdefault(item["key"][0], ([], []))[side].append(item)
-    for wanted, unwanted in questions.values():
-        t, s = [item["score"] for item in wanted], [item["score"] for item in unwanted]
-        up, down, losses = pair_weights(kind, t, s)
-        for item, omega in zip([*wanted, *unwanted], [*up, *down]):
-            item["omega"] = omega / len(own)
-        pairs += losses
-        groups.append((t, s, [item["tokens"] for item in unwanted]))
-    return {
-        "train/loss": float(np.mean(pairs)),
-        "given/length_mean": float(np.mean([item["tokens"] for item in given])),
-        "train/sequences": len(items),
-        "train/tokens": sum(item["tokens"] for item in items),
-    } | {f"discriminator/{name}": value for name, value in verdicts(groups).items()}
 
 
 def sigmoid(x):
@@ -222,28 +203,162 @@ def verdicts(groups):
     score_std}.
 
     groups: [(scores of given answers, scores of own ones, lengths of own ones)], one a
-    question.  accuracy counts pairs, a tie as half: 0.5 is a discriminator that knows nothing;
+    question. accuracy counts pairs, a tie as half: 0.5 is a discriminator that knows nothing;
     length_correlation is Pearson's, of score and length within questions; score_std the mean
     over questions of the spread within one.  Without given answers the first two are left
     out."""
+    out = {}
     pairs = [t - s for given, own, _ in groups for t in given for s in own]
-    out = (
-        {
-            "accuracy": float(np.mean([(m > 0) + 0.5 * (m == 0) for m in pairs])),
-            "margin": float(np.mean(pairs)),
-        }
-        if pairs
-        else {}
-    )
-    x, y = (
-        np.concatenate([np.asarray(values, float) - np.mean(values) for values in column])
-        for column in zip(*((own, lengths) for _, own, lengths in groups))
-    )
+    if pairs:
+        out["accuracy"] = float(np.mean([(m > 0) + 0.5 * (m == 0) for m in pairs]))
+        out["margin"] = float(np.mean(pairs))
+    x = centred([own for _, own, _ in groups])
+    y = centred([lengths for _, _, lengths in groups])
     spread = math.sqrt((x @ x) * (y @ y))
-    return out | {
-        "length_correlation": float(x @ y) / spread if spread > 1e-12 else 0.0,
-        "score_std": float(np.mean([np.std(own) for _, own, _ in groups])),
+    out["length_correlation"] = float(x @ y) / spread if spread > 1e-12 else 0.0
+    out["score_std"] = float(np.mean([np.std(own) for _, own, _ in groups]))
+    return out
+
+
+def centred(groups):
+    """All numbers in one array, each minus its group's mean."""
+    return np.concatenate([np.asarray(values, float) - np.mean(values) for values in groups])
+
+
+# ---- training
+
+
+def optimise(trainer, own, given, loss, batch_tokens):
+    """One optimiser step on own and given answers (Data.items); returns its metrics."""
+    scorer = trainer.policy
+    items = [*own, *given]
+    for item in items:
+        item["judged"] = scorer.sees(item["prompt_ids"], item["response_ids"])
+    metrics = weigh_scores(scorer, loss, own, given, batch_tokens)
+    items = [item for item in items if item["omega"]]
+    lengths = [len(s["prompt_ids"]) + len(s["response_ids"]) for s in items]
+    for batch in token_batches(lengths, batch_tokens):
+        values = scorer.values([items[i]["judged"] for i in batch])
+        omegas = np.asarray([items[i]["omega"] for i in batch]).astype(np.float32)
+        (-(values @ torch.from_numpy(omegas).to(values.device))).backward()
+        trainer.collect()
+    metrics["train/grad_norm"] = trainer.update()
+    texts = sequence_metrics(own)
+    texts.pop("rollout/student_end_mass", None)  # the policy's, which is not trained here
+    return texts | metrics
+
+
+def weigh_scores(scorer, loss, own, given, batch_tokens):
+    """Gives every answer of a step its omega, from the scores of this moment.  Returns metrics:
+    the loss, a mean over pairs, and the `verdicts` before the step."""
+    items = [*given, *own]
+    scores = scorer.scores([item["judged"] for item in items], batch_tokens)
+    questions = {}
+    for i, (item, score) in enumerate(zip(items, scores)):
+        sides = questions.setdefault(item["key"][0], ([], []))
+        sides[i >= len(given)].append((item, score))
+    pairs = []
+    groups = []
+    for wanted, unwanted in questions.values():
+        t = [score for _, score in wanted]
+        s = [score for _, score in unwanted]
+        up, down, losses = pair_weights(loss, t, s)
+        for (item, _), omega in zip([*wanted, *unwanted], [*up, *down]):
+            item["omega"] = omega / len(own)
+        pairs += losses
+        groups.append((t, s, [item["length"] for item, _ in unwanted]))
+    return {
+        "train/loss": float(np.mean(pairs)),
+        "given/length_mean": float(np.mean([item["length"] for item in given])),
+        "train/sequences": len(items),
+        "train/tokens": sum(item["length"] for item in items),
+    } | {f"discriminator/{name}": value for name, value in verdicts(groups).items()}
+
+
+def train_parser():
+    p = files.parser(__doc__)
+    p.add_argument("--model", required=True, help="a discriminator, or a model to make one of")
+    p.add_argument("--rollouts", required=True, help="JSONL of a policy's answers")
+    p.add_argument(
+        "--data",
+        required=True,
+        help="JSONL of given answers to the same prompts, to score higher",
+    )
+    p.add_argument(
+        "--prompts", help="JSONL of prompts, for answers that bring neither tokens nor messages"
+    )
+    p.add_argument("--out", required=True, help="folder for the new weights")
+    p.add_argument("--loss", default="bradley-terry", choices=LOSSES, help="of a pair")
+    p.add_argument(
+        "--view", default="text", choices=VIEWS, help="length: it sees that alone, a control"
+    )
+    p.add_argument("--batch-size", type=int, default=32, help="prompts an optimiser step")
+    p.add_argument("--epochs", type=int, default=1, help="walks over the rollouts")
+    p.add_argument(
+        "--micro-batch-tokens",
+        type=int,
+        default=8192,
+        help="rows x longest row in one forward pass: memory, not result",
+    )
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    p.add_argument(
+        "--template-options",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="as for rollout.py",
+    )
+    p.add_argument("--seed", type=int, default=0, help="order of the prompts, and a new head")
+    add_trainer_flags(p)
+    return p
+
+
+def train(argv=None):
+    args = train_parser().parse_args(argv)
+    for flag in ("batch_size", "epochs", "micro_batch_tokens"):
+        if getattr(args, flag) < 1:
+            raise BadInput(f"--{flag.replace('_', '-')}: expected at least 1")
+    source = find_folder(args.model)
+    weights = hash_weights(source)
+    inputs = [path for path in (args.rollouts, args.data, args.prompts) if path]
+    without = ("overwrite", "save_every", "micro_batch_tokens", "device")
+    flags = {name: value for name, value in vars(args).items() if name not in without}
+    identity = {
+        # the name under which older folders know it
+        "flags": flags | {"method": "discriminator"},
+        "weights": weights,
+        "inputs": {path: files.hash_file(path) for path in inputs},
     }
+    run = Run(args.out, identity, source, [*inputs, source], args.overwrite)
+    if run.finished:
+        print(f"methods.gad train: {args.out}: complete already")
+        return run.finished
+
+    scorer = load_scorer(
+        args.model,
+        args.dtype,
+        args.device,
+        args.template_options,
+        weights,
+        args.seed,
+        args.view,
+    )
+    own = Data(Inputs(args.rollouts, prompts=args.prompts), TEXTS, scorer)
+    given = Data(Inputs(args.data, prompts=args.prompts), TEXTS, scorer)
+    given.check_answers_all(own)
+    steps = plan(own.groups, args.batch_size, args.epochs, None, args.seed)
+    trainer = Trainer(scorer, trainer_settings(args))
+    run.begin(trainer, args.fresh_optimizer)
+    for index, _ in run.steps(len(steps)):
+        answers = own.items(steps[index]), given.items(steps[index])
+        run.log(optimise(trainer, *answers, args.loss, args.micro_batch_tokens))
+    summary = run.finish({})
+    print(
+        f"methods.gad train: {args.out}: {len(steps)} steps, {summary['trained_tokens']} "
+        f"tokens, loss {summary['loss']:.4f}"
+    )
+    return summary
 
 
 # ---- grading
@@ -310,7 +425,7 @@ def grade(argv=None):
 
 
 def main(argv=None):
-    return files.dispatch(__doc__, {"grade": grade}, argv)
+    return files.dispatch(__doc__, {"train": train, "grade": grade}, argv)
 
 
 if __name__ == "__main__":

@@ -41,10 +41,21 @@ from typing import NamedTuple
 import numpy as np
 
 from opd import files, records
+from opd.loss import Method
 from opd.policy import check_tokens, identity_of, load_tokenizer, vocabulary_size
 from opd.records import BadInput
 from opd.stats import mean_or_none, shown
 
+ROWS = {
+    "release": Method(
+        "self",
+        "k1",
+        token_weight="file",
+        formula="w π/μ (log p_T − log μ) [a = y]",
+        about="on-policy distillation up to where the teacher's margin collapses: "
+        "methods.prefix weigh (arXiv 2605.13643)",
+    )
+}
 STRONG = 6.0  # a BIC gain that is commonly called strong; the paper counts these
 
 # ---- blocks and their signal

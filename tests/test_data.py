@@ -2,7 +2,6 @@
 of answers; whose answers they are."""
 
 import re
-import types
 
 import numpy as np
 import pytest
@@ -26,9 +25,10 @@ from test_train import END, FAST, V, gradient, metrics, needs, refused, run, sam
 import rollout
 import teacher
 import train
+from methods.rows import METHODS
 from opd import policy as policies
 from opd import records
-from opd.loss import METHODS
+from opd.batches import Data, Inputs
 
 # ---- ends of answers
 
@@ -57,23 +57,7 @@ TEXTS = [("1+2=?", "#3"), ("4+5-2=?", "4+5=9\n9-2=7\n#7"), ("9-3=?", "9-3=6\n#6"
 def test_only_answers_that_ended_get_an_end_token(world, tmp_path, finish, extra):
     path = answers_file(tmp_path / "a.jsonl", TEXTS, finish)
     policy = policies.load_policy(str(world.base))
-    args = types.SimpleNamespace(
-        method="sft",
-        model=str(world.base),
-        rollouts=path,
-        rewards=None,
-        scores=None,
-        reference=None,
-        prompts=None,
-        teacher=None,
-        data=None,
-        data_scores=None,
-        token_weights=None,
-        tail=256,
-        threshold=4.0,
-        allow_stale=False,
-    )
-    data = train.Data(args, METHODS["sft"], policy)
+    data = Data(Inputs(path), METHODS["sft"], policy)
     for item, (question, text) in zip(data.sequences([(f"a{i}", 0) for i in range(3)]), TEXTS):
         assert policy.tokenizer.decode(item["prompt_ids"]) == f"<|user|>{question}<|assistant|>"
         assert policy.tokenizer.decode(item["response_ids"]) == text + "<|end|>" * extra
@@ -253,14 +237,14 @@ def test_rollouts_of_other_weights_are_refused(world, drifted, tmp_path, capsys,
     message = refused(world, tmp_path, capsys, method=method, model=drifted)
     assert (
         f"{world.rollouts}:1: policy.weights: expected " in message
-        and "--allow-stale" in message
+        and "--allow stale" in message
     )
 
 
 def test_stale_rollouts_are_accepted_when_meant_and_one_line_is_named(
     world, drifted, tmp_path, capsys
 ):
-    assert run(world, tmp_path / "m", model=drifted, allow_stale=True)["steps"] == 3
+    assert run(world, tmp_path / "m", model=drifted, allow="stale")["steps"] == 3
     rows = load(world.rollouts)
     rows[17]["policy"] = dict(rows[17]["policy"], weights="0" * 12)
     path = dump(tmp_path / "r.jsonl", rows)
@@ -282,7 +266,7 @@ def test_another_template_or_a_permuted_vocabulary_is_refused_even_when_stale(
 ):
     folder = variant(world.base, tmp_path / "m", change)
     assert f":1: policy.{field}: expected" in refused(
-        world, tmp_path, capsys, method=method, model=folder, allow_stale=True
+        world, tmp_path, capsys, method=method, model=folder, allow="stale"
     )
 
 
@@ -298,7 +282,7 @@ def test_a_padded_embedding_is_the_same_vocabulary(world, tmp_path):
             method=method,
             batch_size=8,
             model=folder,
-            allow_stale=True,
+            allow="stale",
         )
         a, b = metrics(tmp_path / method / "a")[0], metrics(tmp_path / method / "b")[0]
         for name in (
@@ -355,8 +339,9 @@ def test_a_teachers_answers_are_scored_by_that_teacher(world, tmp_path, capsys):
     )
     flags = dict(method="fkl", rollouts=path, scores=None, teacher=world.teacher)
     assert "policy.weights" in refused(world, tmp_path, capsys, **flags)
-    # kd is for anybody's texts
-    assert run(world, tmp_path / "m", method="kd", rollouts=path)["steps"] == 3
+    # with prefix data for anybody's texts
+    done = run(world, tmp_path / "m", method="fkl", rollouts=path, set="prefix=data")
+    assert done["steps"] == 3
 
 
 def test_gkd_takes_its_share_of_steps_from_the_given_texts(world, tmp_path, capsys):
@@ -394,7 +379,7 @@ def test_gkd_takes_its_share_of_steps_from_the_given_texts(world, tmp_path, caps
                     rollouts=world.rollouts,
                     scores=world.scores,
                     learning_rate=1e-3,
-                    allow_stale=True,
+                    allow="stale",
                 )
             )
         )
@@ -457,20 +442,20 @@ def test_a_consistent_row_wants_the_teacher_of_the_fine_tuning(world, tmp_path, 
         message = refusal(train.main, argv(**dict(flags, out=tmp_path / "x"), **source), capsys)
         assert (
             "policy.weights: expected the teacher that" in message
-            and "--allow-teacher-mismatch" in message
+            and "--allow teacher" in message
         )
         assert (
             train.main(
                 argv(
                     **dict(flags, out=tmp_path / f"meant{len(source)}{'teacher' in source}"),
                     **source,
-                    allow_teacher_mismatch=True,
+                    allow="teacher",
                 )
             )["steps"]
             == 2
         )
     assert "none on record" in refused(
-        world, tmp_path, capsys, **dict(needs(world, "lightning"), allow_teacher_mismatch=None)
+        world, tmp_path, capsys, **dict(needs(world, "lightning"), allow=None)
     )
 
 
@@ -522,16 +507,6 @@ def test_repetition_and_ends_are_logged_and_a_collapse_is_said(world, tmp_path, 
     assert bad["kl/teacher_repetitive"] == pytest.approx(
         -np.mean(np.concatenate(gaps[::4])), rel=1e-4
     )
-    run(
-        world,
-        tmp_path / "c",
-        method="opd",
-        batch_size=8,
-        rollouts=looping,
-        scores=tmp_path / "s.jsonl",
-        threshold=1000.0,
-    )
-    assert metrics(tmp_path / "c")[0]["rollout/repetition"] == 0, "the threshold is the flag's"
     del rows[5]["end_mass"]  # as from a server: a mean over the others would be of another set
     run(
         world,
@@ -628,19 +603,6 @@ def test_the_share_of_clipped_advantages_is_logged(world, baseline):
     assert 0.02 < np.mean(beyond) < 0.98 and numbers[
         "policy/advantage_clip_fraction"
     ] == pytest.approx(np.mean(beyond), abs=1e-3)
-
-
-def test_explain_prints_a_row_and_trains_nothing(capsys):
-    summary = train.main(["--explain", "gkd", "--set", "interpolation=0.9"])
-    assert (
-        capsys.readouterr().out.strip() == summary["explain"]
-        and "interpolation=0.9" in summary["explain"]
-    )
-    assert (
-        "interpolation=0.9"
-        in train.main(["--explain=gkd", "--set", "interpolation=0.9"])["explain"]
-    )
-    assert "expected one of" in refusal(train.main, ["--explain", "nothing"], capsys)
 
 
 @pytest.mark.parametrize("field, value", [("top_p", 0.9), ("temperature", 0.0)])
@@ -846,15 +808,12 @@ def test_files_a_method_needs_are_demanded_and_others_refused(world, tmp_path, c
     ).items():
         name = flag.replace("_", "-")
         if flag in have:
-            assert (
-                f"expected --{name} FILE{' or --teacher FOLDER' * (flag == 'scores')}, but "
-                f"it is missing"
-                in refused(world, tmp_path, capsys, **dict(have, **{flag: None}))
-            )
+            wanted = "--scores or --teacher" if flag == "scores" else f"--{name}"
+            message = refused(world, tmp_path, capsys, **have | {flag: None})
+            assert f"expected {wanted}, but it is missing" in message
         else:
-            assert f"--{name} is given, but this method does not read it" in refused(
-                world, tmp_path, capsys, **dict(have, **{flag: path})
-            )
+            message = refused(world, tmp_path, capsys, **have | {flag: path})
+            assert f"--{name} is given, but this method does not read it" in message
     # golden answers may be texts that need their prompts
     if METHODS[method].prefix == "self" and not METHODS[method].gold_weight:
         assert "--prompts" in refused(

@@ -8,17 +8,19 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import argv, by_key, dump, load, refusal, variant
+from conftest import argv, by_key, dump, load, refusal, same_bits, variant
+from test_train import PLAIN, Killed, Recorder, dying
+from transformers import AutoModelForSequenceClassification
 
 import rollout
 import teacher
 import train
 from methods import gad
-from methods.explain import explain
 from methods.gad import load_scorer, pair_weights, verdicts
-from opd import loss as losses
+from opd import files, records
 from opd import policy as policies
-from opd import records
+from opd.batches import Data, Inputs
+from opd.trainer import Trainer
 
 END = 4
 
@@ -26,7 +28,7 @@ END = 4
 # ---- the loss
 
 
-@pytest.mark.parametrize("kind", ["bradley-terry", "cross-entropy"])
+@pytest.mark.parametrize("kind", gad.LOSSES)
 @pytest.mark.parametrize(
     "given, own",
     [
@@ -39,17 +41,18 @@ END = 4
 )
 def test_the_weights_are_the_gradient_of_the_loss(kind, given, own):
     t, s = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (given, own))
-    pairs = [(t[i % len(given)], s[i]) for i in range(len(own))]
-    if kind == "bradley-terry":
-        values = [torch.nn.functional.softplus(b - a) for a, b in pairs]
-    else:
-        values = [
-            torch.nn.functional.softplus(-a) + torch.nn.functional.softplus(b) for a, b in pairs
-        ]
+    values = [pair_loss(kind, t[i % len(given)], s[i]) for i in range(len(own))]
     sum(values).backward()
-    up, down, losses_ = pair_weights(kind, given, own)
-    assert losses_ == pytest.approx([v.item() for v in values], abs=1e-12)
+    up, down, losses = pair_weights(kind, given, own)
+    assert losses == pytest.approx([v.item() for v in values], abs=1e-12)
     assert [*up, *down] == pytest.approx((-torch.cat([t.grad, s.grad])).tolist(), abs=1e-12)
+
+
+def pair_loss(kind, t, s):
+    softplus = torch.nn.functional.softplus
+    if kind == "bradley-terry":
+        return softplus(s - t)
+    return softplus(-t) + softplus(s)
 
 
 def test_verdicts_by_hand():
@@ -64,13 +67,19 @@ def test_verdicts_by_hand():
             "score_std": math.sqrt(2 / 3) / 2,
         }
     )
-    assert "accuracy" not in verdicts([([], [0.0, 1.0], [5, 3])]) and verdicts(
-        [([], [0.0, 1.0], [5, 3])]
-    )["length_correlation"] == pytest.approx(-1)
+    alone = verdicts([([], [0.0, 1.0], [5, 3])])
+    assert "accuracy" not in alone
+    assert alone["length_correlation"] == pytest.approx(-1)
     assert verdicts([([], [1.0, 1.0], [5, 3])])["length_correlation"] == 0.0
 
 
 # ---- one step
+
+
+def learn(world, answers, out, **flags):
+    """methods.gad train, from the world's base model by default."""
+    usual = dict(model=world.base, rollouts=world.rollouts, batch_size=4, learning_rate=1e-2)
+    return argv("train", data=answers, out=out, **usual | flags)
 
 
 @pytest.fixture(scope="module")
@@ -78,172 +87,93 @@ def pairs(world, tmp_path_factory):
     """Answers of the teacher to the prompts of the world's rollouts, two each, one of them cut;
     and a discriminator after two steps."""
     root = tmp_path_factory.mktemp("pairs")
-    teacher.main(
-        argv(
-            "answer",
-            model=world.teacher,
-            prompts=world.prompts,
-            slice=":8",
-            n=2,
-            max_tokens=28,
-            out=root / "a.jsonl",
-        )
-    )
-    train.main(
-        argv(
-            method="discriminator",
-            model=world.base,
-            rollouts=world.rollouts,
-            data=root / "a.jsonl",
-            out=root / "d",
-            batch_size=4,
-            learning_rate=1e-2,
-        )
-    )
-    return types.SimpleNamespace(root=root, answers=root / "a.jsonl", d=root / "d")
+    answers = root / "a.jsonl"
+    flags = dict(slice=":8", n=2, max_tokens=28, out=answers)
+    teacher.main(argv("answer", model=world.teacher, prompts=world.prompts, **flags))
+    gad.main(learn(world, answers, root / "d"))
+    return types.SimpleNamespace(answers=answers, d=root / "d")
 
 
 def naive_score(model, ids):
     """D of one unpadded sequence, from plain transformers."""
-    return (
-        model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
-        @ model.score.weight[0]
-    )
+    hidden = model.model(input_ids=torch.tensor([ids])).last_hidden_state
+    return hidden[0, -1] @ model.score.weight[0]
+
+
+def naive_scores(model, path):
+    """{prompt: [D of its answers]}, by plain transformers."""
+    out = {}
+    for r in load(path):
+        score = naive_score(model, r["prompt_ids"] + r["response_ids"])
+        out.setdefault(r["id"], []).append(score)
+    return out
 
 
 def naive_discriminator(folder):
-    from transformers import AutoModelForSequenceClassification
-
-    return AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.float64
-    ).eval()
+    kind = AutoModelForSequenceClassification
+    return kind.from_pretrained(folder, dtype=torch.float64).eval()
 
 
-class Recorder:
-    def __init__(self, masters):
-        self.masters = masters
-
-    def step(self):
-        self.gradient = torch.cat(
-            [m.grad.double().flatten() for m in self.masters if m.grad is not None]
-        )
-
-    def zero_grad(self):
-        for m in self.masters:
-            m.grad = None
+def one_step(rollouts, answers, model, micro=8192, kind="bradley-terry"):
+    """(flat gradient, metrics) of one step on all pairs, as methods.gad train takes it."""
+    scorer = load_scorer(str(model), view="text", seed=0)
+    own, given = (Data(Inputs(path), gad.TEXTS, scorer) for path in (rollouts, answers))
+    trainer = Trainer(scorer, PLAIN)
+    trainer.optimiser = Recorder(trainer.masters)
+    items = own.items(own.groups), given.items(own.groups)
+    numbers = gad.optimise(trainer, *items, kind, micro)
+    return trainer.optimiser.gradient, numbers
 
 
-def one_step(rollouts, answers, model, micro=8192, overrides=()):
-    """(flat gradient, metrics) of one step on all pairs, as train.py takes it."""
-    method = losses.settings("discriminator", overrides)
-    args = types.SimpleNamespace(
-        method="discriminator",
-        model=str(model),
-        rollouts=rollouts,
-        data=answers,
-        rewards=None,
-        scores=None,
-        reference=None,
-        prompts=None,
-        data_scores=None,
-        token_weights=None,
-        tail=256,
-        threshold=4.0,
-        allow_stale=False,
-        grad_clip=0.0,
-        micro_batch_tokens=micro,
-        kernel="auto",
-        teacher_top_k=None,
-    )
-    scorer = load_scorer(str(model), view=method.view, seed=0)
-    data, given = train.Data(args, method, scorer), train.Data(args, method, scorer, given=True)
-    keys = list(data.groups)
-    recorder = Recorder([p.requires_grad_() for p in scorer.model.parameters()])
-    numbers = train.optimise(
-        scorer,
-        data,
-        data.sequences([k for p in keys for k in data.groups[p]]),
-        recorder.masters,
-        recorder,
-        args,
-        (given, given.sequences([k for p in keys for k in given.groups[p]])),
-    )
-    return recorder.gradient, numbers
-
-
-@pytest.mark.parametrize("kind", ["bradley-terry", "cross-entropy"])
+@pytest.mark.parametrize("kind", gad.LOSSES)
 def test_the_gradient_of_a_step_is_that_of_the_mean_over_pairs(world, pairs, kind):
     """Every own answer with a given one in turn; one sequence at a time, float64, no padding,
-    through plain transformers."""
-    model, own, given = naive_discriminator(pairs.d), load(world.rollouts), load(pairs.answers)
-    total, count = 0.0, 0
-    for prompt in sorted({r["id"] for r in own}):
-        s = [
-            naive_score(model, r["prompt_ids"] + r["response_ids"])
-            for r in own
-            if r["id"] == prompt
-        ]
-        t = [
-            naive_score(model, r["prompt_ids"] + r["response_ids"])
-            for r in given
-            if r["id"] == prompt
-        ]
-        for i, x in enumerate(s):
-            y, count = t[i % len(t)], count + 1
-            total = total + (
-                -torch.nn.functional.logsigmoid(y - x)
-                if kind == "bradley-terry"
-                else -torch.nn.functional.logsigmoid(y) - torch.nn.functional.logsigmoid(-x)
-            )
-    (total / count).backward()
-    want = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    got, numbers = one_step(
-        world.rollouts, pairs.answers, pairs.d, overrides=(f"omega={kind}",)
-    )
-    assert float((got - want).norm() / want.norm()) < 2e-5 and numbers[
-        "train/loss"
-    ] == pytest.approx(total.item() / count, rel=1e-5)
-    assert numbers["train/sequences"] == len(own) + len(given) and numbers[
-        "train/tokens"
-    ] == sum(len(r["response_ids"]) for r in own + given)
-
-
-def test_micro_batches_and_padding_change_nothing(world, pairs):
-    whole, numbers = one_step(world.rollouts, pairs.answers, pairs.d)
+    through plain transformers.  Micro-batches and padding change nothing."""
+    model, values = naive_discriminator(pairs.d), []
+    given = naive_scores(model, pairs.answers)
+    for prompt, scores in naive_scores(model, world.rollouts).items():
+        t = given[prompt]
+        values += [pair_loss(kind, t[i % len(t)], s) for i, s in enumerate(scores)]
+    loss = sum(values) / len(values)
+    loss.backward()
+    want = torch.cat([p.grad.flatten() for p in model.parameters()])
+    got, numbers = one_step(world.rollouts, pairs.answers, pairs.d, kind=kind)
+    assert float((got - want).norm() / want.norm()) < 2e-5
+    texts = load(world.rollouts) + load(pairs.answers)
+    assert numbers["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert numbers["train/sequences"] == len(texts)
+    assert numbers["train/tokens"] == sum(len(r["response_ids"]) for r in texts)
     for micro in (1, 90):
-        part, other = one_step(world.rollouts, pairs.answers, pairs.d, micro)
-        assert float((part - whole).norm() / whole.norm()) < 1e-5 and other == pytest.approx(
-            numbers, rel=1e-4, abs=1e-6
-        )
+        part, other = one_step(world.rollouts, pairs.answers, pairs.d, micro, kind)
+        assert float((part - got).norm() / got.norm()) < 1e-5
+        assert other == pytest.approx(numbers, rel=1e-4, abs=1e-6)
+
+
+def as_text(world, answers):
+    """Answers as a black box returns them: no tokens."""
+    questions = {p["id"]: p["messages"] for p in load(world.prompts)}
+    kept = ("id", "sample", "text", "finish_reason")
+    return [
+        {k: a[k] for k in kept}
+        | {"policy": {"model": "somebody"}, "messages": questions[a["id"]]}
+        for a in answers
+    ]
 
 
 def test_a_text_only_answer_is_the_same_answer(world, pairs, tmp_path):
     """A black box returns no tokens: its text, with an end token iff it ended by itself, gives
     the very gradient of the ids."""
-    questions, tokenizer = (
-        {p["id"]: p["messages"] for p in load(world.prompts)},
-        policies.load_tokenizer(str(world.base)),
-    )
-    # no <|user|> in its midst
-    spelt = [
-        a
-        for a in load(pairs.answers)
-        if tokenizer(a["text"])["input_ids"] + [END] * (a["finish_reason"] == "stop")
-        == a["response_ids"]
-    ]
-    bare = [
-        {k: a[k] for k in ("id", "sample", "text", "finish_reason")}
-        | {"policy": {"model": "somebody"}, "messages": questions[a["id"]]}
-        for a in spelt
-    ]
-    assert {"stop", "length"} == {a["finish_reason"] for a in bare} and len(bare) > 4, (
-        "both kinds of ending are in the test"
-    )
-    own = dump(
-        tmp_path / "own.jsonl",
-        [r for r in load(world.rollouts) if r["id"] in {a["id"] for a in bare}],
-    )
-    got, _ = one_step(own, dump(tmp_path / "bare.jsonl", bare), pairs.d)
+    tokenizer = policies.load_tokenizer(str(world.base))
+    spelt = []  # no <|user|> in its midst
+    for a in load(pairs.answers):
+        ids = tokenizer(a["text"])["input_ids"] + [END] * (a["finish_reason"] == "stop")
+        if ids == a["response_ids"]:
+            spelt.append(a)
+    assert {"stop", "length"} == {a["finish_reason"] for a in spelt} and len(spelt) > 4
+    asked = {a["id"] for a in spelt}
+    own = dump(tmp_path / "own.jsonl", [r for r in load(world.rollouts) if r["id"] in asked])
+    bare = dump(tmp_path / "bare.jsonl", as_text(world, spelt))
+    got, _ = one_step(own, bare, pairs.d)
     want, _ = one_step(own, dump(tmp_path / "ids.jsonl", spelt), pairs.d)
     assert torch.equal(got, want)
 
@@ -252,141 +182,79 @@ def test_a_text_only_answer_is_the_same_answer(world, pairs, tmp_path):
 
 
 def test_a_first_discriminator_is_the_policy_with_a_seeded_head(world):
-    heads = [load_scorer(str(world.base), seed=seed) for seed in (0, 0, 1)]
-    assert (
-        torch.equal(heads[0].head, heads[1].head)
-        and not torch.equal(heads[0].head, heads[2].head)
-        and heads[0].head.shape == (1, 64)
-    )
-    assert float(heads[0].head.std()) < 0.05
+    a, b, c = (load_scorer(str(world.base), seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(a.head, b.head) and not torch.equal(a.head, c.head)
+    assert a.head.shape == (1, 64) and float(a.head.detach().std()) < 0.05
     own = policies.load_policy(str(world.base)).model.model.state_dict()
-    assert all(torch.equal(own[k], v) for k, v in heads[0].model.model.state_dict().items())
+    assert same_bits(own, a.model.model.state_dict())
 
 
 def test_the_folder_is_a_transformers_classifier_and_goes_on(world, pairs, tmp_path):
+    """Optimiser and step count go on, and the loss on the same pairs falls."""
     model = naive_discriminator(pairs.d)
     r = next(r for r in load(world.rollouts) if r["response_ids"][-1] == END)
     ids = r["prompt_ids"] + r["response_ids"]
     with torch.no_grad():  # no padding in sight, so transformers reads the score where we do
-        assert float(model(input_ids=torch.tensor([ids])).logits[0, 0]) == pytest.approx(
-            float(naive_score(model, ids)), abs=1e-9
-        )
-    done = train.main(
-        argv(
-            method="discriminator",
-            model=pairs.d,
-            rollouts=world.rollouts,
-            data=pairs.answers,
-            out=tmp_path / "d2",
-            batch_size=4,
-            learning_rate=1e-2,
-        )
-    )
-    assert done["steps"] == 2 and done["step"] == 4, "optimiser and step count go on"
-    first = load(pairs.d / "metrics.jsonl")[0]
-    last = load(tmp_path / "d2" / "metrics.jsonl")[-1]
-    assert last["train/loss"] < first["train/loss"], "it has learnt from these pairs"
+        logit = float(model(input_ids=torch.tensor([ids])).logits[0, 0])
+        assert logit == pytest.approx(float(naive_score(model, ids)), abs=1e-9)
+    done = gad.main(learn(world, pairs.answers, tmp_path / "d2", model=pairs.d, epochs=3))
+    assert done["steps"] == 6 and done["step"] == 8
+    losses = []
+    for folder in (pairs.d, tmp_path / "d2"):
+        _, numbers = one_step(world.rollouts, pairs.answers, folder)
+        losses.append(numbers["train/loss"])
+    assert losses[1] < losses[0] - 1e-3
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (dict(data=None), "expected --data FILE, but it is missing"),
-        (dict(set="omega=one"), "coefficient score: goes with omega"),
-        (dict(set="norm=token"), "coefficient score: goes with"),
-        (dict(set="view=size"), "view: expected one of text, length"),
-        (dict(set="entropy_bonus=0.1"), "a discriminator has no tokens"),
-        (dict(set="reference_kl=0.1"), "reference_kl"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(world, pairs, tmp_path, capsys, flags, message):
-    flags = dict(
-        dict(
-            method="discriminator",
-            model=world.base,
-            rollouts=world.rollouts,
-            data=pairs.answers,
-            out=tmp_path / "d",
-        ),
-        **flags,
-    )
-    assert message in refusal(train.main, argv(**flags), capsys)
+def test_a_killed_run_goes_on(world, pairs, tmp_path, monkeypatch):
+    """Four steps = three, a kill, and two more from the checkpoint: the same bits."""
+    flags = dict(epochs=2, save_every=2)
+    gad.main(learn(world, pairs.answers, tmp_path / "whole", **flags))
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "append_whole", dying(files, "append_whole", 3))
+        with pytest.raises(Killed):
+            gad.main(learn(world, pairs.answers, tmp_path / "cut", **flags))
+    gad.main(learn(world, pairs.answers, tmp_path / "cut", **flags))
+    hashes = [policies.hash_weights(tmp_path / name) for name in ("whole", "cut")]
+    assert hashes[0] == hashes[1]
+    rows = [load(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
+    assert rows[0] == rows[1] and len(rows[0]) == 4
 
 
-def test_view_and_omega_belong_to_discriminators(capsys):
-    for overrides in (["view=length"], ["omega=bradley-terry"], ["coefficient=score"]):
-        with pytest.raises(records.BadInput, match="score"):
-            losses.settings("grpo", overrides)
-
-
-def test_explain_shows_a_pair_by_hand():
-    """Margins 0.2 - 0.5 and 0.2 + 0.1: the pull is sigmoid(0.3) / 2 and sigmoid(-0.3) / 2."""
-    text = explain("discriminator")
-    a, b = 1 / (1 + math.exp(-0.3)) / 2, 1 / (1 + math.exp(0.3)) / 2
-    assert (
-        f"given {a + b:+.4f}, own {-a:+.4f} and {-b:+.4f}" in text
-        and "--data (given answers" in text
-    )
-    assert f"given {1 / (1 + math.exp(0.2)):+.4f}" in explain(
-        "discriminator", ["omega=cross-entropy"]
-    )
+def test_training_is_refused_without_an_answer_to_every_prompt(world, pairs, tmp_path, capsys):
+    some = dump(tmp_path / "a.jsonl", [a for a in load(pairs.answers) if a["id"] != "t00003"])
+    flags = learn(world, some, tmp_path / "d")
+    assert "expected an answer to every prompt" in refusal(gad.main, flags, capsys)
 
 
 # ---- grading
 
 
-def grade(world, pairs, out, **flags):
-    return gad.main(
-        argv(
-            "grade",
-            **dict(
-                dict(
-                    discriminator=pairs.d,
-                    rollouts=world.rollouts,
-                    out=out,
-                ),
-                **flags,
-            ),
-        )
-    )
+def grade_flags(world, pairs, out, **flags):
+    usual = dict(discriminator=pairs.d, rollouts=world.rollouts, out=out)
+    return argv("grade", **usual | flags)
 
 
 def test_rewards_are_the_scores_and_name_the_discriminator(world, pairs, tmp_path):
-    done = grade(world, pairs, tmp_path / "w.jsonl", answers=pairs.answers)
-    model, rewards = naive_discriminator(pairs.d), by_key(load(tmp_path / "w.jsonl"))
+    path = tmp_path / "w.jsonl"
+    done = gad.main(grade_flags(world, pairs, path, answers=pairs.answers))
+    model, rewards = naive_discriminator(pairs.d), by_key(load(path))
     with torch.no_grad():
-        want = {
-            (r["id"], r["sample"]): float(
-                naive_score(model, r["prompt_ids"] + r["response_ids"])
-            )
-            for r in load(world.rollouts)
-        }
-        given = {}
-        for a in load(pairs.answers):
-            given.setdefault(a["id"], []).append(
-                float(naive_score(model, a["prompt_ids"] + a["response_ids"]))
-            )
-    assert {k: r["reward"] for k, r in rewards.items()} == pytest.approx(
-        want, abs=1e-4
-    ) and any(not 0 <= x <= 1 for x in want.values())
+        own = naive_scores(model, world.rollouts)
+        given = naive_scores(model, pairs.answers)
+    want = {r["id"]: iter(own[r["id"]]) for r in load(world.rollouts)}
+    for r in load(world.rollouts):
+        score = float(next(want[r["id"]]))
+        assert rewards[r["id"], r["sample"]]["reward"] == pytest.approx(score, abs=1e-4)
+    assert any(not 0 <= r["reward"] <= 1 for r in rewards.values())
     assert {r["discriminator"] for r in rewards.values()} == {policies.hash_weights(pairs.d)}
-    hits = [(t > s) + 0.5 * (t == s) for (prompt, _), s in want.items() for t in given[prompt]]
-    assert done["accuracy"] == pytest.approx(np.mean(hits), abs=0.02) and done[
-        "margin"
-    ] == pytest.approx(
-        np.mean([t - s for (p, _), s in want.items() for t in given[p]]), abs=1e-4
-    )
-    trained = train.main(
-        argv(
-            method="gad",
-            model=world.base,
-            rollouts=world.rollouts,
-            rewards=tmp_path / "w.jsonl",
-            reference=world.scores,
-            out=tmp_path / "m",
-            learning_rate=1e-3,
-        )
-    )
+    gaps = [
+        float(t - s) for prompt, scores in own.items() for s in scores for t in given[prompt]
+    ]
+    assert done["accuracy"] == pytest.approx(np.mean([x > 0 for x in gaps]), abs=0.02)
+    assert done["margin"] == pytest.approx(np.mean(gaps), abs=1e-4)
+    flags = dict(method="gad", rewards=path, reference=world.scores, out=tmp_path / "m")
+    trained = train.main(argv(model=world.base, rollouts=world.rollouts, **flags))
     assert trained["steps"] == 1
 
 
@@ -399,40 +267,23 @@ def test_a_reward_beyond_0_and_1_needs_a_discriminators_name():
         "rollout": "f",
         "grader": "g",
     }
-    assert (
-        "expected a number in [0, 1] or null, got 2.5" in records.validate(line, "rewards")
-        and records.validate(line | {"discriminator": "d"}, "rewards") is None
-    )
+    problem = records.validate(line, "rewards")
+    assert "expected a number in [0, 1] or null, got 2.5" in problem
+    assert records.validate(line | {"discriminator": "d"}, "rewards") is None
 
 
 def test_grading_is_refused_where_it_would_mean_nothing(world, pairs, tmp_path, capsys):
-    def message(**flags):
-        said = refusal(
-            gad.main,
-            argv(
-                "grade",
-                **dict(
-                    dict(
-                        discriminator=pairs.d,
-                        rollouts=world.rollouts,
-                        out=tmp_path / "w.jsonl",
-                    ),
-                    **flags,
-                ),
-            ),
-            capsys,
-        )
+    def said(**flags):
+        words = grade_flags(world, pairs, tmp_path / "w.jsonl", **flags)
+        message = refusal(gad.main, words, capsys)
         assert not (tmp_path / "w.jsonl").exists()
-        return said
+        return message
 
-    assert "expected a sequence classifier, got LlamaForCausalLM" in message(
-        discriminator=world.base
-    )
-    foreign = dump(
-        tmp_path / "r.jsonl",
-        [dict(r, policy=r["policy"] | {"vocabulary": "0" * 12}) for r in load(world.rollouts)],
-    )
-    assert "policy.vocabulary" in message(rollouts=foreign)
+    found = "expected a sequence classifier, got LlamaForCausalLM"
+    assert found in said(discriminator=world.base)
+    rows = load(world.rollouts)
+    foreign = [dict(r, policy=r["policy"] | {"vocabulary": "0" * 12}) for r in rows]
+    assert "policy.vocabulary" in said(rollouts=dump(tmp_path / "r.jsonl", foreign))
 
 
 # ---- where it must be blind
@@ -441,110 +292,43 @@ def test_grading_is_refused_where_it_would_mean_nothing(world, pairs, tmp_path, 
 def test_a_length_view_sees_how_long_an_answer_is_and_nothing_else(
     world, pairs, tmp_path, capsys
 ):
-    train.main(
-        argv(
-            method="discriminator",
-            set="view=length",
-            model=world.base,
-            rollouts=world.rollouts,
-            data=pairs.answers,
-            out=tmp_path / "d",
-            batch_size=4,
-            learning_rate=1e-2,
-        )
-    )
+    gad.main(learn(world, pairs.answers, tmp_path / "d", view="length"))
     blind, seeing = load_scorer(str(tmp_path / "d")), load_scorer(str(pairs.d))
     assert blind.view == "length" and seeing.view == "text"
     prompt, answers = [2, 5, 3], [[7, 8, 9, END], [9, 7, 11, END], [7, 8, 9, 10], [7, 8, END]]
-    scores = [
-        scorer.scores([scorer.sees(prompt, a) for a in answers]) for scorer in (blind, seeing)
-    ]
-    assert scores[0][0] == scores[0][1] and len(set(scores[0])) == 3, (
-        "the same length and the same ending: the same score"
-    )
-    assert len(set(scores[1])) == 4
-    flags = dict(
-        method="discriminator",
-        model=tmp_path / "d",
-        rollouts=world.rollouts,
-        data=pairs.answers,
-        out=tmp_path / "e",
-    )
-    assert "has learnt from the length of answers: expected text" in refusal(
-        train.main, argv(**flags), capsys
-    )
+    few, many = (s.scores([s.sees(prompt, a) for a in answers]) for s in (blind, seeing))
+    assert few[0] == few[1] and len(set(few)) == 3, "length and ending are all it sees"
+    assert len(set(many)) == 4
+    flags = learn(world, pairs.answers, tmp_path / "e", model=tmp_path / "d")
+    message = refusal(gad.main, flags, capsys)
+    assert "has learnt from the length of answers: expected text" in message
 
 
 def held_out_accuracy(world, tmp_path, own, given):
     """Trained on the first half of the prompts, asked about the second."""
     ids = sorted({r["id"] for r in own})
-    half = set(ids[: len(ids) // 2])
-    parts = {
-        name: dump(tmp_path / f"{name}.jsonl", [r for r in rows if (r["id"] in half) == first])
-        for name, rows, first in (
-            ("own", own, True),
-            ("given", given, True),
-            ("own2", own, False),
-            ("given2", given, False),
-        )
-    }
-    train.main(
-        argv(
-            method="discriminator",
-            model=world.teacher,
-            rollouts=parts["own"],
-            data=parts["given"],
-            out=tmp_path / "d",
-            batch_size=8,
-            epochs=12,
-            learning_rate=1e-3,
-            overwrite=True,
-        )
-    )
-    return gad.main(
-        argv(
-            "grade",
-            discriminator=tmp_path / "d",
-            rollouts=parts["own2"],
-            answers=parts["given2"],
-            out=tmp_path / "w.jsonl",
-            overwrite=True,
-        )
-    )["accuracy"]
+    half, parts = set(ids[: len(ids) // 2]), {}
+    for name, rows in (("own", own), ("given", given)):
+        for first in (True, False):
+            some = [r for r in rows if (r["id"] in half) == first]
+            parts[name, first] = dump(tmp_path / f"{name}-{first}.jsonl", some)
+    flags = dict(model=world.teacher, rollouts=parts["own", True], batch_size=8, epochs=12)
+    flags |= dict(learning_rate=1e-3, overwrite=True)
+    out = types.SimpleNamespace(d=tmp_path / "d")
+    gad.main(learn(world, parts["given", True], out.d, **flags))
+    asked = dict(rollouts=parts["own", False], answers=parts["given", False], overwrite=True)
+    return gad.main(grade_flags(world, out, tmp_path / "w.jsonl", **asked))["accuracy"]
 
 
 def test_a_teachers_answers_beside_its_own_answers_are_a_coin(world, tmp_path):
     """Rollouts and answers of one model go through two stages and two roads into the
     discriminator: were one side's ending, template or padding another, it would tell them
     apart, as it does when one side's end token is taken away."""
-    rollout.main(
-        argv(
-            model=world.teacher,
-            prompts=world.prompts,
-            n=16,
-            max_tokens=40,
-            seed=1,
-            out=tmp_path / "r.jsonl",
-        )
-    )
-    teacher.main(
-        argv(
-            "answer",
-            model=world.teacher,
-            prompts=world.prompts,
-            n=16,
-            max_tokens=40,
-            seed=2,
-            out=tmp_path / "a.jsonl",
-        )
-    )
+    flags = dict(model=world.teacher, prompts=world.prompts, n=16, max_tokens=40)
+    rollout.main(argv(**flags, seed=1, out=tmp_path / "r.jsonl"))
+    teacher.main(argv("answer", **flags, seed=2, out=tmp_path / "a.jsonl"))
     own, given = load(tmp_path / "r.jsonl"), load(tmp_path / "a.jsonl")
-    questions = {p["id"]: p["messages"] for p in load(world.prompts)}
-    bare = [
-        {k: a[k] for k in ("id", "sample", "text", "finish_reason")}
-        | {"policy": {"model": "somebody"}, "messages": questions[a["id"]]}
-        for a in given
-    ]
+    bare = as_text(world, given)
     # 12 prompts x 16 x 16 pairs; answers to one prompt hang together, so some six points of
     # scatter remain
     for answers in (given, bare):
@@ -553,7 +337,7 @@ def test_a_teachers_answers_beside_its_own_answers_are_a_coin(world, tmp_path):
     assert held_out_accuracy(world, tmp_path, own, endless) > 0.95
 
 
-def test_pad_and_end_may_be_one_token(world, pairs, tmp_path):
+def test_pad_and_end_may_be_one_token(world, tmp_path):
     """A model whose padding is its end token: the score still stands at the end token that the
     answer has."""
     folder = variant(world.base, tmp_path / "m", lambda t: setattr(t, "pad_token", t.eos_token))
@@ -563,35 +347,3 @@ def test_pad_and_end_may_be_one_token(world, pairs, tmp_path):
     together = scorer.scores(sequences)
     alone = list(itertools.chain.from_iterable(scorer.scores([s]) for s in sequences))
     assert together == pytest.approx(alone, abs=1e-5) and abs(together[0] - together[1]) > 1e-4
-
-
-def test_a_killed_run_goes_on(world, pairs, tmp_path, monkeypatch):
-    """Four steps = two, a kill, and two more from the checkpoint: the same bits."""
-    flags = dict(
-        method="discriminator",
-        model=world.base,
-        rollouts=world.rollouts,
-        data=pairs.answers,
-        batch_size=4,
-        epochs=2,
-        learning_rate=1e-2,
-        save_every=2,
-    )
-    train.main(argv(out=tmp_path / "whole", **flags))
-    calls, step = [], train.optimise
-
-    def dying(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return step(*args)
-
-    monkeypatch.setattr(train, "optimise", dying)
-    with pytest.raises(KeyboardInterrupt):
-        train.main(argv(out=tmp_path / "cut", **flags))
-    monkeypatch.setattr(train, "optimise", step)
-    train.main(argv(out=tmp_path / "cut", **flags))
-    a, b = (naive_discriminator(tmp_path / name).state_dict() for name in ("whole", "cut"))
-    assert all(torch.equal(a[k], b[k]) for k in a) and gad.hash_weights(
-        tmp_path / "whole"
-    ) == gad.hash_weights(tmp_path / "cut")

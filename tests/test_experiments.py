@@ -24,7 +24,7 @@ METHODS = {  # rows of train.py that a study must use
     "prefix": "sft opd release",
     "stable": "sft stable-opd",
     "sparse_to_dense": "sft grpo fkl opd-full seqkd",
-    "gad": "sft seqkd discriminator gad",
+    "gad": "sft seqkd gad",
     "simct": "sft seqkd simple-opd simct opd uld opd-full",
     "sod": "sft seqkd opd-grpo opd sod",
     "opsd": "sft opd opd-full grpo rwsft",
@@ -235,7 +235,7 @@ def check_order(out):
         if "/arm-gad/round" in line and "eval.py" not in line
     ]
     stages = [line.split()[2 if line.startswith("train.py") else 0] for line in commands]
-    assert stages == 2 * ["rollout.py", "methods.gad", "discriminator", "teacher.py", "gad"]
+    assert stages == 2 * ["rollout.py", "methods.gad", "methods.gad", "teacher.py", "gad"]
     graders = [re.search(r"--discriminator (\S+)", line) for line in commands]
     first, second = (found[1] for found in graders if found)
     assert first.endswith("warm/judge") and second.endswith("arm-gad/round0/judge")

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 import teacher
 import train
 from experiments import sod_controls, sod_drift
+from methods.rows import METHODS
 from methods.sod import __main__ as sod_command
 from methods.sod import weights as stepweights
 from opd import loss as losses
@@ -265,9 +266,9 @@ def test_weights_of_one_are_grpo_plus_opd_bit_for_bit(agents, tmp_path):
 
 
 def test_rows_differ_in_their_weights_alone():
-    a, b = (dataclasses.asdict(losses.METHODS[name]) for name in ("sod", "opd-grpo"))
-    assert {k for k in a if a[k] != b[k]} == {"token_weight", "about"}
-    row = losses.METHODS["sod"]
+    a, b = (dataclasses.asdict(METHODS[name]) for name in ("sod", "opd-grpo"))
+    assert {k for k in a if a[k] != b[k]} == {"token_weight", "formula", "about"}
+    row = METHODS["sod"]
     assert (
         row.clip_low,
         row.clip_high,
@@ -282,7 +283,7 @@ def test_rows_differ_in_their_weights_alone():
 def test_the_gradient_of_one_token_by_hand():
     """pi / pi_old = 1: c = A + w (log p_T - log mu), so dL/dlogit = -c (onehot - pi)."""
     row, logits = (
-        losses.METHODS["sod"],
+        METHODS["sod"],
         torch.tensor([[0.3, -0.2, 0.1]], dtype=torch.float64, requires_grad=True),
     )
     logp = torch.log_softmax(logits, -1)
@@ -294,7 +295,7 @@ def test_the_gradient_of_one_token_by_hand():
             "token_weight": torch.tensor([w]).double(),
         }
         (gradient,) = torch.autograd.grad(
-            losses.token_loss(row, logp[:, 1:2], torch.zeros(1), batch).sum(),
+            losses.token_loss(row, logp[:, 1:2], batch).sum(),
             logits,
             retain_graph=True,
         )
@@ -354,12 +355,12 @@ def test_one_number_a_token_is_all_that_is_counted(agents, tmp_path):
 )
 def test_a_weight_of_the_teachers_term_needs_both_terms(row, change, words):
     with pytest.raises(BadInput, match=words):
-        losses.settings(row, [change])
+        losses.settings(METHODS, row, [change])
 
 
 def test_sod_wants_its_weights(agents, tmp_path):
     weighed(agents, tmp_path / "w.jsonl")
-    with pytest.raises(BadInput, match="--method sod: expected --token-weights FILE"):
+    with pytest.raises(BadInput, match="--method sod: expected --token-weights"):
         trained(agents, tmp_path / "m")
     with pytest.raises(BadInput, match="--token-weights is given, but this method does not"):
         trained(agents, tmp_path / "m", "opd-grpo", token_weights=tmp_path / "w.jsonl")

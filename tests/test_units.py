@@ -13,19 +13,19 @@ from test_train import FAST, gradient, same_gradient
 import teacher
 import train
 from experiments import simct_regroup
+from methods.rows import METHODS
 from methods.simct import __main__ as simct_command
 from methods.simct import align, units
-from opd import loss as losses
+from methods.simct.loss import UnitLoss, unit_divergence
 from opd import policy as policies
 from opd import records
 
-SIMCT = losses.METHODS["simct"]
+SIMCT = METHODS["simct"].own
 
 
 def one_unit(student, teacher_, text, text_teacher, **changes):
     """The loss of one unit: candidates' probabilities on both sides, the token probabilities of
     its text on both sides."""
-    method = losses.settings("simct", [f"{k}={v}" for k, v in changes.items()])
     own = torch.tensor([math.log(p) for p in text], dtype=torch.float64)
     support = torch.tensor([math.log(p) for p in student], dtype=torch.float64).expand(
         len(text), -1
@@ -46,7 +46,7 @@ def one_unit(student, teacher_, text, text_teacher, **changes):
         "prefix": prefix,
         "raw": own,
     }
-    return losses.unit_divergence(method, torch.cat([own[:, None], support], 1), batch)
+    return unit_divergence(UnitLoss(**changes), torch.cat([own[:, None], support], 1), batch)
 
 
 def test_two_spellings_of_one_opinion():
@@ -77,9 +77,7 @@ def test_a_unit_counts_once_at_its_first_token_and_teaches_all_of_them():
         "support_logp": torch.log_softmax(torch.zeros(3, 2, dtype=torch.float64), -1),
         "prefix": torch.zeros(3, 2),
     }
-    losses.unit_divergence(
-        SIMCT, torch.cat([logp[:, :1], logp[:, 1:3]], 1), batch
-    ).sum().backward()
+    unit_divergence(SIMCT, torch.cat([logp[:, :1], logp[:, 1:3]], 1), batch).sum().backward()
     assert (logits.grad.abs().sum(1) > 1e-3).all()
     # eq. 7: the span's score passes g / k times (onehot - p) to every token of it; here tokens
     # 1 and 2, which have no candidates
@@ -116,8 +114,8 @@ def test_a_constant_on_one_positions_logits_changes_the_released_score_only():
             "raw": z[:, 0],
         }
         return float(
-            losses.unit_divergence(
-                losses.settings("simct", [f"span={span}"]),
+            unit_divergence(
+                UnitLoss(span=span),
                 torch.cat([logp[:, :1], logp[:, 1:]], 1),
                 batch,
             )[0]
@@ -451,8 +449,8 @@ def test_what_does_not_fit_is_refused(world, foreign, tmp_path, capsys):
     assert ":4: units: expected one after another" in said(
         scores=dump(tmp_path / "s.jsonl", broken)
     )
-    assert "is read from --scores" in said(scores=None, teacher=world.teacher)
-    assert "go with coefficient unit" in said(method="opd", set="span=sum")
+    assert "another vocabulary: --scores" in said(scores=None, teacher=world.teacher)
+    assert "with a column of" in said(method="opd", set="span=sum")
     units_flags = dict(
         model=foreign[1],
         student=world.base,

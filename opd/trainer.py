@@ -1,0 +1,402 @@
+"""What every training run shares: float32 master weights, AdamW, the schedule, and a folder
+that a killed run continues from, ending in the same bits.
+
+    trainer = Trainer(policy, settings)         masters, optimiser
+    run = Run(out, identity, ...)               refuses a folder that holds something else
+    run.begin(trainer, source, fresh)           or goes on from its last checkpoint
+    for index, step in run.steps(count):        a backward pass; trainer.collect();
+    trainer.update()
+        run.log(metrics)
+    run.finish(summary)                         OUT.partial becomes OUT
+
+OUT is a complete model folder.  Its subfolder trainer/ has moments and master weights as
+safetensors and the rest as JSON: a subfolder, because loaders take every *.safetensors beside
+config.json for weights of the model.  OUT.partial/LATEST names the last checkpoint."""
+
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from opd import files
+from opd.metrics import collapsed
+from opd.records import BadInput
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    learning_rate: float
+    weight_decay: float
+    adam_beta2: float
+    grad_clip: float
+    schedule: str
+    warmup_steps: int
+    total_steps: int  # end of the decay, counted over all rounds; None: this call's last step
+    save_every: int
+
+
+def add_trainer_flags(p):
+    """The flags of TrainerSettings, and what every training command has beside them."""
+    p.add_argument(
+        "--learning-rate",
+        type=float,
+        default=1e-6,
+        help="peak of AdamW's learning rate; tiny models want 1e-3",
+    )
+    p.add_argument(
+        "--weight-decay", type=float, default=0.01, help="AdamW's decoupled weight decay"
+    )
+    p.add_argument(
+        "--adam-beta2",
+        type=float,
+        default=0.999,
+        help="memory of AdamW's second moment; 0.95 forgets faster",
+    )
+    p.add_argument(
+        "--grad-clip", type=float, default=1.0, help="largest gradient norm; 0 is off"
+    )
+    p.add_argument(
+        "--schedule",
+        default="constant",
+        choices=("constant", "linear", "cosine"),
+        help="decay to 0 at --total-steps",
+    )
+    p.add_argument(
+        "--warmup-steps",
+        type=int,
+        default=0,
+        help="steps of linear warm-up, counted over all rounds",
+    )
+    p.add_argument(
+        "--total-steps",
+        type=int,
+        help="end of the decay, counted over all rounds (default: this call's last step)",
+    )
+    p.add_argument(
+        "--save-every",
+        type=int,
+        default=100,
+        help="steps between checkpoints a killed run continues from",
+    )
+    p.add_argument(
+        "--fresh-optimizer",
+        action="store_true",
+        help="do not continue the optimiser state of --model",
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace --out and any partial run")
+
+
+def trainer_settings(args):
+    """The TrainerSettings that a parsed command line asks for."""
+    if args.save_every < 1:
+        raise BadInput(f"--save-every: expected at least 1, got {args.save_every}")
+    if args.total_steps and args.schedule == "constant":
+        raise BadInput("--total-steps: the end of a decay; a constant schedule has none")
+    names = TrainerSettings.__dataclass_fields__
+    return TrainerSettings(**{name: getattr(args, name) for name in names})
+
+
+def learning_rate(settings, step, total_steps):
+    """Warm-up, then constant, or linear or cosine decay to zero at total_steps.  `step` counts
+    from 0 over all rounds."""
+    warmup = settings.warmup_steps
+    scale = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    done = min(1.0, max(0, step - warmup) / max(1, total_steps - warmup))
+    if settings.schedule == "linear":
+        scale *= 1 - done
+    if settings.schedule == "cosine":
+        scale *= 0.5 * (1 + math.cos(math.pi * done))
+    return settings.learning_rate * scale
+
+
+class Trainer:
+    """A policy's float32 master weights (the weights themselves where they are float32) and
+    AdamW on them."""
+
+    def __init__(self, policy, settings):
+        self.policy = policy
+        self.settings = settings
+        self.parameters = list(policy.model.parameters())
+        self.masters = [
+            p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
+            for p in self.parameters
+        ]
+        # one pass over memory in place of ten; a tiny model gains nothing
+        fused = sum(m.numel() for m in self.masters) > 10_000_000
+        self.optimiser = torch.optim.AdamW(
+            self.masters,
+            lr=settings.learning_rate,
+            betas=(0.9, settings.adam_beta2),
+            weight_decay=settings.weight_decay,
+            fused=fused,
+        )
+
+    def collect(self):
+        """After every backward pass: gradients of micro-batches add up in float32."""
+        for p, master in zip(self.parameters, self.masters):
+            if master is p or p.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = p.grad.float()
+            else:
+                master.grad.add_(p.grad)
+            p.grad = None
+
+    def update(self):
+        """Clips the gradient, takes one step, and returns the norm before the clip."""
+        clip = self.settings.grad_clip
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, clip if clip > 0 else math.inf)
+        if not torch.isfinite(norm):
+            raise BadInput(
+                f"gradient norm is {float(norm)}: lower --learning-rate, or look for bad "
+                f"log-probs in the inputs"
+            )
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        with torch.no_grad():
+            for p, master in zip(self.parameters, self.masters):
+                if master is not p:
+                    p.copy_(master)
+        return float(norm)
+
+    def set_rate(self, rate):
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+
+    def named(self):
+        """(name, parameter, master) of every parameter."""
+        names = [name for name, _ in self.policy.model.named_parameters()]
+        return zip(names, self.parameters, self.masters)
+
+    def save(self, folder, state):
+        """Writes a complete model folder; `state` is the JSON part of trainer/."""
+        tensors = {}
+        for name, p, master in self.named():
+            for key, value in self.optimiser.state.get(master, {}).items():
+                tensors[f"{key}/{name}"] = value.contiguous()
+            if master is not p:
+                tensors[f"master/{name}"] = master.detach()
+        inner = folder / "trainer"
+        inner.mkdir(parents=True, exist_ok=True)
+        try:
+            self.policy.model.save_pretrained(folder)
+            self.policy.tokenizer.save_pretrained(folder)
+            save_file(tensors, inner / "optimizer.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise BadInput(
+                f"{folder}: could not be written ({error}): make room and run the same command "
+                f"again, it goes on from its last checkpoint"
+            ) from None
+        text = json.dumps(state, indent=1, default=str)
+        files.write_atomically(inner / "state.json", text + "\n")
+
+    def load_optimiser(self, folder):
+        """Puts moments and master weights back."""
+        tensors = load_file(folder / "trainer" / "optimizer.safetensors")
+        for name, _, master in self.named():
+            entry = {}
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"{key}/{name}" in tensors:
+                    on_cpu = key == "step" and not self.optimiser.defaults["fused"]
+                    device = "cpu" if on_cpu else master.device
+                    entry[key] = tensors[f"{key}/{name}"].clone().to(device)
+            if entry:
+                self.optimiser.state[master] = entry
+            if f"master/{name}" in tensors:
+                master.data.copy_(tensors[f"master/{name}"])
+
+    def load_weights(self, folder):
+        """Puts the weights of a checkpoint back."""
+        model = self.policy.model
+        saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+        model.load_state_dict(saved.state_dict())
+
+
+class Run:
+    """A training run's folder.  `identity` is whatever determines its result, as JSON: a folder
+    of another identity is refused.  `finished`: the summary of a run that is complete
+    already."""
+
+    def __init__(self, out, identity, source, reads, overwrite):
+        """source: the folder it starts from;  reads: paths that --overwrite may not delete."""
+        self.out = Path(out)
+        self.partial = Path(f"{out}.partial")
+        self.identity = identity
+        self.source = source
+        self.overwrite = overwrite
+        self.finished = None
+        if self.out.exists() and self.out.samefile(source):
+            raise BadInput(f"--out {out}: is the model to start from: give another --out")
+        if overwrite:
+            self._check_overwrite(reads)
+        else:
+            self._check_identity()
+
+    def _check_overwrite(self, reads):
+        """Only a training run is replaced, and none that this run reads."""
+        out = self.out
+        filled = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        if filled and not (out / "trainer" / "state.json").exists():
+            raise BadInput(
+                f"--overwrite: replaces a training run, and {out} is none: give another --out"
+            )
+        for path in reads:
+            if out.resolve() in Path(path).resolve().parents:
+                raise BadInput(
+                    f"--overwrite: would delete {path}, which this run reads, with {out}: give "
+                    f"another --out"
+                )
+
+    def _check_identity(self):
+        complete = self.out / "trainer" / "state.json"
+        for path in (complete, self.partial / "run.json"):
+            before = read_json(path).get("run") if path.exists() else self.identity
+            if difference := files.first_difference(before, self.identity):
+                raise BadInput(
+                    f"{path}: holds another training run ({difference}): give another --out, "
+                    f"or --overwrite"
+                )
+        if complete.exists():
+            self.finished = read_json(complete)["summary"]
+        elif self.out.exists():
+            raise BadInput(
+                f"{self.out}: exists and is not a training run of this stage: give another "
+                f"--out"
+            )
+
+    def begin(self, trainer, fresh):
+        """Goes on from the last checkpoint, or else with the optimiser of the starting folder,
+        unless `fresh` or trained by another method."""
+        self.trainer = trainer
+        self.started = time.time()
+        self.done = 0  # steps of this call
+        self.before = {"step": 0, "tokens": 0}  # of the rounds before this call
+        self.truncated = 0.0
+        self.alarms = 0
+        if self.overwrite:  # only now, when the new run's inputs are known to be good
+            shutil.rmtree(self.out, ignore_errors=True)
+            shutil.rmtree(self.partial, ignore_errors=True)
+        metrics = self.partial / "metrics.jsonl"
+        if (self.partial / "LATEST").exists():
+            folder = self.partial / (self.partial / "LATEST").read_text()
+            state = read_json(folder / "trainer" / "state.json")
+            trainer.load_weights(folder)
+            trainer.load_optimiser(folder)
+            self.done = state["done"]
+            self.before = state["before"]
+            self.tokens = state["tokens"]
+            lines = metrics.read_text().splitlines(keepends=True)
+            files.write_atomically(metrics, lines[: self.done])
+        else:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"run": self.identity}, indent=1)
+            files.write_atomically(self.partial / "run.json", text + "\n")
+            metrics.unlink(missing_ok=True)
+            if not fresh:
+                self._continue_optimiser()
+            self.tokens = self.before["tokens"]
+
+    def _continue_optimiser(self):
+        path = self.source / "trainer" / "state.json"
+        if not path.exists():
+            return
+        state = read_json(path)
+        if state["run"]["flags"]["method"] == self.identity["flags"]["method"]:
+            self.trainer.load_optimiser(self.source)
+            self.before = {"step": state["step"], "tokens": state["tokens"]}
+
+    def steps(self, count):
+        """Yields (index in this call, step over all rounds) of the steps that are left, with
+        the learning rate set."""
+        settings = self.trainer.settings
+        self.count = count
+        total = settings.total_steps or self.before["step"] + count
+        left = range(self.done, count)
+        name = self.identity["flags"]["method"]
+        bar = files.progress(left, initial=self.done, total=count, desc=f"train {name}")
+        with open(self.partial / "metrics.jsonl", "ab", buffering=0) as self.file:
+            for index in bar:
+                self.step = self.before["step"] + index
+                self.rate = learning_rate(settings, self.step, total)
+                self.trainer.set_rate(self.rate)
+                yield index, self.step
+                if (index + 1) % settings.save_every == 0 and index + 1 < count:
+                    self._checkpoint(index + 1)
+
+    def log(self, metrics):
+        """Appends a step's metrics."""
+        self.metrics = dict(metrics)
+        alarm = float(collapsed(metrics, self.truncated))
+        self.truncated = metrics["rollout/truncated"]
+        self.alarms += alarm
+        self.tokens += metrics["train/tokens"]
+        self.metrics |= {
+            "alarm/collapse": alarm,
+            "train/learning_rate": self.rate,
+            "train/tokens_total": self.tokens,
+        }
+        line = json.dumps({"step": self.step + 1} | self.metrics)
+        files.append_whole(self.file, line.encode() + b"\n")
+
+    def _checkpoint(self, done):
+        """Writes OUT.partial/step-N, then points LATEST at it: a kill at any moment leaves one
+        complete checkpoint."""
+        state = {
+            "run": self.identity,
+            "done": done,
+            "before": self.before,
+            "step": self.step + 1,
+            "tokens": self.tokens,
+        }
+        name = f"step-{done}"
+        self.trainer.save(self.partial / name, state)
+        files.write_atomically(self.partial / "LATEST", name)
+        for old in self.partial.glob("step-*"):
+            if old.name != name:
+                shutil.rmtree(old)
+
+    def finish(self, extra, taught=None):
+        """Moves the model into place and returns the summary, with `extra`.  taught: kept as
+        sft_teacher.json, if there is any."""
+        step = self.before["step"] + self.count
+        summary = {
+            "out": str(self.out),
+            "steps": self.count,
+            "step": step,
+            "trained_tokens": self.tokens - self.before["tokens"],
+            "loss": self.metrics["train/loss"],
+            **extra,
+            "seconds": round(time.time() - self.started, 2),
+        }
+        final = self.partial / "final"
+        shutil.rmtree(final, ignore_errors=True)
+        state = {
+            "run": self.identity,
+            "step": step,
+            "tokens": self.tokens,
+            "summary": summary,
+        }
+        self.trainer.save(final, state)
+        shutil.copy(self.partial / "metrics.jsonl", final / "metrics.jsonl")
+        if taught:
+            files.write_atomically(final / "sft_teacher.json", json.dumps(taught) + "\n")
+        final.rename(self.out)
+        shutil.rmtree(self.partial)
+        if self.alarms:
+            print(
+                f"{self.out}: WARNING: in {self.alarms:.0f} of {self.count - self.done} steps "
+                f"at least 5 % of the texts were repetitive, or more than 90 % cut at their "
+                f"longest twice in a row: length inflation (rollout/repetition, "
+                f"rollout/truncated)"
+            )
+        return summary
+
+
+def read_json(path):
+    return json.loads(path.read_text())
