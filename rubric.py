@@ -66,14 +66,17 @@ def read_prompts(path):
 
 
 def by_prompt(path, kind, most=None):
-    """{prompt id: its records in sample order}, at most `most` a prompt."""
+    """{prompt id: text and fingerprint of its records in sample order}, at most `most` a
+    prompt."""
     found = {}
     for record in files.read(path, kind):
-        found.setdefault(str(record["id"]), []).append(in_one_piece(record, path))
-    return {
-        key: sorted(group, key=lambda record: record["sample"])[:most]
-        for key, group in found.items()
-    }
+        text = in_one_piece(record, path)["text"]
+        short = {"text": text, "fingerprint": records.fingerprint(record)}
+        found.setdefault(str(record["id"]), []).append((record["sample"], short))
+    for key, group in found.items():
+        group.sort(key=lambda pair: pair[0])
+        found[key] = [short for _, short in group[:most]]
+    return found
 
 
 def add_library_flag(p):
@@ -145,8 +148,8 @@ def contrast(library, question, references, attempts, most=8):
 def rubric_record(prompt, criteria, rubricator, answers, attempts):
     """The line of a rubrics file; it says which texts the rubric was drawn from."""
     drawn_from = {
-        "answers": [records.fingerprint(record) for record in answers],
-        "rollouts": [records.fingerprint(record) for record in attempts],
+        "answers": [answer["fingerprint"] for answer in answers],
+        "rollouts": [attempt["fingerprint"] for attempt in attempts],
     }
     return {
         "id": prompt["id"],
@@ -419,11 +422,11 @@ def grade(argv):
         grader = answer_rewards
     elif args.grader == "scalar":
         grader = partial(scalar_rewards, llm=llm)
-    elif args.grader == "judge":
-        verify = partial(llm.verify, mode=args.mode, seed=args.seed)
-        grader = partial(rubric_rewards, rubrics=rubrics, verify=verify)
     else:
-        verify = partial(check_verdicts, library=load_library(args.predicates))
+        if llm:
+            verify = partial(llm.verify, mode=args.mode, seed=args.seed)
+        else:
+            verify = partial(check_verdicts, library=load_library(args.predicates))
         grader = partial(rubric_rewards, rubrics=rubrics, verify=verify)
     pools = []
 

@@ -372,7 +372,7 @@ def group_sequences(scorer, rollouts, answers):
     return own + [scorer.sees(prompt_ids, answer_ids(scorer, a)) for a in answers]
 
 
-def grade(argv=None):
+def grade_parser():
     p = files.parser(__doc__)
     p.add_argument("--discriminator", required=True, help="folder whose score is the reward")
     p.add_argument("--rollouts", required=True, help="JSONL of rollouts to grade")
@@ -383,7 +383,11 @@ def grade(argv=None):
     )
     p.add_argument("--out", required=True, help="JSONL of rewards to write, any number each")
     p.add_argument("--overwrite", action="store_true", help="begin the output anew")
-    args = p.parse_args(argv)
+    return p
+
+
+def grade(argv=None):
+    args = grade_parser().parse_args(argv)
     scorer = load_scorer(args.discriminator)
     table = files.Table(args.rollouts, "rollouts")
     groups, given, seen = {}, {}, []

@@ -2,28 +2,25 @@
 a judge replies.
 
     vllm serve Qwen/Qwen3-0.6B --generation-config vllm --logprobs-mode processed_logprobs
-    python rollout.py --model Qwen/Qwen3-0.6B --tokenizer FOLDER --base-url
-    http://localhost:8000/v1 --prompts P --out R
+    python rollout.py --model Qwen/Qwen3-0.6B --tokenizer FOLDER \\
+        --base-url http://localhost:8000/v1 --prompts P --out R
 
-Two kinds of trouble, kept apart everywhere:
+Two kinds of trouble are kept apart everywhere:
 - `ServedFailure`: this one request has no answer (timeouts, 429 or 5xx after all retries, a
-  broken body, a prompt that
-  is too long, a filtered answer).  The item is counted as failed, the others go on; it is never
-  given a made-up value.
+  broken body, a prompt that is too long, a filtered answer).  The item is counted as failed,
+  the others go on; it is never given a made-up value.
 - `BadInput`: no request can succeed until a person changes something (wrong key, unknown model,
-  nobody listening, a
-  server that returns no token ids).  It stops the stage.
+  nobody listening, a server that returns no token ids).  It stops the stage.
 
 Simplifications:
 1. Waiting and retrying are the openai client's: exponential back-off from 0.5 s to 8 s with
-   jitter, Retry-After obeyed
-   up to two minutes, at most --max-retries times.  No token buckets, no circuit breaker.
+   jitter, Retry-After obeyed up to two minutes, at most --max-retries times.
 2. --timeout is the longest silence.  A server that never answers is given up after timeout *
-   (max_retries + 1) plus the
-   back-off; one that drips a byte now and then is waited for.
+   (max_retries + 1) and the back-off; one that drips a byte now and then is waited for.
 3. A reply is not streamed, so --timeout must cover the longest answer on a busy server.
 """
 
+import itertools
 import json
 import math
 import os
@@ -34,6 +31,9 @@ from urllib.parse import urlsplit
 from opd import files
 from opd.records import BadInput
 
+# a server fills missing fields from the model's generation_config.json, and then samples from
+# a distribution nobody recorded
+PLAIN = {"n": 1, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 # vLLM's own fields; an OpenAI server refuses them
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 OF_ONE_REQUEST = (
@@ -104,6 +104,7 @@ def add_flags(parser):
     )
 
 
+SCORE_ADVICE = "score with a recent vllm serve MODEL, or locally without --base-url"
 SERVER_ADVICE = "look at the server's log, then run again"
 
 
@@ -112,20 +113,13 @@ def failure_limit(args, advice=SERVER_ADVICE):
     return files.FailureLimit(args.max_failure_rate, 2 * args.concurrency, advice)
 
 
-def stop_if_failing(failures, done, total, args, advice=SERVER_ADVICE):
-    """Stops a stage in which too many requests fail."""
-    files.stop_if_failing(args.out, failures, done, total, failure_limit(args, advice))
-
-
 class Server:
     """One model behind one base URL.  Thread-safe.
 
-    Server("http://localhost:8000/v1", "Qwen/Qwen3-0.6B").sample("2+2=", max_tokens=4,
-    temperature=1.0, top_p=1.0,
-        seed=0, need_tokens=True)
-    -> {"text": "4", "finish_reason": "stop", "prompt_ids": [17, 10, 17, 28], "response_ids":
-    [19, 151643],
-        "logprobs": [-0.2, -0.9]}"""
+    server = Server("http://localhost:8000/v1", "Qwen/Qwen3-0.6B")
+    server.sample("2+2=", max_tokens=4, temperature=1.0, top_p=1.0, seed=0, need_tokens=True)
+    -> {"text": "4", "finish_reason": "stop", "prompt_ids": [17, 10, 17, 28],
+        "response_ids": [19, 151643], "logprobs": [-0.2, -0.9]}"""
 
     def __init__(
         self,
@@ -162,12 +156,10 @@ class Server:
         self._key = os.environ.get(api_key_env, "").strip() or "EMPTY"
         if not self._key.isascii() or not self._key.isprintable() or " " in self._key:
             raise BadInput(f"${api_key_env}: expected a key of printable ASCII characters")
-        self.base_url, self.model, self.api_key_env, self.concurrency = (
-            base_url.rstrip("/"),
-            model,
-            api_key_env,
-            concurrency,
-        )
+        self.base_url = base_url.rstrip("/")
+        self.model = model
+        self.api_key_env = api_key_env
+        self.concurrency = concurrency
         self._openai = openai
         self._client = openai.OpenAI(
             base_url=self.base_url, api_key=self._key, max_retries=max_retries, timeout=timeout
@@ -191,43 +183,32 @@ class Server:
         in any order.
 
         A ServedFailure raised by `function` is yielded in place of its result; any other
-        exception ends the loop. At most 2 * concurrency items are taken from `items` ahead of
-        what was yielded, so a generator of a million prompts is never held in memory.  The
-        threads are daemons: Ctrl-C does not wait for a server that hangs."""
-        todo, done, stopped = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+        exception is raised here, and nothing more is sent.  An item is taken from `items` when
+        its turn comes, so a generator of a million prompts is never held in memory.  The
+        threads are daemons, which those of concurrent.futures are not: Ctrl-C does not wait for
+        a server that hangs."""
+        waiting = iter(items)
+        done = queue.SimpleQueue()
 
-        def work():
-            while (job := todo.get()) is not None and not stopped.is_set():
-                try:
-                    done.put((job[0], function(job[0]), None))
-                except ServedFailure as failure:
-                    done.put((job[0], failure, None))
-                # carried to the caller's thread and raised there; nothing more is sent
-                except BaseException as error:
-                    stopped.set()
-                    done.put((job[0], None, error))
+        def call(item):
+            try:
+                done.put((item, function(item)))
+            except BaseException as error:
+                done.put((item, error))
 
-        for _ in range(self.concurrency):
-            threading.Thread(target=work, daemon=True).start()
-        items, ahead, more = iter(items), 0, True
-        try:
-            while more or ahead:
-                while more and ahead < 2 * self.concurrency:
-                    try:
-                        todo.put((next(items),))
-                        ahead += 1
-                    except StopIteration:
-                        more = False
-                if ahead:
-                    item, result, error = done.get()
-                    ahead -= 1
-                    if error is not None:
-                        raise error
-                    yield item, result
-        finally:
-            stopped.set()
-            for _ in range(self.concurrency):
-                todo.put(None)
+        def start(most):
+            started = list(itertools.islice(waiting, most))
+            for item in started:
+                threading.Thread(target=call, args=(item,), daemon=True).start()
+            return len(started)
+
+        running = start(self.concurrency)
+        while running:
+            item, result = done.get()
+            if isinstance(result, BaseException) and not isinstance(result, ServedFailure):
+                raise result
+            running += start(1) - 1
+            yield item, result
 
     def sample(
         self,
@@ -247,28 +228,19 @@ class Server:
         "prompt_ids", "response_ids" (an end token that was sampled is the last one) and
         "logprobs", one per response token.
 
-        Every sampling field is sent: a server fills the missing ones from the model's
-        generation_config.json, and then samples from a distribution nobody recorded.  Without
-        need_tokens the server may be any make, and vLLM's own fields (NEUTRAL) cannot be sent:
-        start vLLM with --generation-config vllm.  The log-probs are those of the sampling
-        distribution only if the server runs with --logprobs-mode processed_logprobs, or
-        temperature and top_p are 1; a reply does not tell."""
-        request = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "seed": seed,
-            "n": 1,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-        }
+        Every sampling field is sent.  Without need_tokens the server may be any make, and
+        vLLM's own fields (NEUTRAL) cannot be sent: start vLLM with --generation-config vllm.
+        The log-probs are those of the sampling distribution only if the server runs with
+        --logprobs-mode processed_logprobs, or temperature and top_p are 1; a reply does not
+        tell."""
+        request = PLAIN | {"temperature": temperature, "top_p": top_p, "seed": seed}
         extra = {}
         if need_tokens:
             extra = {**NEUTRAL, "return_token_ids": True}
             request["logprobs"] = 1 if isinstance(prompt, str) else True
         if isinstance(prompt, str):
-            reply = self._call(
-                "completions", request | {"prompt": prompt, "max_tokens": max_tokens}, extra
-            )
+            request |= {"prompt": prompt, "max_tokens": max_tokens}
+            reply = self._call("completions", request, extra)
         else:
             if template_options:
                 extra["chat_template_kwargs"] = template_options
@@ -277,37 +249,34 @@ class Server:
                 extra |= {"add_generation_prompt": False, "continue_final_message": True}
             reply = self._chat(request | {"messages": prompt}, max_tokens, extra)
         choice, answer = _choice(reply)
-        if not need_tokens:
-            return answer
-        ids, prompt_ids = (
-            choice.get("token_ids"),
-            choice.get("prompt_token_ids") or reply.get("prompt_token_ids"),
-        )
+        return answer | self._tokens(reply, choice) if need_tokens else answer
+
+    def _tokens(self, reply, choice):
+        """The token ids and log-probs of a sampled answer."""
+        ids = choice.get("token_ids")
+        prompt_ids = choice.get("prompt_token_ids") or reply.get("prompt_token_ids")
         if not _are_ids(ids) or not _are_ids(prompt_ids):
             raise BadInput(
                 f"{self.base_url} returns no token ids: training needs the sampled ids, not "
-                f"a re-tokenised text. "
-                "Start a recent server: vllm serve MODEL --generation-config vllm "
-                "--logprobs-mode processed_logprobs"
+                f"a re-tokenised text. Start a recent server: vllm serve MODEL "
+                f"--generation-config vllm --logprobs-mode processed_logprobs"
             )
         try:
             given = choice["logprobs"]
-            logprobs = (
-                given["token_logprobs"]
-                if "token_logprobs" in given
-                else [e["logprob"] for e in given["content"]]
-            )
+            if "token_logprobs" in given:
+                logprobs = given["token_logprobs"]
+            else:
+                logprobs = [entry["logprob"] for entry in given["content"]]
             got = sum(map(_is_logprob, logprobs))
         except (KeyError, TypeError):
             logprobs, got = [], "none"
         if not len(ids) == len(logprobs) == got:
             raise BadInput(
-                f"{self.base_url}: expected {len(ids)} log-probs, one per response token, "
-                f"got {got}: start the "
-                "server with --logprobs-mode processed_logprobs and without anything that "
-                "strips log-probs (a proxy)"
+                f"{self.base_url}: expected {len(ids)} log-probs, one per response token, got "
+                f"{got}: start the server with --logprobs-mode processed_logprobs and without "
+                f"anything that strips log-probs (a proxy)"
             )
-        return answer | {"prompt_ids": prompt_ids, "response_ids": ids, "logprobs": logprobs}
+        return {"prompt_ids": prompt_ids, "response_ids": ids, "logprobs": logprobs}
 
     def score(self, ids, prompt_length, top_k=0):
         """The model's log-probs of ids[prompt_length:], each given all ids before it, at
@@ -318,8 +287,8 @@ class Server:
 
         ids [5, 8, 9], prompt_length 1, top_k 1; the server's prompt_logprobs are
             [null, {"7": {"logprob": -0.2}, "8": {"logprob": -1.7}}, {"9": {"logprob": -0.1}}]
-        -> ([-1.7, -0.1], [[7], [9]], [[-0.2], [-0.1]])           (the first entry, 7, is not
-        the token that stands there)"""
+        -> ([-1.7, -0.1], [[7], [9]], [[-0.2], [-0.1]])
+        The first entry, 7, is not the token that stands there."""
         if not 1 <= prompt_length < len(ids):
             raise ValueError(
                 f"prompt_length {prompt_length}: expected 1 to {len(ids) - 1}, at least one "
@@ -327,79 +296,57 @@ class Server:
             )
         # vLLM generates at least one token; prompt log-probs are of the raw distribution, the
         # neutral fields make sure
-        reply = self._call(
-            "completions",
-            {
-                "prompt": ids,
-                "max_tokens": 1,
-                "temperature": 1.0,
-                "top_p": 1.0,
-                "seed": 0,
-                "n": 1,
-                "presence_penalty": 0.0,
-                "frequency_penalty": 0.0,
-            },
-            {**NEUTRAL, "prompt_logprobs": max(top_k, 1)},
-        )
+        one = {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "seed": 0}
+        extra = {**NEUTRAL, "prompt_logprobs": max(top_k, 1)}
+        reply = self._call("completions", PLAIN | one | {"prompt": ids}, extra)
         entries = _choice(reply)[0].get("prompt_logprobs")
-        start = "score with a recent vllm serve MODEL, or locally without --base-url"
         if type(entries) is not list or len(entries) != len(ids):
             got = len(entries) if type(entries) is list else "none"
             raise BadInput(
                 f"{self.base_url}: expected {len(ids)} prompt_logprobs, one per token, got "
-                f"{got}: {start}"
+                f"{got}: {SCORE_ADVICE}"
             )
         logprobs, top = [], []
         for position in range(prompt_length, len(ids)):
-            try:
-                here = {
-                    int(token): value["logprob"] for token, value in entries[position].items()
-                }
-            except (AttributeError, KeyError, TypeError, ValueError):
-                here = {}
-            if ids[position] not in here or not all(map(_is_logprob, here.values())):
-                raise BadInput(
-                    f"{self.base_url}: prompt_logprobs[{position}]: expected finite "
-                    f"log-probs that include token "
-                    f"{ids[position]}, got {str(entries[position])[:80]}: {start}"
-                )
-            if len(here) < top_k:
-                raise BadInput(
-                    f"{self.base_url}: prompt_logprobs[{position}]: expected --top-k {top_k} "
-                    f"tokens, got {len(here)}: "
-                    "start the server with a larger --max-logprobs, or ask for fewer"
-                )
+            here = self._entry(entries, position, ids[position], top_k)
             logprobs.append(here[ids[position]])
             top.append(sorted(here.items(), key=lambda pair: (-pair[1], pair[0]))[:top_k])
         if not top_k:
             return logprobs, None, None
-        return (
-            logprobs,
-            [[token for token, _ in row] for row in top],
-            [[value for _, value in row] for row in top],
-        )
+        topk_ids = [[token for token, _ in row] for row in top]
+        return logprobs, topk_ids, [[value for _, value in row] for row in top]
 
-    def chat_text(self, messages, *, temperature, max_tokens, json_reply=True):
-        """A judge's reply as a string.  json_reply asks the server to decode nothing but JSON,
-        if it can."""
-        request = {
-            "messages": messages,
-            "temperature": temperature,
-            "top_p": 1.0,
-            "n": 1,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-        }
-        if json_reply and self._json_format:
-            try:
-                reply = self._chat(
-                    request | {"response_format": {"type": "json_object"}}, max_tokens, {}
-                )
-            except _Refused:  # perhaps that field, perhaps another: the plain request tells
-                reply = self._chat(request, max_tokens, {})
-                self._json_format = False
-        else:
+    def _entry(self, entries, position, token, top_k):
+        """{token id: log-prob} at one position of prompt_logprobs, found by id."""
+        where = f"{self.base_url}: prompt_logprobs[{position}]"
+        try:
+            here = {int(i): value["logprob"] for i, value in entries[position].items()}
+        except (AttributeError, KeyError, TypeError, ValueError):
+            here = {}
+        if token not in here or not all(map(_is_logprob, here.values())):
+            raise BadInput(
+                f"{where}: expected finite log-probs that include token {token}, got "
+                f"{str(entries[position])[:80]}: {SCORE_ADVICE}"
+            )
+        if len(here) < top_k:
+            raise BadInput(
+                f"{where}: expected --top-k {top_k} tokens, got {len(here)}: start the server "
+                f"with a larger --max-logprobs, or ask for fewer"
+            )
+        return here
+
+    def chat_text(self, messages, *, temperature, max_tokens):
+        """A judge's reply as a string.  The server is asked to decode nothing but JSON, if it
+        can."""
+        request = PLAIN | {"messages": messages, "temperature": temperature, "top_p": 1.0}
+        if not self._json_format:
+            return _choice(self._chat(request, max_tokens, {}))[1]["text"]
+        json_only = request | {"response_format": {"type": "json_object"}}
+        try:
+            reply = self._chat(json_only, max_tokens, {})
+        except _Refused:  # perhaps that field, perhaps another: the plain request tells
             reply = self._chat(request, max_tokens, {})
+            self._json_format = False
         return _choice(reply)[1]["text"]
 
     def _chat(self, request, max_tokens, extra):
@@ -416,79 +363,63 @@ class Server:
         """Sends one request, retries included, and returns the reply's JSON object.  The one
         place that sees HTTP."""
         openai, client = self._openai, self._client
-        create = (
-            client.chat.completions if kind == "chat" else client.completions
-        ).with_raw_response.create
+        endpoint = client.chat.completions if kind == "chat" else client.completions
+        create = endpoint.with_raw_response.create
+        tries = client.max_retries + 1
         try:
-            reply = json.loads(
-                create(
-                    model=self.model, extra_body=extra or None, **request
-                ).http_response.content
-            )
-        except openai.APITimeoutError as error:
-            if type(error.__cause__).__name__ == "ConnectTimeout":
+            reply = create(model=self.model, extra_body=extra or None, **request)
+            value = json.loads(reply.http_response.content)
+        except openai.APIConnectionError as error:  # timeouts are among them
+            cause = type(error.__cause__).__name__
+            if cause in ("ConnectError", "ConnectTimeout"):
                 raise BadInput(
                     f"{self.base_url}: no connection: is the server running and is "
                     f"--base-url right?"
                 ) from None
-            raise ServedFailure(
-                f"no answer within --timeout {client.timeout:g} s, {client.max_retries + 1} "
-                f"times"
-            ) from None
-        except openai.APIConnectionError as error:
-            if type(error.__cause__).__name__ == "ConnectError":
-                raise BadInput(
-                    f"{self.base_url}: no connection: is the server running and is "
-                    f"--base-url right?"
-                ) from None
-            raise ServedFailure(
-                f"connection lost {client.max_retries + 1} times "
-                f"({type(error.__cause__).__name__})"
-            ) from None
+            if isinstance(error, openai.APITimeoutError):
+                said = f"no answer within --timeout {client.timeout:g} s, {tries} times"
+            else:
+                said = f"connection lost {tries} times ({cause})"
+            raise ServedFailure(said) from None
         except openai.APIStatusError as error:
             # without the cause: its request carries the key
             raise self._trouble(error) from None
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-            raise ServedFailure("the reply is not JSON (cut off on the way?)") from None
         except UnicodeEncodeError:
             raise ServedFailure(
                 "the prompt holds half a surrogate pair, which UTF-8 cannot carry"
             ) from None
-        if type(reply) is not dict:
-            raise ServedFailure(f"the reply is a JSON {type(reply).__name__}, not an object")
-        return reply
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+            raise ServedFailure("the reply is not JSON (cut off on the way?)") from None
+        if type(value) is not dict:
+            raise ServedFailure(f"the reply is a JSON {type(value).__name__}, not an object")
+        return value
 
     def _trouble(self, error):
         """The exception for a status the client gave up on: whose problem is it?"""
-        said = (
-            error.message
-            if " - " in error.message
-            else f"{error.message} - {error.response.text}"
-        )
-        said = " ".join(said.replace(self._key, "***").split())[:300] + (
-            f" ({error.code})" if error.code else ""
-        )
+        status = error.status_code
+        said = error.message
+        if " - " not in said:
+            said = f"{said} - {error.response.text}"
+        said = " ".join(said.replace(self._key, "***").split())[:300]
+        said += f" ({error.code})" if error.code else ""
         # the server's own words can quote parts of the key: leave them out
-        if error.status_code in (401, 403):
+        if status in (401, 403):
             return BadInput(
-                f"{self.base_url}: {error.status_code}, the key in ${self.api_key_env} is "
-                f"not accepted for model "
-                f"{self.model}: set that variable, or name another with --api-key-env"
+                f"{self.base_url}: {status}, the key in ${self.api_key_env} is not accepted "
+                f"for model {self.model}: set that variable, or name another with "
+                f"--api-key-env"
             )
-        if error.status_code == 404:
+        if status == 404:
             return BadInput(
                 f"{self.base_url}: no model {self.model!r} there, or the address lacks its "
                 f"/v1: {said}"
             )
-        if error.status_code == 429 and "insufficient_quota" in said:
+        if status == 429 and "insufficient_quota" in said:
             return BadInput(f"{self.base_url}: the account has no credit left: {said}")
-        if (
-            error.status_code in (408, 409, 413, 429)
-            or error.status_code >= 500
-            or any(w in said.lower() for w in OF_ONE_REQUEST)
-        ):
+        passing = status in (408, 409, 413, 429) or status >= 500
+        if passing or any(words in said.lower() for words in OF_ONE_REQUEST):
             return ServedFailure(f"{said} (--max-retries {self._client.max_retries})")
-        kind = _Refused if error.status_code in (400, 422) else BadInput
+        kind = _Refused if status in (400, 422) else BadInput
         return kind(f"{self.base_url}: the server refuses the request: {said}")
 
 
