@@ -1,7 +1,7 @@
 """Stage 5: how good is a model?  Accuracy, pass@k, length, truncation, repetition.
 
     python eval.py --model runs/toy/student --prompts runs/toy/heldout.jsonl --n 16 --out E
-    python eval.py --rollouts R --prompts P --rewards W --partial --out E
+    python eval.py --rollouts R --prompts P --rewards rewards.jsonl --partial --out E
 
 Reads prompts that have an `answer`, and answers to them: the file --rollouts, or those it
 samples from --model (kept beside --out as `*.rollouts.jsonl`; --n, 16 answers a prompt by
@@ -27,10 +27,10 @@ from collections import Counter
 
 import numpy as np
 
-from opd import files, records
+from opd import files, records, served
 from opd.answers import is_correct, read_answerable
 from opd.records import BadInput
-from opd.sampling import add_sampling_flags, answer_prompts
+from opd.sampling import add_sampling_flags, jobs_by_key, read_prompts, sampler_from_flags
 from opd.stats import auc, interval, mean_or_none, pass_at_k, repetition_ratio, shown
 from opd.tools import call_use
 
@@ -44,7 +44,19 @@ def sample(model, prompts, out, overwrite, flags):
     words = ["--model", model, "--prompts", prompts, "--out", out, *flags]
     if overwrite:
         words.append("--overwrite")
-    answer_prompts(p.parse_args(words), "rollouts", need_tokens=True)
+    args = p.parse_args(words)
+    jobs = jobs_by_key(read_prompts(prompts, args.slice), args.n)
+    sampler, settings = sampler_from_flags(args, need_tokens=True)
+    files.fill(
+        out,
+        "rollouts",
+        jobs,
+        lambda missing: sampler([jobs[key] for key in missing]),
+        settings,
+        [prompts],
+        overwrite,
+        limit=served.failure_limit(args),
+    )
 
 
 def read_answers(path, prompts, partial):

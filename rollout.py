@@ -1,79 +1,85 @@
 """Stage 1: the student answers the prompts.  On-policy data is what this file writes.
 
-    python rollout.py --model runs/toy/student --prompts runs/toy/train.jsonl --n 8 --out
-    rollouts.jsonl
-    python rollout.py --model NAME --tokenizer FOLDER --base-url http://localhost:8000/v1
-    --prompts P --n 8 --out rollouts.jsonl
-    python rollout.py --model M --prompts P --tools calculator --out rollouts.jsonl          #
-    an agent: opd/tools.py
+    python rollout.py --model runs/toy/student --prompts runs/toy/train.jsonl --out R
+    python rollout.py --model NAME --tokenizer FOLDER --base-url http://localhost:8000/v1 \
+        --prompts P.jsonl --n 8 --out rollouts.jsonl
 
-Reads prompts (`id`, `messages` or `prompt`), writes one rollout a line: the sampled token ids,
+Reads prompts (`id`, `messages` or `prompt`).  Writes a rollout a line: the sampled token ids,
 their log-probs under the distribution they were sampled from, a loss mask, the text, and the
-policy (model, hash of weights and template).
+policy: model, hashes of weights, template and vocabulary.  These are recorded, not guessed
+later, because decoding and encoding again changes tokens, and because where pad and end are one
+token a mask from `ids == pad` would hide the end, and the model would forget how to stop.  An
+end token is part of the response iff it was sampled.  The loop itself is
+`opd.sampling.sample_batch`.  Log-probs are of softmax(logits / temperature) in
+float32; train.py refuses rollouts with `--top-p` below 1 for methods that divide by these
+probabilities.
 
-What makes a rollout fit for training, and why each of these is recorded here and not guessed
-later:
-- ids, not text: decoding and encoding again changes tokens.  An end token is part of the answer
-  iff it was sampled.
-- the mask comes from lengths, never from `ids == pad`: models whose pad token is their end
-  token must learn to stop.
-- log-probs are of softmax(logits / temperature) in float32.  `--top-p` below 1 samples from
-  less than that, which
-  is fine for evaluation; train.py refuses such rollouts for methods that divide by these
-  probabilities.
+With --tools an answer is an episode (opd/tools.py): `response_ids` holds all of it, `loss_mask`
+is 0 on the tools' outputs, `steps` are [start, end, whether its call had a result], `calls`
+what was asked and said, `final` is the text of the last step, which is the answer.
 
-Every sample draws its own random numbers from (--seed, prompt id, sample number).  So the
-answers do not depend on batching, sharding, or on how often the run was interrupted (up to the
-last bit of a batched matrix product).
-
-With --tools an answer is an episode of several steps, with what the tools said between them.
-`response_ids` then holds all of it, `loss_mask` is 0 on what the model has not written, `steps`
-says where it wrote and whether the call there had a result ([start, end, true | false | null:
-no call, or none that was answered]), `calls` what was asked and said, `final` is the text of
-the last step, which is the answer.
-
-Simplifications: 1. no prefix sharing between the n samples of a prompt; 2. no speculative
-decoding, no paged cache: for large models serve them with vLLM and use --base-url; 3. every
-step of an episode reads its whole context anew.
+Simplifications: 1. no prefix sharing between the samples of a prompt; 2. no paged cache or
+speculative decoding: serve large models with vLLM and use --base-url; 3. every step of an
+episode reads its whole context anew.
 """
 
 import numpy as np
 
-from opd import files, records
-from opd.sampling import add_sampling_flags, answer_prompts
+from opd import files, records, served
+from opd.sampling import add_sampling_flags, jobs_by_key, read_prompts, sampler_from_flags
 from opd.tools import call_use
+
+
+def summarise(path):
+    """Numbers of a whole file, also of what an earlier run has written."""
+    lengths = []
+    finish = []
+    calls = []
+    for r in files.read(path, "rollouts"):
+        lengths.append(records.sampled_length(r))
+        finish.append(r["finish_reason"])
+        calls.append([call["ok"] for call in r.get("calls", ())])
+    summary = {
+        "generated_tokens": sum(lengths),
+        "length_mean": float(np.mean(lengths)),
+        "truncated": finish.count("length") / len(lengths),
+    }
+    return summary, call_use(calls, [reason == "tool_limit" for reason in finish])
 
 
 def main(argv=None):
     p = files.parser(__doc__)
     add_sampling_flags(p, n=8)
     args = p.parse_args(argv)
-    summary = answer_prompts(args, "rollouts", need_tokens=True)
-    # of the whole file, also what an earlier run has written
-    lengths, cut, calls, limited = [], 0, [], []
-    for r in files.read(args.out, "rollouts"):
-        lengths.append(records.sampled_length(r))
-        cut += r["finish_reason"] == "length"
-        limited.append(r["finish_reason"] == "tool_limit")
-        calls.append([call["ok"] for call in r.get("calls", ())])
-    summary |= {
-        "generated_tokens": sum(lengths),
-        "length_mean": float(np.mean(lengths)),
-        "truncated": cut / len(lengths),
-    }
-    more = ""
-    if args.tools:
-        summary |= call_use(calls, limited)
-        more = (
-            f"; {summary['calls']:.2f} calls an episode, {summary['call_errors']:.1%} of "
-            f"them failed, {summary['tool_limit']:.1%} of the episodes ended at the "
-            f"last call"
-        )
-    print(
-        f"rollout.py: {args.out}: {summary['records']} rollouts, mean length "
-        f"{summary['length_mean']:.1f} tokens, "
-        f"{summary['truncated']:.1%} cut at {args.max_tokens}{more}"
+
+    jobs = jobs_by_key(read_prompts(args.prompts, args.slice), args.n)
+    sampler, settings = sampler_from_flags(args, need_tokens=True)
+    # fill asks for the keys (id, sample) that --out lacks and appends what the sampler yields
+    written, failures = files.fill(
+        args.out,
+        "rollouts",
+        jobs,
+        lambda missing: sampler([jobs[key] for key in missing]),
+        settings,
+        [args.prompts],
+        args.overwrite,
+        limit=served.failure_limit(args),
     )
+
+    summary, use = summarise(args.out)
+    summary |= {"out": args.out, "records": written, "failed": len(failures)}
+    print(
+        f"rollout.py: {args.out}: {written} rollouts, mean length "
+        f"{summary['length_mean']:.1f} tokens, {summary['truncated']:.1%} cut at "
+        f"{args.max_tokens}"
+    )
+    if args.tools:
+        summary |= use
+        print(
+            f"rollout.py: {args.out}: {use['calls']:.2f} calls an episode, "
+            f"{use['call_errors']:.1%} of them failed, {use['tool_limit']:.1%} of the episodes "
+            f"ended at the last call"
+        )
     return summary
 
 

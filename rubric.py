@@ -4,13 +4,19 @@
     python rubric.py grade --prompts P --rubrics rubrics.jsonl --rollouts R --out rewards.jsonl
 
 `create` (section 3, eq. 2) looks at m teacher answers and all n rollouts of a prompt and writes
-one rubric for the whole group: 4 to 12 criteria, each a merit that an answer has or has not,
-with 1 to 5 points.  `--rubricator contrast` chooses from a library of predicates (`--predicates
-MODULE`) and needs no model; `llm` asks a served one (--model, --base-url).
+one rubric for the whole group: 4 to 12 criteria, each a property that an answer has or has
+not, with 1 to 5 points.  `--rubricator contrast` (opd/contrast.py) chooses at most 8 from a
+library of predicates (`--predicates MODULE`): those that at least 3/4 of the teacher's answers
+pass, ranked by how much rarer the rollouts pass them.  `llm` asks a served model (--model,
+--base-url).
+
+    {"id": "t7", "criteria": [{"id": "c1", "category": "result", "criterion": "The final result
+     is ...", "points": 5, "check": ["total_right"], "gap": 0.875}, ...], "rubricator":
+     "contrast", "drawn_from": {"answers": [fingerprints], "rollouts": [fingerprints]}}
 
 `grade` (eq. 3-5) asks every criterion of every rollout and pays the weighted pass rate, in
 [0, 1]: points (5, 2, 1), verdicts (yes, no, yes) -> reward 6/8 = 0.75.  `--grader check`
-evaluates the predicates; `judge` asks a served model, which with --answers sees the teacher's
+evaluates the predicates; `judge` asks a served model; with --answers both see the teacher's
 answers in the same anonymous pool; `scalar` is the baseline without a rubric, one served 0-10
 score; `answer` compares final answers, and only it reads the prompts' `answer`.
 
@@ -21,32 +27,17 @@ Simplifications: 1. rubrics are shared by a group, never per rollout; 2. `contra
 format from merit, so the paper's cap of 1 point on cosmetic criteria is not applied.
 """
 
-import hashlib
-import importlib
 from functools import partial
 
 import numpy as np
 
 from opd import files, judge, records, rewards, served
 from opd.answers import is_correct, question_of
+from opd.contrast import check_verdicts, contrast, load_library
 from opd.records import BadInput
 from opd.rewards import Reward
 
 ADVICE = "try a stronger judge, a longer --max-tokens or more --re-asks, then run again"
-
-
-def load_library(name):
-    """The predicates {name: check} of MODULE (its CHECKS) or MODULE:NAME.  A check has
-    `category`, `criterion`, `test(question, text, *arguments) -> bool` and
-    `propose(references) -> argument tuples worth trying`, as in worlds/predicates.py."""
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute or "CHECKS")
-    except (ImportError, AttributeError, ValueError) as error:
-        raise BadInput(
-            f"--predicates {name}: expected a module with CHECKS, or MODULE:NAME, got "
-            f"{type(error).__name__}: {error}"
-        ) from None
 
 
 def in_one_piece(rollout, path):
@@ -100,49 +91,6 @@ def for_each(llm, function, items):
 
 
 # ---- create
-
-
-def points_for(rank, gap):
-    """Points as ROPD's prompt asks: 5 for the decisive bottleneck, 4 for a second strong
-    discriminator, 2 for supporting merits, 1 for what nearly everyone passes."""
-    if rank < 2 and gap >= 0.5:
-        return 5 - rank
-    return 2 if gap >= 0.2 else 1
-
-
-def contrast(library, question, references, attempts, most=8):
-    """A rubric by contrast, or None when fewer than 4 predicates hold for the teacher.
-
-    A predicate qualifies when at least 3/4 of the teacher's answers pass it.  They are ranked
-    by the gap between the teacher's and the students' pass rate; ties are broken by a hash, not
-    by the library's order.
-
-    references ["7+5=12\\n#12"] * 4, attempts ["#11", "#13"] on "7+5=?" put `total_right` (gap
-    1) among the first."""
-    found = []
-    for name, check in library.items():
-        for arguments in check.propose(references):
-            teacher = np.mean([bool(check.test(question, t, *arguments)) for t in references])
-            student = np.mean([bool(check.test(question, t, *arguments)) for t in attempts])
-            if teacher >= 0.75:
-                tie = hashlib.sha256(f"{question}|{name}".encode()).hexdigest()
-                found.append((-(teacher - student), tie, name, arguments))
-    found.sort()
-    kept = [f for f in found if f[0] < 0][:most]
-    kept += [f for f in found if f[0] >= 0][: max(0, 4 - len(kept))]
-    if len(kept) < 4:
-        return None
-    return [
-        {
-            "id": f"c{rank + 1}",
-            "category": library[name].category,
-            "criterion": library[name].criterion.format(*arguments),
-            "points": points_for(rank, -minus_gap),
-            "check": [name, *arguments],
-            "gap": round(float(-minus_gap), 3),
-        }
-        for rank, (minus_gap, _, name, arguments) in enumerate(kept)
-    ]
 
 
 def rubric_record(prompt, criteria, rubricator, answers, attempts):
@@ -259,28 +207,6 @@ def create(argv):
 # ---- grade
 
 
-def pass_rate(points, verdicts):
-    """Eq. 4: pass_rate([5, 2, 1], [True, False, True]) -> 0.75."""
-    return sum(w for w, v in zip(points, verdicts) if v) / sum(points)
-
-
-def check_verdicts(question, criteria, answers, library):
-    """Verdicts by the predicates that the criteria name; one list of booleans an answer."""
-    for criterion in criteria:
-        name = criterion.get("check", [None])[0]
-        if name not in library:
-            raise BadInput(
-                f"criterion {criterion['criterion']!r}: check: expected a predicate of "
-                f"--predicates ({', '.join(library)}), got {name}: a rubric written by a model "
-                f"is graded with --grader judge"
-            )
-    checks = [criterion["check"] for criterion in criteria]
-    return [
-        [bool(library[name].test(question, text, *arguments)) for name, *arguments in checks]
-        for text in answers
-    ]
-
-
 def rubric_rewards(prompt, answers, rubrics, verify):
     """The weighted pass rate of the prompt's rubric for every answer.
     verify(question, criteria, texts) gives the verdicts, or a failure in an answer's place."""
@@ -292,7 +218,7 @@ def rubric_rewards(prompt, answers, rubrics, verify):
     given = []
     for verdicts in verify(question_of(prompt), criteria, texts(answers)):
         failed = isinstance(verdicts, Exception)
-        value = None if failed else pass_rate(points, verdicts)
+        value = None if failed else rewards.pass_rate(points, verdicts)
         given.append(Reward(value, str(verdicts) if failed else verdicts))
     return given
 

@@ -1,27 +1,32 @@
 """Stage 4: rollouts + rewards or teacher scores -> new weights.
 
     python train.py --method sft --model runs/toy/student --rollouts clean.jsonl --out M1
-    python train.py --method ropd --model M1 --rollouts R.jsonl --rewards W.jsonl --out M2
+    python train.py --method ropd --model M1 --rollouts R.jsonl --rewards rewards.jsonl --out M2
 
 Reads rollouts (or answers, for sft), the rewards and scores that belong to them, and a model
 folder; writes a model folder that transformers, vLLM and lm-eval load as it is, with
-metrics.jsonl and the optimiser's state beside it.  opd/loss.py defines the loss (ROPD, arXiv
-2605.07396, eq. 6-8, is one of its rows), opd/batches.py a step's data, opd/trainer.py the
-optimiser and resume.  `python -m methods` prints all rows.
+metrics.jsonl and the optimiser's state beside it.  opd/loss.py defines the loss; `ropd` is the
+row of ROPD's released code, `ropd-paper` that of its equations 6-8 (arXiv 2605.07396).
+opd/batches.py joins rollouts and rewards, computes the group advantages once (`Data._weigh`)
+and hands out a step's items, a dict a rollout; opd/tensors.py spreads them over tokens;
+opd/trainer.py is the optimiser and resume.  `python -m methods` prints all rows.
 
 One call is one round: the rollouts are walked once (--epochs), in a seeded order, --batch-size
-prompts with all their rollouts an optimiser step.  Given M2 as --model, a next round of the
-same --method continues M2's optimiser and step count.  A row with prefix "self" accepts only
-rollouts whose recorded weight hash is that of --model, sampled with its template and
-vocabulary at top-p 1 (--allow stale skips the first).  A killed run goes on from OUT.partial
-and ends in the same bits.
+prompts with all their rollouts an optimiser step.  From the second step on the weights have
+moved away from those that sampled: importance ratios and clips are for this.  Given M2 as
+--model, a next round of the same --method continues M2's optimiser and step count.  A row with
+prefix "self" accepts only rollouts whose recorded weight hash is that of --model, sampled with
+its template and vocabulary at top-p 1 (--allow stale skips the first).  A killed run goes on
+from OUT.partial and ends in the same bits.
+
+Read main, train_steps, optimise, gradient, micro_batch; for ROPD `given`, `teacher`, `exact`
+and `support` are empty.
 
 Simplifications: 1. one device; 2. models run in evaluation mode (no dropout), so no random
 state needs saving; 3. rows of a micro-batch are padded, not packed; 4. no LoRA."""
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from importlib.util import find_spec
 
 import numpy as np
@@ -33,27 +38,20 @@ from opd import loss as losses
 from opd.batches import Data, Inputs, check_teacher, plan, taught_by
 from opd.kernel import KERNELS, linear_token_loss, token_numbers
 from opd.metrics import StepMetrics, sequence_metrics
-from opd.policy import (
-    find_folder,
-    hash_weights,
-    hidden_at,
-    likeliest,
-    load_policy,
-    response_positions,
-    token_batches,
-)
+from opd.pairs import weigh_pairs
+from opd.policy import find_folder, hash_weights, load_policy, load_teacher
 from opd.records import BadInput
-from opd.trainer import Run, Trainer, add_trainer_flags, trainer_settings
-
-
-@dataclass(frozen=True)
-class StepSettings:
-    """How a step is computed, not what it is: memory and speed."""
-
-    micro_batch_tokens: int = 8192
-    kernel: str = "auto"
-    teacher_top_k: int = None  # of a teacher in memory; None: its whole vocabulary
-
+from opd.tensors import (
+    StepSettings,
+    chosen_ids,
+    field_ids,
+    micro_batches,
+    read_teacher,
+    starting_logps,
+    states,
+    token_constants,
+)
+from opd.trainer import Run, Trainer, add_trainer_flags, run_identity, trainer_settings
 
 # ---- one optimiser step
 
@@ -81,7 +79,7 @@ def gradient(trainer, data, items, settings, scale=1.0):
     norm = data.method.norm
     lengths = [s["length"] for s in items]
     weights = losses.token_weights(lengths, norm, [s["omega"] for s in items])
-    # of a mean that is logged
+    # a token's part in a mean that is logged, omega left out
     shares = losses.token_weights(lengths, "sequence" if norm == "sequence" else "token")
     for item, weight, share in zip(items, weights, shares):
         item["weight"] = np.asarray(weight) * scale
@@ -92,15 +90,9 @@ def gradient(trainer, data, items, settings, scale=1.0):
     metrics = StepMetrics()
     for some in micro_batches(items, settings):
         loss = micro_batch(trainer.policy, data, some, settings, metrics)
-        loss.backward()
-        trainer.collect()
+        loss.backward()  # the head's part is done: linear_token_loss walks it only once
+        trainer.collect()  # micro-batches add up in float32
     return items, metrics.result()
-
-
-def micro_batches(items, settings):
-    lengths = [len(s["prompt_ids"]) + len(s["response_ids"]) for s in items]
-    for batch in token_batches(lengths, settings.micro_batch_tokens):
-        yield [items[i] for i in batch]
 
 
 def micro_batch(policy, data, items, settings, metrics):
@@ -143,116 +135,6 @@ def micro_batch(policy, data, items, settings, metrics):
     if method.separable:
         return linear_token_loss(hidden, policy.head, ids, loss, **options)
     return loss(slice(None), token_numbers(hidden, policy.head, ids, **options))
-
-
-def weigh_pairs(policy, data, items, settings):
-    """Scales the signs that a pair's answers carry as their omega (DPO), from the log-probs of
-    this moment.  Returns metrics."""
-    scale = data.method.omega_scale
-    pairs = {}
-    for item, logp in zip(items, current_logps(policy, data, items, settings)):
-        ratio = float((logp - item["reference_logp"]).sum())
-        pairs.setdefault(item["key"][0], []).append((item, ratio))
-    margins = []
-    for pair in pairs.values():
-        signs = [item["omega"] for item, _ in pair]
-        ratios = [ratio for _, ratio in pair]
-        omegas = [0.0] * len(pair)
-        if all(item["length"] for item, _ in pair):  # half a pair is no preference
-            omegas = losses.preference_weights(scale, signs, ratios)
-            margins.append(scale * sum(s * r for s, r in zip(signs, ratios)))
-        for (item, _), omega in zip(pair, omegas):
-            item["omega"] = omega
-    if not margins:
-        return {}
-    margins = np.asarray(margins)
-    return {
-        "preference/margin": float(np.mean(margins)),
-        "preference/accuracy": float(np.mean(margins > 0)),
-        "preference/loss": float(np.logaddexp(0, -margins).mean()),
-    }
-
-
-# ---- tensors of a micro-batch
-
-
-def states(policy, items):
-    """Hidden states [N, D] that predict the trained tokens of a micro-batch, in order."""
-    sequences = [s["prompt_ids"] + s["response_ids"] for s in items]
-    positions = [response_positions(s["prompt_ids"], s["mask"]) for s in items]
-    return hidden_at(policy.model, sequences, positions)
-
-
-def chosen_ids(items, device=None):
-    """The recorded trained tokens, [N, 1]."""
-    ids = [t for s in items for t, m in zip(s["response_ids"], s["mask"]) if m]
-    return torch.tensor(ids, dtype=torch.int64, device=device)[:, None]
-
-
-def field_ids(items, name, device):
-    """The ids of a field like "support_ids", [N, K]; K = 0 where items have none."""
-    arrays = [s.get(name, np.zeros((s["length"], 0))) for s in items]
-    return torch.from_numpy(np.concatenate(arrays).astype(np.int64)).to(device)
-
-
-def token_constants(items, device, vocabulary):
-    """{name: [N, ...]}: the constant arrays of the items, for loss.token_loss."""
-    batch = {}
-    for name, value in items[0].items():
-        if isinstance(value, np.ndarray) and not name.endswith("_ids"):
-            array = np.concatenate([s[name] for s in items]).astype(np.float32)
-            batch[name] = torch.from_numpy(array).to(device)
-    if "advantage" in items[0]:
-        values = [s["advantage"] for s in items for _ in range(s["length"])]
-        batch["advantage"] = torch.tensor(values, dtype=torch.float32, device=device)
-    if "support_logp" in batch:
-        batch["whole"] = batch["support_logp"].shape[1] >= vocabulary
-    if "reference_support_logp" in batch:
-        batch["reference_whole"] = batch["reference_support_logp"].shape[1] >= vocabulary
-    return batch
-
-
-@torch.no_grad()
-def read_teacher(teacher, items, top_k):
-    """A teacher in memory: what kernel.token_numbers takes of it, and the ids [N, K] of its
-    likeliest tokens, K = 0 where its whole vocabulary is read."""
-    hidden = states(teacher, items)
-    options = {name: teacher.head_options[name] for name in ("scale", "softcap")}
-    ids = torch.zeros((len(hidden), 0), dtype=torch.int64, device=hidden.device)
-    if top_k:
-        ids = likeliest(teacher, hidden, top_k)
-    return (hidden, teacher.head, options), ids
-
-
-@torch.no_grad()
-def current_logps(policy, data, items, settings):
-    """log-probs [length] of the trained tokens of every item under the weights as they are."""
-    out = {}
-    for some in micro_batches(items, settings):
-        hidden = states(policy, some)
-        numbers = token_numbers(
-            hidden,
-            policy.head,
-            chosen_ids(some, hidden.device),
-            temperature=data.temperature or 1.0,
-            kernel=settings.kernel,
-            **policy.head_options,
-        )
-        logp = numbers.logp[:, 0].cpu().numpy()
-        ends = np.cumsum([s["length"] for s in some])[:-1]
-        out |= {s["key"]: part for s, part in zip(some, np.split(logp, ends))}
-    return [out[s["key"]] for s in items]
-
-
-def starting_logps(policy, data, settings):
-    """{key: log-probs of its trained tokens} before the first update, a thousand rollouts in
-    memory at a time."""
-    keys = [key for group in data.groups.values() for key in group]
-    out = {}
-    for start in range(0, len(keys), 1024):
-        some = keys[start : start + 1024]
-        out |= zip(some, current_logps(policy, data, data.sequences(some), settings))
-    return out
 
 
 # ---- the stage
@@ -384,28 +266,16 @@ def check_inputs(label, method, own, given, teacher):
     """The files a row reads are there, and none that it does not read.  own, given: the Inputs
     of the rollouts and of --data."""
     scored_data = method.prefix == "mixed" and not teacher
-    check_input(label, method.rewards, rewards=own.rewards)
-    check_input(label, method.teacher, scores=own.scores, teacher=teacher)
-    check_input(label, method.reference, reference=own.reference)
-    check_input(label, method.token_weight != "one", token_weights=own.token_weights)
-    check_input(label, method.given, data=given.rollouts)
-    check_input(label, scored_data, data_scores=given.scores)
+    files.check_given(label, method.rewards, rewards=own.rewards)
+    files.check_given(label, method.teacher, scores=own.scores, teacher=teacher)
+    files.check_given(label, method.reference, reference=own.reference)
+    files.check_given(label, method.token_weight != "one", token_weights=own.token_weights)
+    files.check_given(label, method.given, data=given.rollouts)
+    files.check_given(label, scored_data, data_scores=given.scores)
     if method.prefix == "self" and own.prompts and not given.rollouts:
         raise BadInput(
             f"{label}: --prompts is given, but rollouts bring their prompt's tokens along"
         )
-
-
-def check_input(label, needed, **options):
-    """Exactly one of the flags is given where one is needed, and else none."""
-    names = ["--" + name.replace("_", "-") for name in options]
-    found = [name for name, value in zip(names, options.values()) if value]
-    if needed and not found:
-        raise BadInput(f"{label}: expected {' or '.join(names)}, but it is missing")
-    if found and not needed:
-        raise BadInput(f"{label}: {found[0]} is given, but this method does not read it")
-    if len(found) > 1:
-        raise BadInput(f"{' and '.join(found)} are both a teacher's numbers: give one of them")
 
 
 def check_teacher_flags(method, teacher, settings):
@@ -430,25 +300,6 @@ def check_teacher_flags(method, teacher, settings):
         )
     if settings.kernel == "triton" and not find_spec("triton"):
         raise BadInput("--kernel triton: `pip install triton` first")
-
-
-def load_teacher(name, policy, dtype, device, template_options, weights, any_template):
-    """The --teacher as a Policy that shares the student's token ids, and its template unless a
-    mismatch is meant."""
-    teacher = load_policy(name, dtype, device, template_options, weights)
-    reasons = {
-        "vocabulary": "their token ids mean different things",
-        "template": "a teacher off its own template scores badly; pass --allow template if "
-        "this is meant",
-    }
-    for field, reason in reasons.items():
-        wanted, got = policy.identity[field], teacher.identity[field]
-        if wanted != got and not (field == "template" and any_template):
-            raise BadInput(
-                f"--teacher {name}: expected the {field} of {policy.identity['model']}, "
-                f"{wanted}, got {got}: {reason}"
-            )
-    return teacher
 
 
 def load_given(inputs, method, policy, teacher, data):
@@ -476,19 +327,6 @@ def parse(argv):
     if args.steps and args.epochs:
         raise BadInput("--steps and --epochs both say how long to train: give one of them")
     return args
-
-
-def identity_of_run(flags, method, weights, teacher, inputs):
-    """What determines the result of a run, as JSON: a folder of another run is refused.  flags:
-    {name: value}, of which those are left out that change memory and speed alone."""
-    without = ("overwrite", "save_every", "micro_batch_tokens", "device", "kernel")
-    return {
-        "flags": {name: value for name, value in flags.items() if name not in without},
-        "method": method.columns(),
-        "weights": weights,
-        "teacher": hash_weights(find_folder(teacher)) if teacher else None,
-        "inputs": {path: files.hash_file(path) for path in inputs},
-    }
 
 
 def train_steps(trainer, run, steps, data, given, settings, seed, old):
@@ -520,7 +358,13 @@ def main(argv=None):
     source = find_folder(args.model)
     weights = hash_weights(source)
     inputs = [*own_files.paths(), *given_files.paths()]
-    identity = identity_of_run(vars(args), method, weights, args.teacher, inputs)
+    identity = run_identity(
+        vars(args),
+        weights,
+        inputs,
+        method=method.columns(),
+        teacher=hash_weights(find_folder(args.teacher)) if args.teacher else None,
+    )
     reads = [*inputs, source, *filter(None, [args.teacher])]
     run = Run(args.out, identity, source, reads, args.overwrite)
     if run.finished:
@@ -550,12 +394,7 @@ def main(argv=None):
     trainer = Trainer(policy, trainer_settings(args))
     run.begin(trainer, args.fresh_optimizer)
     train_steps(trainer, run, steps, data, given, settings, args.seed, old)
-    counts = {
-        "groups_dropped": data.dropped,
-        "groups_without_weight": data.silent,
-        "retokenized": len(data.retokenized),
-    }
-    summary = run.finish(counts, taught_by(source, method, data))
+    summary = run.finish(data.counts(), taught_by(source, method, data))
     dropped = f", {data.dropped} groups dropped for failed judgements" if data.dropped else ""
     print(
         f"train.py: {args.out}: {args.method}, {len(steps)} steps, {summary['trained_tokens']} "

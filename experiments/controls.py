@@ -24,7 +24,7 @@ import numpy as np
 from opd import files, records, rewards
 from opd.answers import question_of
 from opd.records import BadInput
-from rubric import pass_rate
+from opd.rewards import pass_rate
 from worlds import predicates
 
 

@@ -226,7 +226,7 @@ def build(run):
         s.style_steps,
         rate=1e-3,
         fresh_optimizer=True,
-        **study.RAMP,
+        optimizer=study.RAMP,
     )
     for number in range(rounds):
         out, problems = world / "answers" / f"{number}.jsonl", part(number, s.prompts)
@@ -256,7 +256,7 @@ class Pair(study.Trial):
             data=self.answers(index),
             batch_size=s.prompts // s.updates,
             learning_rate=s.judge_learning_rate if rate is None else rate,
-            grad_clip=s.grad_clip,
+            optimizer=dict(grad_clip=s.grad_clip),
             **self.view,
             seed=self.seed,
             fresh_optimizer=self.judge == self.first_judge,
@@ -268,7 +268,7 @@ class Pair(study.Trial):
 
     def imitate(self, index, at):
         s, prompts = self.settings, self.toy / "train.jsonl"
-        options = dict(prompts=prompts, grad_clip=s.grad_clip)
+        options = dict(prompts=prompts, optimizer=dict(grad_clip=s.grad_clip))
         answers, out = self.answers(index), at / "student"
         self.train("seqkd", answers, out, s.warm_learning_rate, **options)
 
@@ -404,7 +404,7 @@ class Trial(Pair):
             rewards=rollouts.with_name("rewards.jsonl"),
             reference=reference,
             set=dict(reference_kl=s.reference_kl),
-            grad_clip=s.grad_clip,
+            optimizer=dict(grad_clip=s.grad_clip),
         )
 
     def due(self, done):

@@ -311,7 +311,7 @@ def build(run):
             s.style_steps,
             rate=1e-3,
             fresh_optimizer=True,
-            **study.RAMP,
+            optimizer=study.RAMP,
         )
 
 

@@ -39,6 +39,7 @@ from dataclasses import dataclass
 
 from experiments.claims import Claim, last, more
 from experiments.study import (
+    RAMP,
     Measured,
     Study,
     Trial,
@@ -133,7 +134,7 @@ def build(run):
             clean=64 * s.base_steps,
             mixed=256 * s.spoil_steps,
         )
-    schedule = dict(warmup_steps=20, schedule="linear", save_every=200)
+    schedule = dict(optimizer=RAMP, save_every=200)
     clean = toy / "clean.jsonl"
     run.pretrain(toy / "student", clean, run.world / "base", s.base_steps, **schedule)
 

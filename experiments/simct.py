@@ -43,7 +43,7 @@ teacher's texts, and the angle between the gradients of one-token units and span
 from dataclasses import dataclass
 
 from experiments.claims import Claim, last, more
-from experiments.study import Measured, Study, Trial, conduct, setting
+from experiments.study import RAMP, Measured, Study, Trial, conduct, setting
 from opd import files
 
 
@@ -203,15 +203,14 @@ def build(run):
                 student_merges=merges,
             )
     clean = world / MAIN / "clean.jsonl"
-    schedule = dict(warmup_steps=20, schedule="linear")
     teacher = world / MAIN / "teacher"
-    run.pretrain(teacher, clean, world / "teacher", s.teacher_steps, save_every=200, **schedule)
+    options = dict(optimizer=RAMP, save_every=200)
+    run.pretrain(teacher, clean, world / "teacher", s.teacher_steps, **options)
     for name, merges in VOCABULARIES.items():
         student = world / name / ("student_merged" if merges else "student")
         base = world / f"base-{name}"
-        run.pretrain(
-            student, clean, base, s.base_steps, total_steps=s.teacher_steps, **schedule
-        )
+        decay = RAMP | dict(total_steps=s.teacher_steps)
+        run.pretrain(student, clean, base, s.base_steps, optimizer=decay)
 
 
 def prepare(run, seed):

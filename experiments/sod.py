@@ -55,6 +55,7 @@ from dataclasses import dataclass
 from experiments import sod_drift
 from experiments.claims import Claim, last, more
 from experiments.study import (
+    RAMP,
     Measured,
     Study,
     Trial,
@@ -374,7 +375,7 @@ def build(run):
     models = [("student", "base", s.base_steps), ("teacher", "teacher", s.teacher_steps)]
     if any(ARMS[arm].get("large") for arm in run.arms):
         models.append(("large", "large", s.teacher_steps))
-    schedule = dict(warmup_steps=20, schedule="linear", save_every=200)
+    schedule = dict(optimizer=RAMP, save_every=200)
     for source, name, steps in models:
         clean = toy / "clean.jsonl"
         run.pretrain(toy / source, clean, run.world / name, steps, **schedule)
@@ -403,11 +404,10 @@ class SodTrial(Trial):
         s = self.settings
         outage = {} if self.how.get("calm") else {"outage": s.outage}
         return {
-            "tools": "calculator",
+            "tools": json.dumps({"calculator": outage | tool_options}),
             "call_format": "brackets",
             "max_calls": s.max_calls,
             "max_tokens": s.max_tokens,
-            "tool_options": json.dumps(outage | tool_options),
         }
 
     def columns(self, score, n, final):

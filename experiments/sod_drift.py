@@ -12,8 +12,8 @@ Read `by_outcome` first: d is also large where the student is wrong and the teac
 
 `left` is the share of the teacher's term sum |log mu - log p_T| that each rule leaves (rules:
 experiments/sod_controls.py), `left_quiet` the same in the half of the episodes with the smaller
-d_1.  For the placebo, results as long as an error, sample with --tool-options '{"pad": 40}' and
-compare that file --against the first one's JSON.
+d_1.  For the placebo, results as long as an error, sample with
+--tools '{"calculator": {"pad": 40}}' and compare that file --against the first one's JSON.
 
 --model, the student, adds signal and noise of the teacher's gradient.  Prop. 2: in contexts
 that the teacher would never reach, its signal-to-noise ratio goes to 0.  Of the gradients g_i

@@ -59,7 +59,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.claims import Claim, last, more
-from experiments.study import Measured, Study, Trial, conduct, setting
+from experiments.study import RAMP, Measured, Study, Trial, conduct, setting
 from opd import files, records
 
 
@@ -254,7 +254,7 @@ def build(run):
         )
     if not (run.world / "unlabelled.jsonl").exists():
         hide_answers(run, toy / "train.jsonl", run.world / "unlabelled.jsonl")
-    schedule = dict(warmup_steps=20, schedule="linear", save_every=200)
+    schedule = dict(optimizer=RAMP, save_every=200)
     for name, steps in (("student", s.student_steps), ("teacher", s.teacher_steps)):
         clean = toy / "clean.jsonl"
         run.pretrain(toy / name, clean, run.world / name, steps, **schedule)

@@ -300,8 +300,8 @@ def build(run):
             ("eos-teacher", "eos/teacher", clean, s.eos_steps, s.eos_steps),
         )
     ):
-        how = dict(seed=seed, total_steps=total, **study.RAMP)
-        run.pretrain(world / start, corpus, world / name, steps, **how)
+        decay = study.RAMP | dict(total_steps=total)
+        run.pretrain(world / start, corpus, world / name, steps, seed=seed, optimizer=decay)
 
 
 def write_gold(run):

@@ -188,12 +188,13 @@ class Run:
         if not out.exists():
             self.stage(command, **options, out=out)
 
-    def pretrain(self, start, corpus, out, steps, rate=4e-3, seed=0, **options):
+    def pretrain(self, start, corpus, out, steps, rate=4e-3, seed=0, optimizer={}, **options):
         """Trains a model of the world on `steps` batches of 64 texts, unless `out` is there."""
         if out.exists():
             return
         say(f"pre-training the {out.name}: {steps} steps of 64 texts")
-        common = dict(batch_size=64, adam_beta2=0.95, micro_batch_tokens=4096)
+        optimizer = dict(adam_beta2=0.95) | optimizer
+        common = dict(batch_size=64, optimizer=optimizer, micro_batch_tokens=4096)
         how = common | dict(steps=steps, learning_rate=rate, seed=seed) | options
         self.stage("train.py", method="sft", model=start, rollouts=corpus, **how, out=out)
 
@@ -262,7 +263,8 @@ def build_sums(run, problems, corpus="clean", **options):
         **options,
     )
     texts = world / "toy" / f"{corpus}.jsonl"
-    common = RAMP | dict(total_steps=s.teacher_steps, save_every=200)
+    decay = RAMP | dict(total_steps=s.teacher_steps)
+    common = dict(optimizer=decay, save_every=200)
     start, more = world / "toy" / "student", s.teacher_steps - s.base_steps
     run.pretrain(start, texts, world / "base", s.base_steps, seed=0, **common)
     run.pretrain(world / "base", texts, world / "teacher", more, seed=1, **common)

@@ -46,7 +46,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from experiments.claims import Claim, last, more
-from experiments.study import Rounds, Study, Trial, conduct, part, setting
+from experiments.study import RAMP, Rounds, Study, Trial, conduct, part, setting
 from opd import files, records
 
 
@@ -228,7 +228,7 @@ CLAIMS = [
 
 def pretrain(run, start, corpus, out, steps, seed):
     texts = run.world / "forks" / f"{corpus}.jsonl"
-    how = dict(warmup_steps=20, schedule="linear", micro_batch_tokens=None)
+    how = dict(optimizer=RAMP, micro_batch_tokens=None)
     rate = run.settings.pretrain_lr
     run.pretrain(start, texts, out, steps, rate, seed, fresh_optimizer=True, **how)
 

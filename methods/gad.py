@@ -49,7 +49,7 @@ from opd.policy import (
     vocabulary_size,
 )
 from opd.records import BadInput
-from opd.trainer import Run, Trainer, add_trainer_flags, trainer_settings
+from opd.trainer import Run, Trainer, add_trainer_flags, run_identity, trainer_settings
 
 # the released scripts' token mean and clip; their gradient clip, 0.2, is a flag of train.py
 ROWS = {
@@ -322,14 +322,9 @@ def train(argv=None):
     source = find_folder(args.model)
     weights = hash_weights(source)
     inputs = [path for path in (args.rollouts, args.data, args.prompts) if path]
-    without = ("overwrite", "save_every", "micro_batch_tokens", "device")
-    flags = {name: value for name, value in vars(args).items() if name not in without}
-    identity = {
-        # the name under which older folders know it
-        "flags": flags | {"method": "discriminator"},
-        "weights": weights,
-        "inputs": {path: files.hash_file(path) for path in inputs},
-    }
+    # the name under which older folders know it
+    flags = vars(args) | {"method": "discriminator"}
+    identity = run_identity(flags, weights, inputs)
     run = Run(args.out, identity, source, [*inputs, source], args.overwrite)
     if run.finished:
         print(f"methods.gad train: {args.out}: complete already")

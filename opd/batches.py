@@ -278,6 +278,14 @@ class Data:
                     f"{other.rollouts.path}, got none to id {prompt!r}"
                 )
 
+    def counts(self):
+        """What a run's summary says of the data."""
+        return {
+            "groups_dropped": self.dropped,
+            "groups_without_weight": self.silent,
+            "retokenized": len(self.retokenized),
+        }
+
     # ---- a step's rollouts
 
     def items(self, prompts):

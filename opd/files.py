@@ -17,6 +17,7 @@ Files are walked, not loaded.  A `Table` keeps about 300 bytes a record: its key
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,13 +28,41 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from opd.records import KINDS, BadInput, fingerprint, key_of, show, validate
+
 try:
     import fcntl
 except ImportError:  # Windows: no lock, two writers of one file are not noticed there
     fcntl = None
-from opd.records import KINDS, BadInput, _show, fingerprint, key_of, validate
 
 # ---- reading
+
+
+def _parse(line, place):
+    """One line as a JSON value, or BadInput."""
+    try:
+        return json.loads(line)
+    # not JSON, not UTF-8, too deep, a number of 5000 digits
+    except (ValueError, RecursionError) as error:
+        if not line.endswith(b"\n"):
+            raise BadInput(
+                f"{place}: the last line is torn (a stage was stopped while writing it): run "
+                f"the stage that writes the file again, it will complete the file"
+            ) from None
+        text = line.decode("utf-8", "replace").rstrip()
+        raise BadInput(
+            f"{place}: expected one JSON object a line, got {show(text)} ({error})"
+        ) from None
+
+
+def _problem(line, record, kind):
+    """What is wrong with a record, or None."""
+    problem = validate(record, kind)
+    if problem or not (b"NaN" in line or b"Infinity" in line):
+        return problem
+    constants = []  # in a key not listed, where no writer could write it
+    json.loads(line, parse_constant=constants.append)
+    return f"expected JSON, which has no {constants[0]}" if constants else None
 
 
 def _lines(path, kind):
@@ -42,42 +71,26 @@ def _lines(path, kind):
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: expected a JSONL file of {kind}, but there is no such file")
-    seen, offset, found = set(), 0, False
+    seen = set()
+    end = 0
+    found = False
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
-            start, offset = offset, offset + len(line)
+            start = end
+            end += len(line)
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line)
-            # not JSON, not UTF-8, too deep, a number of 5000 digits
-            except (ValueError, RecursionError) as error:
-                if not line.endswith(b"\n"):
-                    raise BadInput(
-                        f"{path}:{number}: the last line is torn (a stage was stopped while "
-                        f"writing it): "
-                        f"run the stage that writes {path.name} again, it will complete the "
-                        f"file"
-                    ) from None
-                raise BadInput(
-                    f"{path}:{number}: expected one JSON object a line, got "
-                    f"{_show(line.decode('utf-8', 'replace').rstrip())} "
-                    f"({error})"
-                ) from None
-            problem = validate(record, kind)
-            # in a key not listed, where no writer could write it
-            if not problem and (b"NaN" in line or b"Infinity" in line):
-                odd = []
-                json.loads(line, parse_constant=odd.append)
-                problem = f"expected JSON, which has no {odd[0]}" if odd else None
+            place = f"{path}:{number}"
+            record = _parse(line, place)
+            problem = _problem(line, record, kind)
             if problem:
-                raise BadInput(f"{path}:{number}: {problem}")
-            if KINDS[kind][0]:
+                raise BadInput(f"{place}: {problem}")
+            if KINDS[kind].key:
                 key = hash(key_of(record, kind))  # 64 bits each: a set of ints, not of tuples
                 if key in seen:
-                    shown = ", ".join(f"{f} {record[f]!r}" for f in KINDS[kind][0])
+                    shown = ", ".join(f"{f} {record[f]!r}" for f in KINDS[kind].key)
                     raise BadInput(
-                        f"{path}:{number}: duplicate key: {shown} stands on an earlier line too"
+                        f"{place}: duplicate key: {shown} stands on an earlier line too"
                     )
                 seen.add(key)
             found = True
@@ -100,10 +113,13 @@ class Table:
     `file:line` for messages."""
 
     def __init__(self, path, kind):
-        self.path, self.kind, self._place = Path(path), kind, {}
+        self.path = Path(path)
+        self.kind = kind
+        self._place = {}
         for number, offset, record in _lines(path, kind):
             self._place[key_of(record, kind)] = (number, offset)
-        self._file, self._lock = open(self.path, "rb"), threading.Lock()
+        self._file = open(self.path, "rb")
+        self._lock = threading.Lock()
 
     def __len__(self):
         return len(self._place)
@@ -129,37 +145,34 @@ class Table:
 
 def record_for(table, rollout, rollouts):
     """The record of `table` (scores, weights or rewards) that belongs to `rollout`, or BadInput
-    when it is missing or was made for another text.  `rollouts` is the Table the rollout got
-    from, for the message."""
+    when it is missing or was made for another text.  `rollouts` is the Table that the rollout
+    is from, for the message."""
     key = key_of(rollout, "rollouts")
     if key not in table:
         raise BadInput(
             f"{table.path}: expected a record for id {rollout['id']!r}, sample "
-            f"{rollout['sample']} "
-            f"({rollouts.where(key)}), but there is none: run the stage that writes it again"
+            f"{rollout['sample']} ({rollouts.where(key)}), but there is none: run the stage "
+            f"that writes it again"
         )
     record = table[key]
+    where = table.where(key)
     if record["rollout"] != fingerprint(rollout):
         raise BadInput(
-            f"{table.where(key)}: rollout: expected {fingerprint(rollout)}, the rollout at "
-            f"{rollouts.where(key)}, "
-            f"got {record['rollout']}: these {table.kind} were made for other rollouts"
+            f"{where}: rollout: expected {fingerprint(rollout)}, the rollout at "
+            f"{rollouts.where(key)}, got {record['rollout']}: these {table.kind} were made for "
+            f"other rollouts"
         )
+    length = len(rollout["response_ids"])
     field = {"scores": "logprobs", "weights": "weights"}.get(table.kind)
-    if field and len(record[field]) != len(rollout["response_ids"]):
+    if field and len(record[field]) != length:
         raise BadInput(
-            f"{table.where(key)}: {field}: expected {len(rollout['response_ids'])} values, "
-            f"one per response "
-            f"token, got {len(record[field])}"
+            f"{where}: {field}: expected {length} values, one per response token, got "
+            f"{len(record[field])}"
         )
     shapes = [packed["shape"] for packed in record.get("topk", {}).values()]
-    if any(
-        len(shape) != 2 or shape != shapes[0] or shape[0] != len(rollout["response_ids"])
-        for shape in shapes
-    ):
+    if any(len(shape) != 2 or shape != shapes[0] or shape[0] != length for shape in shapes):
         raise BadInput(
-            f"{table.where(key)}: topk: expected {len(rollout['response_ids'])} rows, one "
-            f"per response token, of as many ids as "
+            f"{where}: topk: expected {length} rows, one per response token, of as many ids as "
             f"log-probs, got {' and '.join(map(str, shapes))}"
         )
     return record
@@ -173,43 +186,41 @@ class Writer:
     finished.
 
     settings: whatever determines the records (model, seed, temperature ...); inputs: the files
-    they are made from. Both are kept in `path.run.json` and must match when a file is resumed.
-    retry: a predicate; finished records for which it holds are dropped and made again (failed
-    judgements)."""
+    they are made from.  Both are kept in `path.run.json` and must match when a file is resumed.
+    retry: a predicate; finished records for which it holds are dropped and made again."""
 
     def __init__(self, path, kind, settings, inputs=(), overwrite=False, retry=None):
-        self.path, self.kind, self.done = Path(path), kind, set()
+        self.path = Path(path)
+        self.kind = kind
+        self.done = set()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(
-                f"{self.path}: cannot be written: {self.path.parent}: {error.strerror}"
+                f"{path}: cannot be written: {self.path.parent}: {error.strerror}"
             ) from None
-        sidecar = self.path.with_name(self.path.name + ".run.json")
-        for source in map(Path, inputs):
-            if not source.is_file():
-                raise BadInput(
-                    f"{source}: expected a file to make {path} from, but there is no such file"
-                )
-            if self.path.exists() and self.path.samefile(source):
-                raise BadInput(
-                    f"{path}: is an input of this command, it cannot be the output too: give "
-                    f"another --out"
-                )
+        self._check_inputs(inputs)
         self._open()
         try:
             if overwrite:
                 self._file.truncate(0)
-            if self.path.stat().st_size:
-                self._check_same_run(sidecar, settings, inputs)
-                cut_torn_line(self.path)
-                if self.path.stat().st_size:
-                    self._load_done(retry)
-            state = {"settings": settings, "inputs": {str(p): hash_file(p) for p in inputs}}
-            write_atomically(sidecar, json.dumps(state, indent=1, default=str) + "\n")
+            self._resume(settings, inputs, retry)
         except BaseException:
             self._file.close()
             raise
+
+    def _check_inputs(self, inputs):
+        for source in map(Path, inputs):
+            if not source.is_file():
+                raise BadInput(
+                    f"{source}: expected a file to make {self.path} from, but there is no such "
+                    f"file"
+                )
+            if self.path.exists() and self.path.samefile(source):
+                raise BadInput(
+                    f"{self.path}: is an input of this command, it cannot be the output too: "
+                    f"give another --out"
+                )
 
     def _open(self):
         try:
@@ -228,6 +239,16 @@ class Writer:
         except OSError:
             pass  # a file system without locks
 
+    def _resume(self, settings, inputs, retry):
+        sidecar = self.path.with_name(self.path.name + ".run.json")
+        if self.path.stat().st_size:
+            self._check_same_run(sidecar, settings, inputs)
+            cut_torn_line(self.path)
+        if self.path.stat().st_size:
+            self._load_done(retry)
+        state = {"settings": settings, "inputs": {str(p): hash_file(p) for p in inputs}}
+        write_atomically(sidecar, json.dumps(state, indent=1, default=str) + "\n")
+
     def _check_same_run(self, sidecar, settings, inputs):
         fresh = f"give another --out, or --overwrite to begin {self.path.name} anew"
         if not sidecar.exists():
@@ -237,21 +258,21 @@ class Writer:
             )
         try:
             before = json.loads(sidecar.read_text())
-            before["settings"].keys(), before["inputs"].keys()
-        except (ValueError, TypeError, KeyError, AttributeError):
+            old_settings = dict(before["settings"])
+            old_inputs = dict(before["inputs"])
+        except (ValueError, TypeError, KeyError):
             raise BadInput(
                 f"{sidecar}: expected the settings {self.path.name} was begun with, but it "
                 f"is damaged: {fresh}"
             ) from None
-        if difference := first_difference(before["settings"], settings):
+        if difference := first_difference(old_settings, settings):
             raise BadInput(f"{self.path}: was begun with {difference}: {fresh}")
-        if len(before["inputs"]) != len(inputs):
+        if len(old_inputs) != len(inputs):
             raise BadInput(
-                f"{self.path}: was made from {', '.join(before['inputs']) or 'no file'}: "
-                f"{fresh}"
+                f"{self.path}: was made from {', '.join(old_inputs) or 'no file'}: {fresh}"
             )
         # by place: a moved file is the same input
-        for (name, old), path in zip(before["inputs"].items(), inputs):
+        for (name, old), path in zip(old_inputs.items(), inputs):
             if hash_file(path, old["bytes"]) != old:
                 raise BadInput(
                     f"{self.path}: was made from {name}, which has changed since, or {path} "
@@ -283,7 +304,7 @@ class Writer:
             if problem:
                 raise ValueError(f"{self.path}: refusing to write a bad record: {problem}")
             lines += _dump(record)
-        keys = [key_of(r, self.kind) for r in records] if KINDS[self.kind][0] else []
+        keys = [key_of(r, self.kind) for r in records] if KINDS[self.kind].key else []
         if len({*keys} - self.done) < len(keys):
             raise ValueError(f"{self.path}: refusing to write a key twice: {keys}")
         append_whole(self._file, lines)
@@ -311,8 +332,8 @@ def stop_if_failing(out, failures, done, total, limit):
     nothing_works = not done and len(failures) >= limit.first
     if too_many or nothing_works:
         raise BadInput(
-            f"{out}: {len(failures)} of {total} requests failed, {done} succeeded and are kept;"
-            f" more than --max-failure-rate {limit.rate} allows (last: {failures[-1]}): "
+            f"{out}: {len(failures)} of {total} requests failed, {done} succeeded and are "
+            f"kept; more than --max-failure-rate {limit.rate} allows (last: {failures[-1]}): "
             f"{limit.advice}"
         )
 
@@ -345,7 +366,7 @@ def fill(
     failures = []
     with Writer(out, kind, settings, inputs, overwrite, failure_of) as writer:
         missing = [key for key in keys if key not in writer]
-        kept = len(writer.done)
+        done = len(writer.done)
         bar = progress(total=len(keys), initial=len(keys) - len(missing), desc=Path(out).name)
         with bar:
             for result in work(missing) if missing else ():
@@ -354,13 +375,13 @@ def fill(
                 else:
                     batch = result if isinstance(result, list) else [result]
                     writer.write(*batch)
-                    reasons = [failure_of(record) for record in batch] if failure_of else []
+                    bar.update(len(batch))
+                    reasons = map(failure_of, batch) if failure_of else ()
                     failed = [reason for reason in reasons if reason]
                     failures += failed
-                    kept += len(batch) - len(failed)
-                    bar.update(len(batch))
+                    done += len(batch) - len(failed)
                 if failures:
-                    stop_if_failing(out, failures, kept, len(keys), limit)
+                    stop_if_failing(out, failures, done, len(keys), limit)
         written = len(writer.done)
     if failures:
         print(
@@ -373,7 +394,8 @@ def fill(
 def append_whole(file, lines):
     """Appends bytes to an unbuffered file in one piece; on a full disk the file is cut back to
     what it was."""
-    before, written = os.fstat(file.fileno()).st_size, 0
+    before = os.fstat(file.fileno()).st_size
+    written = 0
     try:
         while written < len(lines):
             written += file.write(lines[written:])
@@ -381,8 +403,7 @@ def append_whole(file, lines):
         os.ftruncate(file.fileno(), before)
         raise BadInput(
             f"{file.name}: could not append ({error.strerror}); every record written before "
-            f"is whole: "
-            "make room and run the same command again"
+            f"is whole: make room and run the same command again"
         ) from None
 
 
@@ -390,22 +411,8 @@ def cut_torn_line(path):
     """A kill can leave half a line at the end of a JSONL file: cut it off (its record is made
     again)."""
     with open(path, "r+b") as f:
-        end = f.seek(0, os.SEEK_END)
-        if not end:
-            return
-        f.seek(end - 1)
-        if f.read(1) == b"\n":
-            return
-        start = end  # walk back to the byte after the last newline
-        while start > 0:
-            step = min(65536, start)
-            f.seek(start - step)
-            at = f.read(step).rfind(b"\n")
-            if at >= 0:
-                start = start - step + at + 1
-                break
-            start -= step
-        f.truncate(start)
+        whole = sum(len(line) for line in f if line.endswith(b"\n"))
+        f.truncate(whole)
 
 
 def _dump(record):
@@ -424,12 +431,13 @@ def first_difference(before, now):
     it is 4"."""
     before, now = (json.loads(json.dumps(x, default=str)) or {} for x in (before, now))
     for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
+        old = before.get(name)
+        new = now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             if found := first_difference(old, new):
                 return found
         elif old != new:
-            return f"{name} = {_show(old)}, now it is {_show(new)}"
+            return f"{name} = {show(old)}, now it is {show(new)}"
     return None
 
 
@@ -437,12 +445,13 @@ def hash_file(path, limit=None):
     """{"bytes", "sha256"} of the first `limit` bytes of a file (of all of it by default)."""
     if not Path(path).is_file():
         raise BadInput(f"{path}: expected a file, but there is no such file")
-    digest, left = hashlib.sha256(), Path(path).stat().st_size if limit is None else limit
+    digest = hashlib.sha256()
+    left = Path(path).stat().st_size if limit is None else limit
     total = 0
     with open(path, "rb") as f:
-        while left and (block := f.read(min(left, 1 << 20))):
+        while block := f.read(min(left - total, 1 << 20)):
             digest.update(block)
-            total, left = total + len(block), left - len(block)
+            total += len(block)
     return {"bytes": total, "sha256": digest.hexdigest()}
 
 
@@ -467,24 +476,24 @@ def write_atomically(path, text):
 # ---- command lines
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        text = action.help or ""
+        if action.default in (None, False, argparse.SUPPRESS) or "%(default)" in text:
+            return action.help
+        return text + " (default: %(default)s)"
+
+
+class _Parser(argparse.ArgumentParser):
+    # add_parser makes subcommands of the same class, so the rules hold for them too
+    def __init__(self, **options):
+        super().__init__(**{"formatter_class": _Formatter, "allow_abbrev": False} | options)
+
+
 def parser(doc):
     """An ArgumentParser whose --help opens with the stage's docstring and shows every
     default."""
-
-    class Formatter(argparse.RawDescriptionHelpFormatter):
-        def _get_help_string(self, action):
-            if action.default in (None, False, argparse.SUPPRESS) or "%(default)" in (
-                action.help or ""
-            ):
-                return action.help
-            return (action.help or "") + " (default: %(default)s)"
-
-    # add_parser makes subcommands of the same class, so the rules hold for them too
-    class Parser(argparse.ArgumentParser):
-        def __init__(self, **options):
-            super().__init__(**{"formatter_class": Formatter, "allow_abbrev": False} | options)
-
-    return Parser(description=doc)
+    return _Parser(description=doc)
 
 
 def run(main):
@@ -513,6 +522,33 @@ def dispatch(doc, commands, argv):
     return commands[argv[0]](argv[1:])
 
 
+def check_given(label, needed, **options):
+    """Exactly one of the flags is given where one is needed, and else none."""
+    names = ["--" + name.replace("_", "-") for name in options]
+    found = [name for name, value in zip(names, options.values()) if value]
+    if needed and not found:
+        raise BadInput(f"{label}: expected {' or '.join(names)}, but it is missing")
+    if found and not needed:
+        raise BadInput(f"{label}: {found[0]} is given, but this method does not read it")
+    if len(found) > 1:
+        raise BadInput(f"{' and '.join(found)} are both a teacher's numbers: give one of them")
+
+
+def changed_field(row, flag, text):
+    """The dataclass `row` with one field changed by the text NAME=VALUE of a flag.  Fields are
+    str, int or float; BadInput names the flag, what was expected and what was got."""
+    types = {f.name: f.type for f in dataclasses.fields(row) if f.type in (str, int, float)}
+    name, equals, value = text.partition("=")
+    if not equals or name not in types:
+        raise BadInput(f"{flag} {text}: expected NAME=VALUE with a name of {', '.join(types)}")
+    try:
+        typed = types[name](value)
+    except ValueError:
+        kind = types[name].__name__
+        raise BadInput(f"{flag} {text}: expected a {kind}, got {value!r}") from None
+    return dataclasses.replace(row, **{name: typed})
+
+
 def progress(iterable=None, **options):
     """A progress bar on a terminal, nothing in a log file; the stage's last line says how it
     ended."""
@@ -529,26 +565,12 @@ def guess_kind(path):
         fields = set(json.loads(first))
     except (ValueError, TypeError, RecursionError):
         return "prompts"
-    for kind, mark in (
-        ("rollouts", "loss_mask"),
-        ("rubrics", "criteria"),
-        ("rewards", "reward"),
-        ("evals", "correct"),
-        ("results", "arm"),
-        ("weights", "weights"),
-        ("labels", "spent_on"),
-        ("answers", "text"),
-        ("scores", "logprobs"),
-        ("metrics", "step"),
-    ):
-        if mark in fields:
-            return kind
-    return "prompts"
+    return next((kind for kind, k in KINDS.items() if k.mark in fields), "prompts")
 
 
 def main(argv=None):
-    args = parser(__doc__)
-    commands = args.add_subparsers(dest="command", required=True)
+    p = parser(__doc__)
+    commands = p.add_subparsers(dest="command", required=True)
     check = commands.add_parser(
         "check",
         help="validate JSONL files",
@@ -560,7 +582,7 @@ def main(argv=None):
         choices=KINDS,
         help="what the files hold; guessed from the first record by default",
     )
-    args = args.parse_args(argv)
+    args = p.parse_args(argv)
     counts = {}
     for path in args.files:
         kind = args.kind or guess_kind(path)

@@ -19,14 +19,24 @@ What c_t can be (`coefficient`), with y the recorded token and [a = y] its indic
     full       pi(a) g(p_T(a) / pi(a)) for every a       the teacher's distribution: GKD, OPD
                g(u) = log u                              rkl: reverse KL(pi || p_T)
                       u                                  fkl: forward KL(p_T || pi)
-                      (1-b) log(b u + 1-b)               jsd: b KL(p_T || M) + (1-b) KL(pi ||
-                      M),
+                      (1-b) log(b u + 1-b)               jsd: b KL(p_T || M)
+                                                         + (1-b) KL(pi || M),
                                                          M = b p_T + (1-b) pi
 
 pi is the model being trained and p_T the teacher.  mu is the policy that sampled; its log-probs
-stand in the rollout.  pi_old is the state this file's training started from; train.py computes
-its log-probs.  They differ when a served sampler computes in other precision or when rollouts
-are stale.  rho_t = pi / pi_old is the importance ratio.
+stand in the rollout (`behaviour_logp` here).  pi_old is the state that this call of train.py
+began with; pi and pi_old are taken at the rollouts' temperature.  mu and pi_old differ when a
+served sampler computes in other precision or when rollouts are stale; pi and pi_old from the
+second step of a call on.  rho_t = pi / pi_old is the importance ratio.
+
+The row `ropd`, put together (S is PPO's clipped objective, L_t the loss of a token):
+
+    S = min(rho A, clip(rho, 0.8, 1.28) A), and where A < 0 at least 3 A
+    L_t = -min(pi_old/mu, 2) S,  A = reward - mean of the group,
+    N_t = number of trained tokens of the step
+
+For ROPD read `Method`, the row `ropd`, `group_advantages`, `token_weights`,
+`clipped_surrogate` and `coefficient_loss`; the rest is other methods and refusals.
 
 Estimators of a KL from one sample y ~ pi, with r = p_T(y) / pi(y): k1 = -log r, k2 =
 (log r)^2 / 2, k3 = r - 1 - log r.  The gradient depends on the estimator and on its use:
@@ -47,7 +57,7 @@ reference, and `gold_weight` -log pi of given answers (--data), a mean over thei
 `k2` with ratio "none" has no importance weights.  Its gradient is that of the reverse KL while
 pi is mu, and later that of a least-squares regression of log pi onto log p_T at tokens that mu
 sampled; advantage_clip makes it a Huber loss.  `k1` is exact in expectation for the first
-update of a file: its advantage is fixed when the rollout is scored, while pi moves on.
+update of a call: its advantage is fixed when the rollout is scored, while pi moves on.
 
 Sources: the papers of the rows are named there; the formula, the forms of g(u) and the table of
 estimators follow from the chain rule and are checked by enumeration in tests/test_loss.py.
@@ -59,6 +69,7 @@ from dataclasses import dataclass
 
 import torch
 
+from opd.files import changed_field
 from opd.records import BadInput
 
 
@@ -335,37 +346,15 @@ def settings(methods, name, overrides=()):
         raise BadInput(f"--method {name}: expected one of {', '.join(methods)}")
     method = methods[name]
     for text in overrides:
-        column, equals, value = text.partition("=")
-        if method.own and column in column_types(method.own):
-            changed = changed_column(method.own, column, value)
-            method = dataclasses.replace(method, own=changed)
-        elif equals and column in column_types(method):
-            method = changed_column(method, column, value)
+        own = method.own
+        column = text.partition("=")[0]
+        if own and column in [field.name for field in dataclasses.fields(own)]:
+            own = changed_field(own, "--set", text)
+            method = dataclasses.replace(method, own=own)
         else:
-            names = [*column_types(method), *column_types(method.own)]
-            raise BadInput(
-                f"--set {text}: expected COLUMN=VALUE with a column of {', '.join(names)}"
-            )
+            method = changed_field(method, "--set", text)
     check(method)
     return method
-
-
-def column_types(row):
-    """{column: str or float} of a Method or an OwnLoss, none of None."""
-    fields = dataclasses.fields(row) if row else ()
-    return {f.name: f.type for f in fields if f.name not in ("formula", "about", "own")}
-
-
-def changed_column(row, column, value):
-    """The row with one column set to a value given as text."""
-    kind = column_types(row)[column]
-    try:
-        typed = kind(value)
-    except ValueError:
-        raise BadInput(
-            f"--set {column}={value}: expected a {kind.__name__}, got {value!r}"
-        ) from None
-    return dataclasses.replace(row, **{column: typed})
 
 
 def check(method):
@@ -529,20 +518,6 @@ def sequence_weights(method, rewards):
     return [1.0] * len(rewards)
 
 
-def preference_weights(scale, signs, log_ratios):
-    """omega of DPO for one pair: signs (+1, -1), log_ratios = log pi(y) - log pi_ref(y) of the
-    two whole answers, as they are now.
-
-    The gradient of -log sigmoid(h), h = scale (log_ratio_chosen - log_ratio_rejected), is
-    -scale sigmoid(-h) times the difference of the two grad log pi(y): a weighted imitation of
-    one and avoidance of the other (arXiv 2305.18290 section 4).  The factor 2: the mean over
-    pairs is twice the mean over their answers.
-
-    preference_weights(0.1, [1, -1], [0.0, 0.0]) -> [0.1, -0.1]"""
-    h = scale * sum(s * r for s, r in zip(signs, log_ratios))
-    return [2 * scale * s / (1 + math.exp(min(h, 700.0))) for s in signs]
-
-
 def token_weights(lengths, norm, omegas=None):
     """omega m_t / N_t for every trained token of one optimiser step: a list of [length] lists.
     A sequence with omega 0 or no token does not count in N.
@@ -678,7 +653,7 @@ def token_loss(method, logp, batch, exact=None):
     over the whole vocabulary, from a teacher in memory, in place of a support.  batch: what is
     known about the tokens, each [N] unless noted, all constant:
 
-      old_logp        log pi before this file's first update (absent at the first: it is logp)
+      old_logp        log pi_old (absent where the call makes one update: then it is logp)
       behaviour_logp  log mu, from the rollout
       advantage       the sequence's group advantage
       teacher_logp    log p_T of the recorded token
@@ -686,7 +661,8 @@ def token_loss(method, logp, batch, exact=None):
       reference_logp  log pi_ref of the recorded token
       reference_support_logp  [N, R] log pi_ref of its support, whose columns of logp stand
                       last; `reference_whole` as `whole`
-      token_weight    what multiplies c_t"""
+      token_weight    what multiplies c_t
+      weight, share   omega m_t / N_t, and the same without omega for a mean that is logged"""
     own = logp[:, 0]
     old = batch.get("old_logp", own.detach())
     kl = teacher_divergence(method, logp, batch, exact) if method.support else None

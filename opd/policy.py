@@ -25,14 +25,14 @@ class Policy:
     token -> id map, whatever the size of the embedding."""
 
     def __init__(self, model, tokenizer, name, weights, template_options=None):
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
+        self.tokenizer = tokenizer
         self.template_options = template_options or {}
         self.identity = identity_of(name, weights, tokenizer, self.template_options)
         self.stop_ids = stop_ids(model, tokenizer)
         self.vocabulary = vocabulary_size(tokenizer)
-        self.head_options = {"vocabulary": self.vocabulary} | head_options(
-            model, self.vocabulary
-        )
+        options = head_options(model, self.vocabulary)
+        self.head_options = {"vocabulary": self.vocabulary} | options
 
     @property
     def device(self):
@@ -61,10 +61,28 @@ def load_policy(name, dtype="auto", device=None, template_options=None, weights=
     )
 
 
+def load_teacher(name, policy, dtype, device, template_options, weights, any_template):
+    """The --teacher as a Policy that shares the student's token ids, and its template unless a
+    mismatch is meant."""
+    teacher = load_policy(name, dtype, device, template_options, weights)
+    reasons = {
+        "vocabulary": "their token ids mean different things",
+        "template": "a teacher off its own template scores badly; pass --allow template if "
+        "this is meant",
+    }
+    for field, reason in reasons.items():
+        wanted, got = policy.identity[field], teacher.identity[field]
+        if wanted != got and not (field == "template" and any_template):
+            raise BadInput(
+                f"--teacher {name}: expected the {field} of {policy.identity['model']}, "
+                f"{wanted}, got {got}: {reason}"
+            )
+    return teacher
+
+
 def load_weights(name, folder, kind, dtype, device, **options):
     """A transformers model of class `kind` from the safetensors of a folder, in evaluation
     mode; `name` is what an error calls it."""
-
     transformers.utils.logging.disable_progress_bar()
     if not list(folder.glob("*.safetensors")):
         raise BadInput(
@@ -72,18 +90,10 @@ def load_weights(name, folder, kind, dtype, device, **options):
             f"weights are never loaded)"
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = {"dtype": dtype, "use_safetensors": True} | options
     try:
-        return (
-            getattr(transformers, kind)
-            .from_pretrained(
-                folder,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                use_safetensors=True,
-                **options,
-            )
-            .to(device)
-            .eval()
-        )
+        model = getattr(transformers, kind).from_pretrained(folder, **options)
+        return model.to(device).eval()
     # truncated or foreign files, no such device
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"--model {name}: could not be loaded: {error}") from None
@@ -91,7 +101,6 @@ def load_weights(name, folder, kind, dtype, device, **options):
 
 def load_tokenizer(name):
     """The tokenizer of a folder or Hugging Face id."""
-
     try:
         return AutoTokenizer.from_pretrained(find_folder(name))
     except (OSError, ValueError) as error:
@@ -107,13 +116,9 @@ def find_folder(name):
                 f"config.json"
             )
         return Path(name)
-
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
-        return Path(
-            snapshot_download(
-                name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-            )
-        )
+        return Path(snapshot_download(name, allow_patterns=wanted))
     # the hub raises a dozen unrelated types: bad name, no such repository, no network
     except Exception as error:
         raise BadInput(
@@ -178,14 +183,26 @@ def stop_ids(model, tokenizer):
     return sorted(set(ids) | ({tokenizer.eos_token_id} - {None}))
 
 
+def head_candidates(config):
+    """[{"scale", "softcap"}] that a config may mean: architectures use one name for a factor
+    and for a divisor."""
+    scales = [1.0]
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+        factor = getattr(config, name, None)
+        if isinstance(factor, (int, float)) and factor:
+            scales += [factor, 1 / factor]
+    softcap = getattr(config, "final_logit_softcapping", None) or None
+    return [{"scale": scale, "softcap": cap} for cap in (softcap, None) for scale in scales]
+
+
 @torch.no_grad()
 def head_options(model, vocabulary):
-    """{"scale", "softcap"} with which opd/kernel.py's logits are this model's own.
+    """{"scale", "softcap"} with which opd/kernel.py's logits are this model's own: the
+    candidate that is right on a few tokens.
 
-    Architectures use one name for a factor and for a divisor, so the candidates that the config
-    names are tried on a few tokens. A head that does anything else (a bias, a LoRA adapter, a
-    second matrix) is refused, not approximated."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    A head that does anything else (a bias, a LoRA adapter, a second matrix) is refused, not
+    approximated."""
+    head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear:
         raise BadInput(
             f"model head: expected a plain torch.nn.Linear, got {type(head).__name__}"
@@ -200,37 +217,26 @@ def head_options(model, vocabulary):
             "model head: has a bias, which the fused log-prob kernel does not handle"
         )
     ids = torch.arange(min(8, vocabulary), device=head.weight.device)[None]
-    own, hidden = (
-        model(input_ids=ids).logits[0].float(),
-        model.get_decoder()(input_ids=ids).last_hidden_state[0],
-    )
-    factors = [
-        getattr(config, name, None)
-        for name in ("logit_scale", "logits_scaling", "lm_head_multiplier")
-    ]
-    scales = [1.0] + [
-        f
-        for factor in factors
-        if isinstance(factor, (int, float)) and factor
-        for f in (factor, 1 / factor)
-    ]
-    candidates = [
-        {"scale": scale, "softcap": cap}
-        for cap in (getattr(config, "final_logit_softcapping", None) or None, None)
-        for scale in scales
-    ]
-    errors = [
-        (all_logits(hidden, head.weight, **candidate).float() - own).abs().max().item()
-        for candidate in candidates
-    ]
-    best = min(range(len(errors)), key=lambda i: (not math.isfinite(errors[i]), errors[i]))
-    if not errors[best] <= 0.02 * (own.abs().max().item() + 1) and torch.isfinite(own).all():
+    own = model(input_ids=ids).logits[0].float()
+    hidden = model.get_decoder()(input_ids=ids).last_hidden_state[0]
+    best = {}
+    smallest = math.inf
+    for candidate in head_candidates(model.config.get_text_config()):
+        ours = all_logits(hidden, head.weight, **candidate).float()
+        error = (ours - own).abs().max().item()
+        if not math.isfinite(error):
+            error = math.inf
+        if not best or error < smallest:
+            best = candidate
+            smallest = error
+    tolerance = 0.02 * (own.abs().max().item() + 1)
+    if torch.isfinite(own).all() and not smallest <= tolerance:
         raise BadInput(
             f"model head: its logits are not hidden @ head.T, scaled or soft-capped as its "
-            f"config says (off by {errors[best]:.3g}): it does "
-            "something that the fused log-prob kernel does not handle"
+            f"config says (off by {smallest:.3g}): it does something that the fused log-prob "
+            f"kernel does not handle"
         )
-    return candidates[best]
+    return best
 
 
 def render(tokenizer, prompt, template_options=None):
@@ -247,15 +253,16 @@ def render(tokenizer, prompt, template_options=None):
     try:
         if "messages" in prompt:
             # an answer to be continued
-            begun = prompt["messages"][-1:] and prompt["messages"][-1]["role"] == "assistant"
+            last = prompt["messages"][-1:]
+            begun = bool(last) and last[0]["role"] == "assistant"
             text = tokenizer.apply_chat_template(
                 prompt["messages"],
                 add_generation_prompt=not begun,
-                continue_final_message=bool(begun),
+                continue_final_message=begun,
                 tokenize=False,
                 **(template_options or {}),
             )
-            # the template has placed them already
+            # the template has placed the special tokens already
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             ids = tokenizer(prompt["prompt"])["input_ids"]
@@ -278,7 +285,8 @@ def token_batches(lengths, budget):
 
     token_batches([3, 9, 4], 10) -> [[1], [2, 0]].  A row longer than the budget gets a batch of
     its own."""
-    batches, widest = [], 0
+    batches = []
+    widest = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches and (len(batches[-1]) + 1) * widest <= budget:
             batches[-1].append(i)
@@ -323,15 +331,11 @@ def likeliest(policy, hidden, k):
     k], best first.
 
     Finding them needs the logits; a slice of tokens at a time keeps those small."""
-    slices = hidden.split(max(1, (32 << 20) // policy.vocabulary))
-    return torch.cat(
-        [
-            all_logits(h, policy.head, **policy.head_options)
-            .topk(min(k, policy.vocabulary))
-            .indices
-            for h in slices
-        ]
-    )
+    found = []
+    for part in hidden.split(max(1, (32 << 20) // policy.vocabulary)):
+        logits = all_logits(part, policy.head, **policy.head_options)
+        found.append(logits.topk(min(k, policy.vocabulary)).indices)
+    return torch.cat(found)
 
 
 def add_model_flags(p):
@@ -358,29 +362,28 @@ def add_model_flags(p):
     )
 
 
-def served_policy(args):
+def served_policy(model, tokenizer=None, template_options=None):
     """(tokenizer, `policy` object) of a served model; (None, hashes that are null) when no
     folder is at hand.
 
-    The folder is --tokenizer, or --model if that is a model folder.  That the server really
+    The folder is `tokenizer`, or `model` if that is a model folder.  That the server really
     runs these weights is the caller's word: train.py's rollout/logprob_gap_mean shows when it
     is not so."""
-    name = args.tokenizer or (
-        args.model if (Path(args.model) / "config.json").is_file() else None
-    )
+    name = tokenizer
+    if name is None and (Path(model) / "config.json").is_file():
+        name = model
     if name is None:
-        return None, {
-            "model": args.model,
-            "weights": None,
-            "template": None,
-            "vocabulary": None,
-        }
-    folder, tokenizer = find_folder(name), load_tokenizer(name)
+        unknown = dict.fromkeys(("weights", "template", "vocabulary"))
+        return None, {"model": model} | unknown
+    folder = find_folder(name)
+    loaded = load_tokenizer(name)
     weights = hash_weights(folder) if list(folder.glob("*.safetensors")) else None
-    return tokenizer, identity_of(args.model, weights, tokenizer, args.template_options)
+    return loaded, identity_of(model, weights, loaded, template_options or {})
 
 
 def resume_identity(identity):
     """What must not change while a file is completed: the weights where they are known,
     whatever path they were loaded from."""
-    return {k: v for k, v in identity.items() if k != "model" or identity["weights"] is None}
+    if identity["weights"] is None:
+        return identity
+    return {name: value for name, value in identity.items() if name != "model"}

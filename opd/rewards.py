@@ -21,6 +21,11 @@ class Reward(NamedTuple):
     note: list | str | None = None
 
 
+def pass_rate(points, verdicts):
+    """ROPD eq. 4: pass_rate([5, 2, 1], [True, False, True]) -> 0.75."""
+    return sum(w for w, v in zip(points, verdicts) if v) / sum(points)
+
+
 def reward_record(rollout, reward, grader):
     """The line of a rewards file that belongs to a rollout."""
     failed = reward.value is None

@@ -1,7 +1,12 @@
-"""Sampling answers, alone or in episodes with tools, here or from a server."""
+"""Samples answers, in one piece or in steps with tools, from weights here or from a server.
+
+Every sample draws its own random numbers from (seed, prompt id, sample number).  So the answers
+do not depend on batching, slicing, or on how often a run was interrupted (up to the last bit of
+a batched matrix product).
+"""
 
 import hashlib
-import json
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,7 +22,7 @@ from opd.policy import (
     token_batches,
 )
 from opd.records import BadInput
-from opd.tools import FORMATS, Toolbox
+from opd.tools import FORMATS, Episode, Toolbox
 
 # ---- sampling
 
@@ -54,229 +59,279 @@ def pick(logits, uniform, temperature, top_p):
     return ids, logps.gather(-1, ids[:, None])[:, 0]
 
 
-@torch.no_grad()
-def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
-    """Answers for a batch of token-id prompts: a list of (response_ids, logprobs,
-    finish_reason, mass on ending at the last token).
+@dataclass
+class Answer:
+    """What was sampled after a prompt, a value a token."""
 
-    draws [B, longest] of uniforms; max_tokens: a number, or one a row.  Prompts are padded on
-    the left; a row leaves the batch when it stops."""
-    model, device = policy.model, policy.device
+    response_ids: list = field(default_factory=list)
+    logprobs: list = field(default_factory=list)
+    finish_reason: str = "length"
+    end_mass: float | None = None  # probability of ending where the last token stands
+
+    def add(self, token, logp, end_mass, stop):
+        """One more sampled token."""
+        self.response_ids.append(token)
+        self.logprobs.append(logp)
+        self.end_mass = end_mass
+        self.finish_reason = "stop" if stop else "length"
+
+
+def left_padded(prompts, device):
+    """(ids [B, L], mask [B, L]) of token-id lists:  [[7], [5, 6]] -> [[0, 7], [5, 6]]."""
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    ids, mask, draws = ids.to(device), mask.to(device), torch.as_tensor(draws, device=device)
+    return ids.to(device), mask.to(device)
+
+
+def next_logits(policy, ids, mask, position, cache):
+    """(float32 logits [B, V] after the last column of ids, as the trainer computes them; the
+    cache)."""
+    step = policy.model.get_decoder()(
+        input_ids=ids, attention_mask=mask, position_ids=position, cache=cache, use_cache=True
+    )
+    last = step.last_hidden_state[:, -1]
+    return all_logits(last, policy.head, **policy.head_options), step.cache
+
+
+@torch.no_grad()
+def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
+    """An Answer to each of a batch of token-id prompts.
+
+    draws [B, longest] of uniforms; max_tokens: a number, or one a row.  Prompts are padded on
+    the left; a row leaves the batch when it stops."""
+    device = policy.device
+    ids, mask = left_padded(prompts, device)
     position = (mask.cumsum(-1) - 1).clamp(min=0)
-    out = [([], [], "length", None) for _ in prompts]
-    # rows: which answer each row of the shrinking batch belongs to
-    rows, cache = np.arange(len(prompts)), None
+    draws = torch.as_tensor(draws, device=device)
+    limits = torch.tensor(max_tokens, device=device).expand(len(prompts))
     stops = torch.tensor(
         [i for i in policy.stop_ids if i < policy.vocabulary], dtype=torch.int64, device=device
     )
-    limits = torch.tensor(
-        [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens,
-        device=device,
-    )
+    answers = [Answer() for _ in prompts]
+    rows = np.arange(len(prompts))  # which answer each row of the shrinking batch belongs to
+    cache = None
     for t in range(int(limits.max())):
-        step = model.get_decoder()(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position,
-            cache=cache,
-            use_cache=True,
-        )
-        cache = step.cache
-        # float32, as the trainer computes them
-        last = all_logits(step.last_hidden_state[:, -1], policy.head, **policy.head_options)
-        tokens, logps = pick(last, draws[rows, t], temperature, top_p)
+        logits, cache = next_logits(policy, ids, mask, position, cache)
+        tokens, logps = pick(logits, draws[rows, t], temperature, top_p)
         if not torch.isfinite(logps).all():
             raise BadInput(
                 "the model's logits are not finite: try --dtype float32, or another checkpoint"
             )
+        end_mass = (logits[:, stops].logsumexp(-1) - logits.logsumexp(-1)).exp()
         stopped = torch.isin(tokens, stops)
-        ends = (last[:, stops].logsumexp(-1) - last.logsumexp(-1)).exp()  # mass on ending here
-        for row, token, logp, stop, end in zip(
-            rows, tokens.tolist(), logps.tolist(), stopped.tolist(), ends.tolist()
-        ):
-            out[row][0].append(token)
-            out[row][1].append(logp)
-            out[row] = (*out[row][:2], "stop" if stop else "length", end)
+        columns = (tokens.tolist(), logps.tolist(), end_mass.tolist(), stopped.tolist())
+        for row, token, logp, mass, stop in zip(rows, *columns):
+            answers[row].add(token, logp, mass, stop)
         stopped |= limits <= t + 1
+        if stopped.all():
+            break
         if stopped.any():
             going = (~stopped).nonzero()[:, 0]
-            if not len(going):
-                break
             cache.reorder_cache(going)  # which layers with a recurrent state have, too
-            tokens, mask, position, limits, rows = (
-                tokens[going],
-                mask[going],
-                position[going],
-                limits[going],
-                rows[going.cpu().numpy()],
-            )
+            tokens = tokens[going]
+            mask = mask[going]
+            position = position[going]
+            limits = limits[going]
+            rows = rows[going.cpu().numpy()]
         ids = tokens[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         position = position[:, -1:] + 1
-    return out
+    return answers
 
 
 def sample_episodes(policy, prompts, draws, toolbox, names, *, max_tokens, temperature, top_p):
-    """Like sample_batch, step by step with tools between: a list of dicts for rollout_record.
+    """An Episode for each prompt: like sample_batch, step by step with tools between.
 
     names: one a row, which the keys of its calls begin with.  max_tokens bounds the whole
-    response, with the tools' text; an output that would not fit is left out and the episode
+    response, with the tools' outputs; an output that would not fit is left out and the episode
     ends there.  draws are of sampled tokens only."""
-    episodes = [
-        {"response_ids": [], "logprobs": [], "loss_mask": [], "steps": [], "calls": []}
-        for _ in prompts
-    ]
+    episodes = [Episode() for _ in prompts]
     going = list(range(len(prompts)))
     while going:
-        limits, parts = [max_tokens - len(episodes[i]["response_ids"]) for i in going], []
-        for i, limit in zip(going, limits):
-            used = sum(episodes[i]["loss_mask"])
-            parts.append(np.pad(draws[i, used : used + limit], (0, max(limits) - limit)))
+        limits = [max_tokens - len(episodes[i].response_ids) for i in going]
+        left = np.zeros((len(going), max(limits)))
+        for row, (i, limit) in enumerate(zip(going, limits)):
+            used = sum(episodes[i].loss_mask)
+            left[row, :limit] = draws[i, used : used + limit]
         answers = sample_batch(
             policy,
-            [prompts[i] + episodes[i]["response_ids"] for i in going],
-            np.stack(parts),
+            [prompts[i] + episodes[i].response_ids for i in going],
+            left,
             max_tokens=limits,
             temperature=temperature,
             top_p=top_p,
         )
-        again = []
-        for i, (ids, logps, reason, mass) in zip(going, answers):
-            e = episodes[i]
-            start, call = (
-                len(e["response_ids"]),
-                toolbox.find(policy.tokenizer.decode(ids)) if reason == "stop" else None,
+        for i, answer in zip(going, answers):
+            episode = episodes[i]
+            episode.add_step(answer.response_ids, answer.logprobs)
+            episode.finish_reason = answer.finish_reason
+            episode.end_mass = answer.end_mass
+            episode.final = policy.tokenizer.decode(
+                answer.response_ids, skip_special_tokens=True
             )
-            e["response_ids"] += ids
-            e["logprobs"] += logps
-            e["loss_mask"] += [1] * len(ids)
-            e["steps"].append([start, len(e["response_ids"]), None])
-            e |= {
-                "finish_reason": reason,
-                "end_mass": mass,
-                "final": policy.tokenizer.decode(ids, skip_special_tokens=True),
-            }
-            if call and len(e["calls"]) == toolbox.most_calls:
-                e["finish_reason"] = "tool_limit"
-            elif call:
-                call = toolbox.run(call, f"{names[i]}|{len(e['calls'])}")
-                turn = toolbox.turn(policy, call)
-                if len(e["response_ids"]) + len(turn) >= max_tokens:
-                    e["finish_reason"] = "length"
-                    continue
-                e["response_ids"] += turn
-                e["logprobs"] += [0.0] * len(turn)  # nobody sampled these
-                e["loss_mask"] += [0] * len(turn)
-                e["steps"][-1][2] = call["ok"]
-                e["calls"].append(call)
-                again.append(i)
-        going = again
+        going = [i for i in going if toolbox.go_on(policy, episodes[i], names[i], max_tokens)]
     return episodes
 
 
-def generate(policy, jobs, *, max_tokens, temperature, top_p, seed, batch_tokens, toolbox=None):
-    """Yields lists of rollout records, a batch at a time.  jobs: list of (prompts record,
-    sample number)."""
-    limit = getattr(
-        policy.model.config.get_text_config(), "max_position_embeddings", None
-    ) or float("inf")
-    # a block at a time, so that a million prompts are not rendered at once
-    for start in range(0, len(jobs), 4096):
-        block, rendered = jobs[start : start + 4096], {}
-        for prompt, _ in block:
-            if prompt["id"] not in rendered:
-                asked = policy.tokenizer, prompt, policy.template_options
-                rendered[prompt["id"]] = (
-                    toolbox.prompt(render, *asked) if toolbox else render(*asked)
-                )
-                if len(rendered[prompt["id"]]) + max_tokens > limit:
-                    raise BadInput(
-                        f"prompt {prompt['id']!r}: its {len(rendered[prompt['id']])} tokens "
-                        f"and --max-tokens {max_tokens} pass the model's "
-                        f"{limit} positions"
-                    )
-        for batch in token_batches(
-            [len(rendered[p["id"]]) + max_tokens for p, _ in block], batch_tokens
-        ):
-            todo = [block[i] for i in batch]
-            draws = np.stack(
-                [uniforms(seed, p["id"], sample, max_tokens) for p, sample in todo]
-            )
-            how = dict(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
-            if toolbox:
-                answers = sample_episodes(
-                    policy,
-                    [rendered[p["id"]] for p, _ in todo],
-                    draws,
-                    toolbox,
-                    [f"{seed}|{p['id']}|{sample}" for p, sample in todo],
-                    **how,
-                )
-            else:
-                sampled = sample_batch(
-                    policy, [rendered[p["id"]] for p, _ in todo], draws, **how
-                )
-                answers = [
-                    dict(zip(("response_ids", "logprobs", "finish_reason", "end_mass"), answer))
-                    for answer in sampled
-                ]
-            yield [
-                rollout_record(
-                    prompt,
-                    sample,
-                    policy.identity,
-                    answer
-                    | {
-                        "prompt_ids": rendered[prompt["id"]],
-                        "text": policy.tokenizer.decode(
-                            answer["response_ids"], skip_special_tokens=True
-                        ),
-                    },
-                    temperature,
-                    top_p,
-                )
-                for (prompt, sample), answer in zip(todo, answers)
-            ]
+# ---- records
 
 
-def rollout_record(prompt, sample, identity, answer, temperature, top_p):
-    """A rollouts record from what a sampler or a server gave (a black-box server gives no ids
-    and no log-probs)."""
+def rollout_record(prompt, sample, identity, settings, answer):
+    """A rollouts record.  answer: the fields of an Answer or Episode with `text` and
+    `prompt_ids`, or a server's reply, which may hold neither ids nor log-probs."""
     record = {
         "id": prompt["id"],
         "sample": sample,
         "policy": identity,
         "text": answer["text"],
         "finish_reason": answer["finish_reason"],
-        "temperature": temperature,
-        "top_p": top_p,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
     }
     if "response_ids" in answer:
         record |= {
             "prompt_ids": answer["prompt_ids"],
             "response_ids": answer["response_ids"],
-            "loss_mask": [1] * len(answer["response_ids"]),
+            "loss_mask": answer.get("loss_mask") or [1] * len(answer["response_ids"]),
             "logprobs": records.floats(np.minimum(answer["logprobs"], 0)),
         }
-    record |= {
-        name: answer[name]
-        for name in ("loss_mask", "steps", "calls", "final")
-        if "steps" in answer
-    }
-    # how likely it was to end where its last token stands; a server does not say
+    if "steps" in answer:
+        record |= {name: answer[name] for name in ("steps", "calls", "final")}
+    # a server does not say
     if answer.get("end_mass") is not None:
         record["end_mass"] = float(f"{answer['end_mass']:.6g}")
     return record
 
 
-# ---- the stage
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn."""
+
+    max_tokens: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    batch_tokens: int = 16384
+
+    def __post_init__(self):
+        if self.max_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise BadInput(
+                "--max-tokens must be at least 1, --temperature at least 0, --top-p in (0, 1]"
+            )
+
+    def distribution(self):
+        return {"temperature": self.temperature, "top_p": self.top_p}
+
+
+class LocalSampler:
+    """Samples from weights in this process.  Called with jobs, (prompts record, sample number)
+    pairs, it yields lists of rollout records, a batch at a time."""
+
+    def __init__(self, policy, settings, toolbox=None):
+        self.policy = policy
+        self.settings = settings
+        self.toolbox = toolbox
+        self.identity = policy.identity
+        config = policy.model.config.get_text_config()
+        self.positions = getattr(config, "max_position_embeddings", None) or float("inf")
+
+    def __call__(self, jobs):
+        max_tokens = self.settings.max_tokens
+        # a block at a time, so that a million prompts are not rendered at once
+        for start in range(0, len(jobs), 4096):
+            block = jobs[start : start + 4096]
+            rendered = {}
+            for prompt, _ in block:
+                if prompt["id"] not in rendered:
+                    rendered[prompt["id"]] = self.prompt_ids(prompt)
+            lengths = [len(rendered[prompt["id"]]) + max_tokens for prompt, _ in block]
+            for batch in token_batches(lengths, self.settings.batch_tokens):
+                yield self.answer([block[i] for i in batch], rendered)
+
+    def prompt_ids(self, prompt):
+        options = self.policy.template_options
+        if self.toolbox:
+            ids = self.toolbox.prompt(self.policy.tokenizer, prompt, options)
+        else:
+            ids = render(self.policy.tokenizer, prompt, options)
+        if len(ids) + self.settings.max_tokens > self.positions:
+            raise BadInput(
+                f"prompt {prompt['id']!r}: its {len(ids)} tokens and --max-tokens "
+                f"{self.settings.max_tokens} pass the model's {self.positions} positions"
+            )
+        return ids
+
+    def answer(self, jobs, rendered):
+        """The records of one batch."""
+        s = self.settings
+        how = {"max_tokens": s.max_tokens} | s.distribution()
+        prompts = [rendered[prompt["id"]] for prompt, _ in jobs]
+        draws = np.stack([uniforms(s.seed, p["id"], n, s.max_tokens) for p, n in jobs])
+        if self.toolbox:
+            names = [f"{s.seed}|{prompt['id']}|{sample}" for prompt, sample in jobs]
+            answers = sample_episodes(self.policy, prompts, draws, self.toolbox, names, **how)
+        else:
+            answers = sample_batch(self.policy, prompts, draws, **how)
+        made = []
+        for (prompt, sample), prompt_ids, answer in zip(jobs, prompts, answers):
+            ids = answer.response_ids
+            text = self.policy.tokenizer.decode(ids, skip_special_tokens=True)
+            fields = vars(answer) | {"prompt_ids": prompt_ids, "text": text}
+            made.append(rollout_record(prompt, sample, self.identity, s, fields))
+        return made
+
+
+class ServedSampler:
+    """The same from a server: yields a record, or the ServedFailure of one that failed after
+    all retries.
+
+    tokenizer: for training; the server's prompt ids must then be those that its template gives
+    here.  None: texts alone."""
+
+    def __init__(self, server, settings, identity, tokenizer, template_options):
+        self.server = server
+        self.settings = settings
+        self.identity = identity
+        self.tokenizer = tokenizer
+        self.template_options = template_options
+
+    def __call__(self, jobs):
+        for (prompt, sample), answer in self.server.map(self.ask, jobs):
+            if isinstance(answer, served.ServedFailure):
+                yield answer
+                continue
+            if self.tokenizer is not None:
+                self.check_prompt(prompt, answer["prompt_ids"])
+            yield rollout_record(prompt, sample, self.identity, self.settings, answer)
+
+    def ask(self, job):
+        prompt, sample = job
+        name = f"{self.settings.seed}|{prompt['id']}|{sample}"
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") >> 1
+        return self.server.sample(
+            prompt.get("messages") or prompt["prompt"],
+            max_tokens=self.settings.max_tokens,
+            seed=seed,
+            need_tokens=self.tokenizer is not None,
+            template_options=self.template_options,
+            **self.settings.distribution(),
+        )
+
+    def check_prompt(self, prompt, got):
+        expected = render(self.tokenizer, prompt, self.template_options)
+        if got != expected:
+            raise BadInput(
+                f"prompt {prompt['id']!r}: the server was given {len(got)} tokens, but the "
+                f"template of {self.identity['model']} renders {len(expected)} others: it "
+                f"serves another tokenizer or chat template, or needs other --template-options"
+            )
+
+
+# ---- what the stages that sample share
 
 
 def add_sampling_flags(p, n):
@@ -293,21 +348,16 @@ def add_sampling_flags(p, n):
     p.add_argument(
         "--slice",
         default=":",
-        metavar="A:B",
-        help="only these prompts of the file, as in Python (0:32)",
-    )
-    p.add_argument(
-        "--shard",
-        default="0/1",
-        metavar="I/N",
-        help="only every N-th prompt starting at I: N machines, N files",
+        metavar="A:B:STEP",
+        help="only these prompts of the file, as in Python: 0:32, or on the second of four "
+        "machines 1::4",
     )
     p.add_argument(
         "--max-tokens",
         type=int,
         default=512,
-        help="longest answer, with --tools what they say counts, too; a cut one ends in "
-        "finish_reason `length`",
+        help="longest answer, tools' outputs included; a cut one ends in finish_reason "
+        "`length`",
     )
     p.add_argument(
         "--temperature",
@@ -333,100 +383,58 @@ def add_sampling_flags(p, n):
     p.add_argument(
         "--tools",
         metavar="NAME,...",
-        help="calculator, or MODULE:CLASS of your own: the model may call them and goes on "
-        "with what they say (opd/tools.py)",
+        help="calculator, or MODULE:CLASS of your own, which the model may call; with options "
+        """as JSON: '{"calculator": {"outage": 0.2}}' (opd/tools.py)""",
     )
     p.add_argument(
-        "--tool-options",
-        type=json.loads,
-        metavar="JSON",
-        help="""keyword arguments of the first tool, e.g. '{"outage": 0.2}'""",
-    )
-    p.add_argument(
-        "--call-format", choices=FORMATS, help="how the model writes a call (default: hermes)"
+        "--call-format", choices=FORMATS, default="hermes", help="how the model writes a call"
     )
     p.add_argument(
         "--max-calls",
         type=int,
-        help="calls of an episode; one more ends it in finish_reason `tool_limit` (default: "
-        "16)",
+        default=16,
+        help="calls of an episode; one more ends it in finish_reason `tool_limit`",
     )
     add_model_flags(p)
     p.add_argument("--overwrite", action="store_true", help="begin the output anew")
     served.add_flags(p)
 
 
-def toolbox_of(args):
-    """The Toolbox of --tools, or None; flags that belong to it go with it only."""
-    own = {
-        "--tool-options": args.tool_options,
-        "--call-format": args.call_format,
-        "--max-calls": args.max_calls,
-    }
-    if not args.tools:
-        for flag, value in own.items():
-            if value is not None:
-                raise BadInput(f"{flag} {value}: goes with --tools")
-        return None
-    if args.base_url:
-        raise BadInput(
-            "--tools: run beside weights that are loaded here, expected no --base-url with it"
-        )
-    options = {} if args.tool_options is None else args.tool_options
-    if not isinstance(options, dict):
-        raise BadInput(f"--tool-options: expected a JSON object, got {options!r}")
-    return Toolbox(
-        args.tools,
-        options,
-        args.call_format or "hermes",
-        16 if args.max_calls is None else args.max_calls,
+def sampler_from_flags(args, need_tokens):
+    """(sampler, settings that determine its answers)."""
+    settings = Sampling(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        batch_tokens=args.batch_tokens,
     )
-
-
-def select_prompts(args):
-    """The prompts of --prompts that --slice and --shard leave, in file order."""
-    try:
-        start, stop = (int(x) if x else None for x in args.slice.split(":"))
-        shard, shards = map(int, args.shard.split("/"))
-        assert 0 <= shard < shards
-    except (ValueError, AssertionError):
-        raise BadInput(
-            f"--slice {args.slice} --shard {args.shard}: expected A:B and I/N with 0 <= I < N"
-        ) from None
-    prompts = list(files.read(args.prompts, "prompts"))[slice(start, stop)][shard::shards]
-    if not prompts:
-        raise BadInput(
-            f"{args.prompts}: no prompt is left by --slice {args.slice} --shard {args.shard}"
-        )
-    return prompts
-
-
-def answer_prompts(args, kind, need_tokens):
-    """What rollout.py and `teacher.py answer` share: sample what is missing from --out.
-    Returns the summary dict."""
-    if args.n < 1 or args.max_tokens < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
-        raise BadInput(
-            "--n and --max-tokens must be at least 1, --temperature at least 0, --top-p in "
-            "(0, 1]"
-        )
-    if not isinstance(args.template_options, dict):
-        raise BadInput(
-            f"--template-options: expected a JSON object, got {args.template_options!r}"
-        )
-    prompts, toolbox = select_prompts(args), toolbox_of(args)
+    toolbox = Toolbox(args.tools, args.call_format, args.max_calls) if args.tools else None
     if args.base_url:
-        policy, (tokenizer, identity) = None, served_policy(args)
+        if toolbox:
+            raise BadInput(
+                "--tools: run beside weights that are loaded here, expected no --base-url with "
+                "it"
+            )
+        tokenizer, identity = served_policy(args.model, args.tokenizer, args.template_options)
         if need_tokens and tokenizer is None:
             raise BadInput(
                 f"--model {args.model}: give its folder with --tokenizer: token ids without "
                 f"a vocabulary and template cannot be trained on "
-                "(texts alone: teacher.py answer)"
+                f"(texts alone: teacher.py answer)"
             )
+        sampler = ServedSampler(
+            served.Server.from_flags(args),
+            settings,
+            identity,
+            tokenizer if need_tokens else None,
+            args.template_options,
+        )
     else:
         policy = load_policy(args.model, args.dtype, args.device, args.template_options)
-        identity = policy.identity
-    settings = {
-        "policy": resume_identity(identity),
+        sampler = LocalSampler(policy, settings, toolbox)
+    determined_by = {
+        "policy": resume_identity(sampler.identity),
         "temperature": args.temperature,
         "top_p": args.top_p,
         "max_tokens": args.max_tokens,
@@ -435,80 +443,28 @@ def answer_prompts(args, kind, need_tokens):
         "served": bool(args.base_url),
     }
     if toolbox:
-        settings["tools"] = [
-            args.tools,
-            args.tool_options or {},
-            toolbox.form,
-            toolbox.most_calls,
-        ]
-    jobs = {(str(p["id"]), sample): (p, sample) for p in prompts for sample in range(args.n)}
-
-    def work(missing):
-        asked = [jobs[key] for key in missing]
-        if policy is None:
-            return generate_served(args, asked, identity, tokenizer if need_tokens else None)
-        return generate(
-            policy,
-            asked,
-            max_tokens=args.max_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=args.seed,
-            batch_tokens=args.batch_tokens,
-            toolbox=toolbox,
-        )
-
-    written, failures = files.fill(
-        args.out,
-        kind,
-        jobs,
-        work,
-        settings,
-        [args.prompts],
-        args.overwrite,
-        limit=served.failure_limit(args),
-    )
-    return {"out": args.out, "records": written, "failed": len(failures)}
+        determined_by["tools"] = toolbox.settings
+    return sampler, determined_by
 
 
-def generate_served(args, jobs, identity, tokenizer):
-    """Like `generate`, from a server: yields lists of one record, or the ServedFailure of one
-    that failed after all retries.
+def read_prompts(path, part=":"):
+    """The prompts of a file that a slice A:B:STEP leaves, in file order."""
+    bounds = part.split(":")
+    try:
+        if len(bounds) not in (2, 3):
+            raise ValueError
+        chosen = slice(*(int(x) if x else None for x in bounds))
+        range(1)[chosen]  # a step of 0
+    except ValueError:
+        raise BadInput(f"--slice {part}: expected A:B or A:B:STEP") from None
+    prompts = list(files.read(path, "prompts"))[chosen]
+    if not prompts:
+        raise BadInput(f"{path}: no prompt is left by --slice {part}")
+    return prompts
 
-    tokenizer: for training; the server's prompt ids must then be those that its template gives
-    here."""
-    server = served.Server.from_flags(args)
 
-    def ask(job):
-        prompt, sample = job
-        seed = (
-            int.from_bytes(
-                hashlib.sha256(f"{args.seed}|{prompt['id']}|{sample}".encode()).digest()[:4],
-                "little",
-            )
-            >> 1
-        )
-        return server.sample(
-            prompt.get("messages") or prompt["prompt"],
-            max_tokens=args.max_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=seed,
-            need_tokens=tokenizer is not None,
-            template_options=args.template_options,
-        )
-
-    for (prompt, sample), answer in server.map(ask, jobs):
-        if isinstance(answer, served.ServedFailure):
-            yield answer
-            continue
-        if tokenizer is not None and answer["prompt_ids"] != (
-            expected := render(tokenizer, prompt, args.template_options)
-        ):
-            raise BadInput(
-                f"prompt {prompt['id']!r}: the server was given {len(answer['prompt_ids'])} "
-                f"tokens, but the template of {args.tokenizer or args.model} "
-                f"renders {len(expected)} others: it serves another tokenizer or chat "
-                f"template, or needs other --template-options"
-            )
-        yield [rollout_record(prompt, sample, identity, answer, args.temperature, args.top_p)]
+def jobs_by_key(prompts, n):
+    """{(id, sample): (prompts record, sample number)} of n answers to each prompt."""
+    if n < 1:
+        raise BadInput(f"--n: expected at least 1, got {n}")
+    return {(str(p["id"]), sample): (p, sample) for p in prompts for sample in range(n)}

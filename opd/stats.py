@@ -7,7 +7,7 @@ import numpy as np
 
 from opd import records
 
-is_number = records.TYPES["number"][1]
+is_number = records.is_number
 
 # 97.5 % points of Student's t with 1 to 10 degrees of freedom
 T_TABLE = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)

@@ -3,9 +3,9 @@ that a killed run continues from, ending in the same bits.
 
     trainer = Trainer(policy, settings)         masters, optimiser
     run = Run(out, identity, ...)               refuses a folder that holds something else
-    run.begin(trainer, source, fresh)           or goes on from its last checkpoint
-    for index, step in run.steps(count):        a backward pass; trainer.collect();
-    trainer.update()
+    run.begin(trainer, fresh)                   or goes on from its last checkpoint
+    for index, step in run.steps(count):        backward passes; trainer.collect() after each
+        trainer.update()
         run.log(metrics)
     run.finish(summary)                         OUT.partial becomes OUT
 
@@ -31,14 +31,32 @@ from opd.records import BadInput
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    learning_rate: float
-    weight_decay: float
-    adam_beta2: float
-    grad_clip: float
-    schedule: str
-    warmup_steps: int
-    total_steps: int  # end of the decay, counted over all rounds; None: this call's last step
-    save_every: int
+    """AdamW, its schedule, and how often a run is saved.  All but the rate and `save_every` are
+    set by --optimizer NAME=VALUE."""
+
+    learning_rate: float  # the peak of the schedule
+    weight_decay: float = 0.01
+    adam_beta2: float = 0.999  # memory of the second moment; 0.95 forgets faster
+    grad_clip: float = 1.0  # largest gradient norm; 0 is off
+    schedule: str = "constant"  # or "linear" or "cosine": decay to 0 at total_steps
+    warmup_steps: int = 0  # of linear warm-up, counted over all rounds
+    total_steps: int = 0  # end of the decay over all rounds; 0: this call's last step
+    save_every: int = 100
+
+    def check(self):
+        """Raises BadInput for a value that makes no sense."""
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise BadInput(
+                f"--optimizer schedule: expected constant, linear or cosine, got "
+                f"{self.schedule!r}"
+            )
+        for name, value in vars(self).items():
+            if name != "schedule" and not (math.isfinite(value) and value >= 0):
+                raise BadInput(f"{name}: expected a finite number, at least 0, got {value}")
+        if self.save_every < 1:
+            raise BadInput(f"--save-every: expected at least 1, got {self.save_every}")
+        if self.total_steps and self.schedule == "constant":
+            raise BadInput("total_steps: the end of a decay; a constant schedule has none")
 
 
 def add_trainer_flags(p):
@@ -50,33 +68,13 @@ def add_trainer_flags(p):
         help="peak of AdamW's learning rate; tiny models want 1e-3",
     )
     p.add_argument(
-        "--weight-decay", type=float, default=0.01, help="AdamW's decoupled weight decay"
-    )
-    p.add_argument(
-        "--adam-beta2",
-        type=float,
-        default=0.999,
-        help="memory of AdamW's second moment; 0.95 forgets faster",
-    )
-    p.add_argument(
-        "--grad-clip", type=float, default=1.0, help="largest gradient norm; 0 is off"
-    )
-    p.add_argument(
-        "--schedule",
-        default="constant",
-        choices=("constant", "linear", "cosine"),
-        help="decay to 0 at --total-steps",
-    )
-    p.add_argument(
-        "--warmup-steps",
-        type=int,
-        default=0,
-        help="steps of linear warm-up, counted over all rounds",
-    )
-    p.add_argument(
-        "--total-steps",
-        type=int,
-        help="end of the decay, counted over all rounds (default: this call's last step)",
+        "--optimizer",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="weight_decay (0.01), adam_beta2 (0.999), grad_clip (1.0; 0 is off), schedule "
+        "(constant, linear or cosine), warmup_steps (0), total_steps (end of the decay over "
+        "all rounds; by default this call's last step)",
     )
     p.add_argument(
         "--save-every",
@@ -94,12 +92,11 @@ def add_trainer_flags(p):
 
 def trainer_settings(args):
     """The TrainerSettings that a parsed command line asks for."""
-    if args.save_every < 1:
-        raise BadInput(f"--save-every: expected at least 1, got {args.save_every}")
-    if args.total_steps and args.schedule == "constant":
-        raise BadInput("--total-steps: the end of a decay; a constant schedule has none")
-    names = TrainerSettings.__dataclass_fields__
-    return TrainerSettings(**{name: getattr(args, name) for name in names})
+    settings = TrainerSettings(args.learning_rate, save_every=args.save_every)
+    for text in args.optimizer:
+        settings = files.changed_field(settings, "--optimizer", text)
+    settings.check()
+    return settings
 
 
 def learning_rate(settings, step, total_steps):
@@ -216,6 +213,18 @@ class Trainer:
         model = self.policy.model
         saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
         model.load_state_dict(saved.state_dict())
+
+
+def run_identity(flags, weights, inputs, **more):
+    """What determines the result of a run, as JSON.  flags: {name: value}, of which those are
+    left out that change memory and speed alone;  inputs: paths."""
+    without = ("overwrite", "save_every", "micro_batch_tokens", "device", "kernel")
+    return {
+        "flags": {name: value for name, value in flags.items() if name not in without},
+        "weights": weights,
+        "inputs": {path: files.hash_file(path) for path in inputs},
+        **more,
+    }
 
 
 class Run:

@@ -17,12 +17,13 @@ calculator may have outages: then the same call again is right.  A third model, 
 larger teacher.
 """
 
+import json
 from functools import partial
 from types import SimpleNamespace
 
 from opd.files import run
-from opd.policy import identity_of
-from opd.tools import Toolbox
+from opd.policy import identity_of, render
+from opd.tools import Episode, Toolbox
 from worlds.build import (
     SIZES,
     add_corpus_flags,
@@ -111,11 +112,10 @@ def clean_step(rng, chain, done, total, failed, state):
     if done == len(chain) - 1:
         return f"#{total}", True
     if "at" not in state:
-        state["at"], state["left"] = (
-            (int(rng.integers(len(chain) - 1)), 1 + (rng.random() < 0.25))
-            if rng.random() < 0.2
-            else (None, 0)
-        )
+        state["at"] = None
+        if rng.random() < 0.2:
+            state["at"] = int(rng.integers(len(chain) - 1))
+            state["left"] = 1 + (rng.random() < 0.25)
     call = f"{total}{chain[done + 1]}"
     if state["at"] == done and state["left"]:
         state["left"] -= 1
@@ -126,25 +126,18 @@ def clean_step(rng, chain, done, total, failed, state):
 def mixed_step(rng, chain, done, total, failed, state):
     """The same of a careless writer; see above."""
     if done == len(chain) - 1:
-        return f"#{total if rng.random() < 0.9 else slip(rng, total)}", True
-    call, kind = f"{total}{chain[done + 1]}", rng.random()
-    if failed:
-        return (
-            malformed(rng, call)
-            if kind < 0.5
-            else f"#{rng.integers(LARGEST)}"
-            if kind < 0.7
-            else f"[{call}]"
-        ), True
-    return (
-        malformed(rng, call)
-        if kind < 0.3
-        else f"#{rng.integers(LARGEST)}"
-        if kind < 0.34
-        else f"[{slip(rng, total)}{chain[done + 1]}]"
-        if kind < 0.4
-        else f"[{call}]"
-    ), True
+        right = rng.random() < 0.9
+        return f"#{total if right else slip(rng, total)}", True
+    operation = chain[done + 1]
+    kind = rng.random()
+    bad_call, guess, wrong_number = (0.5, 0.7, 0.7) if failed else (0.3, 0.34, 0.4)
+    if kind < bad_call:
+        return malformed(rng, f"{total}{operation}"), True
+    if kind < guess:
+        return f"#{rng.integers(LARGEST)}", True
+    if kind < wrong_number:
+        return f"[{slip(rng, total)}{operation}]", True
+    return f"[{total}{operation}]", True
 
 
 STEPS = {"clean": clean_step, "mixed": mixed_step}
@@ -153,47 +146,34 @@ STEPS = {"clean": clean_step, "mixed": mixed_step}
 def episode(rng, policy, toolbox, prompt, chain, next_step, key):
     """A text with its tools' answers as an `answers` record: the calls are run as rollout.py
     runs them.  policy: tokenizer, identity, stop_ids."""
-    encode, text_ids = (
-        policy.tokenizer,
-        policy.tokenizer.apply_chat_template(
-            prompt["messages"], add_generation_prompt=True, tokenize=True, return_dict=False
-        ),
-    )
-    ids, mask, steps, calls, total, done, failed, state = (
-        [],
-        [],
-        [],
-        [],
-        int(chain[0]),
-        0,
-        False,
-        {},
-    )
+    tokenizer = policy.tokenizer
+    made = Episode()
+    state = {}
+    total = int(chain[0])
+    done = 0
+    failed = False
     while True:
         text, learn = next_step(rng, chain, done, total, failed, state)
-        own = encode(text, add_special_tokens=False)["input_ids"] + [
-            policy.tokenizer.eos_token_id
-        ]
-        steps.append([len(ids), len(ids) + len(own), None])
-        ids, mask = ids + own, mask + [int(learn)] * len(own)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids.append(tokenizer.eos_token_id)
+        made.add_step(ids, [], int(learn))
         call = toolbox.find(text)
-        if not call or len(steps) == MOST_STEPS or len(ids) > MOST_TOKENS:
+        if not call or len(made.steps) == MOST_STEPS or len(made.response_ids) > MOST_TOKENS:
             break
-        call = toolbox.run(call, f"{key}|{len(calls)}")
-        turn = toolbox.turn(policy, call)
-        steps[-1][2] = call["ok"]
-        calls.append(call)
-        ids, mask, failed = ids + turn, mask + [0] * len(turn), not call["ok"]
+        call = toolbox.run(call, f"{key}|{len(made.calls)}")
+        made.add_output(call, toolbox.turn(policy, call))
+        failed = not call["ok"]
         if call["ok"]:
-            total, done = int(call["output"]), done + 1
+            total = int(call["output"])
+            done += 1
     return {
-        "prompt_ids": list(text_ids),
-        "response_ids": ids,
-        "loss_mask": mask,
-        "steps": steps,
-        "calls": calls,
+        "prompt_ids": render(tokenizer, prompt),
+        "response_ids": made.response_ids,
+        "loss_mask": made.loss_mask,
+        "steps": made.steps,
+        "calls": made.calls,
         "final": text,
-        "text": policy.tokenizer.decode(ids, skip_special_tokens=True),
+        "text": tokenizer.decode(made.response_ids, skip_special_tokens=True),
         "finish_reason": "tool_limit" if call else "stop",
     }
 
@@ -234,7 +214,8 @@ def main(argv=None):
         template_options={},
         identity=identity_of("worlds.agents", None, tokenizer, {}),
     )
-    toolbox = Toolbox("calculator", {"outage": args.outage}, "brackets", MOST_STEPS)
+    tools = json.dumps({"calculator": {"outage": args.outage}})
+    toolbox = Toolbox(tools, "brackets", MOST_STEPS)
     made = {"clean": args.clean, "mixed": args.mixed}
     ask = partial(prompts, terms=args.terms)
     with new_folder(args.out, args.overwrite) as folder:
