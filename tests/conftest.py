@@ -5,8 +5,10 @@ Helpers here are the independent side of the tests: plain transformers in float6
 sequence at a time."""
 
 import hashlib
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -23,6 +25,9 @@ if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import rollout  # noqa: E402
 import teacher  # noqa: E402
@@ -49,15 +54,18 @@ def by_key(rows):
 
 
 def argv(*parts, **flags):
-    """argv("score", model=M, top_k=3, allow_stale=True) -> ["score", "--model", M, "--top-k",
-    "3", "--allow-stale"]"""
+    """argv("score", top_k=3, overwrite=True, set={"clip_low": 0}) -> ["score", "--top-k", "3",
+    "--overwrite", "--set", "clip_low=0"]"""
     out = [str(p) for p in parts]
     for name, value in flags.items():
-        if value is None or value is False:
-            continue
-        out.append("--" + name.strip("_").replace("_", "-"))
-        if value is not True:
-            out.append(str(value))
+        flag = "--" + name.strip("_").replace("_", "-")
+        if isinstance(value, dict):
+            for key in value:
+                out += [flag, f"{key}={value[key]}"]
+        elif value is True:
+            out.append(flag)
+        elif value is not None and value is not False:
+            out += [flag, str(value)]
     return out
 
 
@@ -80,52 +88,50 @@ def program(stage, arguments):
 
 
 def run_program(stage, arguments):
-    return subprocess.run(
-        program(stage, arguments), cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    how = dict(cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(program(stage, arguments), **how)
+
+
+def killed(work):
+    """Runs work() in a child process that is expected to kill itself (SIGKILL)."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 
 
 def kill_while_writing(stage, arguments, after):
-    """Runs a stage that kills itself (SIGKILL) half-way through a line, once `after` records
-    are on disk."""
-    code = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import json
-from opd import files
-import {stage} as stage
-written, write = [0], files.Writer.write
-def dying(self, *rows):
-    for row in rows:
-        if written[0] == {after}:
-            self._file.write(json.dumps(row).encode()[:50])
-            os.kill(os.getpid(), signal.SIGKILL)
-        write(self, row)
-        written[0] += 1
-files.Writer.write = dying
-files.run(lambda: stage.main({[str(a) for a in arguments]!r}))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == -9, done.stderr
+    """Runs a stage that is killed half-way through a line, once `after` records are on disk."""
+    main, write, written = importlib.import_module(stage).main, files.Writer.write, []
+
+    def dying(writer, *rows):
+        for row in rows:
+            if len(written) == after:
+                writer._file.write(json.dumps(row).encode()[:50])
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(writer, row)
+            written.append(row)
+
+    def work():
+        files.Writer.write = dying
+        main(list(map(str, arguments)))
+
+    killed(work)
 
 
 # ---- references
 
 
 def naive_model(folder):
-    import torch
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
 
 
 def naive_logps(model, prompt_ids, response_ids, temperature=1.0):
     """log_softmax(logits / temperature) at every response position, [T, V] float64: no padding,
     no cache, no kernel."""
-    import torch
-
     logits = model(torch.tensor([prompt_ids + response_ids])).logits[0]
     return torch.log_softmax(logits / temperature, -1)[
         len(prompt_ids) - 1 : len(prompt_ids) + len(response_ids) - 1
@@ -134,8 +140,6 @@ def naive_logps(model, prompt_ids, response_ids, temperature=1.0):
 
 def naive_own(model, rollout, temperature=1.0):
     """log-probs of the response tokens, [T] as a list of floats."""
-    import torch
-
     with torch.no_grad():
         table = naive_logps(model, rollout["prompt_ids"], rollout["response_ids"], temperature)
     return [float(table[t, i]) for t, i in enumerate(rollout["response_ids"])]
@@ -143,14 +147,10 @@ def naive_own(model, rollout, temperature=1.0):
 
 def weights(folder):
     """{name: tensor} of a saved model's parameters."""
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
 def same_bits(a, b):
-    import torch
-
     return a.keys() == b.keys() and all(
         a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a
     )
@@ -159,81 +159,49 @@ def same_bits(a, b):
 def make_rewards(rollouts, path, reward=None):
     """Rewards for a rollouts file: reward(record), by default a number in [0, 1] drawn from the
     key's hash."""
-
     rows = []
     for r in load(rollouts):
-        value = (
-            (hashlib.sha256(f"{r['id']}/{r['sample']}".encode()).digest()[0] / 255)
-            if reward is None
-            else reward(r)
-        )
-        rows.append(
-            {
-                "id": r["id"],
-                "sample": r["sample"],
-                "reward": value,
-                "status": "failed" if value is None else "ok",
-                "rollout": records.fingerprint(r),
-                "grader": "test",
-            }
-        )
+        drawn = hashlib.sha256(f"{r['id']}/{r['sample']}".encode()).digest()[0] / 255
+        value = reward(r) if reward else drawn
+        row = {"id": r["id"], "sample": r["sample"], "reward": value, "grader": "test"}
+        row["status"] = "failed" if value is None else "ok"
+        rows.append(row | {"rollout": records.fingerprint(r)})
     return dump(path, rows)
 
 
 # ---- the world
 
+SFT = dict(method="sft", batch_size=32, optimizer=dict(warmup_steps=5, adam_beta2=0.95))
+
+
+def sampled(root, student, **flags):
+    """The paths of a world in `root`; samples its rollouts (8 prompts x 4) from `student`,
+    scores them by the teacher (whole vocabulary), grades them."""
+    w = types.SimpleNamespace(root=root, toy=root / "toy", teacher=root / "teacher")
+    w.prompts = w.toy / "train.jsonl"
+    for name in ("rollouts", "scores", "rewards"):
+        setattr(w, name, root / f"{name}.jsonl")
+    flags |= dict(model=student, prompts=w.prompts, slice=":8", n=4, out=w.rollouts)
+    rollout.main(argv(**flags))
+    teacher.main(argv("score", model=w.teacher, rollouts=w.rollouts, out=w.scores, top_k=1000))
+    make_rewards(w.rollouts, w.rewards)
+    return w
+
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """Paths: toy (folder), prompts, base and teacher (models whose distributions are not
-    uniform), and of base: rollouts (8 prompts x 4, T = 1), scores (teacher, whole vocabulary),
-    rewards."""
-    import torch
-
+    """Running sums: `base` and `teacher` are models whose distributions are not uniform; the
+    rollouts are those of base, T = 1."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("world")
-    sums.main(argv(out=root / "toy", train_prompts=24, eval_prompts=8, clean=1500, mixed=300))
-    sft = dict(
-        method="sft",
-        rollouts=root / "toy" / "clean.jsonl",
-        batch_size=32,
-        warmup_steps=5,
-        adam_beta2=0.95,
-    )
-    train.main(
-        argv(
-            model=root / "toy" / "student",
-            out=root / "base",
-            steps=35,
-            learning_rate=4e-3,
-            **sft,
-        )
-    )
-    train.main(
-        argv(
-            model=root / "toy" / "teacher",
-            out=root / "teacher",
-            steps=35,
-            learning_rate=6e-3,
-            seed=1,
-            **sft,
-        )
-    )
-    w = types.SimpleNamespace(
-        root=root,
-        toy=root / "toy",
-        prompts=root / "toy" / "train.jsonl",
-        base=root / "base",
-        teacher=root / "teacher",
-        rollouts=root / "rollouts.jsonl",
-        scores=root / "scores.jsonl",
-        rewards=root / "rewards.jsonl",
-    )
-    rollout.main(
-        argv(model=w.base, prompts=w.prompts, slice=":8", n=4, max_tokens=28, out=w.rollouts)
-    )
-    teacher.main(argv("score", model=w.teacher, rollouts=w.rollouts, out=w.scores, top_k=1000))
-    make_rewards(w.rollouts, w.rewards)
+    toy, base = root / "toy", root / "base"
+    sums.main(argv(out=toy, train_prompts=24, eval_prompts=8, clean=1500, mixed=300))
+    sft = SFT | dict(rollouts=toy / "clean.jsonl", steps=35)
+    train.main(argv(model=toy / "student", out=base, learning_rate=4e-3, **sft))
+    teacher_of = dict(model=toy / "teacher", out=root / "teacher", learning_rate=6e-3, seed=1)
+    train.main(argv(**teacher_of, **sft))
+    w = sampled(root, base, max_tokens=28)
+    w.base = base
     return w
 
 
@@ -251,8 +219,6 @@ def teacher64bit(world):
 def variant(source, folder, tokenizer=None, model=None):
     """A copy of a model folder with its tokenizer and / or model changed in place by the given
     functions."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     t, m = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source)
     if tokenizer:
         t = tokenizer(t) or t
@@ -267,93 +233,46 @@ def variant(source, folder, tokenizer=None, model=None):
 def drifted(world, tmp_path_factory):
     """The base model after some more training: log pi differs from the log-probs the rollouts
     were sampled with."""
-
     out = tmp_path_factory.mktemp("drifted") / "m"
-    train.main(
-        argv(
-            method="sft",
-            model=world.base,
-            rollouts=world.toy / "mixed.jsonl",
-            out=out,
-            steps=4,
-            learning_rate=3e-3,
-            fresh_optimizer=True,
-        )
-    )
+    flags = dict(method="sft", model=world.base, rollouts=world.toy / "mixed.jsonl", steps=4)
+    train.main(argv(out=out, learning_rate=3e-3, fresh_optimizer=True, **flags))
     return out
 
 
 @pytest.fixture(scope="session")
 def agents(tmp_path_factory):
-    """A world with a calculator: toy, prompts, student (pre-trained for seconds: some calls are
-    right, some malformed, some are none), teacher, and of the student: rollouts (8 prompts x 4,
-    a third of the calls in outage), scores (teacher, whole vocabulary), rewards."""
-
+    """A world with a calculator.  The `student`: some calls are right, some malformed, some are
+    none; a third of the calls falls in an outage."""
+    torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("agents")
-    agent_world.main(
-        argv(
-            out=root / "toy",
-            train_prompts=24,
-            eval_prompts=8,
-            clean=2600,
-            mixed=640,
-            terms="1:3",
-        )
-    )
-    sft = dict(method="sft", batch_size=32, warmup_steps=5, adam_beta2=0.95)
-    train.main(
-        argv(
-            model=root / "toy" / "student",
-            out=root / "base",
-            steps=60,
-            learning_rate=6e-3,
-            rollouts=root / "toy" / "clean.jsonl",
-            **sft,
-        )
-    )
-    train.main(
-        argv(
-            model=root / "base",
-            out=root / "student",
-            steps=10,
-            learning_rate=2e-3,
-            fresh_optimizer=True,
-            rollouts=root / "toy" / "mixed.jsonl",
-            **sft,
-        )
-    )
-    train.main(
-        argv(
-            model=root / "base",
-            out=root / "teacher",
-            steps=20,
-            learning_rate=3e-3,
-            seed=1,
-            rollouts=root / "toy" / "clean.jsonl",
-            **sft,
-        )
-    )
-    tools = dict(
-        tools="calculator",
-        call_format="brackets",
-        max_calls=3,
-        tool_options='{"outage": 0.3}',
-        max_tokens=120,
-    )
-    w = types.SimpleNamespace(
-        root=root,
-        toy=root / "toy",
-        prompts=root / "toy" / "train.jsonl",
-        student=root / "student",
-        teacher=root / "teacher",
-        tools=tools,
-        rollouts=root / "rollouts.jsonl",
-        scores=root / "scores.jsonl",
-        rewards=root / "rewards.jsonl",
-    )
-    rollout.main(
-        argv(model=w.student, prompts=w.prompts, slice=":8", n=4, out=w.rollouts, **tools)
-    )
-    teacher.main(argv("score", model=w.teacher, rollouts=w.rollouts, out=w.scores, top_k=1000))
-    make_rewards(w.rollouts, w.rewards)
+    toy, base, student = root / "toy", root / "base", root / "student"
+    made = dict(train_prompts=24, eval_prompts=8, clean=2600, mixed=640, terms="1:3")
+    agent_world.main(argv(out=toy, **made))
+    clean, more = dict(SFT, rollouts=toy / "clean.jsonl"), dict(SFT, fresh_optimizer=True)
+    train.main(argv(model=toy / "student", out=base, steps=60, learning_rate=6e-3, **clean))
+    more |= dict(model=base, rollouts=toy / "mixed.jsonl")
+    train.main(argv(out=student, steps=10, learning_rate=2e-3, **more))
+    clean |= dict(model=base, fresh_optimizer=True)
+    train.main(argv(out=root / "teacher", steps=20, learning_rate=3e-3, seed=1, **clean))
+    calls = dict(call_format="brackets", max_calls=3, max_tokens=120)
+    tools = dict(tools='{"calculator": {"outage": 0.3}}', **calls)
+    w = sampled(root, student, **tools)
+    w.student, w.tools = student, tools
     return w
+
+
+@pytest.fixture(scope="module")
+def few_problems():
+    """Studies measure their arms on 8 held-out problems."""
+    from experiments.study import Run
+
+    stage = Run.stage
+
+    def small(run, command, **options):
+        if command in ("worlds.sums", "worlds.agents"):
+            options["eval_prompts"] = 8
+        return stage(run, command, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "stage", small)
+        yield

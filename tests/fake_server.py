@@ -29,6 +29,20 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 END, VOCABULARY = 2, 16
+REFUSALS = {  # behaviour: status, message, code
+    "429": (429, "slow down", None),
+    "quota": (429, "no credit", "insufficient_quota"),
+    "500": (500, "engine died", None),
+    "400": (400, "unknown field", None),
+    "long": (400, "This model's maximum context length is 8 tokens", None),
+    "no_response_format": (400, "response_format is not supported", None),
+    "no_max_tokens": (400, "use max_completion_tokens instead of max_tokens", None),
+}
+MALFORMED = {
+    "not_json": b"<html>proxy error</html>",
+    "array": [],
+    "no_choices": {"choices": []},
+}
 
 
 def distribution(prefix):
@@ -127,45 +141,22 @@ class FakeServer:
                 self.in_flight -= 1
 
     def _reply(self, path, body, behaviour):
-        def refuse(status, message, code=None):
+        key = self.requests[-1]["headers"].get("authorization", "").removeprefix("Bearer ")
+        refusals = REFUSALS | {
+            "leak": (400, "bad " * 65 + key, None),
+            # a careless server that quotes the key it was given
+            "401": (401, f"Incorrect API key provided: {key}", "invalid_api_key"),
+            "404": (404, f"The model {body['model']} does not exist", None),
+        }
+        only = {"no_response_format": "response_format", "no_max_tokens": "max_tokens"}
+        if behaviour in refusals and only.get(behaviour, "model") in body:
+            status, message, code = refusals[behaviour]
             return status, {"error": {"message": message, "type": "error", "code": code}}
-
-        if behaviour == "429":
-            return refuse(429, "slow down")
-        if behaviour == "quota":
-            return refuse(429, "no credit", "insufficient_quota")
-        if behaviour == "500":
-            return refuse(500, "engine died")
-        if behaviour == "leak":
-            return refuse(400, "bad " * 65 + self.requests[-1]["headers"]["authorization"])
-        if behaviour == "400":
-            return refuse(400, "unknown field")
-        if behaviour == "401":  # a careless server that quotes the key it was given
-            key = self.requests[-1]["headers"].get("authorization", "").removeprefix("Bearer ")
-            return refuse(401, f"Incorrect API key provided: {key}", "invalid_api_key")
-        if behaviour == "404":
-            return refuse(404, f"The model {body['model']} does not exist")
-        if behaviour == "long":
-            return refuse(400, "This model's maximum context length is 8 tokens")
-        if behaviour == "no_response_format" and "response_format" in body:
-            return refuse(400, "response_format is not supported")
-        if behaviour == "no_max_tokens" and "max_tokens" in body:
-            return refuse(
-                400, "Unsupported parameter: use max_completion_tokens instead of max_tokens"
-            )
-        if behaviour == "not_json":
-            return 200, b"<html>proxy error</html>"
-        if behaviour == "array":
-            return 200, []
-        if behaviour == "no_choices":
-            return 200, {"choices": []}
-        if path.endswith("/chat/completions"):
-            return 200, self._answer(body, behaviour, chat=True)
-        if path.endswith("/completions"):
-            if "prompt_logprobs" in body:
-                return 200, self._score(body, behaviour)
-            return 200, self._answer(body, behaviour, chat=False)
-        return refuse(404, "no such path")
+        if behaviour in MALFORMED:
+            return 200, MALFORMED[behaviour]
+        if "prompt_logprobs" in body:
+            return 200, self._score(body, behaviour)
+        return 200, self._answer(body, behaviour, chat=path.endswith("/chat/completions"))
 
     def _answer(self, body, behaviour, chat):
         answer = self.chat(body)
@@ -188,24 +179,17 @@ class FakeServer:
                     continue_final_message=body.get("continue_final_message", False),
                 )
             prompt_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        logprobs = [-0.5 - 0.01 * i for i in range(len(ids))]
-        if behaviour == "few_logprobs":
-            logprobs = logprobs[:-1]
+        logprobs = [-0.5 - 0.01 * i for i in range(len(ids) - (behaviour == "few_logprobs"))]
         choice = {"index": 0, "finish_reason": finish, "logprobs": None}
         reply = {"id": "x", "created": 0, "model": body["model"], "choices": [choice]}
-        if chat:
-            choice["message"] = {
-                "role": "assistant",
-                "content": None if behaviour == "null_text" else text,
-            }
-        else:
-            choice["text"] = text
+        content = None if behaviour == "null_text" else text
+        choice |= (
+            {"message": {"role": "assistant", "content": content}} if chat else {"text": text}
+        )
         if body.get("logprobs") and behaviour != "no_logprobs":
-            choice["logprobs"] = (
-                {"content": [{"token": "?", "logprob": v} for v in logprobs]}
-                if chat
-                else {"tokens": ["?"] * len(logprobs), "token_logprobs": logprobs}
-            )
+            listed = {"content": [{"token": "?", "logprob": v} for v in logprobs]}
+            flat = {"tokens": ["?"] * len(logprobs), "token_logprobs": logprobs}
+            choice["logprobs"] = listed if chat else flat
         if body.get("return_token_ids") and behaviour != "no_token_ids":
             choice["token_ids"] = ids
             (reply if chat else choice)["prompt_token_ids"] = prompt_ids

@@ -46,7 +46,7 @@ def experiments():
     return [
         f"{folder}.{name}"
         for name, text in texts.items()
-        if "__main__" in text and ("conduct(" in text or "--smoke" in text)
+        if name != "study" and "__main__" in text and ("conduct(" in text or "--smoke" in text)
     ]
 
 

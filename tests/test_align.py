@@ -116,45 +116,22 @@ def encode(tokenizer, text):
 
 def ends(text):
     """ "hap|py" -> [3, 5]"""
-    return list(accumulate(len(piece.encode()) for piece in text.split("|")))
+    return list(accumulate(map(len, text.split("|"))))
 
 
 @pytest.mark.parametrize(
     "student, teacher, want",
     [
         # two units, not one span of all
-        ("hap|py| d|ay", "ha|ppy| da|y", [(0, 2, 0, 2), (2, 4, 2, 4)]),
-        (
-            "7|+|12|=|19",
-            "7|+|1|2|=|1|9",
-            [(0, 1, 0, 1), (1, 2, 1, 2), (2, 3, 2, 4), (3, 4, 4, 5), (4, 5, 5, 7)],
-        ),
+        (ends("hap|py| d|ay"), ends("ha|ppy| da|y"), [(0, 2, 0, 2), (2, 4, 2, 4)]),
         # the match after a mismatch is not swallowed
-        (
-            "x|=|123| ok",
-            "x|=|1|2|3| ok",
-            [(0, 1, 0, 1), (1, 2, 1, 2), (2, 3, 2, 5), (3, 4, 5, 6)],
-        ),
-        ("abc", "a|b|c", [(0, 1, 0, 3)]),
-        ("ab|c", "a|bc", [(0, 2, 0, 2)]),
-        ("a|b", "a|b", [(0, 1, 0, 1), (1, 2, 1, 2)]),
-    ],
-)
-def test_units_by_hand(student, teacher, want):
-    assert align.aligned_units(ends(student), ends(teacher)) == want
-    swapped = [(t0, t1, s0, s1) for s0, s1, t0, t1 in want]
-    assert align.aligned_units(ends(teacher), ends(student)) == swapped
-
-
-@pytest.mark.parametrize(
-    "student, teacher, want",
-    [
+        (ends("=|123| ok"), ends("=|1|2|3| ok"), [(0, 1, 0, 1), (1, 2, 1, 4), (2, 3, 4, 5)]),
         ([0, 2, 2, 5], [2, 5], [(0, 3, 0, 1), (3, 4, 1, 2)]),  # tokens without bytes
         ([], [], []),
         ([3], [4], []),
     ],
 )
-def test_units_of_odd_ends(student, teacher, want):
+def test_units_by_hand(student, teacher, want):
     assert align.aligned_units(student, teacher) == want
 
 
@@ -172,11 +149,13 @@ def test_units_are_the_finest_division_that_cuts_no_token(a, b):
     for i in range(1, n):
         linked = owner[i][0] == owner[i - 1][0] or owner[i][1] == owner[i - 1][1]
         groups[-1].append(i) if linked else groups.append([i])
-    want = [
-        (owner[g[0]][0], owner[g[-1]][0] + 1, owner[g[0]][1], owner[g[-1]][1] + 1)
-        for g in groups
-    ]
+    want = []
+    for g in groups:
+        (first_a, first_b), (last_a, last_b) = owner[g[0]], owner[g[-1]]
+        want.append((first_a, last_a + 1, first_b, last_b + 1))
     assert align.aligned_units(a, b) == want
+    swapped = [(t0, t1, s0, s1) for s0, s1, t0, t1 in want]
+    assert align.aligned_units(b, a) == swapped
 
 
 # ---- tokenizers
@@ -205,38 +184,40 @@ def test_token_bytes_spell_any_text(tokenizers, kind, text):
     assert spell(tokenizer, ids) in (text.encode(), b" " + text.encode())
 
 
-@pytest.mark.parametrize("teacher", KINDS)
-@pytest.mark.parametrize("student", KINDS)
-def test_units_of_real_tokenizers(tokenizers, student, teacher):
+# every kind on both sides, and with every family of another
+RING = [
+    (student, KINDS[(i + shift) % len(KINDS)])
+    for i, student in enumerate(KINDS)
+    for shift in (0, 1, 3)
+]
+
+
+def inner_ends(tokenizer, ids):
+    return set(accumulate(map(len, align.pieces_of(tokenizer, ids[:-1]))))
+
+
+@pytest.mark.parametrize("student, teacher", RING)
+@settings(max_examples=25, **FAST)
+@given(text=st.one_of(PLAIN, ANY), ended=st.booleans())
+def test_units_of_real_tokenizers(tokenizers, student, teacher, text, ended):
     a, b = some(tokenizers, student, teacher)
-
-    def inner_ends(tokenizer, ids):
-        return set(accumulate(map(len, align.pieces_of(tokenizer, ids[:-1]))))
-
-    @settings(max_examples=30, **FAST)
-    @given(text=st.one_of(PLAIN, ANY), ended=st.booleans())
-    def check(text, ended):
-        ids = [i for i in encode(a, text) if i != a.eos_token_id] + [a.eos_token_id] * ended
-        got = align.align(a, b, ids)
-        place = (0, 0)
-        for s0, s1, t0, t1 in got.units:
-            assert (s0, t0) == place, "in order and without gaps"
-            place = (s1, t1)
-            mine = ids[s0:s1]
-            theirs = got.teacher_ids[t0:t1]
-            one = spell(a, mine)
-            two = spell(b, theirs)
-            # a tokenizer may put a space before the text
-            assert one == two or (s0 == 0 and b" " + one == two)
-            common = inner_ends(a, mine) & inner_ends(b, theirs) - {0, len(one)}
-            assert s0 == 0 or not common, "no common end strictly inside"
-        if ended and got.covered == got.bytes and got.units and place[0] == len(ids):
-            n = len(got.teacher_ids)
-            assert got.units[-1] == (len(ids) - 1, len(ids), n - 1, n)
-            assert got.teacher_ids[-1] == b.eos_token_id
-        assert 0 <= got.strict <= got.covered <= got.bytes
-
-    check()
+    ids = [i for i in encode(a, text) if i != a.eos_token_id] + [a.eos_token_id] * ended
+    got = align.align(a, b, ids)
+    place = (0, 0)
+    for s0, s1, t0, t1 in got.units:
+        assert (s0, t0) == place, "in order and without gaps"
+        place = (s1, t1)
+        mine, theirs = ids[s0:s1], got.teacher_ids[t0:t1]
+        one, two = spell(a, mine), spell(b, theirs)
+        # a tokenizer may put a space before the text
+        assert one == two or (s0 == 0 and b" " + one == two)
+        common = inner_ends(a, mine) & inner_ends(b, theirs) - {0, len(one)}
+        assert s0 == 0 or not common, "no common end strictly inside"
+    if ended and got.covered == got.bytes and place[0] == len(ids):
+        n = len(got.teacher_ids)
+        assert got.units[-1] == (len(ids) - 1, len(ids), n - 1, n)
+        assert got.teacher_ids[-1] == b.eos_token_id
+    assert 0 <= got.strict <= got.covered <= got.bytes
 
 
 PAIRS = [
@@ -249,12 +230,12 @@ CHARACTERS = ["🙂 ok", "北京 12", "naïve café", "e\u0301a", "👩‍👩�
 
 
 @pytest.mark.parametrize("student, teacher", PAIRS)
-@pytest.mark.parametrize("text", CHARACTERS)
-def test_whole_texts_are_covered_whatever_their_characters(tokenizers, student, teacher, text):
+def test_whole_texts_are_covered_whatever_their_characters(tokenizers, student, teacher):
     a, b = some(tokenizers, student, teacher)
-    got = align.align(a, b, encode(a, text))
-    assert got.covered == got.bytes and got.units[-1][3] == len(got.teacher_ids)
-    assert got.text.lstrip(" ") == text.lstrip(" ")
+    for text in CHARACTERS:
+        got = align.align(a, b, encode(a, text))
+        assert got.covered == got.bytes and got.units[-1][3] == len(got.teacher_ids)
+        assert got.text.lstrip(" ") == text.lstrip(" ")
 
 
 def test_an_answer_cut_inside_a_character_keeps_what_stands_before(tokenizers):
@@ -299,13 +280,9 @@ def test_the_shared_vocabulary_is_matched_on_bytes(tokenizers):
     for mine, theirs in (("Ċ", "<0x0A>"), ("Ġd", "▁d")):
         assert both[a.convert_tokens_to_ids(mine)] == b.convert_tokens_to_ids(theirs)
     assert a.eos_token_id not in both, "ends are a pair of their own, not bytes"
-
-
-def test_ambiguous_tokens_leave_the_shared_vocabulary(tokenizers):
-    """byte-fallback writes a 1 as `1` and could write it as <0x31>."""
-    a, b = some(tokenizers, "characters", "byte-fallback")
+    # ambiguous: byte-fallback writes a 1 as `1` and could write it as <0x31>
     assert b.convert_tokens_to_ids("1") != b.convert_tokens_to_ids("<0x31>")
-    assert a.convert_tokens_to_ids("1") not in align.shared_vocabulary(a, b)
+    assert a.convert_tokens_to_ids("1") not in both
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -327,14 +304,10 @@ def test_the_command_shows_units_and_shares(world, capsys):
     done = align.main([*flags, "--rollouts", str(world.rollouts)])
     assert done["answers"] == 32 and done["shared_vocabulary"] == 19
     assert 0 < done["strict"] <= done["covered"] <= 1
-    with pytest.raises(SystemExit):
-        align.main(flags)
 
 
 def test_an_unknown_decoder_is_refused():
     core = Tokenizer(models.BPE(vocab={"a": 0, "<end>": 1}, merges=[]))
     core.decoder = decoders.CTC()
-    with pytest.raises(
-        records.BadInput, match="decoder: expected steps whose bytes are known, got CTC"
-    ):
+    with pytest.raises(records.BadInput, match="decoder: expected steps .*, got CTC"):
         align.token_bytes(wrap(core))

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import argv, by_key, dump, load, refusal, same_bits, variant
+from conftest import argv, dump, load, refusal, same_bits, variant
 from test_train import PLAIN, Killed, Recorder, dying
 from transformers import AutoModelForSequenceClassification
 
@@ -17,7 +17,7 @@ import teacher
 import train
 from methods import gad
 from methods.gad import load_scorer, pair_weights, verdicts
-from opd import files, records
+from opd import files
 from opd import policy as policies
 from opd.batches import Data, Inputs
 from opd.trainer import Trainer
@@ -59,17 +59,10 @@ def test_verdicts_by_hand():
     """Two questions: margins 1, 0 (a tie), -1; 2.  Lengths centred: -1, 0, 1 and 0; scores
     centred: -1, 0, 1 and 0: correlation 1."""
     got = verdicts([([1.0], [0.0, 1.0, 2.0], [5, 6, 7]), ([3.0], [1.0], [50])])
-    assert got == pytest.approx(
-        {
-            "accuracy": (1 + 0.5 + 0 + 1) / 4,
-            "margin": (1 + 0 - 1 + 2) / 4,
-            "length_correlation": 1.0,
-            "score_std": math.sqrt(2 / 3) / 2,
-        }
-    )
+    want = {"accuracy": 2.5 / 4, "margin": 2 / 4, "length_correlation": 1.0}
+    assert got == pytest.approx(want | {"score_std": math.sqrt(2 / 3) / 2})
     alone = verdicts([([], [0.0, 1.0], [5, 3])])
-    assert "accuracy" not in alone
-    assert alone["length_correlation"] == pytest.approx(-1)
+    assert "accuracy" not in alone and alone["length_correlation"] == pytest.approx(-1)
     assert verdicts([([], [1.0, 1.0], [5, 3])])["length_correlation"] == 0.0
 
 
@@ -139,25 +132,21 @@ def test_the_gradient_of_a_step_is_that_of_the_mean_over_pairs(world, pairs, kin
     want = torch.cat([p.grad.flatten() for p in model.parameters()])
     got, numbers = one_step(world.rollouts, pairs.answers, pairs.d, kind=kind)
     assert float((got - want).norm() / want.norm()) < 2e-5
-    texts = load(world.rollouts) + load(pairs.answers)
     assert numbers["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert numbers["train/sequences"] == len(texts)
-    assert numbers["train/tokens"] == sum(len(r["response_ids"]) for r in texts)
-    for micro in (1, 90):
-        part, other = one_step(world.rollouts, pairs.answers, pairs.d, micro, kind)
-        assert float((part - got).norm() / got.norm()) < 1e-5
-        assert other == pytest.approx(numbers, rel=1e-4, abs=1e-6)
+    part, other = one_step(world.rollouts, pairs.answers, pairs.d, 90, kind)
+    assert float((part - got).norm() / got.norm()) < 1e-5
+    assert other == pytest.approx(numbers, rel=1e-4, abs=1e-6)
 
 
 def as_text(world, answers):
     """Answers as a black box returns them: no tokens."""
     questions = {p["id"]: p["messages"] for p in load(world.prompts)}
-    kept = ("id", "sample", "text", "finish_reason")
-    return [
-        {k: a[k] for k in kept}
-        | {"policy": {"model": "somebody"}, "messages": questions[a["id"]]}
-        for a in answers
-    ]
+    rows = []
+    for a in answers:
+        row = {k: a[k] for k in ("id", "sample", "text", "finish_reason")}
+        row |= {"policy": {"model": "somebody"}, "messages": questions[a["id"]]}
+        rows.append(row)
+    return rows
 
 
 def test_a_text_only_answer_is_the_same_answer(world, pairs, tmp_path):
@@ -184,7 +173,6 @@ def test_a_text_only_answer_is_the_same_answer(world, pairs, tmp_path):
 def test_a_first_discriminator_is_the_policy_with_a_seeded_head(world):
     a, b, c = (load_scorer(str(world.base), seed=seed) for seed in (0, 0, 1))
     assert torch.equal(a.head, b.head) and not torch.equal(a.head, c.head)
-    assert a.head.shape == (1, 64) and float(a.head.detach().std()) < 0.05
     own = policies.load_policy(str(world.base)).model.model.state_dict()
     assert same_bits(own, a.model.model.state_dict())
 
@@ -197,13 +185,13 @@ def test_the_folder_is_a_transformers_classifier_and_goes_on(world, pairs, tmp_p
     with torch.no_grad():  # no padding in sight, so transformers reads the score where we do
         logit = float(model(input_ids=torch.tensor([ids])).logits[0, 0])
         assert logit == pytest.approx(float(naive_score(model, ids)), abs=1e-9)
-    done = gad.main(learn(world, pairs.answers, tmp_path / "d2", model=pairs.d, epochs=3))
-    assert done["steps"] == 6 and done["step"] == 8
-    losses = []
-    for folder in (pairs.d, tmp_path / "d2"):
-        _, numbers = one_step(world.rollouts, pairs.answers, folder)
-        losses.append(numbers["train/loss"])
-    assert losses[1] < losses[0] - 1e-3
+    done = gad.main(learn(world, pairs.answers, tmp_path / "d2", model=pairs.d, epochs=2))
+    assert done["steps"] == 4 and done["step"] == 6
+    before, after = (
+        one_step(world.rollouts, pairs.answers, folder)[1]["train/loss"]
+        for folder in (pairs.d, tmp_path / "d2")
+    )
+    assert after < before - 1e-3
 
 
 def test_a_killed_run_goes_on(world, pairs, tmp_path, monkeypatch):
@@ -215,16 +203,9 @@ def test_a_killed_run_goes_on(world, pairs, tmp_path, monkeypatch):
         with pytest.raises(Killed):
             gad.main(learn(world, pairs.answers, tmp_path / "cut", **flags))
     gad.main(learn(world, pairs.answers, tmp_path / "cut", **flags))
-    hashes = [policies.hash_weights(tmp_path / name) for name in ("whole", "cut")]
-    assert hashes[0] == hashes[1]
+    assert policies.hash_weights(tmp_path / "whole") == policies.hash_weights(tmp_path / "cut")
     rows = [load(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
     assert rows[0] == rows[1] and len(rows[0]) == 4
-
-
-def test_training_is_refused_without_an_answer_to_every_prompt(world, pairs, tmp_path, capsys):
-    some = dump(tmp_path / "a.jsonl", [a for a in load(pairs.answers) if a["id"] != "t00003"])
-    flags = learn(world, some, tmp_path / "d")
-    assert "expected an answer to every prompt" in refusal(gad.main, flags, capsys)
 
 
 # ---- grading
@@ -238,19 +219,18 @@ def grade_flags(world, pairs, out, **flags):
 def test_rewards_are_the_scores_and_name_the_discriminator(world, pairs, tmp_path):
     path = tmp_path / "w.jsonl"
     done = gad.main(grade_flags(world, pairs, path, answers=pairs.answers))
-    model, rewards = naive_discriminator(pairs.d), by_key(load(path))
+    model, rewards = naive_discriminator(pairs.d), load(path)
     with torch.no_grad():
         own = naive_scores(model, world.rollouts)
         given = naive_scores(model, pairs.answers)
-    want = {r["id"]: iter(own[r["id"]]) for r in load(world.rollouts)}
-    for r in load(world.rollouts):
-        score = float(next(want[r["id"]]))
-        assert rewards[r["id"], r["sample"]]["reward"] == pytest.approx(score, abs=1e-4)
-    assert any(not 0 <= r["reward"] <= 1 for r in rewards.values())
-    assert {r["discriminator"] for r in rewards.values()} == {policies.hash_weights(pairs.d)}
-    gaps = [
-        float(t - s) for prompt, scores in own.items() for s in scores for t in given[prompt]
-    ]
+    by_prompt = {}
+    for r in rewards:
+        by_prompt.setdefault(r["id"], []).append(r["reward"])
+    for prompt, scores in own.items():
+        assert by_prompt[prompt] == pytest.approx([float(s) for s in scores], abs=1e-4)
+    assert any(not 0 <= r["reward"] <= 1 for r in rewards)
+    assert {r["discriminator"] for r in rewards} == {policies.hash_weights(pairs.d)}
+    gaps = [float(t - s) for prompt in own for s in own[prompt] for t in given[prompt]]
     assert done["accuracy"] == pytest.approx(np.mean([x > 0 for x in gaps]), abs=0.02)
     assert done["margin"] == pytest.approx(np.mean(gaps), abs=1e-4)
     flags = dict(method="gad", rewards=path, reference=world.scores, out=tmp_path / "m")
@@ -258,83 +238,69 @@ def test_rewards_are_the_scores_and_name_the_discriminator(world, pairs, tmp_pat
     assert trained["steps"] == 1
 
 
-def test_a_reward_beyond_0_and_1_needs_a_discriminators_name():
-    line = {
-        "id": "a",
-        "sample": 0,
-        "reward": 2.5,
-        "status": "ok",
-        "rollout": "f",
-        "grader": "g",
-    }
-    problem = records.validate(line, "rewards")
-    assert "expected a number in [0, 1] or null, got 2.5" in problem
-    assert records.validate(line | {"discriminator": "d"}, "rewards") is None
-
-
-def test_grading_is_refused_where_it_would_mean_nothing(world, pairs, tmp_path, capsys):
-    def said(**flags):
-        words = grade_flags(world, pairs, tmp_path / "w.jsonl", **flags)
-        message = refusal(gad.main, words, capsys)
-        assert not (tmp_path / "w.jsonl").exists()
-        return message
-
-    found = "expected a sequence classifier, got LlamaForCausalLM"
-    assert found in said(discriminator=world.base)
+def test_what_would_mean_nothing_is_refused(world, pairs, tmp_path, capsys):
+    some = [a for a in load(pairs.answers) if a["id"] != "t00003"]
+    some = dump(tmp_path / "some.jsonl", some)
     rows = load(world.rollouts)
     foreign = [dict(r, policy=r["policy"] | {"vocabulary": "0" * 12}) for r in rows]
-    assert "policy.vocabulary" in said(rollouts=dump(tmp_path / "r.jsonl", foreign))
+    foreign = dump(tmp_path / "foreign.jsonl", foreign)
+    out = tmp_path / "out"
+    gad.main(learn(world, pairs.answers, tmp_path / "d", view="length"))
+    for command, words in (
+        (learn(world, some, out), "expected an answer to every prompt"),
+        (
+            learn(world, pairs.answers, out, model=tmp_path / "d"),
+            "has learnt from the length of answers: expected text",
+        ),
+        (
+            grade_flags(world, pairs, out, discriminator=world.base),
+            "expected a sequence classifier, got LlamaForCausalLM",
+        ),
+        (grade_flags(world, pairs, out, rollouts=foreign), "policy.vocabulary"),
+    ):
+        assert words in refusal(gad.main, command, capsys)
 
 
 # ---- where it must be blind
 
 
-def test_a_length_view_sees_how_long_an_answer_is_and_nothing_else(
-    world, pairs, tmp_path, capsys
-):
-    gad.main(learn(world, pairs.answers, tmp_path / "d", view="length"))
-    blind, seeing = load_scorer(str(tmp_path / "d")), load_scorer(str(pairs.d))
-    assert blind.view == "length" and seeing.view == "text"
+def test_a_length_view_sees_how_long_an_answer_is_and_nothing_else(world, pairs):
     prompt, answers = [2, 5, 3], [[7, 8, 9, END], [9, 7, 11, END], [7, 8, 9, 10], [7, 8, END]]
+    seeing = load_scorer(str(pairs.d))
+    blind = load_scorer(str(world.base), seed=0, view="length")
     few, many = (s.scores([s.sees(prompt, a) for a in answers]) for s in (blind, seeing))
     assert few[0] == few[1] and len(set(few)) == 3, "length and ending are all it sees"
     assert len(set(many)) == 4
-    flags = learn(world, pairs.answers, tmp_path / "e", model=tmp_path / "d")
-    message = refusal(gad.main, flags, capsys)
-    assert "has learnt from the length of answers: expected text" in message
 
 
-def held_out_accuracy(world, tmp_path, own, given):
+def held_out_accuracy(world, folder, own, given):
     """Trained on the first half of the prompts, asked about the second."""
+    folder.mkdir()
     ids = sorted({r["id"] for r in own})
     half, parts = set(ids[: len(ids) // 2]), {}
     for name, rows in (("own", own), ("given", given)):
         for first in (True, False):
             some = [r for r in rows if (r["id"] in half) == first]
-            parts[name, first] = dump(tmp_path / f"{name}-{first}.jsonl", some)
-    flags = dict(model=world.teacher, rollouts=parts["own", True], batch_size=8, epochs=12)
-    flags |= dict(learning_rate=1e-3, overwrite=True)
-    out = types.SimpleNamespace(d=tmp_path / "d")
-    gad.main(learn(world, parts["given", True], out.d, **flags))
-    asked = dict(rollouts=parts["own", False], answers=parts["given", False], overwrite=True)
-    return gad.main(grade_flags(world, out, tmp_path / "w.jsonl", **asked))["accuracy"]
+            parts[name, first] = dump(folder / f"{name}-{first}.jsonl", some)
+    flags = dict(model=world.teacher, rollouts=parts["own", True], batch_size=4, epochs=5)
+    gad.main(learn(world, parts["given", True], folder / "d", learning_rate=1e-3, **flags))
+    asked = dict(rollouts=parts["own", False], answers=parts["given", False])
+    out = types.SimpleNamespace(d=folder / "d")
+    return gad.main(grade_flags(world, out, folder / "w.jsonl", **asked))["accuracy"]
 
 
 def test_a_teachers_answers_beside_its_own_answers_are_a_coin(world, tmp_path):
     """Rollouts and answers of one model go through two stages and two roads into the
     discriminator: were one side's ending, template or padding another, it would tell them
     apart, as it does when one side's end token is taken away."""
-    flags = dict(model=world.teacher, prompts=world.prompts, n=16, max_tokens=40)
+    flags = dict(model=world.teacher, prompts=world.prompts, n=8, max_tokens=40)
     rollout.main(argv(**flags, seed=1, out=tmp_path / "r.jsonl"))
     teacher.main(argv("answer", **flags, seed=2, out=tmp_path / "a.jsonl"))
-    own, given = load(tmp_path / "r.jsonl"), load(tmp_path / "a.jsonl")
-    bare = as_text(world, given)
-    # 12 prompts x 16 x 16 pairs; answers to one prompt hang together, so some six points of
-    # scatter remain
-    for answers in (given, bare):
-        assert abs(held_out_accuracy(world, tmp_path, own, answers) - 0.5) < 0.12
-    endless = [a | {"finish_reason": "length"} for a in bare]
-    assert held_out_accuracy(world, tmp_path, own, endless) > 0.95
+    own, given = load(tmp_path / "r.jsonl"), as_text(world, load(tmp_path / "a.jsonl"))
+    # 12 prompts x 8 x 8 pairs; answers to one prompt hang together
+    assert abs(held_out_accuracy(world, tmp_path / "coin", own, given) - 0.5) < 0.12
+    endless = [a | {"finish_reason": "length"} for a in given]
+    assert held_out_accuracy(world, tmp_path / "endless", own, endless) > 0.95
 
 
 def test_pad_and_end_may_be_one_token(world, tmp_path):

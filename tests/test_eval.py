@@ -2,36 +2,24 @@
 experiments/report.py: tables paired by seed, plots."""
 
 import itertools
-import json
 import math
 import random
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import argv, dump, load, refusal, run_program
+from conftest import argv, dump, load, make_rewards, refusal
 
 import eval as evaluation
 import experiments.report as report
-from opd import records, stats
+from opd import stats
 from opd.records import BadInput
 
 
 def rollout(prompt_id, sample, text, finish_reason="stop", tokens=3):
-    return {
-        "id": prompt_id,
-        "sample": sample,
-        "policy": {"model": "m"},
-        "text": text,
-        "finish_reason": finish_reason,
-        "prompt_ids": [1],
-        "response_ids": list(range(tokens)),
-        "loss_mask": [1] * tokens,
-        "logprobs": [-0.5] * tokens,
-        "temperature": 1.0,
-        "top_p": 1.0,
-    }
+    asked = {"id": prompt_id, "sample": sample, "policy": {"model": "m"}, "prompt_ids": [1]}
+    sampled = {"response_ids": list(range(tokens)), "loss_mask": [1] * tokens}
+    sampled |= {"logprobs": [-0.5] * tokens, "temperature": 1.0, "top_p": 1.0}
+    return asked | {"text": text, "finish_reason": finish_reason} | sampled
 
 
 @pytest.fixture
@@ -65,8 +53,8 @@ def test_pass_at_k_counts_the_subsets_that_hold_a_right_answer(n):
 
 
 def test_t_quantile_matches_the_integral_of_the_density():
-    for f in (1, 2, 3, 10, 11, 15, 30, 200):
-        x = np.linspace(0, stats.t_quantile(f), 400_001)
+    for f in (1, 2, 3, 11, 200):
+        x = np.linspace(0, stats.t_quantile(f), 40_001)
         scale = math.exp(math.lgamma((f + 1) / 2) - math.lgamma(f / 2)) / math.sqrt(f * np.pi)
         inside = 2 * scale * np.trapezoid((1 + x**2 / f) ** (-(f + 1) / 2), x)
         assert inside == pytest.approx(0.95, abs=3e-4), f
@@ -104,15 +92,17 @@ def prose(characters):
     return " ".join(text)[:characters]
 
 
+LOOP = "so 2+2=4\n" * 100
+
+
 @pytest.mark.parametrize(
     "text, tail, loops",
     [
-        ("so 2+2=4\n" * 100, 256, True),
-        ("so 2+2=4\n" * 100, 512, True),
+        (LOOP, 512, True),
         (prose(2000), 256, False),
         # only the tail counts
-        (prose(2000) + "so 2+2=4\n" * 50, 256, True),
-        ("so 2+2=4\n" * 50 + prose(2000), 256, False),
+        (prose(2000) + LOOP, 256, True),
+        (LOOP + prose(2000), 256, False),
         ("", 256, False),
         # half a surrogate pair is no crash
         ("\ud800é" * 500, 256, True),
@@ -129,15 +119,16 @@ def test_the_repetition_ratio_tells_loops_from_prose(text, tail, loops):
 LINE = {"id": 1, "correct": True, "length": 9, "truncated": False, "text": "", "repetition": 0}
 
 
+def summarise(*lines, threshold=4.0):
+    return evaluation.summarise([LINE | line for line in lines], 256, threshold)
+
+
 def test_short_answers_are_never_repetitive():
-    loop = LINE | {"text": "4\n" * 127, "repetition": 19.0}  # 254 characters: below the tail
+    loop = {"text": "4\n" * 127, "repetition": 19.0}  # 254 characters: below the tail
     longer = loop | {"text": "4\n" * 128}
-    for lines, threshold, rate in (
-        ([loop], 4.0, 0),
-        ([loop, longer], 4.0, 0.5),
-        ([loop, longer], 20.0, 0),
-    ):
-        assert evaluation.summarise(lines, 256, threshold)["repetition_rate"] == rate
+    assert summarise(loop)["repetition_rate"] == 0
+    assert summarise(loop, longer)["repetition_rate"] == 0.5
+    assert summarise(loop, longer, threshold=20.0)["repetition_rate"] == 0
 
 
 def test_summary_of_a_fixture_is_exact(small, capsys):
@@ -169,34 +160,26 @@ def test_summary_of_a_fixture_is_exact(small, capsys):
 
 
 def test_pass_at_every_power_of_two_and_n_and_no_interval_without_spread():
-    summary = evaluation.summarise([LINE] * 6, 256, 4)
+    summary = summarise(*[{}] * 6)
     assert [k for k in summary if k.startswith("pass@")] == [f"pass@{k}" for k in (1, 2, 4, 6)]
     assert summary["accuracy_low"] is None, "one prompt has no spread to estimate"
-    summary = evaluation.summarise([LINE | {"id": i} for i in range(9)], 256, 4)
+    summary = summarise(*({"id": i} for i in range(9)))
     # nor have nine that agree: that is not certainty
     assert summary["accuracy"] == 1 and summary["accuracy_high"] is None
-
-
-def test_accuracy_is_the_mean_of_prompt_means():
     asked = [(1, True)] * 2 + [("1", False)] * 2 + [(2, True)]  # 1 and "1" are one prompt
-    lines = [LINE | {"id": i, "correct": c} for i, c in asked]
-    assert evaluation.summarise(lines, 256, 4)["accuracy"] == pytest.approx((0.5 + 1) / 2)
+    means = summarise(*({"id": i, "correct": c} for i, c in asked))
+    assert means["accuracy"] == pytest.approx((0.5 + 1) / 2)
 
 
 def test_lengths_that_an_api_does_not_show_are_unknown(small, tmp_path):
     rows = [rollout(1, 0, "#2"), rollout("b", 0, "#5")]
     shown = ("id", "sample", "policy", "text", "finish_reason")
     answers = dump(tmp_path / "a.jsonl", [{k: r[k] for k in shown} for r in rows])
-    none, half = evaluate(small, rollouts=answers), [LINE, LINE | {"length": None}]
+    none = evaluate(small, rollouts=answers)
     assert none["accuracy"] == 0.5
-    for summary in (none, evaluation.summarise(half, 256, 4)):
+    for summary in (none, summarise({}, {"length": None})):
         lengths = ("length_mean", "length_max", "generated_tokens")
         assert [summary[name] for name in lengths] == [None] * 3
-
-
-def test_an_answer_stopped_by_the_tool_limit_is_not_truncated():
-    assert not evaluation.grade(rollout(1, 0, "#2", "tool_limit"), 2, 256)["truncated"]
-    assert evaluation.grade(rollout(1, 0, "#2", "length"), 2, 256)["truncated"]
 
 
 def test_resume_neither_doubles_nor_loses_nor_grades_again(small, monkeypatch):
@@ -224,16 +207,16 @@ def test_resume_refuses_another_tail_and_changed_rollouts(small):
         evaluate(small, tail=512)
 
 
-@pytest.mark.parametrize("answer", [{}, {"answer": None}, {"answer": ""}, {"answer": 0}])
-def test_a_prompt_needs_an_answer_and_zero_is_one(small, answer):
-    ask = [{"id": 1, "prompt": "?", "answer": 2}, {"id": "b", "prompt": "?", **answer}]
-    dump(small["prompts"], ask)
-    if answer.get("answer") == 0:
-        assert evaluate(small)["accuracy"] == 0.125
-        return
-    with pytest.raises(BadInput, match=r"prompts\.jsonl:2: answer: expected"):
-        evaluate(small)
-    assert not small["out"].exists()
+def test_a_prompt_needs_an_answer_and_zero_is_one(small):
+    for answer in ({}, {"answer": None}, {"answer": ""}, {"answer": 0}):
+        ask = {"id": "b", "prompt": "?"} | answer
+        dump(small["prompts"], load(small["prompts"])[:1] + [ask])
+        if answer == {"answer": 0}:
+            assert evaluate(small)["accuracy"] == 0.125
+            break
+        with pytest.raises(BadInput, match=r"prompts\.jsonl:2: answer: expected"):
+            evaluate(small)
+        assert not small["out"].exists()
 
 
 def test_missing_prompts_and_unequal_samples_are_refused_unless_partial(small):
@@ -267,36 +250,23 @@ def test_a_model_is_sampled_and_part_of_the_prompts_only_when_meant(world, tmp_p
     assert all(len(r["response_ids"]) <= 8 and r["temperature"] == 1 for r in sampled)
 
 
-@pytest.mark.parametrize(
-    "words",
-    ["--seed 3", "--n 4", "--no-such-flag", "--part", "--model M", "--tail 0"],
-)
-def test_flags_that_would_do_nothing_are_refused(small, words):
-    with pytest.raises(SystemExit) as stopped:
-        evaluation.main(argv(**small) + words.split())
-    assert stopped.value.code == 2
+def test_flags_that_would_do_nothing_are_refused(small):
+    for flags in (dict(seed=3), dict(n=4), dict(model="M"), dict(tail=0)):
+        with pytest.raises(SystemExit):
+            evaluate(small, **flags)
 
 
 def test_rewards_are_joined_by_rollout_and_failed_ones_left_out(tmp_path):
     texts = ("#1", "#2", "#1")
     rows = [rollout(i, s, text) for i in ("a", "b") for s, text in enumerate(texts)]
-    rewards = [
-        {
-            "id": r["id"],
-            "sample": r["sample"],
-            "reward": value,
-            "grader": "g",
-            "rollout": records.fingerprint(r),
-            "status": "failed" if value is None else "ok",
-        }
-        for r, value in zip(rows, (0.9, 0.8, None, 0.2, 0.1, 0.1))
-    ]
     ask = [{"id": i, "prompt": "?", "answer": "1"} for i in ("a", "b")]
     files = {
         "prompts": dump(tmp_path / "p.jsonl", ask),
         "rollouts": dump(tmp_path / "r.jsonl", rows),
-        "rewards": dump(tmp_path / "w.jsonl", rewards),
     }
+    values = iter((0.9, 0.8, None, 0.2, 0.1, 0.1))
+    made = make_rewards(files["rollouts"], tmp_path / "w.jsonl", lambda r: next(values))
+    files["rewards"] = made
     summary = evaluation.main(argv(**files, out=tmp_path / "e.jsonl"))
     # a: 0.9 above 0.8; b: one above, one tied
     assert summary["reward_auc_within"] == pytest.approx((1 + 0.75) / 2)
@@ -339,10 +309,9 @@ def test_table_pairs_by_seed_number_not_by_order(tmp_path, capsys):
 
 
 def test_only_final_checkpoints_count_and_arms_keep_their_order(tmp_path):
-    rows = [result("z", 0, 0.9, step=10, final=False), result("z", 0, 0.5, step=20)]
-    rows += [result("before", 0, 0.1), result("a", 0, 0.3)]
+    rows = [result("z", 0, 0.9, 10, False), result("z", 0, 0.5, 20), result("before", 0, 0.1)]
     lines = table(tmp_path, rows)
-    assert list(lines) == ["z", "before", "a"]
+    assert list(lines) == ["z", "before"]
     assert (lines["z"]["mean"], lines["z"]["half"]) == (0.5, None)
     assert lines["z"]["difference"] == pytest.approx(0.4)
 
@@ -380,17 +349,17 @@ def test_table_refuses_doubled_runs_and_unknown_arms(tmp_path):
 
 
 def test_tables_are_written_once_and_do_not_mix(tmp_path):
-    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
-    dump(one, PAIRED)
-    dump(two, [row | {"accuracy": row["accuracy"] / 2} for row in PAIRED])
+    one = dump(tmp_path / "one.jsonl", PAIRED)
+    half = [row | {"accuracy": row["accuracy"] / 2} for row in PAIRED]
+    two = dump(tmp_path / "two.jsonl", half)
     out = tmp_path / "new folder" / "table.md"
     command = argv("table", one, two, out=out, columns="length_mean", baseline="ropd")
     tables = report.main(command)
-    assert tables[str(one)][1]["mean"] == pytest.approx(0.51)
-    assert tables[str(two)][1]["mean"] == pytest.approx(0.255)
+    means = [tables[str(path)][1]["mean"] for path in (one, two)]
+    assert means == pytest.approx([0.51, 0.255])
     text = out.read_text()
-    assert "| arm | seeds | accuracy | vs ropd | length_mean | each seed |" in text
-    assert "## two" in text and "| -0.110 ± 0.025 |" in text
+    assert "## two" in text and "| vs ropd | length_mean |" in text
+    assert "| -0.110 ± 0.025 |" in text
     with pytest.raises(BadInput, match="exists already"):
         report.main(command)
     report.main([*command, "--overwrite"])
@@ -416,30 +385,27 @@ def plot(tmp_path, rows, name="x.png", **flags):
 def test_plot_writes_a_png_with_a_line_an_arm(tmp_path):
     summary = plot(tmp_path, CURVES)
     assert (tmp_path / "x.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    picture = report.figure(summary["lines"], "accuracy", "step", "x")
-    axes = picture.axes[0]
+    axes = report.figure(summary["lines"], "accuracy", "step", "x").axes[0]
     drawn = [(line.get_label().split()[0], line.get_linestyle()) for line in axes.lines]
     assert drawn == [("before", "--"), ("teacher", ":"), ("ropd", "-"), ("sft", "-")]
-    assert len(axes.collections) == 2, "a band for each curve"
     assert list(axes.lines[2].get_xdata()) == [0, 20, 40]
     assert list(axes.lines[2].get_ydata()) == pytest.approx([0.2, 0.45, 0.7])
     assert list(axes.lines[0].get_ydata()) == pytest.approx([0.2, 0.2])
+    assert len(axes.collections) == 2, "a band for each curve"
     band = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((0.1, 0.8))
-    assert len(picture.legends[0].get_texts()) == 4 and axes.get_xlabel()
     with pytest.raises(BadInput, match="exists already"):
         plot(tmp_path, CURVES)
-    with pytest.raises(BadInput, match="ends in .png"):
-        plot(tmp_path, CURVES, name="x.txt")
-
-
-def test_plot_of_named_arms_over_another_number(tmp_path):
-    flags = dict(x="generated_tokens", metric="seconds", arms="ropd")
+    flags = dict(x="generated_tokens", metric="seconds", arms="ropd", name="y.png")
     lines = plot(tmp_path, CURVES, **flags)["lines"]
     assert list(lines) == ["ropd"]
     assert [point[:2] for point in lines["ropd"]] == [(0, 0), (20_000, 40), (40_000, 80)]
-    with pytest.raises(BadInput, match="expected arms of"):
-        plot(tmp_path, CURVES, name="y.png", arms="ropd,nobody")
+    for flags, words in (
+        (dict(arms="nobody"), "expected arms of"),
+        (dict(name="x"), "ends in"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            plot(tmp_path, CURVES, **dict(name="z.png") | flags)
 
 
 def test_plot_leaves_out_checkpoints_that_some_seed_has_not_reached(tmp_path, capsys):
@@ -454,40 +420,33 @@ def test_plot_leaves_out_checkpoints_that_some_seed_has_not_reached(tmp_path, ca
 
 
 def test_plot_leaves_out_lines_without_the_metric_and_says_so(tmp_path, capsys):
-    proxy = [r for r in CURVES if r["arm"] == "ropd" and r["step"]]
-    rows = [r | {"proxy": r["step"] / 10} if r in proxy else r for r in CURVES]
+    rows = [
+        r | {"proxy": r["step"] / 10} if r["arm"] == "ropd" and r["step"] else r for r in CURVES
+    ]
     lines = plot(tmp_path, rows, metric="proxy", arms="ropd,sft")["lines"]
+    assert list(lines) == ["ropd"]
     assert [point[:2] for point in lines["ropd"]] == [(20, 2), (40, 4)]
-    assert "sft" not in lines
     assert "left out: arm 'ropd', step 0: no proxy" in capsys.readouterr().out
     for metric, value in (("nothing", 1), ("proxy", "high")):
         with pytest.raises(BadInput, match=f"{metric}: expected a finite number"):
             plot(tmp_path, [r | {"proxy": value} for r in rows], name="y.png", metric=metric)
 
 
-def test_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(BadInput, match="pip install matplotlib"):
-        plot(tmp_path, CURVES)
-
-
 def test_gaps_are_paired_by_seed_within_a_prefix(tmp_path):
     """a - b is 0.1 and 0.3 at 0.5, x-a - x-b is -0.2 in the one seed both have, at the mean of
     x-b in that seed; seeds differ by more than the arms."""
-    rows = [
-        result(arm, seed, value if step == 4 else 0.0, step, step == 4, share=share)
-        for arm, seed, value, share in (
-            ("b", 0, 0.2, 0.4),
-            ("b", 1, 0.6, 0.6),
-            ("a", 0, 0.3, 0),
-            ("a", 1, 0.9, 0),
-            ("x-b", 1, 0.5, 0.9),
-            ("x-b", 2, 0.1, 0.1),
-            ("x-a", 1, 0.3, 0),
-            ("y-a", 1, 0.3, 0),
-        )
-        for step in (4, 0)
-    ]
+    rows = []
+    for arm, seed, value, share in (
+        ("b", 0, 0.2, 0.4),
+        ("b", 1, 0.6, 0.6),
+        ("a", 0, 0.3, 0),
+        ("a", 1, 0.9, 0),
+        ("x-b", 1, 0.5, 0.9),
+        ("x-b", 2, 0.1, 0.1),
+        ("x-a", 1, 0.3, 0),
+        ("y-a", 1, 0.3, 0),
+    ):
+        rows += [result(arm, seed, value, 4, share=share), result(arm, seed, 0.0, 0, False)]
     path, out = dump(tmp_path / "r.jsonl", rows), tmp_path / "g.png"
     found = report.main(argv("gaps", path, arms="a", against="b", at="share", out=out))
     (name, at, mean, half), (other, far, gap, none) = found["a"]
@@ -499,12 +458,3 @@ def test_gaps_are_paired_by_seed_within_a_prefix(tmp_path):
         flags = dict(arms=arms, against=against, at="share", out=tmp_path / "h.png")
         with pytest.raises(BadInput, match="'z'"):
             report.main(argv("gaps", path, **flags))
-
-
-def test_bad_input_exits_with_2_and_one_line(tmp_path):
-    absent = tmp_path / "absent.jsonl"
-    flags = argv(rollouts=absent, prompts=absent, out=tmp_path / "e.jsonl")
-    done = run_program("eval.py", flags)
-    assert done.returncode == 2 and done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1 and not Path(tmp_path / "e.jsonl").exists()
-    assert json.dumps(str(absent))[1:-1] in done.stderr

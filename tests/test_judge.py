@@ -3,7 +3,7 @@ that answers cannot steer it."""
 
 import json
 import re
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -99,7 +99,6 @@ def test_document_is_the_same_json_without_raw_brackets_or_controls(attack):
 def test_document_leaves_ordinary_text_readable():
     plain = "17 + 25 = 42, naïve, 数学 😀 (see §2)"
     assert f'"{plain}"' in judge.document({"t": plain})
-    assert json.loads(judge.document({"t": "\U000e0041 tag"})) == {"t": "\U000e0041 tag"}
 
 
 @pytest.mark.parametrize(
@@ -109,8 +108,6 @@ def test_document_leaves_ordinary_text_readable():
         ("<think>7+5</think> \n", "<think>7+5</think> \n"),
         ("<think>7+5", "<think>7+5"),
         ("a</think>b</think>c", "c"),
-        ("plain ", "plain "),
-        ("", ""),
     ],
 )
 def test_thinking_is_cut_before_judging(text, seen):
@@ -137,14 +134,10 @@ def test_a_rubric_passes_through_and_is_a_valid_record():
     assert criteria == RUBRIC
     assert validate({"id": 1, "criteria": criteria, "rubricator": "m"}, "rubrics") is None
     data = shown(llm.server.asked[0])
-    assert [tuple(r.values()) for r in data["reference_answers"]] == [
-        ("Reference 1", "r1"),
-        ("Reference 2", "r2"),
-    ]
-    assert [tuple(a.values()) for a in data["attempts"]] == [
-        ("Attempt 1", "s1"),
-        ("Attempt 2", "s1"),
-    ]
+    texts = {
+        kind: [a["text"] for a in data[kind]] for kind in ("reference_answers", "attempts")
+    }
+    assert texts == {"reference_answers": ["r1", "r2"], "attempts": ["s1", "s1"]}
 
 
 def changed(i=0, **fields):
@@ -157,24 +150,16 @@ def changed(i=0, **fields):
     [
         (json.dumps({"criteria": RUBRIC[:3]}), "at least 4"),
         (json.dumps({"criteria": RUBRIC * 4}), "at most 12"),
-        (json.dumps({"criteria": {}}), "criteria"),
         (json.dumps({"criteria": [None] * 4}), "criteria.0"),
         (changed(points=0), "points"),
-        (changed(points=6), "points"),
         (changed(points=2.0), "points"),
         (changed(points=True), "points"),
-        (changed(points="3"), "points"),
         (changed(id="1"), "id"),
-        (changed(id="c"), "id"),
         (changed(id="c1\n"), "id"),
         (changed(id="c2"), "same id"),
-        (changed(id=None), "id"),
         (changed(category="Style"), "category"),
-        (changed(category=["Task Completion"]), "category"),
         (changed(criterion=" "), "criterion"),
-        (changed(criterion=7), "criterion"),
         (changed(criterion="2 "), "say the same"),
-        (changed(weight=1), "weight: Extra"),
         (json.dumps({"criteria": [RUBRIC[0], {}, {}, {}]}), "criteria.1.id: Field required"),
         (json.dumps({"criteria": RUBRIC, "maximum_score": 10}), "maximum_score: Extra"),
         (json.dumps(RUBRIC), "the reply: Input should be"),
@@ -202,18 +187,17 @@ def test_a_batch_is_shuffled_blind_and_put_back_in_order():
         llm = scripted(by_text)
         assert llm.verify("q", CRITERIA, ANSWERS, seed=seed) == TRUTH
         data = shown(llm.server.asked[0])
-        assert data["criteria"] == [
-            {"id": c["id"], "criterion": c["criterion"]} for c in CRITERIA
-        ]
+        blind = [{"id": c["id"], "criterion": c["criterion"]} for c in CRITERIA]
+        assert data["criteria"] == blind
         orders.add(tuple(a["text"] for a in data["answers"]))
     assert len(orders) == 5 and tuple(ANSWERS) not in orders
 
-
-def test_the_judge_may_list_its_verdicts_in_any_order():
     def backwards(messages):
         return json.dumps({"verdicts": json.loads(by_text(messages))["verdicts"][::-1]})
 
     assert scripted(backwards).verify("q", CRITERIA, ANSWERS) == TRUTH
+    equal = scripted(by_text).verify("q", CRITERIA, ["a", "b", "a"])
+    assert equal == [TRUTH[0], TRUTH[1], TRUTH[0]]
 
 
 def test_the_shuffle_is_deterministic_and_blind_to_who_comes_first():
@@ -226,11 +210,6 @@ def test_the_shuffle_is_deterministic_and_blind_to_who_comes_first():
     texts = [f"text {i}" for i in range(8)]
     places = [judge.shuffled(texts, seed, "q").index(0) for seed in range(400)]
     assert all(20 < places.count(place) < 90 for place in range(8))  # 50 expected
-
-
-def test_equal_answers_keep_their_places():
-    verdicts = scripted(by_text).verify("q", CRITERIA, ["a", "b", "a"])
-    assert verdicts == [TRUTH[0], TRUTH[1], TRUTH[0]]
 
 
 def test_single_mode_is_one_call_per_answer_and_a_bad_reply_costs_its_own():
@@ -256,28 +235,20 @@ YES, NO = (1, [True, False]), (2, [True, False])
         # an answer is missing, or judged twice, or not there
         (batch([YES]), r"every answer_index from 1 to 2 once, got \[1\]"),
         (batch([YES, (1, [False, False])]), r"got \[1, 1\]"),
-        (batch([(0, [True, False]), YES]), r"got \[0, 1\]"),
         (batch([YES, (3, [True, False])]), r"got \[1, 3\]"),
         (batch([YES, ("2", [True, False])]), "answer_index"),
-        (batch([(True, [True, False]), NO]), "answer_index"),
         # a criterion is missing
         (batch([(1, [True]), NO]), "a list of 2, one per criterion, got 1"),
-        (batch([(1, [True, False, True]), NO]), "one per criterion, got 3"),
         (batch([(1, ["true", "false"]), NO]), "judgement.0: Input should be a valid bool"),
-        (batch([(1, [1, 0]), NO]), "judgement.0"),
         (batch([(1, [True, None]), NO]), "judgement.1"),
         (batch([(1, {"c1": True}), NO]), "judgement: Input should be a valid list"),
         # truncated, or more than JSON
         (batch([YES, NO])[:-4], "not one JSON object"),
         (batch([YES, NO]) + " Hope this helps!", "not one JSON object"),
-        ("Sure! " + batch([YES, NO]), "not one JSON object"),
         (batch([YES, NO]).replace("}]", ', "judgement": [false, true]}]'), "same key twice"),
         (batch([YES, NO]).replace("}]", ', "reason": "x"}]'), "reason: Extra"),
         ('[{"answer_index": 1, "judgement": [true, false]}]', "the reply: Input should be"),
-        ("null", "the reply: Input should be"),
-        ("", "JSON"),
         (f"```json\n{batch([YES, NO])}\n```\n```json\n{batch([YES, NO])}\n```", "JSON"),
-        (f"```json\n```json\n{batch([YES, NO])}\n```\n```", "JSON"),
     ],
 )
 def test_a_bad_verdict_is_refused_with_a_reason(reply, complaint):
@@ -293,8 +264,6 @@ GOOD = batch([(1, [True, False]), (2, [False, False])])
     [
         GOOD,
         f"```json\n{GOOD}\n```",
-        f"```\n{GOOD}```\n",
-        f"  \n{GOOD}\n",
         f"<think>first [true]</think>\n{GOOD}",
         GOOD.replace('"judgement"', '"final_score": 99, "judgement"'),
     ],
@@ -303,13 +272,12 @@ def test_one_fence_a_thought_and_a_final_score_are_tolerated(reply):
     assert judge_replies.parse_batch(reply, 2, 2) == [[True, False], [False, False]]
 
 
-@pytest.mark.parametrize("score", ["11", "-1", "7.5", "true", '"7"', "NaN", "null"])
-def test_holistic_scores_are_tenths(score):
+def test_holistic_scores_are_tenths():
     for right in (0, 7, 10):
         assert scripted(f'{{"score": {right}}}').holistic("q", "a") == right / 10
-    for reply in (f'{{"score": {score}}}', "7"):
+    for score in ("11", "-1", "7.5", "true", '"7"', "NaN", "null"):
         with pytest.raises(ServedFailure):
-            scripted(reply, re_asks=0).holistic("q", "a")
+            scripted(f'{{"score": {score}}}', re_asks=0).holistic("q", "a")
 
 
 # ---- text cannot move the parser
@@ -369,25 +337,12 @@ def test_re_asks_are_bounded_and_the_last_reason_is_told():
     assert len(llm.server.asked) == 3
 
 
-def test_a_transport_failure_is_a_failed_judgement_and_a_wrong_key_stops():
-    for error in (ServedFailure("timeout"), BadInput("key")):
-        with pytest.raises(type(error), match=str(error)):
-            scripted(error).holistic("q", "a")
-
-
-@pytest.mark.parametrize(
-    "behaviour", ["429", "500", "hang", "cut", "torn", "filtered", "no_choices"]
-)
-def test_a_failing_server_is_a_failure_that_map_hands_on(behaviour, monkeypatch):
-    import openai._base_client as client
-
-    monkeypatch.setattr(client, "INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    timeout = 0.1 if behaviour == "hang" else 5
-    with FakeServer(always=behaviour) as fake:
-        server = Server(fake.base_url, "m", "NO_SUCH_KEY", max_retries=1, timeout=timeout)
-        llm = Judge(server)
-        results = dict(server.map(lambda answer: llm.holistic("q", answer), "ab"))
+def test_a_transport_failure_is_a_failed_judgement_that_map_hands_on_and_a_wrong_key_stops():
+    with pytest.raises(BadInput, match="key"):
+        scripted(BadInput("key")).holistic("q", "a")
+    with FakeServer(always="no_choices") as fake:
+        llm = Judge(connect(fake))
+        results = dict(llm.server.map(lambda answer: llm.holistic("q", answer), "ab"))
     assert results.keys() == {"a", "b"}
     assert all(isinstance(result, ServedFailure) for result in results.values())
 
@@ -401,16 +356,9 @@ def test_the_key_covers_model_address_messages_sampling_and_version(monkeypatch)
         sampling = dict(temperature=temperature, max_tokens=max_tokens)
         return judge.cache_key(server, messages, **sampling)
 
-    keys = [
-        key(),
-        key(model="m2"),
-        key(base_url="u2"),
-        key(temperature=0.1),
-        key(max_tokens=10),
-        key(messages=[MESSAGES[0] | {"content": "Judge"}, MESSAGES[1]]),
-        key(messages=MESSAGES[::-1]),
-        key(messages=MESSAGES[:1]),
-    ]
+    others = [MESSAGES[0] | {"content": "Judge"}, MESSAGES[1]]
+    keys = [key(), key("m2"), key(base_url="u2"), key(temperature=0.1), key(max_tokens=10)]
+    keys += [key(messages=m) for m in (others, MESSAGES[::-1], MESSAGES[:1])]
     monkeypatch.setattr(judge, "PROMPT_VERSION", "other")
     assert len({*keys, key()}) == len(keys) + 1
 
@@ -452,22 +400,14 @@ def test_a_bad_reply_is_never_cached(tmp_path):
     assert holistic(path, "a") == 0.4
 
 
-def test_an_entry_that_no_longer_parses_is_asked_for_again(tmp_path):
-    path = tmp_path / "cache.jsonl"
-    holistic(path, "a", '{"score": 4}')
-    path.write_text(path.read_text().replace("4}", "44}"))
-    assert holistic(path, "a", '{"score": 5}') == 0.5
-    assert holistic(path, "a") == 0.5
-
-
-def test_a_torn_last_line_is_dropped_and_a_bad_line_named(tmp_path):
+def test_entries_that_are_torn_or_edited_are_asked_for_again_and_a_bad_line_is_named(tmp_path):
     path = tmp_path / "cache.jsonl"
     holistic(path, "a", '{"score": 1}')
     holistic(path, "b", '{"score": 2}')
-    path.write_bytes(path.read_bytes()[:-9])
-    assert holistic(path, "a") == 0.1
-    assert holistic(path, "b", '{"score": 3}') == 0.3
-    assert holistic(path, "b") == 0.3
+    path.write_bytes(path.read_bytes()[:-9].replace(b"1}", b"44}"))
+    for asked in (1, 0):
+        assert holistic(path, "a", *['{"score": 5}'] * asked) == 0.5
+        assert holistic(path, "b", *['{"score": 3}'] * asked) == 0.3
     path.write_text("{}\n")
     with pytest.raises(BadInput, match="cache.jsonl:1"):
         Cache(path)
@@ -481,9 +421,8 @@ def test_many_threads_append_whole_lines(tmp_path):
         for j in range(40):
             cache.put(f"{i}-{j}", "x" * 3000)
 
-    threads = [threading.Thread(target=put, args=(i,)) for i in range(8)]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(put, range(8)))
     assert Cache(path).replies == {f"{i}-{j}": "x" * 3000 for i in range(8) for j in range(40)}
 
 

@@ -10,6 +10,7 @@ from fake_server import FakeServer
 
 import rubric
 from experiments import controls
+from opd import contrast
 from opd.answers import is_correct
 from opd.records import BadInput
 from worlds import predicates, sums
@@ -53,15 +54,14 @@ class World:
         return {"id": prompt_id, "messages": sums.question(TERMS), "answer": answer}
 
     def create(self, out="c.jsonl", **flags):
-        flags = dict(prompts=self.prompts, answers=self.answers, **flags)
-        out = self.folder / out
-        return rubric.main(argv("create", rollouts=self.rollouts, out=out, **flags))
+        files = dict(prompts=self.prompts, answers=self.answers, rollouts=self.rollouts)
+        return rubric.main(argv("create", out=self.folder / out, **files | flags))
 
     def grade(self, out="w.jsonl", **flags):
         if flags.get("grader") in (None, "judge"):
             flags = {"rubrics": self.folder / "c.jsonl"} | flags
-        flags = dict(prompts=self.prompts, rollouts=self.rollouts, **flags)
-        return rubric.main(argv("grade", out=self.folder / out, **flags))
+        files = dict(prompts=self.prompts, rollouts=self.rollouts)
+        return rubric.main(argv("grade", out=self.folder / out, **files | flags))
 
     def control(self, verb, out, **flags):
         return controls.main(argv(verb, out=self.folder / out, **flags))
@@ -117,25 +117,19 @@ def test_no_predicate_raises_on_any_text():
 @pytest.mark.parametrize(
     "text, answer, right",
     [
-        ("so\n#17", "17", True),
         ("#17\n#18", "18", True),
         ("#17\n#18", "17", False),
         ("17", "17", False),
-        ("#### 1,024", "1024", True),
         ("#1,024", "1024.0", True),
         ("it is \\boxed{3.50}", "3.5", True),
         ("#x+1", "x+1", True),
         ("#17.", "17", False),
-        ("", "17", False),
-        ("#170", "17", False),
         ("# 17 ", 17, True),
-        ("# 012", "12", True),
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", True),
         (r"\boxed{3} and \boxed{\frac{3}{1}}", "3", False),
         (r"\boxed{4} and \boxed{5", "4", True),
         (r"\boxed{12}", "1,2", False),
         (r"\boxed{12345678901234567891}", "12345678901234567890", False),
-        ("#12\r\n", "12", True),
         ("#### 18\n\n# Note", "18", True),
         (r"<think>maybe \boxed{5}? no wait", "5", False),
         (r"<think>\boxed{5}</think> #7", "7", True),
@@ -174,7 +168,7 @@ def test_one_reference_anchors_the_rubric_to_its_style():
     (ROPD's largest ablation.)"""
     shares = []
     for references in (RIGHT[:1], RIGHT):
-        criteria = rubric.contrast(predicates.CHECKS, "7+5-3=?", references, WRONG)
+        criteria = contrast.contrast(predicates.CHECKS, "7+5-3=?", references, WRONG)
         decoys = [c["points"] for c in criteria if c["check"][0] in predicates.DECOYS]
         shares.append(sum(decoys) / sum(c["points"] for c in criteria))
     assert shares[0] > shares[1] and shares[0] >= 0.3
@@ -187,31 +181,32 @@ def test_the_rubricator_never_sees_the_answer_field(w):
     assert w.rubrics() == w.rubrics("c2.jsonl")
 
 
-def test_the_library_is_named_by_its_module(w, monkeypatch):
-    w.create(predicates="worlds.predicates:UNCHECKED")
+def test_the_library_is_named_by_its_module(w):
+    unchecked = dict(predicates="worlds.predicates:UNCHECKED")
+    w.create(**unchecked)
     assert w.names() and "total_right" not in w.names()
     w.create("all.jsonl")
     assert "total_right" in w.names("all.jsonl")
-    with pytest.raises(BadInput, match="nonsense"):
-        w.create("x.jsonl", predicates="nonsense")
-    for r in w.rubrics("all.jsonl").values():  # graded by a library that lacks total_right
-        with pytest.raises(BadInput, match="expected a predicate of --predicates"):
-            w.grade(rubrics=w.folder / "all.jsonl", predicates="worlds.predicates:UNCHECKED")
+    # graded by a library that lacks total_right
+    with pytest.raises(BadInput, match="expected a predicate of --predicates"):
+        w.grade(rubrics=w.folder / "all.jsonl", **unchecked)
 
 
-def test_m_answers_are_asked_for(w):
+def test_bad_input_is_named(w):
     w.create("m1.jsonl", m=1)
     assert {len(r["drawn_from"]["answers"]) for r in w.rubrics("m1.jsonl").values()} == {1}
-    with pytest.raises(BadInput, match="expected 5 answers"):
-        w.create("m5.jsonl", m=5)
-
-
-def test_a_rollout_without_prompt_is_named(w):
-    dump(w.rollouts, [*load(w.rollouts), rollout("zzz", 0, "#1")])
-    with pytest.raises(BadInput, match="'zzz'"):
-        w.create()
-    with pytest.raises(BadInput, match=r"r.jsonl:13: id: .*'zzz'"):
-        w.grade(grader="answer")
+    create, grade = w.create, w.grade
+    dump(w.folder / "more.jsonl", [*load(w.rollouts), rollout("zzz", 0, "#1")])
+    more = dict(rollouts=w.folder / "more.jsonl")
+    for stage, flags, words in (
+        (create, dict(m=5), "expected 5 answers"),
+        (create, dict(predicates="nonsense"), "nonsense"),
+        (create, more, "'zzz'"),
+        (grade, more | dict(grader="answer"), r"more.jsonl:13: id: .*'zzz'"),
+        (grade, dict(rubrics=None), "expected --rubrics"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            stage("x.jsonl", **flags)
 
 
 # ---- grade
@@ -232,8 +227,6 @@ def test_rewards_are_the_weighted_pass_rate_recomputed_by_hand(w):
         got["a", s]["reward"] for s in range(4)
     )
     assert summary["teacher_reward_mean"] > summary["reward_mean"] and summary["failed"] == 0
-    with pytest.raises(BadInput, match="expected --rubrics"):
-        w.grade("x.jsonl", rubrics=None)
 
 
 def test_rubrics_of_other_rollouts_are_refused_unless_frozen_ones_are_meant(w):

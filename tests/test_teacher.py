@@ -15,485 +15,306 @@ from conftest import (
     naive_logps,
     naive_own,
     refusal,
-    run_program,
     variant,
 )
 
 import teacher
 from experiments import controls
-from opd import records
+from opd import records, scoring
 from opd.policy import load_tokenizer
 
 V = 24
+END = 4  # <|end|>
 
 
-def score(world, out, **flags):
-    summary = teacher.main(
-        argv(
-            "score",
-            **dict(dict(model=world.teacher, rollouts=world.rollouts, out=out), **flags),
-        )
-    )
-    return summary, by_key(load(out))
+def close(got, want):
+    np.testing.assert_allclose(got, want, atol=2e-5, rtol=0)
 
 
 def topk(record):
     return records.unpack(record["topk"]["ids"]), records.unpack(record["topk"]["logprobs"])
 
 
-def edge_rollouts(world, path, base64bit):
-    """Rollouts with an answer of one token, an empty answer, and a usual one."""
-    rows = load(world.rollouts)[:3]
-    end = next(
-        r["response_ids"][-1] for r in load(world.rollouts) if r["finish_reason"] == "stop"
-    )
-    for r, ids, reason, text in ((rows[0], [end], "stop", ""), (rows[1], [], "length", "")):
-        r.update(response_ids=ids, loss_mask=[1] * len(ids), finish_reason=reason, text=text)
-        r["logprobs"] = naive_own(base64bit, r)
-    return dump(path, rows)
+def key_of(record):
+    return record["id"], record["sample"]
+
+
+class Stage:
+    """`teacher.py score` on the world's rollouts, in a folder of its own."""
+
+    def __init__(self, world, folder, capsys):
+        self.folder = folder
+        self.capsys = capsys
+        self.flags = dict(model=world.teacher, rollouts=world.rollouts)
+
+    def words(self, name, flags):
+        return argv("score", out=self.folder / f"{name}.jsonl", **self.flags | flags)
+
+    def score(self, name="s", **flags):
+        """(the summary, {key: record})"""
+        summary = teacher.main(self.words(name, flags))
+        return summary, by_key(load(self.folder / f"{name}.jsonl"))
+
+    def refused(self, name="refused", **flags):
+        return refusal(teacher.main, self.words(name, flags), self.capsys)
+
+    def dump(self, name, rows):
+        return dump(self.folder / f"{name}.jsonl", rows)
+
+
+@pytest.fixture
+def stage(world, tmp_path, capsys):
+    return Stage(world, tmp_path, capsys)
+
+
+@pytest.fixture(scope="module")
+def rollouts(world):
+    return load(world.rollouts)
+
+
+@pytest.fixture(scope="module")
+def exact(rollouts, teacher64bit):
+    """{key: the teacher's log-probs of the whole vocabulary, [T, V] float64}"""
+    with torch.no_grad():
+        ids = {key_of(r): (r["prompt_ids"], r["response_ids"]) for r in rollouts}
+        return {key: naive_logps(teacher64bit, *each) for key, each in ids.items()}
+
+
+def own(table, rollout):
+    return table[range(len(table)), rollout["response_ids"]]
+
+
+def gathered(table, ids):
+    return table.gather(1, torch.from_numpy(ids.astype(np.int64)))
 
 
 # ---- the numbers
 
 
-def test_cached_log_probs_are_those_of_the_teacher(world, teacher64bit):
+def test_cached_log_probs_are_those_of_the_teacher(world, rollouts, exact, base64bit):
+    """And end_mass is the mass on the stop tokens at the last position."""
     scores = by_key(load(world.scores))
-    assert scores.keys() == by_key(load(world.rollouts)).keys()
-    for r in load(world.rollouts):
-        s = scores[r["id"], r["sample"]]
+    assert scores.keys() == exact.keys()
+    for r in rollouts:
+        s, table = scores[key_of(r)], exact[key_of(r)]
         assert s["rollout"] == records.fingerprint(r)
-        np.testing.assert_allclose(s["logprobs"], naive_own(teacher64bit, r), atol=2e-5, rtol=0)
+        close(s["logprobs"], own(table, r))
+        with torch.no_grad():
+            students = naive_logps(base64bit, r["prompt_ids"], r["response_ids"])
+        for got, want in ((s, table), (r, students)):
+            mass = pytest.approx(float(want[-1, END].exp()), rel=1e-3, abs=1e-6)
+            assert got["end_mass"] == mass
+    assert {r["finish_reason"] for r in rollouts} == {"stop", "length"}
 
 
-def test_scores_are_at_temperature_one_whatever_the_rollouts_were(
-    world, teacher64bit, tmp_path
-):
-    rows = [dict(r, temperature=0.5) for r in load(world.rollouts)[:3]]
-    _, scores = score(world, tmp_path / "s.jsonl", rollouts=dump(tmp_path / "r.jsonl", rows))
-    for r in rows:
-        np.testing.assert_allclose(
-            scores[r["id"], r["sample"]]["logprobs"],
-            naive_own(teacher64bit, r),
-            atol=2e-5,
-            rtol=0,
-        )
+def test_scores_hold_at_any_temperature_mask_batch_and_number_of_ids(stage, rollouts, exact):
+    """Temperature 1, masked tokens too, each sequence as if it were alone; ids may be
+    numbers."""
+    numbers = {r["id"]: i for i, r in enumerate(rollouts)}
+    rows = []
+    for r in rollouts:
+        masked = dict(loss_mask=[0] * len(r["loss_mask"]), temperature=0.5)
+        rows.append(r | masked | {"id": numbers[r["id"]]})
+    path = stage.dump("r", rows)
+    for budget in (1, 200):
+        _, scores = stage.score(f"s{budget}", rollouts=path, batch_tokens=budget)
+        for r in rollouts:
+            got = scores[numbers[r["id"]], r["sample"]]["logprobs"]
+            close(got, own(exact[key_of(r)], r))
 
 
 @pytest.mark.parametrize("k", [1, 5, V])
-def test_top_k_are_the_likeliest_tokens(world, teacher64bit, tmp_path, k):
-    _, scores = score(world, tmp_path / "s.jsonl", top_k=k, batch_tokens=100)
-    for r in load(world.rollouts):
-        ids, logps = topk(scores[r["id"], r["sample"]])
-        assert ids.shape == logps.shape == (len(r["response_ids"]), k)
-        with torch.no_grad():
-            want = naive_logps(teacher64bit, r["prompt_ids"], r["response_ids"])
-        np.testing.assert_allclose(logps, want.topk(k).values.numpy(), atol=2e-5, rtol=0)
-        np.testing.assert_allclose(
-            logps,
-            want.gather(1, torch.from_numpy(ids.astype(np.int64))).numpy(),
-            atol=2e-5,
-            rtol=0,
-        )
+def test_top_k_are_the_likeliest_tokens(stage, exact, k):
+    _, scores = stage.score(top_k=k, batch_tokens=100)
+    for key, table in exact.items():
+        ids, logps = topk(scores[key])
+        assert ids.shape == (len(table), k)
+        close(logps, table.topk(k).values)
+        close(logps, gathered(table, ids))
         assert all(len(set(row)) == k for row in ids.tolist())
-        if k == V:
-            np.testing.assert_allclose(np.exp(logps.astype(np.float64)).sum(1), 1, atol=1e-5)
 
 
-def test_another_models_likeliest_tokens_are_scored_in_its_order(
-    world, teacher64bit, tmp_path, capsys
-):
+def test_another_models_likeliest_tokens_are_scored_in_its_order(stage, world, exact):
     """--top-k-of: what the teacher thinks of the student's own alternatives."""
-    score(world, tmp_path / "own.jsonl", model=world.base, top_k=4)
-    _, scores = score(
-        world, tmp_path / "s.jsonl", top_k_of=tmp_path / "own.jsonl", batch_tokens=100
-    )
-    students = by_key(load(tmp_path / "own.jsonl"))
-    for r in load(world.rollouts):
-        key = r["id"], r["sample"]
+    _, students = stage.score("own", model=world.base, top_k=4)
+    given = dict(top_k_of=stage.folder / "own.jsonl")
+    _, scores = stage.score(**given, batch_tokens=100)
+    for key, table in exact.items():
         (ids, logps), (proposed, _) = topk(scores[key]), topk(students[key])
-        assert (
-            np.array_equal(ids, proposed)
-            and scores[key]["topk_of"]
-            == students[key]["policy"]["weights"]
-            == r["policy"]["weights"]
-        )
-        with torch.no_grad():
-            want = naive_logps(teacher64bit, r["prompt_ids"], r["response_ids"])
-        np.testing.assert_allclose(
-            logps, want.gather(1, torch.from_numpy(ids.astype(np.int64))), atol=2e-5, rtol=0
-        )
-    for flags in (
-        dict(top_k_of=tmp_path / "own.jsonl", top_k=3),
-        dict(top_k_of=world.scores.with_name("absent.jsonl")),
-    ):
-        refusal(
-            teacher.main,
-            argv(
-                "score",
-                model=world.teacher,
-                rollouts=world.rollouts,
-                out=tmp_path / "x.jsonl",
-                **flags,
-            ),
-            capsys,
-        )
-    score(world, tmp_path / "plain.jsonl", model=world.base)
-    assert "topk: expected ids to score" in refusal(
-        teacher.main,
-        argv(
-            "score",
-            model=world.teacher,
-            rollouts=world.rollouts,
-            out=tmp_path / "x.jsonl",
-            top_k_of=tmp_path / "plain.jsonl",
-        ),
-        capsys,
-    )
+        assert np.array_equal(ids, proposed)
+        assert scores[key]["topk_of"] == students[key]["policy"]["weights"]
+        close(logps, gathered(table, ids))
 
 
-def test_the_mass_on_ending_is_that_of_the_stop_tokens_at_the_last_position(
-    world, base64bit, teacher64bit
-):
-    scores = by_key(load(world.scores))
-    for r in load(world.rollouts):
-        for model, got in (
-            (base64bit, r["end_mass"]),
-            (teacher64bit, scores[r["id"], r["sample"]]["end_mass"]),
-        ):
-            with torch.no_grad():
-                # 4: <|end|>
-                want = float(
-                    naive_logps(model, r["prompt_ids"], r["response_ids"])[-1, 4].exp()
-                )
-            assert got == pytest.approx(want, rel=1e-3, abs=1e-6)
-    assert {r["finish_reason"] for r in load(world.rollouts)} == {"stop", "length"}, (
-        "the fixture should have answers of both kinds"
-    )
-
-
-def test_a_token_that_means_the_same_lends_its_mass(world, teacher64bit, tmp_path, capsys):
-    _, scores = score(world, tmp_path / "s.jsonl", same_token="#=<|end|>")
-    hash_id, changed = load_tokenizer(str(world.teacher)).get_vocab()["#"], 0
-    for r in load(world.rollouts):
-        with torch.no_grad():
-            table = naive_logps(teacher64bit, r["prompt_ids"], r["response_ids"])
-        for t, (token, got) in enumerate(
-            zip(r["response_ids"], scores[r["id"], r["sample"]]["logprobs"])
-        ):
-            want = (
-                torch.logaddexp(table[t, 4], table[t, hash_id])
-                if token == 4
-                else table[t, token]
-            )
-            assert got == pytest.approx(float(want), abs=2e-5)
-            changed += token == 4
+def test_a_token_that_means_the_same_lends_its_mass(stage, world, rollouts, exact):
+    _, scores = stage.score(same_token="#=<|end|>")
+    hash_id = load_tokenizer(str(world.teacher)).get_vocab()["#"]
+    changed = 0
+    for r in rollouts:
+        table = exact[key_of(r)]
+        both = torch.logaddexp(table[:, END], table[:, hash_id])
+        ends = torch.tensor(r["response_ids"]) == END
+        close(scores[key_of(r)]["logprobs"], torch.where(ends, both, own(table, r)))
+        changed += int(ends.sum())
     assert changed > 3
-    for flags in (
-        dict(same_token="#"),
-        dict(same_token="#=nothing"),
-        dict(same_token="#=<|end|>", top_k=3),
-    ):
-        assert "--same-token" in refusal(
-            teacher.main,
-            argv(
-                "score",
-                model=world.teacher,
-                rollouts=world.rollouts,
-                out=tmp_path / "x.jsonl",
-                **flags,
-            ),
-            capsys,
-        )
 
 
-def test_a_teacher_may_read_more_than_the_student(world, base64bit, tmp_path, capsys):
+def test_a_teacher_may_read_more_than_the_student(stage, world, rollouts, base64bit):
     """Self-distillation: the rollouts' own model, with the answer in the question's place;
     against a forward pass over a prompt built by hand."""
     tokenizer, prompts = load_tokenizer(world.base), {p["id"]: p for p in load(world.prompts)}
-    _, scores = score(
-        world,
-        tmp_path / "s.jsonl",
-        model=world.base,
-        prompts=world.prompts,
-        hint="{answer}={question}",
-        top_k=3,
-    )
-    for r in load(world.rollouts):
-        content = f"{prompts[r['id']]['answer']}={prompts[r['id']]['messages'][0]['content']}"
+    itself = dict(model=world.base, prompts=world.prompts)
+    _, scores = stage.score(**itself, hint="{answer}={question}", top_k=3)
+    for r in rollouts:
+        prompt = prompts[r["id"]]
+        content = f"{prompt['answer']}={prompt['messages'][0]['content']}"
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        got = scores[r["id"], r["sample"]]
+        told, got = r | {"prompt_ids": ids}, scores[key_of(r)]
         assert ids != r["prompt_ids"] and got["rollout"] == records.fingerprint(r)
-        assert got["context"] == records.fingerprint(r | {"prompt_ids": ids}) != got["rollout"]
-        np.testing.assert_allclose(
-            got["logprobs"], naive_own(base64bit, r | {"prompt_ids": ids}), atol=2e-5, rtol=0
-        )
+        assert got["context"] == records.fingerprint(told) != got["rollout"]
+        close(got["logprobs"], naive_own(base64bit, told))
     # the same prompts: the student itself
-    without = score(world, tmp_path / "own.jsonl", model=world.base, prompts=world.prompts)[0]
-    assert abs(without["gap_max"]) < 1e-4
-    message = refusal(
-        teacher.main,
-        argv(
-            "score",
-            model=world.base,
-            rollouts=world.rollouts,
-            out=tmp_path / "s.jsonl",
-            prompts=world.prompts,
-            hint="{question}",
-        ),
-        capsys,
-    )
+    assert abs(stage.score("own", **itself)[0]["gap_max"]) < 1e-4
     # half of a file with the answer, half without
+    message = stage.refused("s", **itself, hint="{question}")
     assert "hint" in message and "another --out" in message
 
 
-def test_ids_may_be_numbers(world, tmp_path):
-    numbers = {p["id"]: i for i, p in enumerate(load(world.prompts))}
-    prompts = dump(
-        tmp_path / "p.jsonl", [p | {"id": numbers[p["id"]]} for p in load(world.prompts)]
-    )
-    rollouts = dump(
-        tmp_path / "r.jsonl", [r | {"id": numbers[r["id"]]} for r in load(world.rollouts)]
-    )
-    summary = teacher.main(
-        argv(
-            "score",
-            model=world.base,
-            rollouts=rollouts,
-            out=tmp_path / "s.jsonl",
-            prompts=prompts,
-        )
-    )
-    assert summary["records"] == len(load(world.rollouts)) and summary["gap_max"] < 1e-4
+ASKED = {"role": "user", "content": "2+2={?}"}
+SYSTEM = {"role": "system", "content": "Be brief."}
 
 
-def test_hints_are_filled_in(tmp_path):
-    prompt = {
-        "id": "a",
-        "messages": [
-            {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": "2+2={?}"},
-            {"role": "assistant", "content": "It"},
-        ],
-        "answer": 4,
-    }
-    assert teacher.hinted(prompt, "{question} {{is}} {answer}", "f:1")["messages"] == [
-        prompt["messages"][0],
-        {"role": "user", "content": "2+2={?} {is} 4"},
-        prompt["messages"][2],
-    ]
-    assert prompt["messages"][1]["content"] == "2+2={?}"
-    assert (
-        teacher.hinted(
-            {"id": "a", "prompt": "2+2=", "solution": "see"}, "{solution}: {question}", "f:1"
-        )["prompt"]
-        == "see: 2+2="
-    )
-    for hint, message in (
-        (
-            "{solution}",
-            "f:1: solution: expected, for --hint asks for it, .*there is: answer, question",
-        ),
-        ("{answer", "--hint: expected text with"),
-        ("{}", "--hint: expected text with"),
+def test_hints_are_filled_in():
+    prompt = {"messages": [SYSTEM, ASKED, {"role": "assistant", "content": "It"}], "answer": 4}
+    told = teacher.hinted(prompt, "{question} {{is}} {answer}", "f:1")["messages"]
+    asked = {"role": "user", "content": "2+2={?} {is} 4"}
+    assert told == [SYSTEM, asked, prompt["messages"][2]]
+    assert prompt["messages"][1] is ASKED
+    plain = {"prompt": "2+2=", "solution": "see"}
+    assert teacher.hinted(plain, "{solution}: {question}", "f:1")["prompt"] == "see: 2+2="
+    for prompt, hint, message in (
+        (prompt, "{solution}", "f:1: solution: expected, .*there is: answer, question"),
+        (prompt, "{answer", "--hint: expected text with"),
+        (prompt, "{}", "--hint: expected text with"),
+        ({"messages": [SYSTEM]}, "{question}", "messages: expected one of the user's"),
     ):
         with pytest.raises(records.BadInput, match=message):
             teacher.hinted(prompt, hint, "f:1")
-    with pytest.raises(records.BadInput, match="messages: expected one of the user's"):
-        teacher.hinted(
-            {"id": "a", "messages": [{"role": "system", "content": "x"}]}, "{question}", "f:1"
-        )
-
-
-def test_prompts_that_the_rollouts_do_not_answer_are_refused(world, tmp_path, capsys):
-    few = dump(tmp_path / "p.jsonl", load(world.prompts)[1:])
-    message = refusal(
-        teacher.main,
-        argv(
-            "score",
-            model=world.teacher,
-            rollouts=world.rollouts,
-            out=tmp_path / "s.jsonl",
-            prompts=few,
-        ),
-        capsys,
-    )
-    assert "expected a prompt" in message and "which" in message
-    assert "--hint: needs --prompts" in refusal(
-        teacher.main,
-        argv(
-            "score",
-            model=world.teacher,
-            rollouts=world.rollouts,
-            out=tmp_path / "s.jsonl",
-            hint="x",
-        ),
-        capsys,
-    )
-
-
-def test_shuffled_scores_are_the_same_numbers_at_other_tokens(world, tmp_path):
-    summary = controls.main(
-        argv("shuffle-scores", scores=world.scores, out=tmp_path / "null.jsonl", seed=3)
-    )
-    before, after = load(world.scores), load(tmp_path / "null.jsonl")
-    assert summary["records"] == len(before) == len(after)
-    flat = [np.concatenate([s["logprobs"] for s in rows]) for rows in (before, after)]
-    assert (
-        np.array_equal(np.sort(flat[0]), np.sort(flat[1])) and np.mean(flat[0] == flat[1]) < 0.2
-    )
-    assert abs(np.corrcoef(*flat)[0, 1]) < 0.15 and all("topk" not in s for s in after)
-    assert [(s["rollout"], len(s["logprobs"])) for s in before] == [
-        (s["rollout"], len(s["logprobs"])) for s in after
-    ]
-
-
-def test_a_tools_tokens_keep_their_scores_when_the_others_are_dealt_out(
-    agents, tmp_path, capsys
-):
-    controls.main(
-        argv(
-            "shuffle-scores",
-            scores=agents.scores,
-            rollouts=agents.rollouts,
-            out=tmp_path / "null.jsonl",
-        )
-    )
-    before, after, masks = (
-        by_key(load(agents.scores)),
-        by_key(load(tmp_path / "null.jsonl")),
-        {
-            key: np.array(r["loss_mask"], bool)
-            for key, r in by_key(load(agents.rollouts)).items()
-        },
-    )
-    own, tools = (
-        [
-            np.concatenate(
-                [
-                    np.array(rows[key]["logprobs"])[mask if kept else ~mask]
-                    for key, mask in masks.items()
-                ]
-            )
-            for rows in (before, after)
-        ]
-        for kept in (True, False)
-    )
-    assert len(tools[0]) > 50 and np.array_equal(*tools)
-    assert np.array_equal(*map(np.sort, own)) and np.mean(own[0] == own[1]) < 0.2
-    part = dump(tmp_path / "part.jsonl", load(agents.rollouts)[:-1])
-    message = refusal(
-        controls.main,
-        argv("shuffle-scores", scores=agents.scores, rollouts=part, out=tmp_path / "x.jsonl"),
-        capsys,
-    )
-    assert "expected the scores of a rollout of" in message and str(agents.scores) in message
-
-
-def test_masked_tokens_are_scored_too(world, tmp_path):
-    rows = [dict(r, loss_mask=[0] * len(r["loss_mask"])) for r in load(world.rollouts)]
-    _, scores = score(world, tmp_path / "s.jsonl", rollouts=dump(tmp_path / "r.jsonl", rows))
-    for s in load(world.scores):
-        np.testing.assert_allclose(
-            scores[s["id"], s["sample"]]["logprobs"], s["logprobs"], atol=2e-5, rtol=0
-        )
-
-
-def test_batching_changes_nothing(world, tmp_path):
-    for budget in (1, 200):
-        _, scores = score(world, tmp_path / f"{budget}.jsonl", batch_tokens=budget, top_k=V)
-        for s in load(world.scores):
-            other = scores[s["id"], s["sample"]]
-            np.testing.assert_allclose(other["logprobs"], s["logprobs"], atol=2e-5, rtol=0)
-            np.testing.assert_allclose(topk(other)[1], topk(s)[1], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("k", [0, 4])
-def test_one_token_and_empty_answers(world, base64bit, teacher64bit, tmp_path, k):
-    path = edge_rollouts(world, tmp_path / "r.jsonl", base64bit)
-    summary, scores = score(world, tmp_path / "s.jsonl", rollouts=path, top_k=k)
-    for r in load(path):
-        s = scores[r["id"], r["sample"]]
-        np.testing.assert_allclose(s["logprobs"], naive_own(teacher64bit, r), atol=2e-5, rtol=0)
+def test_one_token_and_empty_answers(stage, rollouts, base64bit, teacher64bit, k):
+    rows = [dict(r) for r in rollouts[:3]]
+    for r, ids in zip(rows, ([END], [])):
+        r.update(response_ids=ids, loss_mask=[1] * len(ids), text="")
+        r["logprobs"] = naive_own(base64bit, r)
+    summary, scores = stage.score(rollouts=stage.dump("r", rows), top_k=k)
+    for r in rows:
+        s = scores[key_of(r)]
+        close(s["logprobs"], naive_own(teacher64bit, r))
         if k:
             assert topk(s)[0].shape == topk(s)[1].shape == (len(r["response_ids"]), 4)
-    assert summary["teacher_tokens"] == sum(len(r["response_ids"]) for r in load(path))
-    nothing = dump(tmp_path / "nothing.jsonl", load(path)[1:2])
-    summary, scores = score(world, tmp_path / "t.jsonl", rollouts=nothing, top_k=k)
-    assert summary["teacher_tokens"] == 0 and all(s["logprobs"] == [] for s in scores.values())
+    assert summary["teacher_tokens"] == sum(len(r["response_ids"]) for r in rows)
+    summary, scores = stage.score("t", rollouts=stage.dump("empty", rows[1:2]), top_k=k)
+    assert summary["teacher_tokens"] == 0 and scores[key_of(rows[1])]["logprobs"] == []
 
 
-def test_a_bfloat16_teacher_keeps_float32_log_probs(world, teacher64bit, tmp_path):
+def test_a_bfloat16_teacher_keeps_float32_log_probs(stage, rollouts, exact):
     """Rounding logits to bfloat16 would leave log-probs on a coarse grid; a rounded model is
     near the exact one, and off the grid."""
-    _, scores = score(world, tmp_path / "s.jsonl", dtype="bfloat16")
-    values = np.array(
-        [v for r in load(world.rollouts) for v in scores[r["id"], r["sample"]]["logprobs"]]
-    )
-    exact = np.array([v for r in load(world.rollouts) for v in naive_own(teacher64bit, r)])
-    assert 1e-5 < np.abs(values - exact).max() < 0.2
-    on_grid = torch.tensor(values, dtype=torch.float32)
-    assert (on_grid.bfloat16().float() == on_grid).float().mean() < 0.1
+    _, scores = stage.score(dtype="bfloat16")
+    values = torch.cat([torch.tensor(scores[key_of(r)]["logprobs"]) for r in rollouts])
+    wanted = torch.cat([own(exact[key_of(r)], r) for r in rollouts])
+    assert 1e-5 < (values - wanted).abs().max() < 0.2
+    assert (values.bfloat16().float() == values).float().mean() < 0.1
+
+
+def test_an_embedding_padded_beyond_the_vocabulary_scores_the_same(stage, world, exact):
+    """The padding rows are no tokens: they take no probability, and top-k never lists one."""
+
+    def grow(model):
+        old = {k: v.clone() for k, v in model.state_dict().items()}
+        model.resize_token_embeddings(V + 9)
+        for name, p in model.named_parameters():
+            if p.shape[0] == V + 9:
+                p.data[:V] = old[name]
+                p.data[V:] = torch.randn(p[V:].shape)
+
+    folder = variant(world.teacher, stage.folder / "m", model=grow)
+    _, scores = stage.score(model=folder, top_k=V)
+    for key, table in exact.items():
+        ids, logps = topk(scores[key])
+        assert ids.max() < V
+        close(logps, gathered(table, ids))
+
+
+# ---- controls
+
+
+@pytest.mark.parametrize("tools", [False, True])
+def test_shuffled_scores_are_the_same_numbers_at_other_tokens(stage, world, rollouts, tools):
+    """A tool's tokens, which the loss mask hides, keep their own."""
+    rows = rollouts
+    if tools:
+        rows = [
+            r | {"loss_mask": [i % 3 // 2 for i, _ in enumerate(r["loss_mask"])]} for r in rows
+        ]
+    given = dict(rollouts=stage.dump("r", rows)) if tools else {}
+    flags = argv("shuffle-scores", scores=world.scores, out=stage.folder / "null.jsonl", seed=3)
+    controls.main(flags + argv(**given))
+    before, after = load(world.scores), load(stage.folder / "null.jsonl")
+    flat = [np.concatenate([s["logprobs"] for s in each]) for each in (before, after)]
+    masks = {key_of(r): r["loss_mask"] for r in rows}
+    dealt = np.concatenate([masks[key_of(s)] for s in before]) > 0
+    own, kept = ([x[where] for x in flat] for where in (dealt, ~dealt))
+    assert np.array_equal(*kept) and (len(kept[0]) > 50) == tools
+    assert np.array_equal(*map(np.sort, own)) and np.mean(own[0] == own[1]) < 0.2
+    assert abs(np.corrcoef(*own)[0, 1]) < 0.15 and all("topk" not in s for s in after)
+    same = [[(s["rollout"], len(s["logprobs"])) for s in each] for each in (before, after)]
+    assert same[0] == same[1]
+    if tools:
+        flags += argv(rollouts=stage.dump("part", rows[:-1]), overwrite=True)
+        message = refusal(controls.main, flags, stage.capsys)
+        assert "expected the scores of a rollout of" in message
 
 
 # ---- the summary
 
 
-def test_a_student_that_is_the_teacher_has_no_gap(world, tmp_path):
-    same, _ = score(world, tmp_path / "same.jsonl", model=world.base)
-    assert abs(same["kl_mean"]) < 1e-5 and same["gap_max"] < 2e-5
-    other, _ = score(world, tmp_path / "other.jsonl")
-    assert other["kl_mean"] > 0.05 and other["gap_max"] > 0.5
-
-
-def test_the_summary_is_the_mean_gap(world, teacher64bit, tmp_path):
-    summary, _ = score(world, tmp_path / "s.jsonl")
-    gaps = [
-        mu - q
-        for r in load(world.rollouts)
-        for mu, q in zip(r["logprobs"], naive_own(teacher64bit, r))
-    ]
-    assert summary["kl_mean"] == pytest.approx(np.mean(gaps), abs=1e-5)
+def test_the_summary_is_the_mean_gap_and_a_student_that_is_the_teacher_has_none(
+    stage, world, rollouts, exact
+):
+    summary, _ = stage.score()
+    gaps = np.concatenate(
+        [np.array(r["logprobs"]) - own(exact[key_of(r)], r).numpy() for r in rollouts]
+    )
+    assert summary["kl_mean"] == pytest.approx(np.mean(gaps), abs=1e-5) and np.mean(gaps) > 0.05
     assert summary["gap_max"] == pytest.approx(np.abs(gaps).max(), abs=1e-4)
     assert summary["records"] == 32 and summary["teacher_tokens"] == len(gaps)
+    same, _ = stage.score("same", model=world.base)
+    assert abs(same["kl_mean"]) < 1e-5 and same["gap_max"] < 2e-5
 
 
-def test_the_self_test_reports_what_batching_does_to_the_numbers(
-    world, tmp_path, monkeypatch, capsys
-):
-    summary, _ = score(world, tmp_path / "quiet.jsonl")
-    assert 0 <= summary["noise_floor"] < 1e-4
-    quiet, alone = teacher.hidden_at, []
+def test_the_self_test_reports_what_batching_does_to_the_numbers(stage, monkeypatch):
+    assert 0 <= stage.score("quiet")[0]["noise_floor"] < 1e-4
+    quiet, alone = scoring.hidden_at, []
 
     # a model whose batched forward differs from its single one
     def noisy(model, sequences, positions):
         alone.append(len(sequences) == 1)
         return quiet(model, sequences, positions) * (1.0 if len(sequences) == 1 else 1.01)
 
-    monkeypatch.setattr(teacher, "hidden_at", noisy)
-    summary, _ = score(world, tmp_path / "noisy.jsonl")
+    monkeypatch.setattr(scoring, "hidden_at", noisy)
+    summary, _ = stage.score("noisy")
     assert any(alone) and not all(alone)
     assert summary["noise_floor"] > 1e-3
-    assert f"noise floor {summary['noise_floor']:.1e}" in capsys.readouterr().out
+    assert f"noise floor {summary['noise_floor']:.1e}" in stage.capsys.readouterr().out
 
 
-# ---- identity
-
-
-def refused(world, tmp_path, capsys, **flags):
-    out = tmp_path / "refused.jsonl"
-    message = refusal(
-        teacher.main,
-        argv(
-            "score",
-            **dict(dict(model=world.teacher, rollouts=world.rollouts, out=out), **flags),
-        ),
-        capsys,
-    )
-    assert not out.exists()
-    return message
+# ---- what is refused
 
 
 def permuted(tokenizer):
@@ -504,115 +325,80 @@ def permuted(tokenizer):
     tokenizer._tokenizer = tokenizer._tokenizer.from_str(json.dumps(core))
 
 
-def padded(extra):
-    """More embedding rows than the vocabulary has tokens, as checkpoints padded to a multiple
-    of 64 have."""
-
-    def grow(model):
-        old = {k: v.clone() for k, v in model.state_dict().items()}
-        model.resize_token_embeddings(V + extra)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if p.shape[0] == V + extra:
-                    p[:V] = old[name]
-                    p[V:] = torch.randn(
-                        extra, p.shape[1], generator=torch.Generator().manual_seed(1)
-                    )
-
-    return grow
-
-
-def test_a_permuted_vocabulary_is_refused(world, tmp_path, capsys):
-    folder = variant(world.teacher, tmp_path / "m", permuted)
-    message = refused(world, tmp_path, capsys, model=folder)
-    assert f"{world.rollouts}:1: policy.vocabulary: expected" in message
-    assert "policy.vocabulary" in refused(
-        world, tmp_path, capsys, model=folder, allow_template_mismatch=True
-    )
+def test_another_vocabulary_is_refused_always_and_another_template_unless_meant(
+    stage, world, rollouts
+):
+    folder = variant(world.teacher, stage.folder / "m", permuted)
+    mismatch = dict(allow_template_mismatch=True)
+    for flags in ({}, mismatch):
+        message = stage.refused(model=folder, **flags)
+        assert f"{world.rollouts}:1: policy.vocabulary: expected" in message
     merged = world.toy / "teacher_merged_digits"
-    assert "policy.vocabulary" in refused(world, tmp_path, capsys, model=merged)
+    assert "policy.vocabulary" in stage.refused(model=merged)
+    foreign = [dict(r) for r in rollouts]
+    foreign[20]["policy"] = dict(foreign[20]["policy"], vocabulary="f" * 12)
+    assert ":21: policy.vocabulary" in stage.refused(rollouts=stage.dump("r", foreign))
 
+    def other_template(tokenizer):
+        tokenizer.chat_template += " "
 
-def test_an_off_template_teacher_is_refused_unless_meant(world, tmp_path, capsys):
-    folder = variant(
-        world.teacher,
-        tmp_path / "m",
-        lambda t: setattr(
-            t, "chat_template", t.chat_template.replace("<|user|>", "<|system|>") + " "
-        ),
-    )
-    assert f"{world.rollouts}:1: policy.template: expected" in refused(
-        world, tmp_path, capsys, model=folder
-    )
-    _, scores = score(world, tmp_path / "s.jsonl", model=folder, allow_template_mismatch=True)
-    assert {k: s["logprobs"] for k, s in scores.items()} == {
-        k: s["logprobs"] for k, s in score(world, tmp_path / "t.jsonl")[1].items()
-    }
-
-
-def test_one_foreign_line_among_many_is_named(world, tmp_path, capsys):
-    rows = load(world.rollouts)
-    rows[20]["policy"] = dict(rows[20]["policy"], vocabulary="f" * 12)
-    assert ":21: policy.vocabulary" in refused(
-        world, tmp_path, capsys, rollouts=dump(tmp_path / "r.jsonl", rows)
-    )
-
-
-def test_an_embedding_padded_beyond_the_vocabulary_scores_the_same(world, tmp_path):
-    """The padding rows are no tokens: they take no probability, and top-k never lists one."""
-    folder = variant(world.teacher, tmp_path / "m", model=padded(9))
-    _, scores = score(world, tmp_path / "s.jsonl", model=folder, top_k=V)
+    folder = variant(world.teacher, stage.folder / "t", other_template)
+    message = stage.refused(model=folder)
+    assert f"{world.rollouts}:1: policy.template: expected" in message
+    assert not (stage.folder / "refused.jsonl").exists()
+    scores = stage.score("s", model=folder, **mismatch)[1]
     for s in load(world.scores):
-        other = scores[s["id"], s["sample"]]
-        assert topk(other)[0].max() < V
-        np.testing.assert_allclose(other["logprobs"], s["logprobs"], atol=2e-5, rtol=0)
-        np.testing.assert_allclose(topk(other)[1], topk(s)[1], atol=2e-5, rtol=0)
+        close(scores[key_of(s)]["logprobs"], s["logprobs"])
+
+
+def test_bad_input_is_named_and_makes_no_file(stage, world):
+    plain = stage.folder / "plain.jsonl"
+    stage.score("plain", model=world.base)
+    few = stage.dump("few", load(world.prompts)[1:])
+    for flags, words in (
+        (dict(rollouts=world.prompts), f"{world.prompts}:1: sample: expected"),
+        (dict(prompts=few), "expected a prompt 't00000', which"),
+        (dict(hint="x"), "--hint: needs --prompts"),
+        (dict(top_k=-1), "--top-k: expected 0 or more"),
+        (dict(same_token="#"), "--same-token"),
+        (dict(same_token="#=nothing"), "--same-token"),
+        (dict(same_token="#=<|end|>", top_k=3), "--same-token"),
+        (dict(top_k_of=plain), "topk: expected ids to score"),
+        (dict(top_k_of=world.scores, top_k=3), "--top-k"),
+        (dict(top_k_of=stage.folder / "absent.jsonl"), "absent.jsonl"),
+    ):
+        assert words in stage.refused(**flags)
+        assert not (stage.folder / "refused.jsonl").exists()
 
 
 # ---- the stage
 
 
-@pytest.mark.parametrize("k", [0, 3])
-def test_killed_and_run_again_is_as_if_never_killed(world, tmp_path, k):
-    flags = argv(
-        "score", model=world.teacher, rollouts=world.rollouts, out=tmp_path / "s.jsonl", top_k=k
-    )
-    if k == 0:
-        kill_while_writing("teacher", flags, after=7)
-        text = (tmp_path / "s.jsonl").read_bytes()
-    else:  # the same state on disk without a second process: seven lines and a torn one
-        teacher.main(flags)
-        lines = (tmp_path / "s.jsonl").read_bytes().splitlines(keepends=True)
-        text = b"".join(lines[:7]) + lines[7][:-20]
-        (tmp_path / "s.jsonl").write_bytes(text)
+def test_killed_and_run_again_is_as_if_never_killed(stage, exact, rollouts):
+    out = stage.folder / "s.jsonl"
+    kill_while_writing("teacher", stage.words("s", dict(top_k=3)), after=7)
+    text = out.read_bytes()
     assert text.count(b"\n") == 7 and not text.endswith(b"\n")
-    teacher.main(flags)
-    assert (tmp_path / "s.jsonl").read_bytes().startswith(text[: text.rindex(b"\n") + 1])
-    again, whole = by_key(load(tmp_path / "s.jsonl")), by_key(load(world.scores))
-    assert again.keys() == whole.keys()
-    for key, s in again.items():
-        np.testing.assert_allclose(s["logprobs"], whole[key]["logprobs"], atol=2e-5, rtol=0)
-        assert s["rollout"] == whole[key]["rollout"] and ("topk" in s) == bool(k)
+    _, scores = stage.score(top_k=3)
+    assert out.read_bytes().startswith(text[: text.rindex(b"\n") + 1])
+    assert scores.keys() == exact.keys()
+    for r in rollouts:
+        s = scores[key_of(r)]
+        close(s["logprobs"], own(exact[key_of(r)], r))
+        assert s["rollout"] == records.fingerprint(r) and topk(s)[0].shape[1] == 3
 
 
-def test_a_file_of_another_teacher_is_not_continued(world, tmp_path, capsys):
-    score(world, tmp_path / "s.jsonl")
+def test_a_file_of_another_teacher_is_not_continued(stage, world):
+    stage.score()
     for name, change in {
         "weights": dict(model=world.base),
         "top_k": dict(top_k=2),
         "dtype": dict(dtype="bfloat16"),
     }.items():
-        flags = argv(
-            "score",
-            **dict(
-                dict(model=world.teacher, rollouts=world.rollouts, out=tmp_path / "s.jsonl"),
-                **change,
-            ),
-        )
-        assert f"s.jsonl: was begun with {name} = " in refusal(teacher.main, flags, capsys)
+        assert f"s.jsonl: was begun with {name} = " in stage.refused("s", **change)
 
 
-def test_answers_are_complete_and_repeats_are_counted(world, tmp_path, capsys):
+def test_answers_are_complete_and_repeats_are_counted(world, tmp_path):
     flags = dict(model=world.teacher, prompts=world.prompts, slice=":3", n=3, max_tokens=20)
     summary = teacher.main(argv("answer", out=tmp_path / "a.jsonl", **flags))
     rows = by_key(load(tmp_path / "a.jsonl"))
@@ -621,32 +407,5 @@ def test_answers_are_complete_and_repeats_are_counted(world, tmp_path, capsys):
     assert summary["duplicates"] == sum(3 - len(set(t)) for t in texts) / 9
     assert summary["generated_tokens"] == sum(len(r["response_ids"]) for r in rows.values())
     greedy = teacher.main(argv("answer", out=tmp_path / "g.jsonl", temperature=0, **flags))
-    assert greedy["duplicates"] == pytest.approx(2 / 3), (
-        "m copies of one answer teach a rubric nothing"
-    )
-
-
-def test_as_a_program_it_explains_and_exits_with_2(world, tmp_path, capsys):
-    done = run_program(
-        "teacher.py",
-        argv("score", model=world.teacher, rollouts=world.prompts, out=tmp_path / "s.jsonl"),
-    )
-    assert (
-        done.returncode == 2
-        and f"{world.prompts}:1: sample: expected" in done.stderr
-        and "Traceback" not in done.stderr
-    )
-    with pytest.raises(SystemExit) as stop:
-        teacher.main(["grade"])
-    assert stop.value.code == 2
-    assert "--top-k" in refusal(
-        teacher.main,
-        argv(
-            "score",
-            model=world.teacher,
-            rollouts=world.rollouts,
-            out=tmp_path / "s.jsonl",
-            top_k=-1,
-        ),
-        capsys,
-    )
+    # m copies of one answer teach a rubric nothing
+    assert greedy["duplicates"] == pytest.approx(2 / 3)

@@ -20,9 +20,9 @@ from experiments.prefix_null import (
 from experiments.series import kept_shares
 from experiments.weight_controls import nearest_cut
 from methods import prefix
-from methods.prefix import bic_cut, block_signal, block_spans, margins, token_weights
-from opd import files, records
+from methods.prefix import bic_cut, block_spans, margins, token_weights
 from opd import policy as policies
+from opd import records
 from worlds import sums
 
 STUDENT = "5ca1ab1e0000"  # hash of the weights that wrote the rollouts
@@ -136,41 +136,23 @@ def naive_cut(series, guard=False, eps=1e-12):
     return best[0] if best[1] < bic0 else None, bic0, None if best[0] is None else best[1]
 
 
-@pytest.mark.parametrize(
-    "series, kept, guarded",
-    [
-        ([2, 2, 2, 1, 1, 1, 1, 1], 3, 3),
-        ([1, 1, 1, 2, 2, 2], None, None),
-        ([0.1] * 12, None, None),
-        ([5], None, None),
-        ([2, 1], 1, None),
-        ([1, 2], None, None),
-        ([], None, None),
-        # the best split of all is upward, before the nines
-        ([3, 3.1, 3, 1, 1.1, 1, 1, 1.1, 1, 9, 9.1, 9, 9], None, None),
-        # and here it does not hide a downward one
-        ([3, 3.1, 3, 1, 1.1, 1, 1, 1.1, 1, 2.4, 2.5, 2.4], 3, 3),
-    ],
-)
-def test_check_values(series, kept, guarded):
-    assert bic_cut(series)[0] == kept
-    assert bic_cut(series, guard=True)[0] == guarded
-
-
 @pytest.mark.parametrize("guard", [False, True])
 def test_the_cut_is_that_of_a_loop_over_all_splits(guard):
     rng, cuts = np.random.default_rng(1), 0
-    for _ in range(300):
+    edges = [[2.0, 1.0], [2.0, 1.0] * 6, [5.0]]
+    for i in range(300):
         n = int(rng.integers(1, 25))
         # a large mean: running sums must not lose the differences
         series = rng.normal(1000, 1, n)
         series[: rng.integers(0, n)] += rng.choice([0, 1, 3])
+        series = edges[i] if i < len(edges) else series.tolist()
         kept, bic0, bic1 = bic_cut(series, guard)
-        want = naive_cut(series.tolist(), guard)
+        want = naive_cut(series, guard)
         cuts += kept is not None
         assert kept == want[0] and (bic1 is None) == (want[2] is None)
         numbers = [want[1], want[2] or 0]
         np.testing.assert_allclose([bic0, bic1 or 0], numbers, rtol=1e-4, atol=1e-4)
+    assert bic_cut([], guard)[0] is None is bic_cut([0.1] * 12, guard)[0]
     assert 50 < cuts < 250
 
 
@@ -189,30 +171,17 @@ def near(share, n):
 EXACT = (60 + 2 * math.degrees(math.asin(3 ** (-1 / 3)))) / 360
 
 
-@pytest.mark.parametrize(
-    "n, known", [(3, EXACT), (5, 0.293), (10, 0.171), (20, 0.101), (50, 0.0535)]
-)
+@pytest.mark.parametrize("n, known", [(3, EXACT), (10, 0.171), (50, 0.0535)])
 def test_noise_is_cut_as_often_as_it_must_be(n, known):
     noise = np.random.default_rng(n).normal(size=(2500, n))
     assert rate(noise) == near(known, 2500)
     assert rate(noise, guard=True) <= (rate(noise) if n >= 8 else 0)
 
 
-def ar1(rng, rows, n, phi):
-    noise, x = rng.normal(size=(rows, n + 100)), np.zeros((rows, n + 100))
-    for t in range(1, n + 100):
-        x[:, t] = phi * x[:, t - 1] + noise[:, t]
-    return x[:, 100:]
-
-
-def test_autocorrelated_noise_is_cut_half_of_the_time_and_a_true_drop_as_it_must_be():
-    for n in (20, 100):
-        assert 0.38 < rate(ar1(np.random.default_rng(n), 1500, n, 0.8)) < 0.56
-    noise = np.random.default_rng(3).normal(size=(2000, 50))
-    for sigma, known in ((1, 0.479), (2, 0.975)):  # of 20,000 series, as above
-        dropped = noise + sigma * (np.arange(50) < 6)
-        assert rate(dropped) == near(known, 2000)
-        assert np.median([k for k in (bic_cut(s)[0] for s in dropped) if k]) in (6, 7)
+def test_a_true_drop_is_cut_as_often_as_it_must_be():
+    dropped = np.random.default_rng(3).normal(size=(2000, 50)) + 2 * (np.arange(50) < 6)
+    assert rate(dropped) == near(0.975, 2000)  # of 20,000 series, as above
+    assert np.median([k for k in (bic_cut(s)[0] for s in dropped) if k]) in (6, 7)
 
 
 # ---- blocks and signals
@@ -230,11 +199,9 @@ def test_margins_do_not_depend_on_the_level_or_the_order():
     [
         (["7", "\n", "#7", "<|end|>"], [1] * 4, [[0, 2], [2, 4]]),
         (["7", "+5=12", "\n", "\n#", "12", "<|end|>"], [1] * 6, [[0, 4], [4, 6]]),
-        # no line break at all
         (["7", "+", "5"], [1] * 3, [[0, 3]]),
         # several in a token: one end; in neighbours: the last
         (["7\n\n5\n8", "\n", "\n", "9\n"], [1] * 4, [[0, 1], [1, 3], [3, 4]]),
-        (["\n", "7"], [1, 1], [[0, 1], [1, 2]]),
         # a token of no characters holds no end
         (["", "7\n", "", "8"], [1] * 4, [[0, 2], [2, 4]]),
         # a masked block joins its predecessor ...
@@ -242,17 +209,10 @@ def test_margins_do_not_depend_on_the_level_or_the_order():
         # ... the first ones their successor
         (["x\n", "y\n", "8\n"], [0, 0, 1], [[0, 3]]),
         (["7\n", "x\n"], [0, 0], []),
-        ([], [], []),
     ],
 )
 def test_blocks(pieces, mask, want):
     assert block_spans(pieces, mask, NEWLINE) == want
-
-
-def test_signals_see_loss_tokens_only():
-    values, mask, spans = [1.0, 3.0, 9.0, 5.0], [1, 1, 0, 1], [[0, 3], [3, 4]]
-    np.testing.assert_allclose(block_signal(values, mask, spans), np.log([3, 6]))
-    np.testing.assert_allclose(block_signal(values, mask, spans, "spread"), [1, 0])
 
 
 # ---- weights
@@ -279,36 +239,33 @@ def test_release_cuts_where_the_margin_drops(student, tmp_path):
     pairs = [
         planted(student, high + low, [3, 2, 4, 5, 2, 2, 6, 3], 0),
         planted(student, low + high, [3] * 8, 1),
-        planted(student, [2.0], [5], 2),
+        planted(student, [2.0, 1.0], [3, 2], 2),
     ]
     flags = write(student, tmp_path, pairs)
     summary, rows = weigh(flags, tmp_path / "w.jsonl")
-    assert [r["cut"] for r in rows] == [3, None, None]
+    assert [r["cut"] for r in rows] == [3, None, 1]
     assert rows[0]["weights"] == pytest.approx([3.0] * 9 + [0.0] * 18)
-    assert rows[1]["weights"] == [1.0] * 24 and rows[2]["weights"] == [1.0] * 5
+    assert rows[1]["weights"] == [1.0] * 24
     np.testing.assert_allclose(rows[0]["signal"], high + low, atol=1e-5)
-    assert rows[0]["gain"] == rows[0]["bic0"] - rows[0]["bic1"] > 6 and rows[2]["gain"] is None
     ends = [3, 5, 9, 14, 16, 18, 24, 27]
     assert rows[0]["blocks"] == [list(span) for span in zip([0, *ends], ends)]
     want = {
-        "records": 3,
-        "cut_rate": 1 / 3,
-        "kept_median": 1 / 3,
-        "kept_mean": 7 / 9,
+        "cut_rate": 2 / 3,
+        "kept_median": (1 / 3 + 0.6) / 2,
+        "kept_mean": (1 / 3 + 1 + 0.6) / 3,
+    }
+    want |= {
         "scale_max": 3,
-        "scale_mean": 5 / 3,
+        "scale_mean": (3 + 1 + 5 / 3) / 3,
         "capped": 0,
-        "first_block": 0,
-        "strong": 1 / 3,
+        "first_block": 0.5,
     }
     assert {name: summary[name] for name in want} == pytest.approx(want)
-    table = files.Table(tmp_path / "w.jsonl", "weights")
-    rollouts = files.Table(flags["rollouts"], "rollouts")
-    for r in rollouts:  # refuses weights of other rollouts, or of another length
-        files.record_for(table, r, rollouts)
     for cap, capped in ((2, 1), (1, 0)):
         summary, rows = weigh(flags, tmp_path / f"{cap}.jsonl", cap=cap)
         assert rows[0]["weights"] == [cap] * 9 + [0] * 18 and summary["capped"] == capped
+    _, rows = weigh(flags, tmp_path / "guarded.jsonl", guard=True)
+    assert [r["cut"] for r in rows] == [3, None, None]
 
 
 def test_merged_line_breaks_and_masked_tokens_are_read_from_the_tokens(student, tmp_path):
@@ -330,14 +287,6 @@ def test_spread_is_of_the_sampled_path_and_needs_no_support(student, tmp_path):
     assert rows[0]["signal"] == [1, 0, 0] and rows[0]["cut"] == 1
 
 
-def test_guard_refuses_what_the_faithful_rule_accepts(student, tmp_path):
-    few = planted(student, [2, 1], [3, 3], 0)
-    many = planted(student, [2.0] * 4 + [1.0] * 5, [2] * 9, 1)
-    flags = write(student, tmp_path, [few, many])
-    assert [r["cut"] for r in weigh(flags, tmp_path / "a.jsonl")[1]] == [1, 4]
-    assert [r["cut"] for r in weigh(flags, tmp_path / "b.jsonl", guard=True)[1]] == [None, 4]
-
-
 # ---- controls
 
 
@@ -346,14 +295,13 @@ def test_suffix_and_boost_follow_release(student, tmp_path):
     made = tmp_path / "release.jsonl"
     release = weigh(flags, made)[1]
     suffix, boost = (
-        control(rule, flags["rollouts"], tmp_path / f"{rule}.jsonl", weights=made)[1]
+        control(rule, flags["rollouts"], tmp_path / rule, weights=made)[1]
         for rule in ("suffix", "boost")
     )
     assert 5 < sum(r["cut"] is not None for r in release) < 30
-    for r, s, b in zip(release, suffix, boost):
-        assert r["cut"] == s["cut"] == b["cut"] and b["kept"] == r["kept"]
-        w, v, u = (np.array(x["weights"]) for x in (r, s, b))
-        if r["cut"] is None:
+    for rows in zip(release, suffix, boost):
+        w, v, u = (np.array(r["weights"]) for r in rows)
+        if rows[0]["cut"] is None:
             assert (w == 1).all() and (v == 1).all() and (u == 1).all()
         else:
             assert ((w > 0) ^ (v > 0)).all() and (u == np.where(w > 0, w, 1)).all()
@@ -368,47 +316,42 @@ def test_controls_that_need_no_weights(student, tmp_path):
         pair(student, "", [1], 3),
     ]
     rollouts = write(student, tmp_path, pairs)["rollouts"]
-    summary, rows = control("no-end", rollouts, tmp_path / "no-end.jsonl")
+    _, rows = control("no-end", rollouts, tmp_path / "no-end.jsonl")
     assert [r["weights"] for r in rows] == [[1.0] * 6 + [0.0], [1.0] * 2, [], [0.0]]
     assert [r["kept"] for r in rows] == [pytest.approx(4 / 5), 1, 1, 0]
-    assert summary["cut_rate"] == 0.5
     _, rows = control("fixed", rollouts, tmp_path / "fixed.jsonl", tokens=2)
     # the third token is the second that bears loss
     assert rows[0]["weights"] == [2.5] * 3 + [0.0] * 4
     assert [r["weights"] for r in rows[1:]] == [[1.0] * 2, [], [1.0]]
-    _, rows = control("fixed", rollouts, tmp_path / "long.jsonl", tokens=50)
-    assert [r["kept"] for r in rows] == [1] * 4
 
 
 def test_shuffled_deals_out_the_cuts_of_release(student, tmp_path, capsys):
     flags = write(student, tmp_path, some(student, 60))
     rollouts, made = flags["rollouts"], tmp_path / "release.jsonl"
     release = weigh(flags, made)[1]
-    dealt, again, other = (
-        control("shuffled", rollouts, tmp_path / f"{name}.jsonl", seed=seed, weights=made)[1]
-        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    dealt, again = (
+        control("shuffled", rollouts, tmp_path / name, seed=1, weights=made)[1] for name in "ab"
     )
-    kept = [[r["kept"] for r in rows] for rows in (release, dealt, other)]
-    assert dealt == again and kept[2] != kept[1] != kept[0]
+    assert dealt == again
     shares = [None if r["cut"] is None else r["kept"] for r in release]
     order = np.random.default_rng(1).permutation(60)  # every share is dealt out once
     moved = 0
     for r, share in zip(dealt, (shares[i] for i in order)):
-        ends = [b / r["blocks"][-1][1] for _, b in r["blocks"]]
         if share is None:
             assert r["cut"] is None and r["kept"] == 1
         else:
+            ends = [b / r["blocks"][-1][1] for _, b in r["blocks"]]
             gap = min(abs(end - share) for end in ends)
             assert abs(r["kept"] - share) == pytest.approx(gap)
             assert (r["cut"] is None) == (r["kept"] == 1)
             moved += r["cut"] is not None
         assert sum(r["weights"]) == pytest.approx(min(1, 20 * r["kept"]) * len(r["weights"]))
-    assert moved > 10 and np.abs(np.sort(kept[0]) - np.sort(kept[1])).mean() < 0.15
+    assert moved > 10
     # not continued with more rollouts; another command's weights are
     flags = write(student, tmp_path, some(student, 61))
     assert len(weigh(flags, made)[1]) == 61
-    command = argv(rule="shuffled", seed=1, rollouts=rollouts, weights=made)
-    message = refusal(weight_controls.main, command + argv(out=tmp_path / "a.jsonl"), capsys)
+    command = argv(rule="shuffled", seed=1, rollouts=rollouts, weights=made, out=tmp_path / "a")
+    message = refusal(weight_controls.main, command, capsys)
     assert "of_rollouts = 60, now it is 61" in message
 
 
@@ -424,7 +367,6 @@ def support(r, k, value):
     [
         (lambda r, s: s.pop("topk"), "s.jsonl:2: topk: expected"),
         (lambda r, s: s.pop("topk_of"), f"s.jsonl:2: topk_of: expected {STUDENT}"),
-        (lambda r, s: s.update(topk_of="0ther"), f"expected {STUDENT}, the weights that"),
         (
             lambda r, s: s.update(topk=support(r, 1, -1)),
             "expected at least 2 tokens a position",
@@ -432,7 +374,6 @@ def support(r, k, value):
         (lambda r, s: s.update(topk=support(r, 4, -np.inf)), "of which 0.0% are finite"),
         (lambda r, s: s.update(rollout="0ther"), "s.jsonl:2: rollout: expected"),
         (lambda r, s: r["policy"].update(vocabulary="0ther"), "policy.vocabulary: expected"),
-        (lambda r, s: r["policy"].update(weights=None), "s.jsonl:2: topk_of: expected None"),
     ],
 )
 def test_scores_of_something_else_are_refused(student, tmp_path, capsys, change, words):
@@ -476,7 +417,7 @@ def test_a_killed_run_is_completed_to_the_same_bytes(student, tmp_path):
 
 def test_nulls_are_permutations_and_block_shuffling_keeps_neighbours():
     rng = np.random.default_rng(7)
-    for n in (1, 2, 5, 16, 30):
+    for n in (1, 2, 5, 16):
         for order in NULLS.values():
             assert sorted(order(n, rng).tolist()) == list(range(n))
     together = [block_shuffled(16, rng).reshape(-1, 4) for _ in range(20)]
@@ -485,8 +426,10 @@ def test_nulls_are_permutations_and_block_shuffling_keeps_neighbours():
 
 
 def test_block_shuffling_keeps_autocorrelation_that_permuting_destroys():
-    series = list(ar1(np.random.default_rng(8), 150, 49, 0.8))
-    found = against_nulls(series, [np.ones(49)] * 150, 3, 0)["faithful"]
+    noise, x = np.random.default_rng(8).normal(size=(150, 149)), np.zeros((150, 149))
+    for t in range(1, 149):
+        x[:, t] = 0.8 * x[:, t - 1] + noise[:, t]
+    found = against_nulls(list(x[:, 100:]), [np.ones(49)] * 150, 3, 0)["faithful"]
     assert found["real"]["lag1"] > found["block_shuffled"]["lag1"] > 0.5
     assert abs(found["permuted"]["lag1"]) < 0.06
     # one null holds what the other does not see
@@ -494,20 +437,18 @@ def test_block_shuffling_keeps_autocorrelation_that_permuting_destroys():
 
 
 def test_a_true_drop_is_told_from_chance_and_noise_is_not():
-    rng, sizes = np.random.default_rng(9), [np.full(25, 2)] * 200
-    noise = list(rng.normal(2, 0.3, (200, 25)))
+    rng, sizes = np.random.default_rng(9), [np.full(25, 2)] * 100
+    noise = list(rng.normal(2, 0.3, (100, 25)))
     dropped = [s + 0.6 * (np.arange(25) < 8) for s in noise]
-    found, chances = (against_nulls(series, sizes, 8, 0) for series in (dropped, noise))
+    found, chances = (against_nulls(series, sizes, 5, 0) for series in (dropped, noise))
     for rule in ("faithful", "guarded"):
         drop, chance = found[rule], chances[rule]
         real = drop["real"]
         for null in NULLS:
             assert real["cut_rate"] > drop[null]["cut_rate_high"] + 0.2
             assert drop[null]["reach_real"] == 0
-            assert real["strong"] > drop[null]["strong"]
             assert real["gain_mean"] > drop[null]["gain_mean"]
-            assert abs(chance["real"]["cut_rate"] - chance[null]["cut_rate"]) < 0.07
-        assert real["position_tokens"] == real["position_blocks"]
+            assert abs(chance["real"]["cut_rate"] - chance[null]["cut_rate"]) < 0.1
         assert real["position_tokens"] == pytest.approx(8 / 25, abs=0.05)
 
 
@@ -519,15 +460,10 @@ def test_a_true_drop_is_told_from_chance_and_noise_is_not():
         ("7+5=13\n13-3=10\n#10", 0),
         ("7+5=12\n12-3=9\n#8", None),
         ("7+5=12\n13-3=10\n", 1),
-        ("7+5=12\n12+8=20\n", 1),
-        ("8+5=13\n", 0),
         ("7+5=12\n12-3=9\n9+8=17\n17+1=18\n", 3),
         ("7\n+5:12\n-3:8\n", 2),
-        ("7\n+5:12\n-3:9\n", None),
         ("7,12,9,16\n#16", 0),
-        ("7,12,9,17\n#17", None),
         ("7+5=12-3=9+8=18\n#18", 0),
-        ("#17", None),
         ("", None),
     ],
 )
@@ -548,8 +484,6 @@ def test_cuts_at_slips_are_told_from_cuts_anywhere():
     assert 0.2 < found["low"] < found["difference"] < found["high"]
     found = about_slips(elsewhere, sizes, slips, True, 0)
     assert found["low"] < 0 < found["high"] < found["low"] + 0.4
-    none = about_slips(follow, sizes, [None] * 150, True, 0)
-    assert (none["slips"], none["cuts"], none["real"], none["low"]) == (0, 0, None, None)
 
 
 def test_dealt_cuts_land_as_the_rule_shuffled_lands_them():
@@ -592,10 +526,7 @@ def test_the_null_command(student, tmp_path, capsys):
     flags |= {"prompts": dump(tmp_path / "p.jsonl", prompts), "repeats": 3}
     out, plot = tmp_path / "n.json", tmp_path / "n.png"
     result = prefix_null.main(argv(**flags, out=out, plot=plot))
-    shown = capsys.readouterr().out
     assert json.loads(out.read_text()) == result and plot.read_bytes()[:4] == b"\x89PNG"
-    real = result["detector"]["faithful"]["real"]["cut_rate"]
-    assert f"faithful, real: {real:.1%} cut" in shown and result["rollouts"] == 24
     assert [row["count"] for row in result["by_block"]] == [24] * 10
     assert result["by_block"][0]["mean"] == pytest.approx(2, abs=0.1)
     slip = result["slip"]["faithful"]
@@ -604,14 +535,10 @@ def test_the_null_command(student, tmp_path, capsys):
     means = [offsets[-1]["mean"], offsets[0]["mean"], offsets[0]["no_slip"]]
     assert means == pytest.approx([2, 1, 2], abs=0.1) and offsets[0]["count"] == 18
     assert "exists already" in refusal(prefix_null.main, argv(**flags, out=out), capsys)
-    assert prefix_null.main(argv(**flags, out=out, overwrite=True)) == result
-    for asked, words in (
-        (
-            prompts[:3] + [{"id": "p0003", "prompt": "Why?"}],
-            "p.jsonl:4: expected a running sum",
-        ),
-        (prompts[:3], "for id 'p0003', got 'no such prompt'"),
+    for fourth, words in (
+        ([{"id": "p0003", "prompt": "Why?"}], "p.jsonl:4: expected a running sum"),
+        ([], "for id 'p0003', got 'no such prompt'"),
     ):
-        dump(flags["prompts"], asked)
+        dump(flags["prompts"], prompts[:3] + fourth)
         command = argv(**flags, out=tmp_path / "m.json")
         assert words in refusal(prefix_null.main, command, capsys)

@@ -28,7 +28,7 @@ def make(folder, **flags):
 def big(tmp_path_factory):
     """Files large enough that an overlap of the splits would show."""
     folder = tmp_path_factory.mktemp("sums")
-    make(folder, train_prompts=1500, eval_prompts=300, clean=6000, mixed=6000)
+    make(folder, train_prompts=1500, eval_prompts=300, clean=3000, mixed=3000)
     return folder
 
 
@@ -36,10 +36,10 @@ def big(tmp_path_factory):
 def long(tmp_path_factory):
     """Long derivations with slips and loops, in two of the styles."""
     folder = tmp_path_factory.mktemp("long") / "w"
-    counts = dict(train_prompts=50, eval_prompts=20, clean=1500, mixed=1500, loops=1500)
+    counts = dict(train_prompts=50, eval_prompts=20, clean=800, mixed=800, loops=800)
     kind = dict(terms="7:12", styles="ledger,totals", slips=0.3)
     made = make(folder, loop_share=0.2, planted_share=0.6, **counts, **kind)
-    corpora = dict.fromkeys(("clean", "mixed", "looping", "planted"), 1500)
+    corpora = dict.fromkeys(("clean", "mixed", "looping", "planted"), 800)
     assert made == dict(out=str(folder), train=50, heldout=20, facts=32, **corpora)
     return folder
 
@@ -72,7 +72,7 @@ def terms_in(row):
 def test_no_problem_stands_in_two_splits(big):
     names = (*SPLITS, "clean", "mixed")
     counts = files.main(["check", *(str(big / f"{name}.jsonl") for name in names)])
-    assert list(counts.values()) == [1500, 300, 300, 6000, 6000]
+    assert list(counts.values()) == [1500, 300, 300, 3000, 3000]
     sets = {name: {asked(r) for r in rows_of(big, name)} for name in names}
     assert [len(sets[name]) for name in SPLITS] == [1500, 300, 300], "no problem twice"
     taught = sets["train"] | sets["clean"] | sets["mixed"]
@@ -123,8 +123,6 @@ def test_the_styles_of_the_docstring():
         ("ledger", "7\n+5:12\n-3:9\n+8:17\n#17"),
     ):
         assert sums.write_work(terms, totals, style) == text
-    with pytest.raises(ValueError, match="style"):
-        sums.write_work(terms, totals, "prose")
 
 
 def test_the_clean_corpus_is_right_in_every_step_of_every_style(big):
@@ -133,8 +131,6 @@ def test_the_clean_corpus_is_right_in_every_step_of_every_style(big):
         terms, text = terms_in(r), r["text"]
         assert answers.is_correct(text, value(r)) and not answers.is_correct(text, value(r) + 1)
         assert r["finish_reason"] == "stop" and text.count("#") == 1
-        for name in ("arithmetic_right", "all_terms"):
-            assert predicates.CHECKS[name].test(asked(r), text)
         if len(terms) > 2:  # two terms look the same as chain and as lines
             style = style_of(text)
             count[style] += 1
@@ -160,23 +156,14 @@ def test_the_mixed_corpus_has_the_stated_shares(big):
         else:
             count["slip"] += 1
     stated = {"guess": 0.45, "slip": 0.25, "skipped": 0.20, "right work": 0.10}
-    assert {name: n / 6000 for name, n in count.items()} == pytest.approx(stated, abs=0.03)
-    assert 0.10 < right / 6000 < 0.25, "answers badly most of the time, but not always"
-
-
-def test_the_share_of_right_work_in_mixed_text():
-    terms, rng = [7, 5, -3, 8], np.random.default_rng(0)
-    clean = {sums.write_work(terms, [7, 12, 9, 17], style) for style in sums.STYLES}
-    for share in (0.1, 0.4, 1.0):
-        texts = [sums.mixed_answer(rng, terms, right=share) for _ in range(3000)]
-        assert np.mean([text in clean for text in texts]) == pytest.approx(share, abs=0.035)
+    assert {name: n / 3000 for name, n in count.items()} == pytest.approx(stated, abs=0.03)
+    assert 0.10 < right / 3000 < 0.25, "answers badly most of the time, but not always"
 
 
 def test_facts_are_asked_as_they_are_stated_and_each_has_one_answer(big):
-    texts = list(files.read(big / "facts.jsonl", "answers"))
-    prompts = list(files.read(big / "facts_prompts.jsonl", "prompts"))
-    assert len(texts) == 32 and len({asked(p) for p in prompts}) == 32
-    for text, prompt in zip(texts, prompts):
+    prompts = rows_of(big, "facts_prompts")
+    assert len({asked(p) for p in prompts}) == 32
+    for text, prompt in zip(rows_of(big, "facts"), prompts, strict=True):
         assert text["messages"] == prompt["messages"]
         assert answers.is_correct(text["text"], prompt["answer"])
 
@@ -191,7 +178,7 @@ def test_every_text_survives_the_tokenizer(big, merges):
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert [tokenizer.decode(i) for i in ids] == texts
     shorter = sum(len(i) < len(t) for i, t in zip(ids, texts))
-    assert shorter > 1000 if merges else shorter == 0
+    assert shorter > 500 if merges else shorter == 0
     rendered = tokenizer.apply_chat_template(
         build.user("10+2=?"), add_generation_prompt=True, tokenize=False
     )
@@ -209,23 +196,26 @@ def test_the_two_vocabularies_are_different_maps_and_share_no_hash(big):
 
 def test_a_student_whose_vocabulary_has_longer_tokens(tmp_path):
     """The same texts in fewer tokens; the other files stay what they are."""
-    folders = {"student": None, "16": "16", "20:40": "20:40"}
-    for name, merges in folders.items():
-        make(tmp_path / name, student_merges=merges, clean=300)
-    for name in ("train", "clean", "mixed"):
-        assert same_bytes(f"{name}.jsonl", *(tmp_path / folder for folder in folders))
-    assert not (tmp_path / "student" / "student_merged").exists()
-    plain = AutoTokenizer.from_pretrained(tmp_path / "student" / "student")
-    learnt = AutoTokenizer.from_pretrained(tmp_path / "16" / "student_merged")
-    numbers = AutoTokenizer.from_pretrained(tmp_path / "20:40" / "student_merged")
-    assert len(learnt) == len(plain) + 16 and len(numbers) == len(plain) + 21
-    for row in rows_of(tmp_path / "16", "clean")[:50]:
-        for tokenizer in (learnt, numbers):
+    plain = AutoTokenizer.from_pretrained(make_student(tmp_path / "plain") / "student")
+    folders = {"16": 16, "20:40": 21}
+    for merges, more in folders.items():
+        folder = make_student(tmp_path / merges, student_merges=merges)
+        for name in ("train", "clean", "mixed"):
+            assert same_bytes(f"{name}.jsonl", folder, tmp_path / "plain")
+        tokenizer = AutoTokenizer.from_pretrained(folder / "student_merged")
+        assert len(tokenizer) == len(plain) + more
+        for row in rows_of(folder, "clean")[:50]:
             ids = tokenizer(row["text"])["input_ids"]
             assert tokenizer.decode(ids) == row["text"]
             assert len(ids) <= len(plain(row["text"])["input_ids"])
-    assert numbers.tokenize("7+25=19") == ["7", "+", "25", "=", "1", "9"]
+    # the numbers from 20 to 40
+    assert tokenizer.tokenize("7+25=19") == ["7", "+", "25", "=", "1", "9"]
     assert sums.learn_merges(["1212"] * 9 + ["123"], 1) == [("1", "2")]
+
+
+def make_student(folder, **flags):
+    make(folder, clean=300, **flags)
+    return folder
 
 
 ENDS = {"student": "<|end|>", "teacher": "<|eot|>", "teacher_merged_digits": "<|end|>"}
@@ -258,12 +248,13 @@ def test_with_a_second_end_teacher_and_student_share_a_vocabulary(two_ends, name
     assert policy.tokenizer.decode(both, skip_special_tokens=True) == "#3", "neither is text"
 
 
-@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("name", ["student", "teacher"])
 def test_training_adds_a_models_own_end_to_what_ended(two_ends, name, tmp_path, monkeypatch):
     trained, sequences = [], batches.Data.sequences
 
     def spy(self, keys):
-        trained.extend(items := sequences(self, keys))
+        items = sequences(self, keys)
+        trained.extend(items)
         return items
 
     monkeypatch.setattr(batches.Data, "sequences", spy)
@@ -272,13 +263,11 @@ def test_training_adds_a_models_own_end_to_what_ended(two_ends, name, tmp_path, 
     train.main(argv(out=tmp_path / "m", **flags))
     again = load_policy(str(tmp_path / "m"))
     assert again.stop_ids == load_policy(str(model)).stop_ids
-    rows = {(r["id"], 0): r for r in load(corpus)}
-    assert {r["finish_reason"] for r in rows.values()} == {"stop", "length"}
-    assert {item["key"] for item in trained} == set(rows)
-    for item in trained:
-        row = rows[item["key"]]
-        end = ENDS[name] if row["finish_reason"] == "stop" else ""
-        assert again.tokenizer.decode(item["response_ids"]) == row["text"] + end
+    ends = {"stop": ENDS[name], "length": ""}
+    rows = {(r["id"], 0): r["text"] + ends[r["finish_reason"]] for r in load(corpus)}
+    assert {text.endswith(ENDS[name]) for text in rows.values()} == {True, False}
+    found = {item["key"]: again.tokenizer.decode(item["response_ids"]) for item in trained}
+    assert found == rows
 
 
 # ---- one seed, one world
@@ -299,18 +288,11 @@ def test_the_sums_world_is_the_one_the_recorded_results_were_measured_on(tmp_pat
         assert hashlib.sha256(then).hexdigest()[:12] == expected, f"{name}: another experiment"
 
 
-def test_the_same_seed_writes_the_same_world_and_another_seed_another(tmp_path):
-    for name, seed in (("a", 4), ("b", 4), ("c", 5)):
+def test_another_seed_writes_another_world(tmp_path):
+    for name, seed in (("a", 4), ("b", 5)):
         make(tmp_path / name, seed=seed)
-    for file in (
-        "train.jsonl",
-        "heldout.jsonl",
-        "clean.jsonl",
-        "mixed.jsonl",
-        "student/model.safetensors",
-    ):
-        assert same_bytes(file, tmp_path / "a", tmp_path / "b"), file
-        assert not same_bytes(file, tmp_path / "a", tmp_path / "c"), file
+    for file in ("train.jsonl", "mixed.jsonl", "student/model.safetensors"):
+        assert not same_bytes(file, tmp_path / "a", tmp_path / "b"), file
 
 
 @pytest.mark.parametrize(
@@ -336,63 +318,41 @@ def test_asking_for_more_of_one_file_changes_no_other(tmp_path, flag, changed):
 # ---- other worlds of sums
 
 
-def test_terms_bound_every_problem_in_every_file(long):
+def test_terms_and_styles_are_those_asked_for_in_every_file(long):
     for name in (*SPLITS, "clean", "mixed", "looping", "planted"):
         rows = rows_of(long, name)
         lengths = {len(terms_in(row)) for row in rows}
         assert lengths <= set(range(7, 13)), name
-        assert len(lengths) == 6 or name in ("dev", "heldout"), name
         assert all(0 <= t <= 40 for row in rows for t in sums.running_totals(terms_in(row)))
+        if name not in SPLITS:
+            assert len(lengths) == 6, name
+            count = Counter(style_of(r["text"], r["finish_reason"] == "length") for r in rows)
+            assert set(count) == {"ledger", "totals"}, name
+            assert count["totals"] / 800 == pytest.approx(0.5, abs=0.06), name
 
 
-def test_styles_are_only_these_in_equal_parts_and_prompts_do_not_depend_on_them(long, tmp_path):
-    for name in ("clean", "mixed", "looping", "planted"):
-        rows = rows_of(long, name)
-        count = Counter(style_of(r["text"], r["finish_reason"] == "length") for r in rows)
-        assert set(count) == {"ledger", "totals"}, name
-        assert abs(count["totals"] / 1500 - 0.5) < 0.05, name
-    one, every = tmp_path / "one", tmp_path / "all"
-    make(one, terms="4:5", mixed=200, styles="chain")
-    make(every, terms="4:5", mixed=200)
-    files_alike = [f"{name}.jsonl" for name in (*SPLITS, "facts")]
-    for file in (*files_alike, "student/model.safetensors"):
-        assert same_bytes(file, one, every), file
-    assert {style_of(p["solution"]) for p in rows_of(one, "train")} == {"lines"}
-    texts = [r["text"] for r in rows_of(one, "mixed")]
-    worked = [text for text in texts if not text.startswith("#")]
-    careless = r"\d([+-]\d=-?\d+)+\n#-?\d+"
-    assert len(worked) > 50 and all(re.fullmatch(careless, text) for text in worked)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_slips_share_right_work_with_one_slip_that_propagates(long, tmp_path, share):
-    folder = long
-    if share != 0.3:
-        folder = tmp_path / "w"
-        make(folder, terms="7:12", slips=share, mixed=200)
-    rows, slips, places = rows_of(folder, "mixed"), Counter(), Counter()
+def test_slips_share_right_work_with_one_slip_that_propagates(long):
+    rows, slips, places = rows_of(long, "mixed"), Counter(), Counter()
     for row in rows:
         terms, text = terms_in(row), row["text"]
         written = totals_in(text, style_of(text))
         assert len(written) == len(terms) and text.rpartition("#")[2] == str(written[-1])
-        assert row["finish_reason"] == "stop"
         errors = [a - b for a, b in zip(written, sums.running_totals(terms))]
         at = next((i for i, e in enumerate(errors) if e), None)
         assert at is None or (at >= 1 and len(set(errors[at:])) == 1), (text, errors)
         slips[errors[-1]] += 1
         places[at] += 1
-    wrong = 1 - slips[0] / len(rows)
-    assert abs(wrong - share) < (0.05 if share == 0.3 else 1e-9)
-    assert set(slips) - {0} == ({-3, -2, -1, 1, 2, 3} if share else set())
-    assert not share or set(range(1, 7)) <= set(places), "a slip comes anywhere"
+    assert 1 - slips[0] / len(rows) == pytest.approx(0.3, abs=0.06)
+    assert set(slips) == {-3, -2, -1, 0, 1, 2, 3}
+    assert set(range(1, 7)) <= set(places), "a slip comes anywhere"
 
 
 @pytest.mark.parametrize("style", sums.STYLES)
-@pytest.mark.parametrize("terms, length", [((2, 6), 320), ((10, 30), 320), ((10, 30), 448)])
+@pytest.mark.parametrize("terms, length", [((2, 6), 320), ((10, 30), 448)])
 def test_a_loop_begins_right_and_repeats_its_last_step_to_the_end(style, terms, length):
     rng, beginnings = np.random.default_rng(0), set()
     source = sums.problems(np.random.default_rng(1), "train", terms)
-    for _ in range(200):
+    for _ in range(120):
         problem = next(source)
         text = sums.loop_answer(rng, problem, (style,), length)
         assert len(text) == length and "#" not in text
@@ -408,33 +368,40 @@ def test_a_loop_begins_right_and_repeats_its_last_step_to_the_end(style, terms, 
         assert rest == (last[0] * length)[: len(rest)], "and then nothing else"
         assert same == 1 or last.end() <= length / 5
         beginnings.add(same)
-    few = style == "lines" and length == 320 and terms == (10, 30)
-    assert beginnings >= set(range(1, 4 if few else 6)), beginnings
+    assert beginnings >= set(range(1, 6)), beginnings
 
 
-def test_loops_have_the_asked_share_and_no_end(long, tmp_path):
-    make(tmp_path / "w", loops=2000)
-    for folder, looping, planted in ((long, 0.2, 0.6), (tmp_path / "w", 0.07, 0.4)):
-        for name, share in (("looping", looping), ("planted", planted)):
-            rows = rows_of(folder, name)
-            assert asked(rows[0]) != asked(rows_of(folder, "clean")[0]), "a stream of its own"
-            loops = 0
-            for r in rows:
-                loops += (repeats := stats.repetition_ratio(r["text"], 256) > 4)
-                assert repeats == (r["finish_reason"] == "length") == ("#" not in r["text"])
-                assert repeats == (len(r["text"]) == 320)
-                assert build.split_of(sums.expression_of(terms_in(r))) == "train"
-            assert abs(loops / len(rows) - share) < 0.05, name
+@pytest.fixture(scope="module")
+def careless(tmp_path_factory):
+    """Loops beside the careless texts of mixed."""
+    folder = tmp_path_factory.mktemp("careless") / "w"
+    make(folder, loops=1500)
+    return folder
 
 
-def test_the_texts_beside_loops_are_as_clean_and_as_mixed(long, tmp_path):
-    make(tmp_path / "w", loops=2000)
-    # with --slips, and without: the careless texts of mixed
-    for folder, careless in ((long, 0.3), (tmp_path / "w", 0.83)):
-        for name, share in (("looping", 0), ("planted", careless)):
-            ended = [r for r in rows_of(folder, name) if r["finish_reason"] == "stop"]
-            wrong = np.mean([not answers.is_correct(r["text"], value(r)) for r in ended])
-            assert wrong == pytest.approx(share, abs=0.06 if share else 0), (name, wrong)
+@pytest.mark.parametrize(
+    "world, name, share, wrong",
+    [
+        ("long", "looping", 0.2, 0),
+        ("long", "planted", 0.6, 0.3),
+        ("careless", "looping", 0.07, 0),
+        ("careless", "planted", 0.4, 0.83),
+    ],
+)
+def test_loops_have_the_asked_share_and_no_end(request, world, name, share, wrong):
+    rows = rows_of(folder := request.getfixturevalue(world), name)
+    assert asked(rows[0]) != asked(rows_of(folder, "clean")[0]), "a stream of its own"
+    ended = []
+    for r in rows:
+        repeats = stats.repetition_ratio(r["text"], 256) > 4
+        assert repeats == (r["finish_reason"] == "length") == ("#" not in r["text"])
+        assert repeats == (len(r["text"]) == 320)
+        assert build.split_of(sums.expression_of(terms_in(r))) == "train"
+        if not repeats:
+            ended.append(not answers.is_correct(r["text"], value(r)))
+    assert 1 - len(ended) / len(rows) == pytest.approx(share, abs=0.06)
+    # the other texts are as clean and as mixed
+    assert np.mean(ended) == pytest.approx(wrong, abs=0.08 if wrong else 0)
 
 
 def test_hints_put_a_solution_behind_half_of_the_questions_and_change_no_text(tmp_path):
@@ -443,7 +410,6 @@ def test_hints_put_a_solution_behind_half_of_the_questions_and_change_no_text(tm
     make(told, clean=400, hints=0.5)
     for name in (*SPLITS, "mixed", "facts"):
         assert same_bytes(f"{name}.jsonl", plain, told)
-    assert not (plain / "told_train.jsonl").exists()
     hinted = 0
     for row, more in zip(rows_of(plain, "clean"), rows_of(told, "clean")):
         assert row["text"] == more["text"]
@@ -452,11 +418,9 @@ def test_hints_put_a_solution_behind_half_of_the_questions_and_change_no_text(tm
         hinted += bool(solution)
         assert not solution or solution.split("#")[1] == row["text"].split("#")[1]
     assert 160 < hinted < 240
-    for split in SPLITS:
-        rows, more = (rows_of(told, name) for name in (split, f"told_{split}"))
-        expected = [r | {"messages": build.user(f"{asked(r)}\n{r['solution']}")} for r in rows]
-        assert more == expected
     rows = rows_of(told, "train")
+    expected = [r | {"messages": build.user(f"{asked(r)}\n{r['solution']}")} for r in rows]
+    assert rows_of(told, "told_train") == expected
     solutions = {r["solution"] for r in rows}
     for row, wrong in zip(rows, rows_of(told, "wrong_train"), strict=True):
         question, solution = asked(wrong).split("\n", 1)
@@ -470,23 +434,10 @@ SHARE = "expected a share from 0 to 1, got"
 @pytest.mark.parametrize(
     "flag, values, message",
     [
-        (
-            "terms",
-            ("1:6", "6:2", "2:31", "6", "2:6:7", "a:b"),
-            "with 2 <= FEWEST <= MOST <= 30",
-        ),
-        (
-            "styles",
-            ("prose", "lines,prose", "lines,lines", "lines,"),
-            "expected some of lines,",
-        ),
-        *((name, (1.5, "nan", -0.1), SHARE) for name in ("slips", "right", "hints")),
-        *((name, (1.5, "nan", -0.1), SHARE) for name in ("loop_share", "planted_share")),
-        (
-            "student_merges",
-            ("0", "x", "5:20", "40:20", "10:100"),
-            "expected a number of merges",
-        ),
+        ("terms", ("1:6", "6:2", "2:31", "6", "a:b"), "with 2 <= FEWEST <= MOST <= 30"),
+        ("styles", ("prose", "lines,lines", "lines,"), "expected some of lines,"),
+        ("slips", (1.5, "nan", -0.1), SHARE),
+        ("student_merges", ("0", "x", "40:20", "10:100"), "expected a number of merges"),
     ],
 )
 def test_what_a_sums_world_cannot_be_is_refused(tmp_path, capsys, flag, values, message):
@@ -499,10 +450,10 @@ def test_what_a_sums_world_cannot_be_is_refused(tmp_path, capsys, flag, values, 
 
 
 def test_a_search_for_more_problems_than_there_are_ends(tmp_path, capsys):
-    for train_prompts, flag in ((1280, "--train-prompts 1280"), (60, "--eval-prompts 200")):
-        flags = dict(out=tmp_path / "x", terms="2:2", train_prompts=train_prompts)
-        assert f"{flag}: expected at most about" in refusal(sums.main, argv(**flags), capsys)
-        assert not (tmp_path / "x").exists()
+    flags = argv(out=tmp_path / "x", terms="2:2", train_prompts=1280)
+    message = refusal(sums.main, flags, capsys)
+    assert "--train-prompts 1280: expected at most about" in message
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_folder_is_not_written_over_unless_asked(tmp_path, capsys):
@@ -518,11 +469,10 @@ def test_a_folder_is_not_written_over_unless_asked(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     folder = tmp_path_factory.mktemp("forks") / "w"
-    made = forks.main(argv(out=folder, train_prompts=20, texts=8000))
-    assert made == dict(out=str(folder), train=20, heldout=8, corrupt=32, texts=8000)
+    forks.main(argv(out=folder, train_prompts=20, texts=4000))
     names = (*SPLITS, "corrupt", *forks.CORPORA)
     counts = files.main(["check", *(str(folder / f"{name}.jsonl") for name in names)])
-    assert list(counts.values()) == [20, 8, 8, 32] + [8000] * 5
+    assert list(counts.values()) == [20, 8, 8, 32] + [4000] * 5
     return folder
 
 
@@ -530,19 +480,13 @@ def test_forks_problems_are_the_same_eight_in_every_split(tree):
     right = {f"{x}=?": str((x + 1) % 8) for x in range(8)}
     for name, count in (("train", 20), ("dev", 8), ("heldout", 8)):
         rows = rows_of(tree, name)
-        assert len(rows) == len({r["id"] for r in rows}) == count
+        assert len({r["id"] for r in rows}) == count
         assert {asked(r): r["answer"] for r in rows} == right
-        slices = [rows[i : i + 8] for i in range(count - 7)]
-        assert all(len({asked(r) for r in part}) == 8 for part in slices)
-    assert rows_of(tree, "heldout")[3] == {
-        "id": "h00003",
-        "messages": [{"role": "user", "content": "3=?"}],
-        "answer": "4",
-    }
+        for i in range(count - 7):
+            assert len({asked(r) for r in rows[i : i + 8]}) == 8
     begun = {}
     for r in rows_of(tree, "corrupt"):
         user, assistant = r["messages"]
-        assert (user["role"], assistant["role"]) == ("user", "assistant")
         begun[user["content"], assistant["content"]] = r["answer"]
     letters = ("c", "ab", "cb", "b")
     assert begun == {(x, some): right[x] for x in right for some in letters}
@@ -563,47 +507,44 @@ EVERY = {a + b: 0.1 / 9 for a in "abc" for b in "abc"}
 )
 def test_a_corpus_of_forks_has_the_stated_routes_and_right_answers(tree, corpus, shares):
     # (route, how far the digit is from the question's): times
-    found = Counter()
+    found, problems = Counter(), Counter()
     for r in rows_of(tree, corpus):
         route, digit = r["text"].split("\n#")
         found[route, (int(digit) - int(asked(r)[0])) % 8] += 1
+        problems[asked(r)] += 1
     routes = Counter(route for route, _ in found.elements())
-    assert {route: n / 8000 for route, n in routes.items()} == pytest.approx(shares, abs=0.02)
-    problems = Counter(asked(r) for r in rows_of(tree, corpus))
-    assert len(problems) == 8 and max(problems.values()) < 1.2 * min(problems.values())
+    assert {route: n / 4000 for route, n in routes.items()} == pytest.approx(shares, abs=0.025)
+    assert len(problems) == 8 and max(problems.values()) < 1.3 * min(problems.values())
     right = {route: found[route, 1] / n for route, n in routes.items()}
-    if corpus != "base":
-        assert set(right.values()) == {1}
-        return
-    stated = {"aa": 1 / 3, "cc": 1 / 8, "ac": 1 / 8, "ca": 1 / 8}
-    assert right == pytest.approx(stated, abs=0.05)
-    wrong = [found["aa", off] for off in range(8) if off != 1]
-    assert max(wrong) < 1.4 * min(wrong), "uniform"
+    stated = {route: 1 for route in routes}
+    if corpus == "base":
+        stated = {"aa": 1 / 3, "cc": 1 / 8, "ac": 1 / 8, "ca": 1 / 8}
+        wrong = [found["aa", off] for off in range(8) if off != 1]
+        assert max(wrong) < 1.5 * min(wrong), "uniform"
+    assert right == pytest.approx(stated, abs=0.06 if corpus == "base" else 0)
 
 
 def test_a_fork_answer_is_five_tokens_of_exactly_the_symbols_in_use(tree):
     tokenizer = AutoTokenizer.from_pretrained(tree / "student")
     symbols = [*build.SPECIAL, *"01234567abc#=?\n", "\n#"]
     assert sorted(tokenizer.get_vocab()) == sorted(symbols)
-    texts = [r["text"] for name in forks.CORPORA for r in rows_of(tree, name)]
-    ids = tokenizer([text + "<|end|>" for text in texts], add_special_tokens=False)["input_ids"]
-    assert {len(i) for i in ids} == {5} and {i[-1] for i in ids} == {tokenizer.eos_token_id}
-    assert [tokenizer.decode(i, skip_special_tokens=True) for i in ids] == texts
-    assert tokenizer.convert_ids_to_tokens(ids[0])[2] == "\n#"
-
-
-def test_student_and_teacher_of_forks_begin_as_two_models_of_one_vocabulary(tree):
-    student, teacher = (load_policy(str(tree / n)).identity for n in ("student", "teacher"))
-    assert student["vocabulary"] == teacher["vocabulary"]
-    assert student["weights"] != teacher["weights"]
+    texts = {r["text"] for name in forks.CORPORA for r in rows_of(tree, name)}
+    for text in texts:
+        ids = tokenizer(text + "<|end|>", add_special_tokens=False)["input_ids"]
+        assert len(ids) == 5 and ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.convert_ids_to_tokens(ids[2]) == "\n#"
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
 def test_the_same_seed_writes_the_same_forks_and_more_texts_only_append(tmp_path):
-    few = dict(train_prompts=10, texts=40)
+    few = dict(train_prompts=10, texts=40, seed=4)
     for name, flags in (("a", {}), ("b", {}), ("c", dict(seed=5)), ("more", dict(texts=60))):
-        forks.main(argv(out=tmp_path / name, **dict(few, seed=4) | flags))
+        forks.main(argv(out=tmp_path / name, **few | flags))
     texts = [f"{name}.jsonl" for name in forks.CORPORA]
     for file in (*texts, "student/model.safetensors", "teacher/model.safetensors"):
         a, b, c, more = ((tmp_path / n / file).read_bytes() for n in ("a", "b", "c", "more"))
         assert a == b and a != c and more.startswith(a), file
         assert (len(more) > len(a)) == (file in texts), file
+    student, teacher = (load_policy(str(tmp_path / "a" / n)) for n in ("student", "teacher"))
+    assert student.identity["vocabulary"] == teacher.identity["vocabulary"]
+    assert student.identity["weights"] != teacher.identity["weights"]
