@@ -21,7 +21,7 @@ answers in the same anonymous pool; `scalar` is the baseline without a rubric, o
 score; `answer` compares final answers, and only it reads the prompts' `answer`.
 
 A judgement that fails is null, never zero, never cached; train.py drops its group.  More than
---max-failure-rate of them stop the stage.  Run it again to ask only for what failed.
+a tenth of them stop the stage (--patience).  Run it again to ask only for what failed.
 
 Simplifications: 1. rubrics are shared by a group, never per rollout; 2. `contrast` cannot tell
 format from merit, so the paper's cap of 1 point on cosmetic criteria is not applied.

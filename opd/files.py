@@ -333,8 +333,8 @@ def stop_if_failing(out, failures, done, total, limit):
     if too_many or nothing_works:
         raise BadInput(
             f"{out}: {len(failures)} of {total} requests failed, {done} succeeded and are "
-            f"kept; more than --max-failure-rate {limit.rate} allows (last: {failures[-1]}): "
-            f"{limit.advice}"
+            f"kept; more than --patience max_failure_rate={limit.rate} allows "
+            f"(last: {failures[-1]}): {limit.advice}"
         )
 
 

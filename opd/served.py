@@ -14,10 +14,11 @@ Two kinds of trouble are kept apart everywhere:
 
 Simplifications:
 1. Waiting and retrying are the openai client's: exponential back-off from 0.5 s to 8 s with
-   jitter, Retry-After obeyed up to two minutes, at most --max-retries times.
-2. --timeout is the longest silence.  A server that never answers is given up after timeout *
-   (max_retries + 1) and the back-off; one that drips a byte now and then is waited for.
-3. A reply is not streamed, so --timeout must cover the longest answer on a busy server.
+   jitter, Retry-After obeyed up to two minutes, at most max_retries times (--patience).
+2. timeout (--patience) is the longest silence.  A server that never answers is given up after
+   timeout * (max_retries + 1) and the back-off; one that drips a byte now and then is waited
+   for.
+3. A reply is not streamed, so timeout must cover the longest answer on a busy server.
 """
 
 import itertools
@@ -26,6 +27,7 @@ import math
 import os
 import queue
 import threading
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from opd import files
@@ -57,6 +59,22 @@ class _Refused(BadInput):
     """HTTP 400 or 422: the server does not accept a field of the request."""
 
 
+@dataclass(frozen=True)
+class Patience:
+    """When a request is given up, and when a stage: --patience NAME=VALUE."""
+
+    max_retries: int = 5
+    timeout: float = 120.0
+    max_failure_rate: float = 0.1
+
+
+def patience_from_flags(args):
+    patience = Patience()
+    for text in args.patience:
+        patience = files.changed_field(patience, "--patience", text)
+    return patience
+
+
 def add_flags(parser):
     """The flags of every stage that can talk to a server; `Server.from_flags` reads them (and
     --model)."""
@@ -78,29 +96,16 @@ def add_flags(parser):
         type=int,
         default=8,
         help="requests in flight; more fills the server's batch, until it answers 429 or "
-        "queues past --timeout",
+        "queues past the timeout",
     )
     parser.add_argument(
-        "--max-retries",
-        type=int,
-        default=5,
-        help="tries after the first one for 429, 5xx and timeouts; more rides out a restart, "
-        "fewer fails sooner",
-    )
-    parser.add_argument(
-        "--max-failure-rate",
-        type=float,
-        default=0.1,
-        help="share of requests that may fail for good; more stop the stage, fewer are left "
-        "for the next run",
-    )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=120.0,
-        help="seconds without a reply before a try counts as lost; too short throws long "
-        "answers away, too "
-        "long waits for a server that hangs",
+        "--patience",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="max_retries (5) after 429, 5xx and timeouts, timeout (120 seconds without a "
+        "reply; a busy server's longest answer must fit) and max_failure_rate (0.1 of all "
+        "requests; more failures stop the stage, fewer are left for the next run)",
     )
 
 
@@ -110,7 +115,8 @@ SERVER_ADVICE = "look at the server's log, then run again"
 
 def failure_limit(args, advice=SERVER_ADVICE):
     """How many requests may fail: a share of all, or every one of the first few."""
-    return files.FailureLimit(args.max_failure_rate, 2 * args.concurrency, advice)
+    rate = patience_from_flags(args).max_failure_rate
+    return files.FailureLimit(rate, 2 * args.concurrency, advice)
 
 
 class Server:
@@ -150,8 +156,8 @@ class Server:
             )
         if concurrency < 1 or max_retries < 0 or not timeout > 0:
             raise BadInput(
-                "--concurrency must be at least 1, --max-retries at least 0 and --timeout "
-                "more than 0 seconds"
+                f"expected --concurrency of at least 1, max_retries of at least 0 and more "
+                f"than 0 seconds of timeout, got {concurrency}, {max_retries} and {timeout}"
             )
         self._key = os.environ.get(api_key_env, "").strip() or "EMPTY"
         if not self._key.isascii() or not self._key.isprintable() or " " in self._key:
@@ -169,13 +175,14 @@ class Server:
 
     @classmethod
     def from_flags(cls, args):
+        patience = patience_from_flags(args)
         return cls(
             args.base_url,
             args.model,
             args.api_key_env,
             args.concurrency,
-            args.max_retries,
-            args.timeout,
+            patience.max_retries,
+            patience.timeout,
         )
 
     def map(self, function, items):
@@ -377,7 +384,7 @@ class Server:
                     f"--base-url right?"
                 ) from None
             if isinstance(error, openai.APITimeoutError):
-                said = f"no answer within --timeout {client.timeout:g} s, {tries} times"
+                said = f"no answer within {client.timeout:g} s, {tries} times (--patience)"
             else:
                 said = f"connection lost {tries} times ({cause})"
             raise ServedFailure(said) from None
@@ -418,7 +425,7 @@ class Server:
             return BadInput(f"{self.base_url}: the account has no credit left: {said}")
         passing = status in (408, 409, 413, 429) or status >= 500
         if passing or any(words in said.lower() for words in OF_ONE_REQUEST):
-            return ServedFailure(f"{said} (--max-retries {self._client.max_retries})")
+            return ServedFailure(f"{said} (--patience max_retries={self._client.max_retries})")
         kind = _Refused if status in (400, 422) else BadInput
         return kind(f"{self.base_url}: the server refuses the request: {said}")
 

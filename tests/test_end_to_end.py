@@ -172,8 +172,9 @@ class Small:
         return FakeServer(chat=reply, tokenizer=self.tokenizer, **options)
 
     def run(self, main, fake, *words, **flags):
-        served = dict(base_url=fake.base_url, model=self.model, timeout=1, concurrency=3)
-        return main(argv(*words, **served | dict(max_retries=0) | flags))
+        served = dict(base_url=fake.base_url, model=self.model, concurrency=3)
+        patience = dict(max_retries=0, timeout=1) | flags.pop("patience", {})
+        return main(argv(*words, **served | flags, patience=patience))
 
     def rollout(self, fake, **flags):
         flags = self.prompts | dict(max_tokens=8, out=self.path("rollouts")) | flags
@@ -185,7 +186,8 @@ def small(tmp_path):
     return Small(tmp_path)
 
 
-TRIES = dict(max_retries=2)
+TRIES = dict(patience=dict(max_retries=2))
+ALMOST_ANY = dict(patience=dict(max_retries=2, max_failure_rate=0.5))
 
 
 def sample_through_trouble(small):
@@ -216,7 +218,7 @@ def test_the_served_pipeline_survives_429_500_timeouts_and_broken_bodies(small, 
     judged = {name: small.path(name) for name in ("answers", "rollouts")} | small.prompts
     create = judged | dict(rubricator="llm", m=2, out=small.path("rubrics"), **TRIES)
     with FakeServer(chat=reply, script=["429", "not_json"]) as fake:
-        done = small.run(rubric.main, fake, "create", max_failure_rate=0.5, **create)
+        done = small.run(rubric.main, fake, "create", **create | ALMOST_ANY)
         assert done["records"] + done["failed"] == 4
     with FakeServer(chat=reply) as fake:
         small.run(rubric.main, fake, "create", overwrite=True, **create)
@@ -260,8 +262,8 @@ def test_a_server_may_move_between_two_runs(small):
 
 def test_failures_beyond_the_allowed_rate_stop_early_and_a_few_are_left_for_the_next_run(small):
     with small.fake(always="500") as fake:
-        with pytest.raises(BadInput, match="--max-failure-rate"):  # all of the first few fail
-            small.rollout(fake, n=50, max_failure_rate=1)
+        with pytest.raises(BadInput, match="max_failure_rate"):  # all of the first few fail
+            small.rollout(fake, n=50, patience=dict(max_failure_rate=1))
         assert len(fake.requests) < 40
     with small.fake(script=["normal", "500"]) as fake:
         summary = small.rollout(fake, n=5)

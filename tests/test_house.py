@@ -217,7 +217,7 @@ def test_help_opens_with_a_runnable_example_and_unknown_flags_fail(command, caps
         assert stop.value.code == 2 and "error" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stage, most", [("train", 30), ("rollout", 24)])
+@pytest.mark.parametrize("stage, most", [("train", 30), ("rollout", 22)])
 def test_a_stage_has_few_flags(stage, most, capsys):
     _, _, shown = help_of(stage, capsys)
     flags = re.findall(r"^  (--[a-z-]+)", shown, re.M)

@@ -317,8 +317,9 @@ def honest_judge(body):
     return json.dumps({"verdicts": verdicts})
 
 
-def served(fake):
-    return dict(model="judge", base_url=fake.base_url, max_retries=1, timeout=5)
+def served(fake, **more):
+    patience = dict(max_retries=1, timeout=5) | more
+    return dict(model="judge", base_url=fake.base_url, patience=patience)
 
 
 def test_llm_rubric_and_judge_end_to_end(w):
@@ -347,9 +348,9 @@ def test_failed_judgements_are_null_counted_stopped_and_asked_again(w):
     dump(w.prompts, [w.prompt("a"), other])
     with FakeServer(chat=judge) as fake:
         flags = dict(grader="judge", re_asks=1, **served(fake))
-        with pytest.raises(BadInput, match="--max-failure-rate"):
+        with pytest.raises(BadInput, match="max_failure_rate"):
             w.grade(**flags)
-        summary = w.grade(max_failure_rate=0.6, **flags)
+        summary = w.grade(**flags | served(fake, max_failure_rate=0.6))
         assert summary["failed"] == 6 and summary["failure_rate"] == 0.5
         for (prompt_id, _), r in w.rewards().items():
             failed = prompt_id == "a"
@@ -365,7 +366,7 @@ def test_failed_judgements_are_null_counted_stopped_and_asked_again(w):
 def test_a_prompt_without_rubric_has_null_rewards(w):
     w.create()
     dump(w.folder / "c.jsonl", [w.rubrics()["a"]])
-    summary = w.grade(max_failure_rate=0.5)
+    summary = w.grade(patience=dict(max_failure_rate=0.5))
     assert summary["failed"] == 6 and w.rewards()["b", 0]["reward"] is None
 
 
@@ -384,6 +385,6 @@ def test_the_scalar_judge_fails_an_answer_at_a_time(w):
         return "hm" if shown(body)["answer"] == "#7" else '{"score": 4}'
 
     with FakeServer(chat=judge) as fake:
-        flags = dict(grader="scalar", re_asks=0, max_failure_rate=0.5, **served(fake))
+        flags = dict(grader="scalar", re_asks=0, **served(fake, max_failure_rate=0.5))
         assert w.grade(**flags)["failed"] == 2
     assert [w.rewards()["a", s]["reward"] for s in range(4)] == [0.4, 0.4, None, 0.4]

@@ -87,7 +87,7 @@ def test_flags_reach_the_server_and_an_unset_key_is_EMPTY(monkeypatch):
     served.add_flags(parser)
     with FakeServer(always="500") as fake:
         flags = dict(model="m2", base_url=fake.base_url + "/", api_key_env="NO_SUCH_KEY")
-        flags |= dict(concurrency=2, max_retries=1, timeout=3)
+        flags |= dict(concurrency=2, patience=dict(max_retries=1, timeout=3))
         server = Server.from_flags(parser.parse_args(argv(**flags)))
         got = (server.base_url, server.concurrency, server._client.timeout)
         assert got == (fake.base_url, 2, 3)
