@@ -1,7 +1,9 @@
 """A teacher of another vocabulary (SimCT, arXiv 2605.07711).
 
-python -m methods.simct score --help    # scores rollouts unit by unit (units.py)
-python -m methods.simct align --help    # shows the units of a text (align.py)
+Scores of rollouts, unit by unit (units.py), and the units of a text (align.py):
+
+    python -m methods.simct score --help
+    python -m methods.simct align --help
 """
 
 from methods.simct import align, units

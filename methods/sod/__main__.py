@@ -1,6 +1,8 @@
 """Step-wise on-policy distillation of agents with tools (SOD, arXiv 2605.07725).
 
-python -m methods.sod weigh --help    # a weight for every step (weights.py)
+A weight for every step (weights.py):
+
+    python -m methods.sod weigh --help
 """
 
 from methods.sod import weights
