@@ -52,7 +52,7 @@ def in_one_piece(rollout, path):
     return rollout
 
 
-def read_prompts(path):
+def prompts_by_id(path):
     return {str(record["id"]): record for record in files.read(path, "prompts")}
 
 
@@ -151,7 +151,7 @@ def create_parser():
 
 def create(argv):
     args = create_parser().parse_args(argv)
-    prompts = read_prompts(args.prompts)
+    prompts = prompts_by_id(args.prompts)
     answers = by_prompt(args.answers, "answers", args.m)
     attempts = by_prompt(args.rollouts, "rollouts")
     for key in attempts:
@@ -207,32 +207,32 @@ def create(argv):
 # ---- grade
 
 
-def rubric_rewards(prompt, answers, rubrics, verify):
+def rubric_rewards(prompt, responses, rubrics, verify):
     """The weighted pass rate of the prompt's rubric for every answer.
     verify(question, criteria, texts) gives the verdicts, or a failure in an answer's place."""
     rubric = rubrics.get(str(prompt["id"]))
     if rubric is None:
-        return [Reward(None, "no rubric for this prompt")] * len(answers)
+        return [Reward(None, "no rubric for this prompt")] * len(responses)
     criteria = rubric["criteria"]
     points = [criterion["points"] for criterion in criteria]
     given = []
-    for verdicts in verify(question_of(prompt), criteria, texts(answers)):
+    for verdicts in verify(question_of(prompt), criteria, texts(responses)):
         failed = isinstance(verdicts, Exception)
         value = None if failed else rewards.pass_rate(points, verdicts)
         given.append(Reward(value, str(verdicts) if failed else verdicts))
     return given
 
 
-def scalar_rewards(prompt, answers, llm):
+def scalar_rewards(prompt, responses, llm):
     """One holistic grade an answer by a served model: the baseline without a rubric."""
     question = question_of(prompt)
-    scores = judge.each(lambda text: llm.holistic(question, text), texts(answers))
+    scores = judge.each(lambda text: llm.holistic(question, text), texts(responses))
     return [Reward(None, str(s)) if isinstance(s, Exception) else Reward(s) for s in scores]
 
 
-def answer_rewards(prompt, answers):
+def answer_rewards(prompt, responses):
     """1 for the right final answer, else 0.  An episode's is looked for in its last step."""
-    right = [is_correct(records.final_text(a), prompt["answer"]) for a in answers]
+    right = [is_correct(records.final_text(a), prompt["answer"]) for a in responses]
     return [Reward(float(r)) for r in right]
 
 
@@ -332,18 +332,18 @@ def grade_missing(missing, groups, table, grade_group, llm, name):
 
 def grade(argv):
     args = grade_parser().parse_args(argv)
-    prompts = read_prompts(args.prompts)
+    prompts = prompts_by_id(args.prompts)
     table = files.Table(args.rollouts, "rollouts")
     groups = read_groups(table, prompts, args.prompts, args.grader)
     llm = judge.from_flags(args) if args.grader in ("judge", "scalar") else None
     settings = {"grader": args.grader, "mode": args.mode, "seed": args.seed}
     settings |= llm.settings() if llm else {"predicates": args.predicates}
-    rubrics = teachers = {}
+    rubrics = references = {}
     if args.grader in ("check", "judge"):
         if not args.rubrics:
             raise BadInput(f"--grader {args.grader}: expected --rubrics FILE")
         rubrics = read_rubrics(args.rubrics, groups, table, args.frozen_rubrics)
-        teachers = by_prompt(args.answers, "answers") if args.answers else {}
+        references = by_prompt(args.answers, "answers") if args.answers else {}
     if args.grader == "answer":
         grader = answer_rewards
     elif args.grader == "scalar":
@@ -357,10 +357,11 @@ def grade(argv):
     pools = []
 
     def grade_group(prompt_id):
-        own = [table[key] for key in groups[prompt_id]]
-        given = grader(prompts[prompt_id], own + teachers.get(prompt_id, []))
-        pools.append((given[: len(own)], given[len(own) :]))
-        return given[: len(own)]
+        rollouts = [table[key] for key in groups[prompt_id]]
+        given = grader(prompts[prompt_id], rollouts + references.get(prompt_id, []))
+        students, teachers = given[: len(rollouts)], given[len(rollouts) :]
+        pools.append((students, teachers))
+        return students
 
     name = llm.name if llm else args.grader
     files.fill(

@@ -78,9 +78,9 @@ def gradient(trainer, data, items, settings, scale=1.0):
     Returns (items that counted, their metrics)."""
     norm = data.method.norm
     lengths = [s["length"] for s in items]
-    weights = losses.token_weights(lengths, norm, [s["omega"] for s in items])
+    weights = losses.normalised_weights(lengths, norm, [s["omega"] for s in items])
     # a token's part in a mean that is logged, omega left out
-    shares = losses.token_weights(lengths, "sequence" if norm == "sequence" else "token")
+    shares = losses.normalised_weights(lengths, "sequence" if norm == "sequence" else "token")
     for item, weight, share in zip(items, weights, shares):
         item["weight"] = np.asarray(weight) * scale
         item["share"] = np.asarray(share)

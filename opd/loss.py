@@ -35,7 +35,7 @@ The row `ropd`, put together (S is PPO's clipped objective, L_t the loss of a to
     L_t = -min(pi_old/mu, 2) S,  A = reward - mean of the group,
     N_t = number of trained tokens of the step
 
-For ROPD read `Method`, the row `ropd`, `group_advantages`, `token_weights`,
+For ROPD read `Method`, the row `ropd`, `group_advantages`, `normalised_weights`,
 `clipped_surrogate` and `coefficient_loss`; the rest is other methods and refusals.
 
 Estimators of a KL from one sample y ~ pi, with r = p_T(y) / pi(y): k1 = -log r, k2 =
@@ -518,13 +518,13 @@ def sequence_weights(method, rewards):
     return [1.0] * len(rewards)
 
 
-def token_weights(lengths, norm, omegas=None):
+def normalised_weights(lengths, norm, omegas=None):
     """omega m_t / N_t for every trained token of one optimiser step: a list of [length] lists.
     A sequence with omega 0 or no token does not count in N.
 
-    token_weights([1, 3], "token")    -> [[1/4], [1/4, 1/4, 1/4]]
-    token_weights([1, 3], "sequence") -> [[1/2], [1/6, 1/6, 1/6]]
-    token_weights([1, 3], "batch")    -> [[1/2], [1/2, 1/2, 1/2]]"""
+    normalised_weights([1, 3], "token")    -> [[1/4], [1/4, 1/4, 1/4]]
+    normalised_weights([1, 3], "sequence") -> [[1/2], [1/6, 1/6, 1/6]]
+    normalised_weights([1, 3], "batch")    -> [[1/2], [1/2, 1/2, 1/2]]"""
     omegas = [1.0] * len(lengths) if omegas is None else omegas
     kept = [n for n, omega in zip(lengths, omegas) if n and omega]
     weights = []

@@ -248,7 +248,7 @@ def test_sft_is_the_cross_entropy_and_imitating_oneself_teaches_nothing():
 
 def weighted_loss(name, logp, answers, omegas):
     """A row's loss of answers (lists of tokens) that share one token distribution."""
-    weights = losses.token_weights([len(y) for y in answers], METHODS[name].norm, omegas)
+    weights = losses.normalised_weights([len(y) for y in answers], METHODS[name].norm, omegas)
     values = [losses.token_loss(METHODS[name], logp[y][:, None], {}) for y in answers]
     return sum((v * torch.tensor(w, dtype=v.dtype)).sum() for v, w in zip(values, weights))
 
@@ -316,7 +316,7 @@ def test_group_advantages_have_mean_0_and_a_failed_judgement_leaves_none():
 def test_token_weights_by_hand_and_what_weighs_0_leaves_the_normaliser(
     norm, lengths, omegas, want
 ):
-    got = losses.token_weights(lengths, norm, omegas)
+    got = losses.normalised_weights(lengths, norm, omegas)
     assert got == [[w] * n for w, n in zip(want, lengths)]
 
 
