@@ -276,3 +276,42 @@ def few_problems():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "stage", small)
         yield
+
+
+# ---- variants of the world's models and rollouts
+
+
+def padded(extra):
+    """More embedding rows than the vocabulary has tokens, as checkpoints padded to a multiple
+    of 64 have."""
+
+    def grow(model):
+        old = {k: v.clone() for k, v in model.state_dict().items()}
+        tokens = len(model.get_input_embeddings().weight)
+        model.resize_token_embeddings(tokens + extra)
+        for name, p in model.named_parameters():
+            if p.shape[0] == tokens + extra:
+                p.data[:tokens] = old[name]
+                p.data[tokens:] = torch.randn(p[tokens:].shape)
+
+    return grow
+
+
+def permuted(tokenizer):
+    """The same tokens with `1` and `2` trading ids."""
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    ids = core["model"]["vocab"]
+    ids["1"], ids["2"] = ids["2"], ids["1"]
+    tokenizer._tokenizer = tokenizer._tokenizer.from_str(json.dumps(core))
+
+
+def edge_rollouts(world, path, base64bit):
+    """Rollouts with an answer of one token, an empty answer, and a usual one."""
+    rows = load(world.rollouts)[:3]
+    end = next(
+        r["response_ids"][-1] for r in load(world.rollouts) if r["finish_reason"] == "stop"
+    )
+    for r, ids, reason in ((rows[0], [end], "stop"), (rows[1], [], "length")):
+        r.update(response_ids=ids, loss_mask=[1] * len(ids), finish_reason=reason, text="")
+        r["logprobs"] = naive_own(base64bit, r)
+    return dump(path, rows)

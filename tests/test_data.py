@@ -11,12 +11,13 @@ from conftest import (
     load,
     make_rewards,
     naive_model,
+    padded,
+    permuted,
     refusal,
     same_bits,
     variant,
     weights,
 )
-from test_teacher import padded, permuted
 from test_train import (
     END,
     FAST,

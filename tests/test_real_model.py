@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import argv, by_key, dump
+from conftest import argv, by_key, dump, load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
@@ -63,7 +63,7 @@ def gaps(rollouts, dtype):
     """|log-prob of the scorer - of the sampler| of every sampled token."""
     scores = rollouts.with_name(f"scores.{dtype}.jsonl")
     teacher.main(argv("score", model=MODEL, rollouts=rollouts, dtype=dtype, out=scores))
-    sampled = by_key(files.read(rollouts, "rollouts"))
+    sampled = by_key(load(rollouts))
     return np.concatenate(
         [
             np.abs(np.subtract(s["logprobs"], sampled[s["id"], s["sample"]]["logprobs"]))

@@ -1,8 +1,6 @@
 """teacher.py: cached numbers equal a direct forward pass, and ids are never read with another
 vocabulary or template."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -14,6 +12,8 @@ from conftest import (
     load,
     naive_logps,
     naive_own,
+    padded,
+    permuted,
     refusal,
     variant,
 )
@@ -234,16 +234,7 @@ def test_a_bfloat16_teacher_keeps_float32_log_probs(stage, rollouts, exact):
 
 def test_an_embedding_padded_beyond_the_vocabulary_scores_the_same(stage, world, exact):
     """The padding rows are no tokens: they take no probability, and top-k never lists one."""
-
-    def grow(model):
-        old = {k: v.clone() for k, v in model.state_dict().items()}
-        model.resize_token_embeddings(V + 9)
-        for name, p in model.named_parameters():
-            if p.shape[0] == V + 9:
-                p.data[:V] = old[name]
-                p.data[V:] = torch.randn(p[V:].shape)
-
-    folder = variant(world.teacher, stage.folder / "m", model=grow)
+    folder = variant(world.teacher, stage.folder / "m", model=padded(9))
     _, scores = stage.score(model=folder, top_k=V)
     for key, table in exact.items():
         ids, logps = topk(scores[key])
@@ -315,14 +306,6 @@ def test_the_self_test_reports_what_batching_does_to_the_numbers(stage, monkeypa
 
 
 # ---- what is refused
-
-
-def permuted(tokenizer):
-    """The same tokens with `1` and `2` trading ids."""
-    core = json.loads(tokenizer.backend_tokenizer.to_str())
-    ids = core["model"]["vocab"]
-    ids["1"], ids["2"] = ids["2"], ids["1"]
-    tokenizer._tokenizer = tokenizer._tokenizer.from_str(json.dumps(core))
 
 
 def test_another_vocabulary_is_refused_always_and_another_template_unless_meant(

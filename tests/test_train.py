@@ -19,11 +19,14 @@ from conftest import (
     argv,
     by_key,
     dump,
+    edge_rollouts,
     load,
     make_rewards,
     naive_logps,
     naive_model,
     naive_own,
+    padded,
+    permuted,
     program,
     refusal,
     same_bits,
@@ -31,7 +34,6 @@ from conftest import (
     weights,
 )
 from safetensors.torch import load_file
-from test_teacher import edge_rollouts, padded, permuted
 
 import rollout
 import teacher
