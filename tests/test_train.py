@@ -39,7 +39,7 @@ import rollout
 import teacher
 import train
 from methods.rows import METHODS
-from opd import batches, files, kernel, records
+from opd import batches, files, kernel, pairs, records
 from opd import loss as losses
 from opd import policy as policies
 from opd import trainer as trainers
@@ -246,7 +246,7 @@ class Step:
         if any(not len(self.own(key)) for key, _ in pair):  # half a pair is no preference
             return [0.0] * len(keys)
         gaps = [(self.own(k) - self.known[k]["reference_logp"]).sum().item() for k, _ in pair]
-        weights = losses.preference_weights(row.omega_scale, [s for _, s in pair], gaps)
+        weights = pairs.preference_weights(row.omega_scale, [s for _, s in pair], gaps)
         found = dict(zip([key for key, _ in pair], weights))
         return [found.get(key, 0.0) for key in keys]
 
