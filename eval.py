@@ -27,10 +27,10 @@ from collections import Counter
 
 import numpy as np
 
-from opd import files, records, served
+from opd import files, records
 from opd.answers import is_correct, read_answerable
 from opd.records import BadInput
-from opd.sampling import add_sampling_flags, jobs_by_key, read_prompts, sampler_from_flags
+from opd.sampling import add_sampling_flags, fill_from_flags
 from opd.stats import auc, interval, mean_or_none, pass_at_k, repetition_ratio, shown
 from opd.tools import call_use
 
@@ -44,19 +44,7 @@ def sample(model, prompts, out, overwrite, flags):
     words = ["--model", model, "--prompts", prompts, "--out", out, *flags]
     if overwrite:
         words.append("--overwrite")
-    args = p.parse_args(words)
-    jobs = jobs_by_key(read_prompts(prompts, args.slice), args.n)
-    sampler, settings = sampler_from_flags(args, need_tokens=True)
-    files.fill(
-        out,
-        "rollouts",
-        jobs,
-        lambda missing: sampler([jobs[key] for key in missing]),
-        settings,
-        [prompts],
-        overwrite,
-        limit=served.failure_limit(args),
-    )
+    fill_from_flags(p.parse_args(words), "rollouts", need_tokens=True)
 
 
 def read_answers(path, prompts, partial):

@@ -25,8 +25,8 @@ episode reads its whole context anew.
 
 import numpy as np
 
-from opd import files, records, served
-from opd.sampling import add_sampling_flags, jobs_by_key, read_prompts, sampler_from_flags
+from opd import files, records
+from opd.sampling import add_sampling_flags, fill_from_flags
 from opd.tools import call_use
 
 
@@ -52,19 +52,7 @@ def main(argv=None):
     add_sampling_flags(p, n=8)
     args = p.parse_args(argv)
 
-    jobs = jobs_by_key(read_prompts(args.prompts, args.slice), args.n)
-    sampler, settings = sampler_from_flags(args, need_tokens=True)
-    # fill asks for the keys (id, sample) that --out lacks and appends what the sampler yields
-    written, failures = files.fill(
-        args.out,
-        "rollouts",
-        jobs,
-        lambda missing: sampler([jobs[key] for key in missing]),
-        settings,
-        [args.prompts],
-        args.overwrite,
-        limit=served.failure_limit(args),
-    )
+    written, failures = fill_from_flags(args, "rollouts", need_tokens=True)
 
     summary, use = summarise(args.out)
     summary |= {"out": args.out, "records": written, "failed": len(failures)}

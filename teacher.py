@@ -35,7 +35,7 @@ from opd.policy import (
     vocabulary_size,
 )
 from opd.records import BadInput
-from opd.sampling import add_sampling_flags, jobs_by_key, read_prompts, sampler_from_flags
+from opd.sampling import add_sampling_flags, fill_from_flags
 from opd.scoring import Scorer
 
 # ---- answer
@@ -56,18 +56,7 @@ def answer(argv):
     p = files.parser(__doc__)
     add_sampling_flags(p, n=4)
     args = p.parse_args(argv)
-    jobs = jobs_by_key(read_prompts(args.prompts, args.slice), args.n)
-    sampler, settings = sampler_from_flags(args, need_tokens=False)
-    written, failures = files.fill(
-        args.out,
-        "answers",
-        jobs,
-        lambda missing: sampler([jobs[key] for key in missing]),
-        settings,
-        [args.prompts],
-        args.overwrite,
-        limit=served.failure_limit(args),
-    )
+    written, failures = fill_from_flags(args, "answers", need_tokens=False)
     prompts, distinct, tokens = count_answers(args.out)
     summary = {
         "out": args.out,

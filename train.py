@@ -26,7 +26,6 @@ Simplifications: 1. one device; 2. models run in evaluation mode (no dropout), s
 state needs saving; 3. rows of a micro-batch are padded, not packed; 4. no LoRA."""
 
 import dataclasses
-import json
 from importlib.util import find_spec
 
 import numpy as np
@@ -39,7 +38,7 @@ from opd.batches import Data, Inputs, check_teacher, plan, taught_by
 from opd.kernel import KERNELS, linear_token_loss, token_numbers
 from opd.metrics import StepMetrics, sequence_metrics
 from opd.pairs import weigh_pairs
-from opd.policy import find_folder, hash_weights, load_policy, load_teacher
+from opd.policy import add_place_flags, find_folder, hash_weights, load_policy, load_teacher
 from opd.records import BadInput
 from opd.tensors import (
     StepSettings,
@@ -88,7 +87,7 @@ def gradient(trainer, data, items, settings, scale=1.0):
     if not items:
         raise BadInput("a whole optimiser step has no token to train on (loss masks are 0)")
     metrics = StepMetrics()
-    for some in micro_batches(items, settings):
+    for some in micro_batches(items, settings.micro_batch_tokens):
         loss = micro_batch(trainer.policy, data, some, settings, metrics)
         loss.backward()  # the head's part is done: linear_token_loss walks it only once
         trainer.collect()  # micro-batches add up in float32
@@ -234,12 +233,6 @@ def add_run_flags(p):
         "--steps", type=int, help="exactly this many optimiser steps instead of --epochs"
     )
     p.add_argument(
-        "--micro-batch-tokens",
-        type=int,
-        default=8192,
-        help="rows x longest row in one forward pass: memory, not result",
-    )
-    p.add_argument(
         "--kernel",
         default="auto",
         choices=KERNELS,
@@ -251,14 +244,7 @@ def add_run_flags(p):
         choices=("float32", "bfloat16"),
         help="bfloat16 keeps float32 master weights in the state",
     )
-    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
-    p.add_argument(
-        "--template-options",
-        type=json.loads,
-        default={},
-        metavar="JSON",
-        help="as for rollout.py",
-    )
+    add_place_flags(p)
     p.add_argument("--seed", type=int, default=0, help="order of the prompts")
 
 
@@ -320,10 +306,13 @@ def parse(argv):
     add_run_flags(p)
     add_trainer_flags(p)
     args = p.parse_args(argv)
-    for flag in ("batch_size", "micro_batch_tokens", "epochs", "steps", "teacher_top_k"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise BadInput(f"--{flag.replace('_', '-')}: expected at least 1, got {value}")
+    files.check_at_least_1(
+        batch_size=args.batch_size,
+        micro_batch_tokens=args.micro_batch_tokens,
+        epochs=args.epochs,
+        steps=args.steps,
+        teacher_top_k=args.teacher_top_k,
+    )
     if args.steps and args.epochs:
         raise BadInput("--steps and --epochs both say how long to train: give one of them")
     return args

@@ -25,7 +25,6 @@ one t:
 --view length (a control) replaces every token of an answer but its end by one and the same, so
 that its length is all that is left to judge."""
 
-import json
 import math
 
 import numpy as np
@@ -38,6 +37,7 @@ from opd.loss import PPO, Method
 from opd.metrics import sequence_metrics
 from opd.policy import (
     Policy,
+    add_place_flags,
     check_tokens,
     find_folder,
     hash_weights,
@@ -49,6 +49,7 @@ from opd.policy import (
     vocabulary_size,
 )
 from opd.records import BadInput
+from opd.tensors import micro_batches
 from opd.trainer import Run, Trainer, add_trainer_flags, run_identity, trainer_settings
 
 # the released scripts' token mean and clip; their gradient clip, 0.2, is a flag of train.py
@@ -236,10 +237,9 @@ def optimise(trainer, own, given, loss, batch_tokens):
         item["judged"] = scorer.sees(item["prompt_ids"], item["response_ids"])
     metrics = weigh_scores(scorer, loss, own, given, batch_tokens)
     items = [item for item in items if item["omega"]]
-    lengths = [len(s["prompt_ids"]) + len(s["response_ids"]) for s in items]
-    for batch in token_batches(lengths, batch_tokens):
-        values = scorer.values([items[i]["judged"] for i in batch])
-        omegas = np.asarray([items[i]["omega"] for i in batch]).astype(np.float32)
+    for some in micro_batches(items, batch_tokens):
+        values = scorer.values([item["judged"] for item in some])
+        omegas = np.asarray([item["omega"] for item in some]).astype(np.float32)
         (-(values @ torch.from_numpy(omegas).to(values.device))).backward()
         trainer.collect()
     metrics["train/grad_norm"] = trainer.update()
@@ -294,21 +294,8 @@ def train_parser():
     )
     p.add_argument("--batch-size", type=int, default=32, help="prompts an optimiser step")
     p.add_argument("--epochs", type=int, default=1, help="walks over the rollouts")
-    p.add_argument(
-        "--micro-batch-tokens",
-        type=int,
-        default=8192,
-        help="rows x longest row in one forward pass: memory, not result",
-    )
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
-    p.add_argument(
-        "--template-options",
-        type=json.loads,
-        default={},
-        metavar="JSON",
-        help="as for rollout.py",
-    )
+    add_place_flags(p)
     p.add_argument("--seed", type=int, default=0, help="order of the prompts, and a new head")
     add_trainer_flags(p)
     return p
@@ -316,9 +303,11 @@ def train_parser():
 
 def train(argv=None):
     args = train_parser().parse_args(argv)
-    for flag in ("batch_size", "epochs", "micro_batch_tokens"):
-        if getattr(args, flag) < 1:
-            raise BadInput(f"--{flag.replace('_', '-')}: expected at least 1")
+    files.check_at_least_1(
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        micro_batch_tokens=args.micro_batch_tokens,
+    )
     source = find_folder(args.model)
     weights = hash_weights(source)
     inputs = [path for path in (args.rollouts, args.data, args.prompts) if path]

@@ -3,6 +3,7 @@
     python -m methods.sparse_to_dense spend --ledger labels.jsonl --prompts P --rollouts R \\
         --purpose teacher-rl
     python rubric.py grade --grader answer --prompts P --rollouts R --out W
+    python -m opd.files check labels.jsonl
 
 A label that a teacher was trained with is in its student too, so a second stage that is to
 learn from new labels must not meet the old ones (2605.12483, the contrast of new and replayed

@@ -522,6 +522,13 @@ def dispatch(doc, commands, argv):
     return commands[argv[0]](argv[1:])
 
 
+def check_at_least_1(**options):
+    """Refuses flags whose value is given and below 1."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise BadInput(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+
+
 def check_given(label, needed, **options):
     """Exactly one of the flags is given where one is needed, and else none."""
     names = ["--" + name.replace("_", "-") for name in options]
@@ -534,10 +541,12 @@ def check_given(label, needed, **options):
         raise BadInput(f"{' and '.join(found)} are both a teacher's numbers: give one of them")
 
 
-def changed_field(row, flag, text):
+def changed_field(row, flag, text, fixed=()):
     """The dataclass `row` with one field changed by the text NAME=VALUE of a flag.  Fields are
-    str, int or float; BadInput names the flag, what was expected and what was got."""
+    str, int or float, and none of `fixed`; BadInput names the flag, what was expected and what
+    was got."""
     types = {f.name: f.type for f in dataclasses.fields(row) if f.type in (str, int, float)}
+    types = {name: kind for name, kind in types.items() if name not in fixed}
     name, equals, value = text.partition("=")
     if not equals or name not in types:
         raise BadInput(f"{flag} {text}: expected NAME=VALUE with a name of {', '.join(types)}")

@@ -352,7 +352,7 @@ def settings(methods, name, overrides=()):
             own = changed_field(own, "--set", text)
             method = dataclasses.replace(method, own=own)
         else:
-            method = changed_field(method, "--set", text)
+            method = changed_field(method, "--set", text, fixed=("formula", "about"))
     check(method)
     return method
 

@@ -29,8 +29,8 @@ class Policy:
         self.tokenizer = tokenizer
         self.template_options = template_options or {}
         self.identity = identity_of(name, weights, tokenizer, self.template_options)
-        self.stop_ids = stop_ids(model, tokenizer)
         self.vocabulary = vocabulary_size(tokenizer)
+        self.stop_ids = [i for i in stop_ids(model, tokenizer) if i < self.vocabulary]
         options = head_options(model, self.vocabulary)
         self.head_options = {"vocabulary": self.vocabulary} | options
 
@@ -338,6 +338,18 @@ def likeliest(policy, hidden, k):
     return torch.cat(found)
 
 
+def add_place_flags(p):
+    """Where a model is, and how its chat template is used: also for the training commands."""
+    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    p.add_argument(
+        "--template-options",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="handed to the chat template, e.g. '{\"enable_thinking\": false}'",
+    )
+
+
 def add_model_flags(p):
     """How a model is loaded, or which folder speaks for a served one; shared with teacher.py
     score."""
@@ -347,14 +359,7 @@ def add_model_flags(p):
         choices=("auto", "float32", "bfloat16", "float16"),
         help="auto: as the folder stores it",
     )
-    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
-    p.add_argument(
-        "--template-options",
-        type=json.loads,
-        default={},
-        metavar="JSON",
-        help="handed to the chat template, e.g. '{\"enable_thinking\": false}'",
-    )
+    add_place_flags(p)
     p.add_argument(
         "--tokenizer",
         help="served models: folder whose template and vocabulary the server uses (default: "

@@ -151,7 +151,9 @@ QUESTION = {"messages": MESSAGES, "prompt": TEXT, "answer": ANY, "solution": TEX
 KINDS = {
     "rollouts": Kind(("id", "sample"), "loss_mask", ANSWER | TOKENS, EPISODE),
     "rubrics": Kind(("id",), "criteria", RUBRIC, {}),
-    "rewards": Kind(("id", "sample"), "reward", GRADE, {"verdicts": ANY}),
+    "rewards": Kind(
+        ("id", "sample"), "reward", GRADE, {"verdicts": ANY, "discriminator": TEXT}
+    ),
     "evals": Kind(("id", "sample"), "correct", EVAL, {}),
     "results": Kind((), "arm", RESULT, {}),
     "labels": Kind((), "spent_on", LABEL, {}),
@@ -185,12 +187,25 @@ def validate(record, kind):
         return "messages: expected exactly one of `messages` and `prompt`"
     if kind == "rollouts" and not record["prompt_ids"]:
         return "prompt_ids: expected at least one token, got an empty list"
-    if kind == "rewards" and (record["reward"] is None) != (record["status"] == "failed"):
-        return (
-            f'reward: expected null exactly when status is "failed", got '
-            f'{record["reward"]} with "{record["status"]}"'
-        )
+    if kind == "rewards":
+        return _validate_reward(record)
     return _validate_tokens(record) if "response_ids" in record else None
+
+
+def _validate_reward(record):
+    """Null is a failure, and only a discriminator scores beyond [0, 1]."""
+    reward = record["reward"]
+    if (reward is None) != (record["status"] == "failed"):
+        return (
+            f'reward: expected null exactly when status is "failed", got {reward} with '
+            f'"{record["status"]}"'
+        )
+    if reward is not None and not 0 <= reward <= 1 and "discriminator" not in record:
+        return (
+            f"reward: expected a number in [0, 1] or null, got {reward}: only a "
+            f"`discriminator` scores beyond that"
+        )
+    return None
 
 
 def _validate_tokens(record):

@@ -108,9 +108,7 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
     position = (mask.cumsum(-1) - 1).clamp(min=0)
     draws = torch.as_tensor(draws, device=device)
     limits = torch.tensor(max_tokens, device=device).expand(len(prompts))
-    stops = torch.tensor(
-        [i for i in policy.stop_ids if i < policy.vocabulary], dtype=torch.int64, device=device
-    )
+    stops = torch.tensor(policy.stop_ids, dtype=torch.int64, device=device)
     answers = [Answer() for _ in prompts]
     rows = np.arange(len(prompts))  # which answer each row of the shrinking batch belongs to
     cache = None
@@ -445,6 +443,24 @@ def sampler_from_flags(args, need_tokens):
     if toolbox:
         determined_by["tools"] = toolbox.settings
     return sampler, determined_by
+
+
+def fill_from_flags(args, kind, need_tokens):
+    """Completes the file --out with --n answers to each prompt: what rollout.py, teacher.py
+    answer and eval.py --model do.  Returns (records in the file, failures)."""
+    jobs = jobs_by_key(read_prompts(args.prompts, args.slice), args.n)
+    sampler, settings = sampler_from_flags(args, need_tokens)
+    # fill asks for the keys (id, sample) that --out lacks and appends what the sampler yields
+    return files.fill(
+        args.out,
+        kind,
+        jobs,
+        lambda missing: sampler([jobs[key] for key in missing]),
+        settings,
+        [args.prompts],
+        args.overwrite,
+        limit=served.failure_limit(args),
+    )
 
 
 def read_prompts(path, part=":"):

@@ -60,8 +60,7 @@ def end_masses(policy, hidden, lengths):
     empty response."""
     ends = [end - 1 for end, n in zip(np.cumsum(lengths), lengths) if n]
     last = hidden[torch.tensor(ends, dtype=torch.int64, device=hidden.device)]
-    stop_ids = [i for i in policy.stop_ids if i < policy.vocabulary]
-    stops = torch.tensor([stop_ids], dtype=torch.int64, device=hidden.device)
+    stops = torch.tensor([policy.stop_ids], dtype=torch.int64, device=hidden.device)
     logps, _ = linear_logp(
         last, policy.head, stops.expand(len(last), -1), **policy.head_options
     )

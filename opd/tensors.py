@@ -20,9 +20,10 @@ class StepSettings:
     teacher_top_k: int = None  # of a teacher in memory; None: its whole vocabulary
 
 
-def micro_batches(items, settings):
+def micro_batches(items, batch_tokens):
+    """Lists of items of like length whose padded forward pass has at most batch_tokens."""
     lengths = [len(s["prompt_ids"]) + len(s["response_ids"]) for s in items]
-    for batch in token_batches(lengths, settings.micro_batch_tokens):
+    for batch in token_batches(lengths, batch_tokens):
         yield [items[i] for i in batch]
 
 
@@ -78,7 +79,7 @@ def read_teacher(teacher, items, top_k):
 def current_logps(policy, data, items, settings):
     """log-probs [length] of the trained tokens of every item under the weights as they are."""
     out = {}
-    for some in micro_batches(items, settings):
+    for some in micro_batches(items, settings.micro_batch_tokens):
         hidden = states(policy, some)
         numbers = token_numbers(
             hidden,

@@ -77,6 +77,12 @@ def add_trainer_flags(p):
         "all rounds; by default this call's last step)",
     )
     p.add_argument(
+        "--micro-batch-tokens",
+        type=int,
+        default=8192,
+        help="rows x longest row in one forward pass: memory, not result",
+    )
+    p.add_argument(
         "--save-every",
         type=int,
         default=100,

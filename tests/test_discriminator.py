@@ -17,7 +17,7 @@ import teacher
 import train
 from methods import gad
 from methods.gad import load_scorer, pair_weights, verdicts
-from opd import files
+from opd import files, records
 from opd import policy as policies
 from opd.batches import Data, Inputs
 from opd.trainer import Trainer
@@ -313,3 +313,10 @@ def test_pad_and_end_may_be_one_token(world, tmp_path):
     together = scorer.scores(sequences)
     alone = list(itertools.chain.from_iterable(scorer.scores([s]) for s in sequences))
     assert together == pytest.approx(alone, abs=1e-5) and abs(together[0] - together[1]) > 1e-4
+
+
+def test_a_reward_beyond_0_and_1_needs_a_discriminators_name():
+    line = dict(id="a", sample=0, reward=2.5, status="ok", rollout="f", grader="g")
+    problem = records.validate(line, "rewards")
+    assert "expected a number in [0, 1] or null, got 2.5" in problem
+    assert records.validate(line | {"discriminator": "d"}, "rewards") is None

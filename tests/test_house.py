@@ -231,9 +231,10 @@ SYSTEMS = re.compile(
     r"unified|ledger)\b",
     re.I,
 )
+FIELDS = {"opd.records": {"discriminator"}}  # fields of records that files hold
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if layer(m) in ("opd", "stage")])
 def test_the_core_names_no_system_but_ropd(module):
     found = {m[0].lower() for m in SYSTEMS.finditer(MODULES[module].read_text())}
-    assert not found
+    assert not found - FIELDS.get(module, set())

@@ -23,9 +23,8 @@ PREFIXES = ("keep", "drop")
 class UnitLoss(OwnLoss):
     """The reverse KL over each text unit's candidates (eq. 6-9)."""
 
-    # score of a unit of several tokens: their log-probs' "mean" (eq. 7), "sum", the "logit"
-    # mean
-    # (the released code); "none" leaves such units out
+    # score of a unit of several tokens: their log-probs' "mean" (eq. 7) or "sum", or the mean
+    # "logit" (the released code); "none" leaves such units out
     span: str = "mean"
     # shared tokens that only begin the text of such a unit: "keep" them as rivals, or "drop"
     prefixes: str = "keep"
