@@ -48,15 +48,17 @@ def sample(model, prompts, out, overwrite, flags):
 
 
 def read_answers(path, prompts, partial):
-    """The Table of rollouts or answers: as many to every prompt, and to no other prompt."""
+    """The Table of rollouts or answers: as many to every prompt, less those that failed when
+    they were sampled, and to no other prompt."""
     answers = files.Table(path, "answers")  # a rollout has every field of an answer
     counts = Counter(key[:1] for key in answers.keys())
     most = max(counts.values())
+    failed = Counter(key[:1] for key in files.failed_keys(path))
     for key in counts.keys() - prompts.keys():
         raise BadInput(f"{path}: id: expected the ids of {prompts.path}, got {key[0]!r}")
     for key in prompts.keys():
         # other prompts, or easier ones, are another accuracy
-        if counts[key] < most and not partial:
+        if counts[key] + failed[key] < most and not partial:
             raise BadInput(
                 f"{path}: expected {most} answers to every prompt, got {counts[key]} to id "
                 f"{key[0]!r} ({prompts.where(key)}): complete the file, or --partial to "

@@ -155,16 +155,14 @@ def create(argv):
     answers = by_prompt(args.answers, "answers", args.m)
     attempts = by_prompt(args.rollouts, "rollouts")
     for key in attempts:
-        have = len(answers.get(key, ()))
         if key not in prompts:
             raise BadInput(
                 f"{args.prompts}: expected a prompt with id {key!r}, of which "
                 f"{args.rollouts} has rollouts, but there is none"
             )
-        if have < args.m:
-            raise BadInput(
-                f"{args.answers}: expected {args.m} answers (--m) to prompt {key!r}, got {have}"
-            )
+    short = [key for key in attempts if len(answers.get(key, ())) < args.m]
+    what = f"{args.answers} has fewer than {args.m} answers (--m) to them"
+    attempts = files.without(attempts, short, what)
     llm = judge.from_flags(args) if args.rubricator == "llm" else None
     settings = {"rubricator": args.rubricator, "m": args.m}
     settings |= llm.settings() if llm else {"predicates": args.predicates}
@@ -210,10 +208,7 @@ def create(argv):
 def rubric_rewards(prompt, responses, rubrics, verify):
     """The weighted pass rate of the prompt's rubric for every answer.
     verify(question, criteria, texts) gives the verdicts, or a failure in an answer's place."""
-    rubric = rubrics.get(str(prompt["id"]))
-    if rubric is None:
-        return [Reward(None, "no rubric for this prompt")] * len(responses)
-    criteria = rubric["criteria"]
+    criteria = rubrics[str(prompt["id"])]["criteria"]
     points = [criterion["points"] for criterion in criteria]
     given = []
     for verdicts in verify(question_of(prompt), criteria, texts(responses)):
@@ -343,6 +338,8 @@ def grade(argv):
         if not args.rubrics:
             raise BadInput(f"--grader {args.grader}: expected --rubrics FILE")
         rubrics = read_rubrics(args.rubrics, groups, table, args.frozen_rubrics)
+        unmade = groups.keys() - rubrics.keys()
+        groups = files.without(groups, unmade, f"{args.rubrics} has no rubric for them")
         references = by_prompt(args.answers, "answers") if args.answers else {}
     if args.grader == "answer":
         grader = answer_rewards
@@ -367,7 +364,7 @@ def grade(argv):
     files.fill(
         args.out,
         "rewards",
-        table.keys(),
+        [key for keys in groups.values() for key in keys],
         lambda missing: grade_missing(missing, groups, table, grade_group, llm, name),
         settings,
         [f for f in (args.prompts, args.rubrics, args.rollouts, args.answers) if f],

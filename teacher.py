@@ -286,6 +286,7 @@ def scorer_from_flags(args):
         scorer.prompts = read_other_prompts(
             args.prompts, args.hint, tokenizer, args.template_options, rollouts
         )
+    scorer.check_lengths()
     if args.top_k_of:
         scorer.proposals = files.Table(args.top_k_of, "scores")
         scorer.proposer = check_proposals(scorer.proposals, rollouts)

@@ -296,7 +296,8 @@ def load_given(inputs, method, policy, teacher, data):
         given = Data(inputs, METHODS["sft"], policy)
     else:
         given = Data(inputs, dataclasses.replace(method, prefix="data"), policy, teacher)
-    given.check_answers_all(data)
+    lacking = data.groups.keys() - given.groups.keys()
+    data.leave_out(lacking, f"{inputs.rollouts} has no answer to them")
     return given
 
 
@@ -377,6 +378,11 @@ def main(argv=None):
     if "teacher" not in args.allow:
         check_teacher(source, method, data)
     steps = plan(data.groups, args.batch_size, args.epochs or 1, args.steps, args.seed)
+    if flat := data.steps_without_signal(steps):
+        print(
+            f"WARNING: in {flat} of {len(steps)} steps every advantage is 0, for every answer "
+            f"to a prompt has one reward: nothing is learnt from the rewards in them"
+        )
     several = method.on_policy and len(steps) > 1
     old = starting_logps(policy, data, settings) if several else {}
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from opd import loss as losses
 from opd import records
-from opd.files import Table, guess_kind, record_for
+from opd.files import Table, guess_kind, record_for, without
 from opd.policy import check_tokens, render
 from opd.records import BadInput
 from opd.stats import repetition_ratio
@@ -76,6 +76,7 @@ class Data:
     temperature   that of the rollouts, where it matters, or None
     signals       metrics of the whole file, where there are rewards
     dropped       groups that left for a failed judgement;  silent: for weights of 0
+    left_out      prompts that left because a file has no record of them
     retokenized   keys of answers whose text had to be tokenized
     writers, scorers   {weights: model} of who wrote the answers, who scored them"""
 
@@ -97,13 +98,26 @@ class Data:
         self.retokenized = set()
         self.writers = {}
         self.scorers = {}
+        self.left_out = set()
         self._top_k = {}
+        trained = set()  # prompts of which an answer has a token to train on
         for rollout in self.rollouts:  # found out now, not after half of the updates
             key = records.key_of(rollout, "rollouts")
             self._check_source(rollout, self.rollouts.where(key))
-            self._check_partners(rollout, key)
             self.writers[rollout["policy"].get("weights")] = rollout["policy"]["model"]
             self.groups.setdefault(key[0], []).append(key)
+            if has_token(rollout):
+                trained.add(key[0])
+        tables = [self.rewards, self.scores, self.reference, self.weights]
+        tables = [table for table in tables if table is not None]
+        for table in tables:
+            lacking = {key[0] for key in self._keys() if key not in table}
+            self.leave_out(lacking, f"{table.path} has not all {table.kind} of them")
+        empty = self.groups.keys() - trained
+        self.leave_out(empty, f"no answer to them in {inputs.rollouts} has a token to train on")
+        if tables:
+            for key in self._keys():
+                self._check_partners(self.rollouts[key], key)
         self._weigh()
 
     def _open_rollouts(self, path):
@@ -137,6 +151,9 @@ class Data:
             )
         if self.prefix == "self" or self.scores or self.reference:
             check_tokens(rollout, where, ours, self.policy.vocabulary)
+        if self._has_our_tokens(rollout):
+            length = len(rollout["prompt_ids"]) + len(rollout["response_ids"])
+            self.policy.check_length(length, where)
 
     def _check_sampling(self, rollout, where):
         """The recorded log-probs are those of the distribution that was sampled from."""
@@ -229,6 +246,15 @@ class Data:
 
     # ---- groups
 
+    def _keys(self):
+        return [key for keys in self.groups.values() for key in keys]
+
+    def leave_out(self, prompts, reason):
+        """Goes on without these prompts, and names them; BadInput if none is left."""
+        kept = without(self.groups, prompts, reason)
+        self.left_out |= self.groups.keys() - kept.keys()
+        self.groups = kept
+
     def _weigh(self):
         """Group advantages and weights of all rollouts.  Groups with a failed judgement are
         dropped and counted, rollouts of weight 0 leave the data, and with them groups of which
@@ -269,19 +295,28 @@ class Data:
                 f"(omega {self.method.omega}), nothing is left to train on"
             )
 
-    def check_answers_all(self, other):
-        """Refuses given answers that leave a prompt of `other` without one."""
-        for prompt in other.groups:
-            if prompt not in self.groups:
-                raise BadInput(
-                    f"{self.rollouts.path}: expected an answer to every prompt of "
-                    f"{other.rollouts.path}, got none to id {prompt!r}"
-                )
+    def steps_without_signal(self, steps):
+        """How many of the steps (lists of prompts) have no advantage other than 0: where the
+        rewards are all that trains, the weights do not move in them.  BadInput for groups of
+        one, in which no answer can be better than the others."""
+        if "reward" not in self.method.coefficient:
+            return 0
+        if max(map(len, self.groups.values())) == 1:
+            raise BadInput(
+                f"{self.rollouts.path}: expected at least 2 rollouts of a prompt (rollout.py "
+                f"--n) for a group advantage, got 1: every advantage would be 0"
+            )
+        flat = 0
+        for step in steps:
+            keys = [key for prompt in step for key in self.groups[prompt]]
+            flat += not any(self.advantages[key][0] for key in keys)
+        return flat
 
     def counts(self):
         """What a run's summary says of the data."""
         return {
             "groups_dropped": self.dropped,
+            "prompts_left_out": len(self.left_out),
             "groups_without_weight": self.silent,
             "retokenized": len(self.retokenized),
         }
@@ -402,6 +437,13 @@ class Data:
         )
 
 
+def has_token(rollout):
+    """Whether an answer has a token to train on; a cut empty text has none."""
+    if "loss_mask" in rollout:
+        return any(rollout["loss_mask"])
+    return bool(rollout["text"]) or rollout["finish_reason"] == "stop"
+
+
 def as_float32(numbers):
     return np.asarray(numbers, np.float32)
 
@@ -453,12 +495,12 @@ def check_teacher(source, method, data):
     if set(before) != set(scorers):
         raise BadInput(
             f"{where}: policy.weights: expected the teacher that {source} was fine-tuned on, "
-            f"{named(before)}, got {named(scorers)}: the method wants one teacher for both; "
-            f"pass --allow teacher if another is meant"
+            f"{described(before)}, got {described(scorers)}: the method wants one teacher for "
+            f"both; pass --allow teacher if another is meant"
         )
 
 
-def named(teachers):
+def described(teachers):
     """{weights: name} in words."""
     shown = ", ".join(f"{weights} ({name})" for weights, name in teachers.items())
     return shown or "none on record"

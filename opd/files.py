@@ -9,7 +9,8 @@ Four rules keep data safe:
    only the records that are missing.
 3. A resumed file must have been begun with the same settings, from the same inputs: the writer
    keeps both in `FILE.run.json` and refuses a mixture.  An input may have grown since; it may
-   not have changed.
+   not have changed.  How many records are wanted stands there too, and which of them failed: a
+   reader refuses a file that a killed stage has left short.
 4. Rewards, scores and weights carry the fingerprint of the rollout they belong to, so that
    those of another round with the same ids can never be joined by mistake.
 
@@ -65,15 +66,15 @@ def _problem(line, record, kind):
     return f"expected JSON, which has no {constants[0]}" if constants else None
 
 
-def _lines(path, kind):
+def _lines(path, kind, unfinished=False):
     """Yields (line number, byte offset, validated record); the shared walk of `read` and
-    `Table`."""
+    `Table`.  unfinished: a file that lacks records is read all the same."""
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: expected a JSONL file of {kind}, but there is no such file")
     seen = set()
     end = 0
-    found = False
+    found = 0
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             start = end
@@ -93,17 +94,47 @@ def _lines(path, kind):
                         f"{place}: duplicate key: {shown} stands on an earlier line too"
                     )
                 seen.add(key)
-            found = True
+            found += 1
             yield number, start, record
     if not found:
         raise BadInput(f"{path}: expected at least one record of {kind}, but the file is empty")
+    if not unfinished:
+        check_finished(path, kind, found)
 
 
 def read(path, kind):
     """Yields the validated records of a file, one at a time.  Raises BadInput naming file, line
-    and field."""
+    and field, and in the end if a killed stage has left the file short."""
     for _, _, record in _lines(path, kind):
         yield record
+
+
+def sidecar_of(path):
+    """Where the writer of a file keeps what it was made with."""
+    return Path(path).with_name(Path(path).name + ".run.json")
+
+
+def failed_keys(path):
+    """Keys of the records that a stage could not make, as its sidecar names them."""
+    try:
+        return {tuple(key) for key in json.loads(sidecar_of(path).read_text())["failed"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()  # a file from elsewhere, or of an earlier version
+
+
+def check_finished(path, kind, found):
+    """Refuses a file with fewer records than its writer was asked for, those left out that
+    failed by name."""
+    try:
+        wanted = int(json.loads(sidecar_of(path).read_text())["wanted"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if found + len(failed_keys(path)) < wanted:
+        raise BadInput(
+            f"{path}: unfinished: expected {wanted} records of {kind} "
+            f"({sidecar_of(path).name}), got {found}: run the stage that writes it again, or "
+            f"copy the file to another place to use what is there"
+        )
 
 
 class Table:
@@ -187,11 +218,15 @@ class Writer:
 
     settings: whatever determines the records (model, seed, temperature ...); inputs: the files
     they are made from.  Both are kept in `path.run.json` and must match when a file is resumed.
-    retry: a predicate; finished records for which it holds are dropped and made again."""
+    retry: a predicate; finished records for which it holds are dropped and made again.  wanted:
+    how many records the file shall hold in the end."""
 
-    def __init__(self, path, kind, settings, inputs=(), overwrite=False, retry=None):
+    def __init__(
+        self, path, kind, settings, inputs=(), overwrite=False, retry=None, wanted=None
+    ):
         self.path = Path(path)
         self.kind = kind
+        self.state = {"settings": settings, "inputs": inputs, "wanted": wanted, "failed": []}
         self.done = set()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,14 +275,23 @@ class Writer:
             pass  # a file system without locks
 
     def _resume(self, settings, inputs, retry):
-        sidecar = self.path.with_name(self.path.name + ".run.json")
         if self.path.stat().st_size:
-            self._check_same_run(sidecar, settings, inputs)
+            self._check_same_run(sidecar_of(self.path), settings, inputs)
             cut_torn_line(self.path)
         if self.path.stat().st_size:
             self._load_done(retry)
-        state = {"settings": settings, "inputs": {str(p): hash_file(p) for p in inputs}}
-        write_atomically(sidecar, json.dumps(state, indent=1, default=str) + "\n")
+        self.state["inputs"] = {str(p): hash_file(p) for p in inputs}
+        self._keep_state()
+
+    def _keep_state(self):
+        text = json.dumps(self.state, indent=1, default=str)
+        write_atomically(sidecar_of(self.path), text + "\n")
+
+    def finish(self, failed):
+        """Says in the sidecar which records could not be made (keys): a reader goes on without
+        them."""
+        self.state["failed"] = sorted(failed)
+        self._keep_state()
 
     def _check_same_run(self, sidecar, settings, inputs):
         fresh = f"give another --out, or --overwrite to begin {self.path.name} anew"
@@ -281,13 +325,14 @@ class Writer:
 
     def _load_done(self, retry):
         again = 0
-        for record in read(self.path, self.kind):
+        for _, _, record in _lines(self.path, self.kind, unfinished=True):
             if retry and retry(record):
                 again += 1
             else:
                 self.done.add(key_of(record, self.kind))
         if again:
-            kept = (r for r in read(self.path, self.kind) if not retry(r))
+            lines = _lines(self.path, self.kind, unfinished=True)
+            kept = (record for _, _, record in lines if not retry(record))
             write_atomically(self.path, (_dump(r).decode() for r in kept))
             self._file.close()
             self._open()  # the file has been replaced by a new one
@@ -317,6 +362,9 @@ class Writer:
         self._file.close()
 
 
+FEW = 2  # failures that are no rate yet: one of eight says nothing of the others
+
+
 class FailureLimit(NamedTuple):
     """How many failures a stage bears: a share of all records, or `first` of them while none
     has succeeded."""
@@ -328,9 +376,9 @@ class FailureLimit(NamedTuple):
 
 def stop_if_failing(out, failures, done, total, limit):
     """Raises BadInput when more failed than `limit` allows; what was written is kept."""
-    too_many = len(failures) > limit.rate * total
-    nothing_works = not done and len(failures) >= limit.first
-    if too_many or nothing_works:
+    allowed = max(limit.rate * total, FEW) if limit.rate else 0
+    nothing_works = not done and len(failures) >= min(limit.first, total)
+    if len(failures) > allowed or nothing_works:
         raise BadInput(
             f"{out}: {len(failures)} of {total} requests failed, {done} succeeded and are "
             f"kept; more than --patience max_failure_rate={limit.rate} allows "
@@ -357,14 +405,16 @@ def fill(
     in whole lines, so a killed run loses one batch.  settings and inputs: see Writer.
 
     A failure is never turned into a value.  It is counted; more than `limit` allows stop the
-    stage, fewer are left for the next run.  failure_of(record): why a record that is written
+    stage, fewer are named in FILE.run.json, and the stages that read the file go on without
+    them; the next run tries them again.  failure_of(record): why a record that is written
     all the same counts as failed (a null judgement), or None; the next run makes it again.
 
         fill("evals.jsonl", "evals", rollouts.keys(), lambda missing: map(grade, missing), {})
     """
     keys = list(keys)
     failures = []
-    with Writer(out, kind, settings, inputs, overwrite, failure_of) as writer:
+    how = dict(retry=failure_of, wanted=len(keys))
+    with Writer(out, kind, settings, inputs, overwrite, **how) as writer:
         missing = [key for key in keys if key not in writer]
         done = len(writer.done)
         bar = progress(total=len(keys), initial=len(keys) - len(missing), desc=Path(out).name)
@@ -383,12 +433,37 @@ def fill(
                 if failures:
                     stop_if_failing(out, failures, done, len(keys), limit)
         written = len(writer.done)
+        left = [key for key in keys if key not in writer]
+        if left:
+            writer.finish(left)
     if failures:
         print(
-            f"{out}: {len(failures)} of {len(keys)} {kind} failed (first: {failures[0]}); run "
-            f"the same command again for them"
+            f"{out}: {len(failures)} of {len(keys)} {kind} failed{named(left)} (first: "
+            f"{failures[0]}); the next stages go on without them; run the same command again "
+            f"to try them again"
         )
     return written, failures
+
+
+def without(groups, gone, reason):
+    """groups, a dict by prompt id, less the prompts of `gone`, which are named on the screen;
+    BadInput if none is left."""
+    kept = {name: group for name, group in groups.items() if name not in gone}
+    missing = [(name,) for name in groups if name in gone]
+    if missing:
+        text = f"{len(missing)} of {len(groups)} prompts are left out: {reason}{named(missing)}"
+        if not kept:
+            raise BadInput(text)
+        print(f"WARNING: {text}")
+    return kept
+
+
+def named(keys, most=3):
+    """The first keys in brackets, for messages:  [("t7", 0)] -> " [t7 0]"."""
+    if not keys:
+        return ""
+    shown = ", ".join(" ".join(map(str, key)) for key in keys[:most])
+    return f" [{shown}{', ...' if len(keys) > most else ''}]"
 
 
 def append_whole(file, lines):

@@ -30,6 +30,9 @@ class Policy:
         self.template_options = template_options or {}
         self.identity = identity_of(name, weights, tokenizer, self.template_options)
         self.vocabulary = vocabulary_size(tokenizer)
+        config = model.config.get_text_config()
+        self.positions = getattr(config, "max_position_embeddings", None) or math.inf
+        self.attends = set(getattr(config, "layer_types", None) or []) != {"linear_attention"}
         self.stop_ids = [i for i in stop_ids(model, tokenizer) if i < self.vocabulary]
         options = head_options(model, self.vocabulary)
         self.head_options = {"vocabulary": self.vocabulary} | options
@@ -45,6 +48,15 @@ class Policy:
         number) are no tokens: they take no probability, in sampling, scoring and training
         alike."""
         return self.model.get_output_embeddings().weight
+
+    def check_length(self, tokens, where):
+        """Raises BadInput for a sequence of more tokens than the model has positions: beyond
+        them a learnt table ends, and rotary ones answer nonsense."""
+        if tokens > self.positions:
+            raise BadInput(
+                f"{where}: expected at most {self.positions} tokens with the prompt, the "
+                f"positions of {self.identity['model']}, got {tokens}"
+            )
 
 
 def load_policy(name, dtype="auto", device=None, template_options=None, weights=None):
@@ -218,7 +230,7 @@ def head_options(model, vocabulary):
         )
     ids = torch.arange(min(8, vocabulary), device=head.weight.device)[None]
     own = model(input_ids=ids).logits[0].float()
-    hidden = model.get_decoder()(input_ids=ids).last_hidden_state[0]
+    hidden = model.get_decoder()(input_ids=ids).last_hidden_state[0].to(head.weight.dtype)
     best = {}
     smallest = math.inf
     for candidate in head_candidates(model.config.get_text_config()):
@@ -313,12 +325,14 @@ def hidden_at(model, sequences, positions):
         [row * width + p for row, at in enumerate(positions) for p in at], dtype=torch.int64
     )
     # a classifier has no output embeddings
-    device = (model.get_output_embeddings() or model.get_input_embeddings()).weight.device
+    head = (model.get_output_embeddings() or model.get_input_embeddings()).weight
+    device = head.device
     padded = None if bool(mask.all()) else mask.to(device)
     hidden = model.get_decoder()(
         input_ids=ids.to(device), attention_mask=padded, use_cache=False
     ).last_hidden_state
-    return hidden.flatten(0, 1)[flat.to(device)]
+    # some keep a residual in float32, and round where the head begins
+    return hidden.flatten(0, 1)[flat.to(device)].to(head.dtype)
 
 
 def response_positions(prompt_ids, loss_mask):

@@ -15,6 +15,7 @@ from opd import files, records, served
 from opd.kernel import all_logits
 from opd.policy import (
     add_model_flags,
+    hidden_at,
     load_policy,
     render,
     resume_identity,
@@ -90,10 +91,12 @@ def left_padded(prompts, device):
 def next_logits(policy, ids, mask, position, cache):
     """(float32 logits [B, V] after the last column of ids, as the trainer computes them; the
     cache)."""
+    if cache is not None and not policy.attends:
+        mask = None  # a recurrent state holds no padding; Mamba would read the mask as inputs
     step = policy.model.get_decoder()(
         input_ids=ids, attention_mask=mask, position_ids=position, cache=cache, use_cache=True
     )
-    last = step.last_hidden_state[:, -1]
+    last = step.last_hidden_state[:, -1].to(policy.head.dtype)
     return all_logits(last, policy.head, **policy.head_options), step.cache
 
 
@@ -139,6 +142,34 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         position = position[:, -1:] + 1
     return answers
+
+
+def check_cache(policy):
+    """Refuses a model whose cached steps are not its plain forward pass: one without a cache,
+    or whose state does not follow the rows that stay in a batch."""
+    prompts = [[min(i, policy.vocabulary - 1) for i in range(n)] for n in (1, 3, 2)]
+    tolerance = 0.01 if policy.head.dtype == torch.float32 else 0.5  # nats
+    try:
+        answers = sample_batch(
+            policy, prompts, np.zeros((3, 3)), max_tokens=[3, 1, 2], temperature=0, top_p=1
+        )
+        ids = [answer.response_ids for answer in answers]
+        at = [range(len(p) - 1, len(p) + len(new) - 1) for p, new in zip(prompts, ids)]
+        hidden = hidden_at(policy.model, [p + new for p, new in zip(prompts, ids)], at)
+        logps = all_logits(hidden, policy.head, **policy.head_options).log_softmax(-1)
+        chosen = logps.gather(-1, torch.tensor(sum(ids, []), device=logps.device)[:, None])
+        own = torch.tensor(sum([answer.logprobs for answer in answers], []))
+        gap = float((own - chosen[:, 0].cpu()).abs().max())
+    except BadInput:
+        raise
+    except Exception as error:  # a model's own code raises what it likes
+        gap = f"{type(error).__name__}: {error}"
+    if isinstance(gap, str) or not gap <= tolerance:
+        raise BadInput(
+            f"{policy.identity['model']}: expected a cache whose steps are the plain forward "
+            f"pass, got {gap if isinstance(gap, str) else f'log-probs off by {gap:.3g}'}: "
+            f"sample from a server (--base-url)"
+        )
 
 
 def sample_episodes(policy, prompts, draws, toolbox, names, *, max_tokens, temperature, top_p):
@@ -234,8 +265,7 @@ class LocalSampler:
         self.settings = settings
         self.toolbox = toolbox
         self.identity = policy.identity
-        config = policy.model.config.get_text_config()
-        self.positions = getattr(config, "max_position_embeddings", None) or float("inf")
+        check_cache(policy)
 
     def __call__(self, jobs):
         max_tokens = self.settings.max_tokens
@@ -256,11 +286,8 @@ class LocalSampler:
             ids = self.toolbox.prompt(self.policy.tokenizer, prompt, options)
         else:
             ids = render(self.policy.tokenizer, prompt, options)
-        if len(ids) + self.settings.max_tokens > self.positions:
-            raise BadInput(
-                f"prompt {prompt['id']!r}: its {len(ids)} tokens and --max-tokens "
-                f"{self.settings.max_tokens} pass the model's {self.positions} positions"
-            )
+        longest = len(ids) + self.settings.max_tokens
+        self.policy.check_length(longest, f"prompt {prompt['id']!r} with --max-tokens")
         return ids
 
     def answer(self, jobs, rendered):

@@ -117,6 +117,11 @@ class Scorer:
         rollout = self.as_read(key)
         return len(rollout["prompt_ids"]) + len(rollout["response_ids"])
 
+    def check_lengths(self):
+        """Refuses rollouts beyond the positions of a model that is loaded here."""
+        for key in self.rollouts.keys() if self.policy else ():
+            self.policy.check_length(self.length(key), self.rollouts.where(key))
+
     def self_test(self):
         """The noise floor: on the shortest of the first eight rollouts, with those that fit
         into a batch beside it."""

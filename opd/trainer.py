@@ -199,10 +199,15 @@ class Trainer:
         text = json.dumps(state, indent=1, default=str)
         files.write_atomically(inner / "state.json", text + "\n")
 
-    def load_optimiser(self, folder):
-        """Puts moments and master weights back."""
+    def load_optimiser(self, folder, moments=True):
+        """Puts master weights and moments back.  A fresh optimiser has no moments, but what
+        was learnt below the precision of the weights stays learnt."""
         tensors = load_file(folder / "trainer" / "optimizer.safetensors")
-        for name, _, master in self.named():
+        for name, parameter, master in self.named():
+            if f"master/{name}" in tensors:
+                self._restore(master, parameter, tensors[f"master/{name}"], folder, name)
+            if not moments:
+                continue
             entry = {}
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{key}/{name}" in tensors:
@@ -211,8 +216,19 @@ class Trainer:
                     entry[key] = tensors[f"{key}/{name}"].clone().to(device)
             if entry:
                 self.optimiser.state[master] = entry
-            if f"master/{name}" in tensors:
-                master.data.copy_(tensors[f"master/{name}"])
+
+    @staticmethod
+    def _restore(master, parameter, saved, folder, name):
+        """A master weight from a file.  The weights of the folder are these, rounded; BadInput
+        where they are not, for then somebody has changed them since."""
+        close = (saved.to(parameter) - parameter).abs() <= parameter.abs() / 100
+        if not close.all():
+            raise BadInput(
+                f"{folder}/trainer: expected master weights of {name} that round to the "
+                f"folder's weights, got others: the weights were changed after the training; "
+                f"remove the folder's trainer/ to start from them"
+            )
+        master.data.copy_(saved)
 
     def load_weights(self, folder):
         """Puts the weights of a checkpoint back."""
@@ -286,8 +302,8 @@ class Run:
             )
 
     def begin(self, trainer, fresh):
-        """Goes on from the last checkpoint, or else with the optimiser of the starting folder,
-        unless `fresh` or trained by another method."""
+        """Goes on from the last checkpoint, or else with the starting folder's master weights,
+        and with its moments and step count unless `fresh` or trained by another method."""
         self.trainer = trainer
         self.started = time.time()
         self.done = 0  # steps of this call
@@ -313,17 +329,24 @@ class Run:
             text = json.dumps({"run": self.identity}, indent=1)
             files.write_atomically(self.partial / "run.json", text + "\n")
             metrics.unlink(missing_ok=True)
-            if not fresh:
-                self._continue_optimiser()
+            self._continue_optimiser(fresh)
             self.tokens = self.before["tokens"]
 
-    def _continue_optimiser(self):
+    def _continue_optimiser(self, fresh):
         path = self.source / "trainer" / "state.json"
         if not path.exists():
             return
+        if not path.with_name("optimizer.safetensors").exists():
+            if fresh:
+                return
+            raise BadInput(
+                f"{path.parent}: expected optimizer.safetensors beside state.json, but there "
+                f"is none: give --fresh-optimizer to start without its moments"
+            )
         state = read_json(path)
-        if state["run"]["flags"]["method"] == self.identity["flags"]["method"]:
-            self.trainer.load_optimiser(self.source)
+        same = state["run"]["flags"]["method"] == self.identity["flags"]["method"]
+        self.trainer.load_optimiser(self.source, moments=same and not fresh)
+        if same and not fresh:
             self.before = {"step": state["step"], "tokens": state["tokens"]}
 
     def steps(self, count):

@@ -4,6 +4,7 @@ and on a full disk, packing, memory."""
 import base64
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, refusal
+from conftest import ROOT, load, refusal
 
 import methods.simct  # noqa: F401  declares fields
 import methods.sparse_to_dense  # noqa: F401  declares a kind
@@ -742,12 +743,17 @@ def test_fill_makes_what_is_missing_once_and_in_order(path):
 
     with pytest.raises(KeyboardInterrupt):
         fill(work, {})
-    assert ids(path) == [0, 1, 2], "every result is on disk"
+    assert [r["id"] for r in load(path)] == [0, 1, 2], "every result is on disk"
 
     def rest(missing):
         asked.append(missing)
         return (reward(int(i)) for i, _ in missing)
 
+    with pytest.raises(BadInput, match="unfinished: expected 5 .*x.jsonl.run.json.*, got 3"):
+        list(files.read(path, "rewards"))
+    assert (
+        len(list(files.read(shutil.copy(path, path.with_name("copy.jsonl")), "rewards"))) == 3
+    )
     for _ in range(2):
         assert fill(rest, {}) == (5, [])
     assert asked == [keys, keys[3:]], "a finished file asks for nothing"
@@ -764,10 +770,15 @@ def test_fill_counts_failures_and_stops_beyond_the_limit(path, tmp_path):
     limit = files.FailureLimit(rate=0.5, first=2, advice="look")
     written, failures = files.fill(path, "rewards", keys, half, {}, limit=limit)
     assert written == 5 and [str(f) for f in failures] == ["1", "3", "5", "7", "9"]
+    assert len(list(files.read(path, "rewards"))) == 5, "what failed is named, not missed"
+    assert files.failed_keys(path) == {(str(i), 0) for i in range(1, 10, 2)}
+    some = limit._replace(rate=0.1)  # two failures are no rate yet, three of ten are
     with pytest.raises(
-        BadInput, match=r"2 of 10 requests failed, 5 succeeded .*last: 3\): look"
+        BadInput, match=r"3 of 10 requests failed, 5 succeeded .*last: 5\): look"
     ):
-        files.fill(path, "rewards", keys, half, {}, limit=limit._replace(rate=0.1))
+        files.fill(path, "rewards", keys, half, {}, limit=some)
+    with pytest.raises(BadInput, match="1 of 10 requests failed"):
+        files.fill(path, "rewards", keys, half, {}, limit=limit._replace(rate=0))
     none = lambda missing: (RuntimeError(i) for i in missing)  # noqa: E731
     other, every = tmp_path / "y.jsonl", limit._replace(rate=1)
     with pytest.raises(BadInput, match="2 of 10 requests failed, 0 succeeded"):
