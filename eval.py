@@ -16,7 +16,8 @@ estimator of Chen et al. 2021 (arXiv 2107.03374, eq. 1).  Truncated and repetiti
 TruncRate and RepRate of arXiv 2604.08527.
 
 Simplifications:
-1. An answer is right or wrong by its final value; its reasoning is not judged.
+1. An answer is right or wrong by its final value (opd/answers.py: when two are equal); its
+   reasoning is not judged.
 2. The 95 % interval is the t-interval of the prompts' means: answers to one prompt are alike.
    Where all prompts have the same mean there is no interval.
 3. Repetition is looked for in the last 256 characters, at a ratio of 4; the paper takes 10,000
@@ -28,7 +29,7 @@ from collections import Counter
 import numpy as np
 
 from opd import files, records
-from opd.answers import is_correct, read_answerable
+from opd.answers import add_equality_flag, equal, equality_named, is_correct, read_answerable
 from opd.records import BadInput
 from opd.sampling import add_sampling_flags, fill_from_flags
 from opd.stats import auc, interval, mean_or_none, pass_at_k, repetition_ratio, shown
@@ -70,7 +71,7 @@ def read_answers(path, prompts, partial):
 # ---- grading
 
 
-def grade(rollout, answer, tail):
+def grade(rollout, answer, tail, same=equal):
     """One line of the output: a rollout (or an API's answer) against the right final answer."""
     # of an episode the last step: repeated tool outputs are no loop of the model's
     text = records.final_text(rollout)
@@ -78,7 +79,7 @@ def grade(rollout, answer, tail):
         "id": rollout["id"],
         "sample": rollout["sample"],
         "text": rollout["text"],
-        "correct": bool(is_correct(text, answer)),
+        "correct": is_correct(text, answer, same),
         "length": records.sampled_length(rollout) if "response_ids" in rollout else None,
         "truncated": rollout["finish_reason"] == "length",
         "repetition": round(repetition_ratio(text, tail), 3),
@@ -234,6 +235,7 @@ def add_flags(p):
         default=4.0,
         help="compression ratio that counts as repetitive (paper: 10)",
     )
+    add_equality_flag(p)
     p.add_argument("--overwrite", action="store_true", help="begin output and sampling anew")
 
 
@@ -247,6 +249,7 @@ def main(argv=None):
         p.error("--rewards: belong to rollouts that exist already: expected --rollouts")
     if args.tail < 1:
         p.error(f"--tail: expected at least 1 character, got {args.tail}")
+    same = equality_named(args.equality)
     prompts = read_answerable(args.prompts)
     source = args.rollouts
     if args.model:
@@ -256,9 +259,9 @@ def main(argv=None):
 
     def work(missing):
         for key in missing:
-            yield grade(answers[key], prompts[key[:1]]["answer"], args.tail)
+            yield grade(answers[key], prompts[key[:1]]["answer"], args.tail, same)
 
-    settings = {"tail": args.tail}
+    settings = {"tail": args.tail, "equality": args.equality}
     inputs = (args.prompts, source)
     files.fill(args.out, "evals", answers.keys(), work, settings, inputs, args.overwrite)
     summary = summarise(files.read(args.out, "evals"), args.tail, args.threshold)

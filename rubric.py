@@ -18,7 +18,7 @@ pass, ranked by how much rarer the rollouts pass them.  `llm` asks a served mode
 [0, 1]: points (5, 2, 1), verdicts (yes, no, yes) -> reward 6/8 = 0.75.  `--grader check`
 evaluates the predicates; `judge` asks a served model; with --answers both see the teacher's
 answers in the same anonymous pool; `scalar` is the baseline without a rubric, one served 0-10
-score; `answer` compares final answers, and only it reads the prompts' `answer`.
+score; `answer` compares final answers (opd/answers.py) and alone reads the prompts' `answer`.
 
 A judgement that fails is null, never zero, never cached; train.py drops its group.  More than
 a tenth of them stop the stage (--patience).  Run it again to ask only for what failed.
@@ -32,7 +32,14 @@ from functools import partial
 import numpy as np
 
 from opd import files, judge, records, rewards, served
-from opd.answers import is_correct, question_of
+from opd.answers import (
+    add_equality_flag,
+    equal,
+    equality_named,
+    is_correct,
+    question_of,
+    read_answerable,
+)
 from opd.contrast import check_verdicts, contrast, load_library
 from opd.records import BadInput
 from opd.rewards import Reward
@@ -225,9 +232,9 @@ def scalar_rewards(prompt, responses, llm):
     return [Reward(None, str(s)) if isinstance(s, Exception) else Reward(s) for s in scores]
 
 
-def answer_rewards(prompt, responses):
+def answer_rewards(prompt, responses, same=equal):
     """1 for the right final answer, else 0.  An episode's is looked for in its last step."""
-    right = [is_correct(records.final_text(a), prompt["answer"]) for a in responses]
+    right = [is_correct(records.final_text(a), prompt["answer"], same) for a in responses]
     return [Reward(float(r)) for r in right]
 
 
@@ -242,11 +249,6 @@ def read_groups(table, prompts, path, grader):
             )
         if grader != "answer":
             in_one_piece(table[key], table.path)
-        elif "answer" not in prompts[prompt_id]:
-            raise BadInput(
-                f"{path}: answer: --grader answer needs it for prompt {prompt_id!r}, but the "
-                f"field is missing"
-            )
         groups.setdefault(prompt_id, []).append(key)
     return groups
 
@@ -305,6 +307,7 @@ def grade_parser():
         help="accept rubrics that were drawn from other rollouts than these",
     )
     add_library_flag(p)
+    add_equality_flag(p)
     judge.add_flags(p, temperature=0.0, max_tokens=4096)
     p.add_argument("--seed", type=int, default=0, help="judge: order of the anonymous pool")
     return p
@@ -341,8 +344,13 @@ def grade(argv):
         unmade = groups.keys() - rubrics.keys()
         groups = files.without(groups, unmade, f"{args.rubrics} has no rubric for them")
         references = by_prompt(args.answers, "answers") if args.answers else {}
+    name = llm.name if llm else args.grader
     if args.grader == "answer":
-        grader = answer_rewards
+        read_answerable(args.prompts)
+        grader = partial(answer_rewards, same=equality_named(args.equality))
+        settings["equality"] = args.equality
+        if args.equality != "normalised":
+            name += f" by {args.equality}"
     elif args.grader == "scalar":
         grader = partial(scalar_rewards, llm=llm)
     else:
@@ -360,7 +368,6 @@ def grade(argv):
         pools.append((students, teachers))
         return students
 
-    name = llm.name if llm else args.grader
     files.fill(
         args.out,
         "rewards",

@@ -16,7 +16,7 @@ MODULES = {
     for path in sorted(ROOT.glob(f"{folder}**/*.py" if folder else "*.py"))
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
-OPTIONAL = ("openai", "matplotlib", "triton", "opd.kernel_triton")
+OPTIONAL = ("openai", "matplotlib", "triton", "opd.kernel_triton", "math_verify")
 
 
 def functions(module):
