@@ -12,7 +12,7 @@ import rubric
 from experiments import controls
 from opd import contrast
 from opd.answers import is_correct
-from opd.records import BadInput
+from opd.records import BadInput, visible
 from worlds import predicates, sums
 
 TERMS = [7, 5, -3]
@@ -137,7 +137,7 @@ def test_no_predicate_raises_on_any_text():
     ],
 )
 def test_final_answers(text, answer, right):
-    assert is_correct(text, answer) is right
+    assert is_correct(visible(text), answer) is right
 
 
 # ---- create
