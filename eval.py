@@ -73,16 +73,14 @@ def read_answers(path, prompts, partial):
 
 def grade(rollout, answer, tail, same=equal):
     """One line of the output: a rollout (or an API's answer) against the right final answer."""
-    # of an episode the last step: repeated tool outputs are no loop of the model's
-    text = records.final_text(rollout)
     row = {
         "id": rollout["id"],
         "sample": rollout["sample"],
         "text": rollout["text"],
-        "correct": is_correct(text, answer, same),
+        "correct": is_correct(records.final_text(rollout), answer, same),
         "length": records.sampled_length(rollout) if "response_ids" in rollout else None,
         "truncated": rollout["finish_reason"] == "length",
-        "repetition": round(repetition_ratio(text, tail), 3),
+        "repetition": round(repetition_ratio(records.searched_for_loops(rollout), tail), 3),
     }
     if "calls" in rollout:
         row["calls"] = [call["ok"] for call in rollout["calls"]]

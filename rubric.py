@@ -68,7 +68,7 @@ def by_prompt(path, kind, most=None):
     prompt."""
     found = {}
     for record in files.read(path, kind):
-        text = in_one_piece(record, path)["text"]
+        text = records.final_text(in_one_piece(record, path))
         short = {"text": text, "fingerprint": records.fingerprint(record)}
         found.setdefault(str(record["id"]), []).append((record["sample"], short))
     for key, group in found.items():
@@ -87,7 +87,7 @@ def add_library_flag(p):
 
 
 def texts(group):
-    return [record["text"] for record in group]
+    return [records.final_text(answer) for answer in group]
 
 
 def for_each(llm, function, items):

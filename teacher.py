@@ -25,11 +25,11 @@ Simplifications: 1. one teacher a file; 2. no sequence packing.
 import numpy as np
 
 from opd import files, records, served
+from opd.chat import render
 from opd.policy import (
     add_model_flags,
     check_tokens,
     load_policy,
-    render,
     resume_identity,
     served_policy,
     vocabulary_size,

@@ -40,9 +40,10 @@ import torch
 
 from opd import files, records
 from opd.answers import is_correct, read_answerable
+from opd.chat import render
 from opd.kernel import all_logits
 from opd.pictures import refuse_existing
-from opd.policy import load_policy, render
+from opd.policy import load_policy
 from opd.records import BadInput
 from opd.stats import shown
 
@@ -283,7 +284,8 @@ def right_answers(listings, wanted, tokenizer):
     """The set of those (x, y) of all listings whose text is a right answer."""
     keys = list(listings[0].answers.keys() | listings[1].answers.keys())
     texts = tokenizer.batch_decode([list(y) for _, y in keys], skip_special_tokens=True)
-    return {(x, y) for (x, y), text in zip(keys, texts) if is_correct(text, wanted[x])}
+    given = dict(zip(keys, map(records.visible, texts)))
+    return {(x, y) for (x, y), text in given.items() if is_correct(text, wanted[x])}
 
 
 def compare(listings, right, weight, limits, all_eps):

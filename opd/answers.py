@@ -74,9 +74,7 @@ def final_answer(text):
 
     final_answer("7+5=12\\n#12") -> "12";   final_answer("... so \\\\boxed{\\\\frac{1}{2}}") ->
                                             "\\\\frac{1}{2}";   final_answer("12") -> None.
-    Thoughts commit to nothing: only what follows the last </think> counts, and nothing of a
-    thought that has no end."""
-    text = text.rpartition("</think>")[2].partition("<think>")[0].strip()
+    The text is an answer without thoughts (records.final_text)."""
     return last_boxed(text) or last_marked(text) or last_stated(text) or None
 
 
@@ -284,15 +282,6 @@ def is_correct(text, answer, same=equal):
 
 
 # ---- prompts and responses
-
-
-def visible(text):
-    """The part of an answer that is judged: what follows the last </think>, or all of it if
-    nothing does.
-
-    "<think>7+5=12</think> #12" -> "#12"          "<think>7+5=12</think>" -> unchanged"""
-    tail = text.rsplit("</think>", 1)[-1].strip()
-    return tail if "</think>" in text and tail else text
 
 
 def question_of(prompt):

@@ -17,8 +17,14 @@ import numpy as np
 
 from opd import loss as losses
 from opd import records
+<<<<<<< HEAD
 from opd.files import Table, guess_kind, record_for, without
 from opd.policy import check_tokens, render
+=======
+from opd.chat import turn_ids
+from opd.files import Table, guess_kind, record_for
+from opd.policy import check_tokens
+>>>>>>> 2e734096fc19a92fee54b9388f4561116aebc240
 from opd.records import BadInput
 from opd.stats import repetition_ratio
 
@@ -363,7 +369,7 @@ class Data:
         if key in self.advantages:
             item["advantage"], item["reward"] = self.advantages[key]
         if self.prefix == "self":
-            text = records.final_text(rollout)
+            text = records.searched_for_loops(rollout)
             ratio = repetition_ratio(text, TAIL)
             item["repetitive"] = len(text) >= TAIL and ratio > REPETITIVE
         trained = np.flatnonzero(mask)
@@ -409,13 +415,11 @@ class Data:
         return {f"{name}_ids": ids, f"{name}_logp": records.unpack(score["topk"]["logprobs"])}
 
     def _tokenize(self, answers, keys):
-        """Text-only answers in the student's tokens; the end token is added iff the answer
-        ended by itself."""
+        """Text-only answers in the student's tokens."""
         prompts = [self._prompt_of(answer, key) for answer, key in zip(answers, keys)]
         out = []
         for answer, prompt in zip(answers, prompts):
-            response = text_ids(self.policy, answer)
-            ids = render(self.policy.tokenizer, prompt, self.policy.template_options)
+            ids, response = turn_ids(self.policy, prompt, answer)
             mask = [1] * len(response)
             out.append({"prompt_ids": ids, "response_ids": response, "loss_mask": mask})
         self.retokenized.update(keys)
@@ -427,7 +431,7 @@ class Data:
                 f"{self.rollouts.where(key)}: policy: expected the vocabulary and template of "
                 f"this model, got others: an episode with tools cannot be told in other tokens"
             )
-        if "messages" in answer:
+        if "messages" in answer or "prompt" in answer:
             return answer
         if self.prompts is not None and (key[0],) in self.prompts:
             return self.prompts[(key[0],)]
@@ -448,25 +452,16 @@ def as_float32(numbers):
     return np.asarray(numbers, np.float32)
 
 
-def text_ids(policy, answer):
-    """An answer's text in this model's tokens, with an end token iff it ended by itself."""
-    end = policy.tokenizer.eos_token_id
-    if end is None:
-        raise BadInput(
-            f"{policy.identity['model']}: its tokenizer has no end token, so an answer that "
-            f"ended cannot say so"
-        )
-    ids = policy.tokenizer(answer["text"], add_special_tokens=False)["input_ids"]
-    return ids + [end] * (answer["finish_reason"] == "stop")
-
-
 def answer_ids(policy, answer):
     """An answer's tokens in this model's vocabulary: its own ids where they are of that
-    vocabulary, else those of its text."""
+    vocabulary, else those of its text after a short question."""
     vocabulary = answer["policy"].get("vocabulary")
     if "response_ids" in answer and vocabulary == policy.identity["vocabulary"]:
         return answer["response_ids"]
-    return text_ids(policy, answer)
+    asked = {"prompt": "?"}
+    if policy.tokenizer.chat_template:
+        asked = {"messages": [{"role": "user", "content": "?"}]}
+    return turn_ids(policy, {"id": answer["id"]} | asked, answer)[1]
 
 
 # ---- whose answers a model was fine-tuned on

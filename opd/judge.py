@@ -32,7 +32,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from opd import files, served
-from opd.answers import visible
 from opd.judge_prompts import (
     BATCH_VERIFIER,
     HOLISTIC,
@@ -233,12 +232,12 @@ class Judge:
         Rubricator is told which are which.  Equal references are shown once.
         -> [{"id": "c1", "category": "Task Completion", "criterion": "States the sum 42 ...",
         "points": 5}, ...]"""
-        references = list(dict.fromkeys(map(visible, references)))
+        references = list(dict.fromkeys(references))
         messages = messages_of(
             RUBRICATOR,
             task=question,
             reference_answers=labelled("Reference", references),
-            attempts=labelled("Attempt", map(visible, attempts)),
+            attempts=labelled("Attempt", attempts),
         )
         return self.ask(messages, replies.parse_rubric)
 
@@ -249,7 +248,6 @@ class Judge:
         mode "batch" judges all answers in one call, shuffled and labelled Answer 1..N so that
         neither name nor place tells who wrote them (the paper's pool; put the teacher's answers
         in to anchor the scale); "single" takes one call each."""
-        texts = [visible(answer) for answer in answers]
         shown = [{"id": c["id"], "criterion": c["criterion"]} for c in criteria]
         about = {"task": question, "criteria": shown}
         if mode == "single":
@@ -258,10 +256,10 @@ class Judge:
                 lambda text: self.ask(
                     messages_of(SINGLE_VERIFIER, **about, answer=text), parse_one
                 ),
-                texts,
+                answers,
             )
-        order = shuffled(texts, seed, question)
-        pool = labelled("Answer", [texts[i] for i in order])
+        order = shuffled(answers, seed, question)
+        pool = labelled("Answer", [answers[i] for i in order])
         judged = self.ask(
             messages_of(BATCH_VERIFIER, **about, answers=pool),
             lambda reply: replies.parse_batch(reply, len(answers), len(criteria)),
@@ -271,7 +269,7 @@ class Judge:
     def holistic(self, question, answer):
         """One grade in [0, 1] for the whole answer: the scalar-judge baseline (T-Judge of
         section 3.1)."""
-        messages = messages_of(HOLISTIC, task=question, answer=visible(answer))
+        messages = messages_of(HOLISTIC, task=question, answer=answer)
         return self.ask(messages, replies.parse_score)
 
 

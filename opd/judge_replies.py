@@ -12,8 +12,8 @@ from typing import Any, Literal
 import pydantic
 from pydantic import Field
 
-from opd.answers import visible
 from opd.judge_prompts import CATEGORIES
+from opd.records import visible
 
 
 class Strict(pydantic.BaseModel, extra="forbid", strict=True):

@@ -251,43 +251,6 @@ def head_options(model, vocabulary):
     return best
 
 
-def render(tokenizer, prompt, template_options=None):
-    """The token ids the model is shown for a prompts record: chat template plus generation
-    prompt, or plain text.
-
-    Messages that end with one of the assistant's are a beginning: the model goes on where it
-    stops (and the rollout holds what it adds)."""
-    if "messages" in prompt and tokenizer.chat_template is None:
-        raise BadInput(
-            f"prompt {prompt['id']!r}: has messages, but the model's tokenizer has no chat "
-            f"template; use `prompt`"
-        )
-    try:
-        if "messages" in prompt:
-            # an answer to be continued
-            last = prompt["messages"][-1:]
-            begun = bool(last) and last[0]["role"] == "assistant"
-            text = tokenizer.apply_chat_template(
-                prompt["messages"],
-                add_generation_prompt=not begun,
-                continue_final_message=begun,
-                tokenize=False,
-                **(template_options or {}),
-            )
-            # the template has placed the special tokens already
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            ids = tokenizer(prompt["prompt"])["input_ids"]
-    # templates raise what they like, tokenizers TypeError on half a surrogate pair
-    except Exception as error:
-        raise BadInput(
-            f"prompt {prompt['id']!r}: could not be rendered ({type(error).__name__}: {error})"
-        ) from None
-    if not ids:
-        raise BadInput(f"prompt {prompt['id']!r}: expected at least one token, but it is empty")
-    return ids
-
-
 # ---- batches and forward
 
 

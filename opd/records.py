@@ -260,9 +260,44 @@ def fingerprint(record):
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:12]
 
 
-def final_text(rollout):
-    """The text that holds the answer: all of it or, of an episode with tools, the last step."""
-    return rollout.get("final", rollout["text"])
+# around a thought, (opening, closing), as model families write them
+THOUGHTS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("◁think▷", "◁/think▷"),
+    ("<|channel|>analysis", "<|channel|>final<|message|>"),
+    ("<|channel>thought", "<channel|>"),
+    ("<unused94>thought", "<unused95>"),
+)
+
+
+def visible(text):
+    """The part of a text that is an answer: what follows the last thought, and nothing of a
+    thought that has no end.
+
+    "<think>7+5</think> #12" -> "#12"    "<think>7+5" -> ""    "7+5 #12 " -> unchanged"""
+    for opening, closing in THOUGHTS:
+        if opening in text or closing in text:
+            text = text.rpartition(closing)[2].partition(opening)[0].strip()
+    return text
+
+
+def final_text(answer):
+    """The text that holds the answer: without thoughts and, of an episode with tools, of the
+    last step.  rollout.py records it where it differs from `text`; a record from elsewhere
+    shows its thoughts by their marks."""
+    return answer["final"] if "final" in answer else visible(answer["text"])
+
+
+def searched_for_loops(answer):
+    """The text in which repetition counts: thoughts too, but no outputs of tools."""
+    return answer.get("final", answer["text"]) if "calls" in answer else answer["text"]
 
 
 def sampled_length(rollout):

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from opd import files, records, served
+from opd.chat import final_text, render
 from opd.kernel import all_logits
 from opd.policy import (
     add_model_flags,
     hidden_at,
     load_policy,
-    render,
     resume_identity,
     served_policy,
     token_batches,
@@ -196,12 +196,11 @@ def sample_episodes(policy, prompts, draws, toolbox, names, *, max_tokens, tempe
         )
         for i, answer in zip(going, answers):
             episode = episodes[i]
+            read = prompts[i] + episode.response_ids
+            episode.final = final_text(policy.tokenizer, read, answer.response_ids)
             episode.add_step(answer.response_ids, answer.logprobs)
             episode.finish_reason = answer.finish_reason
             episode.end_mass = answer.end_mass
-            episode.final = policy.tokenizer.decode(
-                answer.response_ids, skip_special_tokens=True
-            )
         going = [i for i in going if toolbox.go_on(policy, episodes[i], names[i], max_tokens)]
     return episodes
 
@@ -210,7 +209,7 @@ def sample_episodes(policy, prompts, draws, toolbox, names, *, max_tokens, tempe
 
 
 def rollout_record(prompt, sample, identity, settings, answer):
-    """A rollouts record.  answer: the fields of an Answer or Episode with `text` and
+    """A rollouts record.  answer: the fields of an Answer or Episode with `text`, `final` and
     `prompt_ids`, or a server's reply, which may hold neither ids nor log-probs."""
     record = {
         "id": prompt["id"],
@@ -229,7 +228,9 @@ def rollout_record(prompt, sample, identity, settings, answer):
             "logprobs": records.floats(np.minimum(answer["logprobs"], 0)),
         }
     if "steps" in answer:
-        record |= {name: answer[name] for name in ("steps", "calls", "final")}
+        record |= {name: answer[name] for name in ("steps", "calls")}
+    if "steps" in answer or answer.get("final", answer["text"]) != answer["text"]:
+        record["final"] = answer["final"]
     # a server does not say
     if answer.get("end_mass") is not None:
         record["end_mass"] = float(f"{answer['end_mass']:.6g}")
@@ -305,7 +306,8 @@ class LocalSampler:
         for (prompt, sample), prompt_ids, answer in zip(jobs, prompts, answers):
             ids = answer.response_ids
             text = self.policy.tokenizer.decode(ids, skip_special_tokens=True)
-            fields = vars(answer) | {"prompt_ids": prompt_ids, "text": text}
+            final = final_text(self.policy.tokenizer, prompt_ids, ids)
+            fields = {"prompt_ids": prompt_ids, "text": text, "final": final} | vars(answer)
             made.append(rollout_record(prompt, sample, self.identity, s, fields))
         return made
 
@@ -331,6 +333,8 @@ class ServedSampler:
                 continue
             if self.tokenizer is not None:
                 self.check_prompt(prompt, answer["prompt_ids"])
+                ids = answer["prompt_ids"], answer["response_ids"]
+                answer["final"] = final_text(self.tokenizer, *ids)
             yield rollout_record(prompt, sample, self.identity, self.settings, answer)
 
     def ask(self, job):

@@ -31,10 +31,9 @@ has no memory; 3. no tools beside a served model.
 
 import importlib
 import json
-import re
 from dataclasses import dataclass, field
 
-from opd.policy import render
+from opd.chat import plain_ids, render, token_names
 from opd.records import BadInput
 
 MOST_OUTPUT = 1000
@@ -289,18 +288,9 @@ class Toolbox:
         name = call["name"] if call.get("name") in self.tools else next(iter(self.tools))
         key = id(policy.tokenizer), name
         if key not in self.frames:
-            self.frames[key] = (*frame(policy, name), special_marks(policy.tokenizer))
-        before, after, marks = self.frames[key]
-        ids = list(before)
-        rest = call["output"]
-        while rest:  # a mark is cut behind its first character, and neither part is one
-            found = marks.search(rest)
-            piece = rest[: found.start() + 1] if found else rest
-            rest = rest[len(piece) :]
-            ids += policy.tokenizer(piece, add_special_tokens=False, split_special_tokens=True)[
-                "input_ids"
-            ]
-        return ids + after
+            self.frames[key] = (*frame(policy, name), token_names(policy.tokenizer))
+        before, after, names = self.frames[key]
+        return before + plain_ids(policy.tokenizer, call["output"], names) + after
 
 
 def frame(policy, name):
@@ -327,9 +317,3 @@ def frame(policy, name):
     if before and before[0] in policy.stop_ids:
         before = before[1:]
     return before, after
-
-
-def special_marks(tokenizer):
-    """An expression that finds the tokenizer's special tokens in a text, the longest first."""
-    marks = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()]
-    return re.compile("|".join(sorted(marks, key=len, reverse=True)) or "(?!)")

@@ -38,6 +38,7 @@ from methods.rows import METHODS
 from opd import policy as policies
 from opd import records
 from opd.batches import Data, Inputs
+from opd.chat import render
 
 # ---- answers that are texts
 
@@ -98,7 +99,7 @@ def test_the_end_token_is_learnt_also_where_it_is_the_pad_token(
     rows = [answer(f"a{i}", text, q) for i, (q, text) in enumerate(texts)]
     for r in rows if tokens_on_disk else ():
         ids = policy.tokenizer(r["text"])["input_ids"] + [END]
-        r |= {"policy": policy.identity, "prompt_ids": policies.render(policy.tokenizer, r)}
+        r |= {"policy": policy.identity, "prompt_ids": render(policy.tokenizer, r)}
         r |= {"response_ids": ids, "loss_mask": [1] * len(ids)}
     path = dump(tmp_path / "a.jsonl", rows)
     before = end_probability(folder, texts)

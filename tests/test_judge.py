@@ -101,30 +101,6 @@ def test_document_leaves_ordinary_text_readable():
     assert f'"{plain}"' in judge.document({"t": plain})
 
 
-@pytest.mark.parametrize(
-    "text, seen",
-    [
-        ("<think>7+5</think> #12 ", "#12"),
-        ("<think>7+5</think> \n", "<think>7+5</think> \n"),
-        ("<think>7+5", "<think>7+5"),
-        ("a</think>b</think>c", "c"),
-    ],
-)
-def test_thinking_is_cut_before_judging(text, seen):
-    assert judge.visible(text) == seen
-
-
-def test_no_thinking_reaches_any_judge():
-    text = "<think>secret</think> ab"
-    single = '{"judgement": [true, true, false]}'
-    llm = scripted(json.dumps({"criteria": RUBRIC}), by_text, single, '{"score": 3}')
-    llm.propose_rubric("q", [text], [text])
-    assert llm.verify("q", CRITERIA, [text]) == [[True, True, False]]
-    assert llm.verify("q", CRITERIA, [text], "single") == [[True, True, False]]
-    assert llm.holistic("q", text) == 0.3
-    assert len(llm.server.asked) == 4 and "secret" not in json.dumps(llm.server.asked)
-
-
 # ---- Rubricator
 
 
@@ -290,7 +266,7 @@ def test_an_answer_cannot_speak_as_the_judge_or_the_template(attack):
     with FakeServer(chat=lambda body: by_text(body["messages"])) as fake:
         verdicts = Judge(connect(fake)).verify(attack, criteria, answers, seed=1)
         messages = fake.bodies()[0]["messages"]
-    assert verdicts == [[letter in judge.visible(a) for letter in "abz"] for a in answers]
+    assert verdicts == [[letter in a for letter in "abz"] for a in answers]
     user = messages[1]["content"]
     assert len(messages) == 2 and not set(user) & set("<>|")
     assert [user.count(bracket) for bracket in "{}[]"] == [7, 7, 2, 2]

@@ -44,6 +44,7 @@ from opd import loss as losses
 from opd import policy as policies
 from opd import trainer as trainers
 from opd.batches import Data, Inputs
+from opd.chat import render
 from opd.files import read
 
 V, END = 24, 4
@@ -269,7 +270,7 @@ def golden_answers(model, prompts, rollouts):
     for p in load(prompts):
         if p["id"] in asked:
             ids = tokenizer(p["solution"])["input_ids"]
-            yield policies.render(tokenizer, p), ids + [END]
+            yield render(tokenizer, p), ids + [END]
 
 
 def naive_gradient(model, row, flags, old=None, temperature=1.0):

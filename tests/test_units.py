@@ -18,6 +18,7 @@ from methods.simct import align, units
 from methods.simct.loss import UnitLoss, unit_divergence
 from opd import policy as policies
 from opd import records
+from opd.chat import render
 
 SIMCT = METHODS["simct"].own
 
@@ -150,7 +151,7 @@ def teacher_logits(world, foreign):
     prompts = {p["id"]: p for p in load(world.prompts)}
     for r, s in both(world, foreign):
         ids = align.align(student, there, r["response_ids"]).teacher_ids
-        prompt = policies.render(there, prompts[r["id"]])
+        prompt = render(there, prompts[r["id"]])
         with torch.no_grad():
             z = model(torch.tensor([prompt + ids])).logits[0]
         yield r, s, ids, z[len(prompt) - 1 : -1]

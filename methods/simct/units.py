@@ -48,6 +48,7 @@ from methods.simct.align import (
     token_bytes,
 )
 from opd import files, records
+from opd.chat import render
 from opd.kernel import linear_logp
 from opd.policy import (
     Policy,
@@ -58,7 +59,6 @@ from opd.policy import (
     likeliest,
     load_policy,
     load_tokenizer,
-    render,
     response_positions,
     token_batches,
     vocabulary_size,
