@@ -333,7 +333,7 @@ def stop_if_failing(out, failures, done, total, limit):
     if too_many or nothing_works:
         raise BadInput(
             f"{out}: {len(failures)} of {total} requests failed, {done} succeeded and are "
-            f"kept; more than --patience max_failure_rate={limit.rate} allows "
+            f"kept; more than --max-failure-rate {limit.rate} allows "
             f"(last: {failures[-1]}): {limit.advice}"
         )
 

@@ -63,7 +63,7 @@ def scripted(*replies, **options):
 
 
 def connect(fake, model="m", **options):
-    return Server(fake.base_url, model, "NO_SUCH_KEY", max_retries=0, timeout=5, **options)
+    return Server(fake.base_url, model, max_retries=0, timeout=5, **options)
 
 
 def shown(messages):
