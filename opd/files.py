@@ -193,6 +193,8 @@ class Writer:
         self.path = Path(path)
         self.kind = kind
         self.done = set()
+        # one file may be given for two flags
+        inputs = list({Path(p).resolve(): p for p in inputs}.values())
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -581,7 +581,7 @@ def response_formats(schema):
 def whole_text(reply):
     """The text of a reply that must be whole."""
     if reply.finish == "length":
-        raise Cut("it was cut at --max-tokens")
+        raise Cut("it was too long and was cut")
     return reply.text
 
 

@@ -183,6 +183,10 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
+    @property
+    def tokens(self):
+        return self.prompt_tokens + self.completion_tokens
+
     def add(self, usage):
         """usage: as the server sent it, so anything."""
         self.calls += 1
