@@ -21,7 +21,7 @@ answers in the same anonymous pool; `scalar` is the baseline without a rubric, o
 score; `answer` compares final answers (opd/answers.py) and alone reads the prompts' `answer`.
 
 A judgement that fails is null, never zero, never cached; train.py drops its group.  More than
-a tenth of them stop the stage (--patience).  Run it again to ask only for what failed.
+--max-failure-rate of them stop the stage.  Run it again to ask only for what failed.
 
 Simplifications: 1. rubrics are shared by a group, never per rollout; 2. `contrast` cannot tell
 format from merit, so the paper's cap of 1 point on cosmetic criteria is not applied.
@@ -43,8 +43,6 @@ from opd.answers import (
 from opd.contrast import check_verdicts, contrast, load_library
 from opd.records import BadInput
 from opd.rewards import Reward
-
-ADVICE = "try a stronger judge, a longer --max-tokens or more --re-asks, then run again"
 
 
 def in_one_piece(rollout, path):
@@ -93,7 +91,7 @@ def texts(group):
 def for_each(llm, function, items):
     """Yields (item, function(item)): by the judge's threads as replies come, or in order."""
     if llm:
-        return llm.server.map(function, items)
+        return llm.for_each(function, items)
     return ((item, function(item)) for item in items)
 
 
@@ -196,10 +194,14 @@ def create(argv):
         settings,
         [args.prompts, args.answers, args.rollouts],
         args.overwrite,
-        limit=served.failure_limit(args, ADVICE),
+        limit=served.failure_limit(args),
     )
     summary = {"out": args.out, "records": made, "failed": len(failures)}
-    print(f"rubric.py create: {args.out}: {made} rubrics by {name}, {len(failures)} failed")
+    summary |= llm.spent() if llm else {}
+    print(
+        f"rubric.py create: {args.out}: {made} rubrics by {name}, {len(failures)} failed"
+        f"{judge.describe_spent(summary)}"
+    )
     if made:
         summary |= summarise_rubrics(args.out)
         print(
@@ -214,15 +216,12 @@ def create(argv):
 
 def rubric_rewards(prompt, responses, rubrics, verify):
     """The weighted pass rate of the prompt's rubric for every answer.
-    verify(question, criteria, texts) gives the verdicts, or a failure in an answer's place."""
+    verify(question, criteria, texts) gives its verdicts, a list for each time it was asked;
+    failures stand in the place of lists."""
     criteria = rubrics[str(prompt["id"])]["criteria"]
     points = [criterion["points"] for criterion in criteria]
-    given = []
-    for verdicts in verify(question_of(prompt), criteria, texts(responses)):
-        failed = isinstance(verdicts, Exception)
-        value = None if failed else rewards.pass_rate(points, verdicts)
-        given.append(Reward(value, str(verdicts) if failed else verdicts))
-    return given
+    tries = verify(question_of(prompt), criteria, texts(responses))
+    return [rewards.rubric_reward(points, each) for each in tries]
 
 
 def scalar_rewards(prompt, responses, llm):
@@ -310,7 +309,36 @@ def grade_parser():
     add_equality_flag(p)
     judge.add_flags(p, temperature=0.0, max_tokens=4096)
     p.add_argument("--seed", type=int, default=0, help="judge: order of the anonymous pool")
+    p.add_argument(
+        "--repeats",
+        type=int,
+        default=1,
+        help="judge: ask so often, in another order each time; the reward is the mean, and how "
+        "often verdicts differ is reported",
+    )
+    p.add_argument(
+        "--reason", action="store_true", help="judge: a short reason before each verdict"
+    )
     return p
+
+
+def grader_from_flags(args, llm, rubrics):
+    """grader(prompt, responses) -> a Reward for each response."""
+    if args.grader == "answer":
+        read_answerable(args.prompts)
+        return partial(answer_rewards, same=equality_named(args.equality))
+    if args.grader == "scalar":
+        return partial(scalar_rewards, llm=llm)
+    if llm:
+        how = dict(mode=args.mode, seed=args.seed)
+        verify = partial(llm.verify_repeatedly, args.repeats, **how)
+    else:
+        library = load_library(args.predicates)
+
+        def verify(*asked):
+            return [[verdicts] for verdicts in check_verdicts(*asked, library=library)]
+
+    return partial(rubric_rewards, rubrics=rubrics, verify=verify)
 
 
 def grade_missing(missing, groups, table, grade_group, llm, name):
@@ -318,24 +346,35 @@ def grade_missing(missing, groups, table, grade_group, llm, name):
     missing = set(missing)
     todo = [prompt_id for prompt_id, keys in groups.items() if missing & set(keys)]
     for prompt_id, given in for_each(llm, grade_group, todo):
-        keys = groups[prompt_id]
-        if isinstance(given, Exception):
-            given = [Reward(None, str(given))] * len(keys)
         yield [
             rewards.reward_record(table[key], reward, name)
-            for key, reward in zip(keys, given)
+            for key, reward in zip(groups[prompt_id], given)
             if key in missing
         ]
 
 
+def grade_settings(args, llm):
+    """What the rewards of a file depend on."""
+    settings = {"grader": args.grader, "mode": args.mode, "seed": args.seed}
+    if args.repeats > 1:
+        settings["repeats"] = args.repeats
+    if args.grader == "answer":
+        settings["equality"] = args.equality
+    return settings | (llm.settings() if llm else {"predicates": args.predicates})
+
+
 def grade(argv):
     args = grade_parser().parse_args(argv)
+    files.check_at_least_1(repeats=args.repeats)
+    if args.grader != "judge" and (args.repeats > 1 or args.reason):
+        raise BadInput(
+            "--repeats, --reason: expected --grader judge, the only one to read them"
+        )
     prompts = prompts_by_id(args.prompts)
     table = files.Table(args.rollouts, "rollouts")
     groups = read_groups(table, prompts, args.prompts, args.grader)
-    llm = judge.from_flags(args) if args.grader in ("judge", "scalar") else None
-    settings = {"grader": args.grader, "mode": args.mode, "seed": args.seed}
-    settings |= llm.settings() if llm else {"predicates": args.predicates}
+    served_judge = args.grader in ("judge", "scalar")
+    llm = judge.from_flags(args, args.reason) if served_judge else None
     rubrics = references = {}
     if args.grader in ("check", "judge"):
         if not args.rubrics:
@@ -344,21 +383,10 @@ def grade(argv):
         unmade = groups.keys() - rubrics.keys()
         groups = files.without(groups, unmade, f"{args.rubrics} has no rubric for them")
         references = by_prompt(args.answers, "answers") if args.answers else {}
+    grader = grader_from_flags(args, llm, rubrics)
     name = llm.name if llm else args.grader
-    if args.grader == "answer":
-        read_answerable(args.prompts)
-        grader = partial(answer_rewards, same=equality_named(args.equality))
-        settings["equality"] = args.equality
-        if args.equality != "normalised":
-            name += f" by {args.equality}"
-    elif args.grader == "scalar":
-        grader = partial(scalar_rewards, llm=llm)
-    else:
-        if llm:
-            verify = partial(llm.verify, mode=args.mode, seed=args.seed)
-        else:
-            verify = partial(check_verdicts, library=load_library(args.predicates))
-        grader = partial(rubric_rewards, rubrics=rubrics, verify=verify)
+    if args.grader == "answer" and args.equality != "normalised":
+        name += f" by {args.equality}"
     pools = []
 
     def grade_group(prompt_id):
@@ -373,14 +401,18 @@ def grade(argv):
         "rewards",
         [key for keys in groups.values() for key in keys],
         lambda missing: grade_missing(missing, groups, table, grade_group, llm, name),
-        settings,
+        grade_settings(args, llm),
         [f for f in (args.prompts, args.rubrics, args.rollouts, args.answers) if f],
         args.overwrite,
         rewards.failure_of,
-        served.failure_limit(args, ADVICE),
+        served.failure_limit(args),
     )
     summary = rewards.summarise(args.out) | rewards.compare_with_teacher(pools)
-    print(f"rubric.py grade: {args.out}: {name}: {rewards.describe(summary)}")
+    summary |= llm.spent() if llm else {}
+    print(
+        f"rubric.py grade: {args.out}: {name}: {rewards.describe(summary)}"
+        f"{judge.describe_spent(summary)}"
+    )
     return summary
 
 

@@ -400,13 +400,12 @@ class SodTrial(Trial):
             self.signal["drift"] = self.stage0()
         return super().execute()
 
-    def generation(self, **tool_options):
+    def generation(self, **calculator):
         s = self.settings
         outage = {} if self.how.get("calm") else {"outage": s.outage}
         return {
-            "tools": json.dumps({"calculator": outage | tool_options}),
-            "call_format": "brackets",
-            "max_calls": s.max_calls,
+            "tools": json.dumps({"calculator": outage | calculator}),
+            "tool_options": {"call_format": "brackets", "max_calls": s.max_calls},
             "max_tokens": s.max_tokens,
         }
 
@@ -493,7 +492,7 @@ class SodTrial(Trial):
             found |= {f"{name}_{rule}": x for rule, x in plain[name].items()}
         return found | by_outcome(plain)
 
-    def measure_drift(self, name, model=None, against=None, **tool_options):
+    def measure_drift(self, name, model=None, against=None, **calculator):
         s = self.settings
         at = self.folder / "drift" / name
         rollouts = at / "rollouts.jsonl"
@@ -503,7 +502,7 @@ class SodTrial(Trial):
             prompts=self.problems(),
             n=s.eval_n,
             seed=self.seed,
-            **self.generation(**tool_options),
+            **self.generation(**calculator),
             out=rollouts,
         )
         scores, _ = self.score(self.teacher, rollouts, "scores", top_k=1000)

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import itertools
 import json
 import platform
 import shlex
@@ -172,7 +173,9 @@ class Run:
 
     def stage(self, command, **options):
         """Runs `stage.py` or `package.module`, with a verb if it has some, and flags; returns
-        its summary dict."""
+        its summary dict.  slice="64:96" gives it those lines of `prompts` as a file."""
+        if problems := options.pop("slice", None):
+            options["prompts"] = self.part_of(options["prompts"], problems)
         name, *argv = [*shlex.split(command), *words_of(options)]
         python = [sys.executable] if name.endswith(".py") else [sys.executable, "-m"]
         self.commands.write(shlex.join([*python, name, *argv]) + "\n")
@@ -182,6 +185,16 @@ class Run:
             module += ".__main__"
         with contextlib.redirect_stdout(self.log):
             return importlib.import_module(module).main(argv)
+
+    def part_of(self, prompts, problems):
+        """A file beside `prompts` of its lines A to B, for `problems` "A:B" (from 0, without
+        B); returns its path."""
+        first, end = (int(x) if x else 0 for x in problems.split(":"))
+        out = Path(f"{prompts}.{first}-{end}")
+        self.commands.write(f"sed -n {first + 1},{end}p {prompts} > {out}\n")
+        with open(prompts, encoding="utf-8") as lines:
+            files.write_atomically(out, itertools.islice(lines, first, end))
+        return out
 
     def once(self, command, out, **options):
         """A stage, unless what it writes is there."""
@@ -276,7 +289,7 @@ def spoil_student(run, seed):
 
 
 def part(number, size):
-    """The problems of a round, for --slice.   part(2, 32) -> 64:96"""
+    """The problems of a round, for `slice=` of Run.stage.   part(2, 32) -> 64:96"""
     return f"{number * size}:{(number + 1) * size}"
 
 

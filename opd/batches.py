@@ -17,14 +17,9 @@ import numpy as np
 
 from opd import loss as losses
 from opd import records
-<<<<<<< HEAD
-from opd.files import Table, guess_kind, record_for, without
-from opd.policy import check_tokens, render
-=======
 from opd.chat import turn_ids
-from opd.files import Table, guess_kind, record_for
+from opd.files import Table, guess_kind, record_for, without
 from opd.policy import check_tokens
->>>>>>> 2e734096fc19a92fee54b9388f4561116aebc240
 from opd.records import BadInput
 from opd.stats import repetition_ratio
 

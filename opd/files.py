@@ -228,6 +228,8 @@ class Writer:
         self.kind = kind
         self.state = {"settings": settings, "inputs": inputs, "wanted": wanted, "failed": []}
         self.done = set()
+        # one file may be given for two flags
+        inputs = list({Path(p).resolve(): p for p in inputs}.values())
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -381,7 +383,7 @@ def stop_if_failing(out, failures, done, total, limit):
     if len(failures) > allowed or nothing_works:
         raise BadInput(
             f"{out}: {len(failures)} of {total} requests failed, {done} succeeded and are "
-            f"kept; more than --patience max_failure_rate={limit.rate} allows "
+            f"kept; more than --max-failure-rate {limit.rate} allows "
             f"(last: {failures[-1]}): {limit.advice}"
         )
 

@@ -14,8 +14,9 @@ rubric.py turns verdicts into rewards; no total that a judge names is ever used.
 Simplifications against the paper and its code:
 1. The prompts are our own, in English, and ask for criteria only, not for domain, expected pass
    rate or totals.  The Verifier sees neither points nor categories.
-2. A malformed reply is asked for again with a sentence on what was wrong (the released code
-   sends the same request again).  After `re_asks` of them it is a ServedFailure.
+2. A malformed reply is asked for again with its beginning and a sentence on what was wrong (the
+   released code sends the same request again).  Earlier tries are left out, or they would fill
+   the context.  After `re_asks` of them it is a ServedFailure.
 3. A batch is one call whatever its length: no chunks, no token budget.
 4. In everything shown to a judge < > [ ] { } | and unprintable characters are written \\uXXXX:
    an answer cannot end its own quotation or form a token of a chat template.  It can still
@@ -23,7 +24,6 @@ Simplifications against the paper and its code:
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import re
@@ -38,14 +38,17 @@ from opd.judge_prompts import (
     PROMPT_VERSION,
     RUBRICATOR,
     SINGLE_VERIFIER,
+    WITH_REASONS,
 )
 from opd.records import BadInput
-from opd.served import ServedFailure
+from opd.served import Cut, ServedFailure
 
 try:
     from opd import judge_replies as replies
 except ImportError:  # no pydantic, so no openai either, and no Server to ask
     replies = None
+
+SHOWN = 400  # characters of a bad reply that its judge sees again
 
 # ---- what a judge sees
 
@@ -134,6 +137,21 @@ def cache_key(server, messages, **sampling):
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
+def re_ask(reply, wrong):
+    """The messages that ask again after a bad reply."""
+    shown = defused(reply[:SHOWN]) or "(nothing usable)"
+    if len(reply) > SHOWN:
+        shown += " ... (cut here)"
+    complaint = (
+        f"That reply cannot be used: {defused(wrong)[:SHOWN]}. Reply again with the complete "
+        f"JSON object only, in the form asked for."
+    )
+    return [
+        {"role": "assistant", "content": shown},
+        {"role": "user", "content": complaint},
+    ]
+
+
 def messages_of(system, **data):
     return [{"role": "system", "content": system}, {"role": "user", "content": document(data)}]
 
@@ -176,6 +194,9 @@ class Judge:
     max_tokens: int = 4096
     re_asks: int = 2
     cache: Cache = field(default_factory=Cache)
+    reasons: bool = False  # the Verifier says why before each verdict
+    budget: int | None = None  # tokens that this run may spend
+    complaints: list = field(default_factory=list)  # one a re-ask; appending is thread-safe
 
     @property
     def name(self):
@@ -184,45 +205,99 @@ class Judge:
 
     def settings(self):
         """What its replies depend on, for the files they are written to."""
-        return {
+        settings = {
             "model": self.server.model,
             "base_url": self.server.base_url,
             "temperature": self.temperature,
             "prompts": PROMPT_VERSION,
         }
+        if self.reasons:
+            settings["reasons"] = True
+        if self.server.fields:
+            settings["request"] = self.server.fields
+        return settings
 
-    def ask(self, messages, parse):
-        """parse(reply) of the first reply that `parse` accepts; it raises ValueError with a
-        sentence on what is wrong.
+    def ask(self, messages, form, **repeat):
+        """The value of the first reply that `form` can read (judge_replies.Form).
 
-        A bad reply and that sentence are appended to the conversation, at most `re_asks` times;
-        then ServedFailure: the reward is null, not zero."""
+        A bad reply is asked for again, at most `re_asks` times; then ServedFailure: the reward
+        is null, not zero.  repeat: what tells the key of this question from that of the same
+        one asked before."""
         sampling = {"temperature": self.temperature, "max_tokens": self.max_tokens}
-        key = cache_key(self.server, messages, **sampling)
+        more = {"request": self.server.fields} if self.server.fields else {}
+        key = cache_key(self.server, messages, **sampling, **more, **repeat)
         if key in self.cache.replies:
             with contextlib.suppress(ValueError):  # of an entry that somebody edited
-                return parse(self.cache.replies[key])
-        conversation = list(messages)
-        for _ in range(self.re_asks + 1):
-            reply = self.server.chat_text(conversation, **sampling)
-            try:
-                value = parse(reply)
-            except ValueError as error:
-                wrong = str(error)
-            else:
+                return form.parse(self.cache.replies[key])
+        asked = messages
+        for left in reversed(range(self.re_asks + 1)):
+            reply, wrong = self.reply(asked, form, sampling)
+            if wrong is None:
                 self.cache.put(key, reply)
-                return value
-            complaint = (
-                f"That reply cannot be used: {defused(wrong)}. Reply again with the complete "
-                f"JSON object only, in the form asked for."
-            )
-            conversation += [
-                {"role": "assistant", "content": defused(reply) or "(empty)"},
-                {"role": "user", "content": complaint},
-            ]
+                return form.parse(reply)
+            if left:
+                self.complaints.append(str(wrong))
+                asked = messages + re_ask(reply, str(wrong))
+        advice = "a stronger judge or more --re-asks may help"
+        if isinstance(wrong, Cut):
+            advice = "a longer --max-tokens may help"
+        tries = f"{self.re_asks + 1} tries"
         raise ServedFailure(
-            f"no usable reply in {self.re_asks + 1} tries, the last one because {wrong}"
+            f"no usable reply in {tries}, the last one because {wrong}: {advice}"
         )
+
+    def reply(self, messages, form, sampling):
+        """(a reply, what is wrong with it: a Cut, a ValueError or None)."""
+        try:
+            reply = self.server.chat_text(messages, **sampling, schema=form.schema())
+        except Cut as cut:
+            return "", cut
+        try:
+            form.parse(reply)
+        except ValueError as error:
+            return reply, error
+        return reply, None
+
+    def for_each(self, function, items):
+        """Yields (item, function(item)) as replies come.  Once the budget is spent no other
+        item is begun, those in flight are finished, and then BadInput says how to go on."""
+        items = list(items)
+        begun = []
+
+        def affordable():
+            for item in items:
+                if self.overspent():
+                    return
+                begun.append(item)
+                yield item
+
+        yield from self.server.map(function, affordable())
+        if len(begun) < len(items):
+            raise BadInput(
+                f"--budget-tokens {self.budget}: spent {self.server.usage.tokens} tokens in "
+                f"{self.server.usage.calls} calls, {len(begun)} of {len(items)} prompts are "
+                f"done and kept: run the same command again for the others"
+            )
+
+    def overspent(self):
+        if self.budget is None:
+            return False
+        if self.server.usage.unreported:
+            raise BadInput(
+                f"--budget-tokens: expected `usage` in every reply of {self.server.base_url}, "
+                f"got none: tokens cannot be counted"
+            )
+        return self.server.usage.tokens >= self.budget
+
+    def spent(self):
+        """What this run has asked for, for a stage's summary."""
+        usage = self.server.usage
+        return {
+            "calls": usage.calls,
+            "re_asks": len(self.complaints),
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+        }
 
     def propose_rubric(self, question, references, attempts):
         """One rubric for a prompt, shared by its whole group: 4 to 12 criteria (equation 2,
@@ -239,38 +314,62 @@ class Judge:
             reference_answers=labelled("Reference", references),
             attempts=labelled("Attempt", attempts),
         )
-        return self.ask(messages, replies.parse_rubric)
+        return self.ask(messages, replies.rubric_form())
 
-    def verify(self, question, criteria, answers, mode="batch", seed=0):
+    def verify(self, question, criteria, answers, mode="batch", seed=0, repeat=0):
         """One list of booleans per answer, in the order of `answers`, each in the order of
-        `criteria` (equation 3).
+        `criteria` (equation 3), or a ServedFailure in an answer's place.
 
         mode "batch" judges all answers in one call, shuffled and labelled Answer 1..N so that
         neither name nor place tells who wrote them (the paper's pool; put the teacher's answers
-        in to anchor the scale); "single" takes one call each."""
+        in to anchor the scale); "single" takes one call each.  repeat: asks anew, in another
+        order."""
         shown = [{"id": c["id"], "criterion": c["criterion"]} for c in criteria]
         about = {"task": question, "criteria": shown}
+        again = {"repeat": repeat} if repeat else {}
+        why = WITH_REASONS if self.reasons else ""
         if mode == "single":
-            parse_one = functools.partial(replies.parse_judgement, criteria=len(criteria))
+            form = replies.judgement_form(len(criteria), self.reasons)
             return each(
                 lambda text: self.ask(
-                    messages_of(SINGLE_VERIFIER, **about, answer=text), parse_one
+                    messages_of(SINGLE_VERIFIER + why, **about, answer=text), form, **again
                 ),
                 answers,
             )
-        order = shuffled(answers, seed, question)
+        order = shuffled(answers, [seed, repeat] if repeat else seed, question)
         pool = labelled("Answer", [answers[i] for i in order])
+        form = replies.batch_form(len(answers), len(criteria), self.reasons)
         judged = self.ask(
-            messages_of(BATCH_VERIFIER, **about, answers=pool),
-            lambda reply: replies.parse_batch(reply, len(answers), len(criteria)),
+            messages_of(BATCH_VERIFIER + why, **about, answers=pool), form, **again
         )
         return [judgement for _, judgement in sorted(zip(order, judged))]
+
+    def verify_repeatedly(self, repeats, question, criteria, answers, **how):
+        """What `verify` says each time it is asked: a list of `repeats` for each answer."""
+        rounds = []
+        for repeat in range(repeats):
+            try:
+                verdicts = self.verify(question, criteria, answers, repeat=repeat, **how)
+            except ServedFailure as failure:
+                verdicts = [failure] * len(answers)
+            rounds.append(verdicts)
+        return [list(tries) for tries in zip(*rounds)]
 
     def holistic(self, question, answer):
         """One grade in [0, 1] for the whole answer: the scalar-judge baseline (T-Judge of
         section 3.1)."""
         messages = messages_of(HOLISTIC, task=question, answer=answer)
-        return self.ask(messages, replies.parse_score)
+        return self.ask(messages, replies.score_form())
+
+
+def describe_spent(summary):
+    """What `Judge.spent` adds to a summary, in words; nothing without a judge."""
+    if "calls" not in summary:
+        return ""
+    return (
+        f"; {summary['calls']} replies, {summary['re_asks']} re-asks, "
+        f"{summary['prompt_tokens']} + {summary['completion_tokens']} tokens"
+    )
 
 
 # ---- flags
@@ -298,13 +397,27 @@ def add_flags(p, temperature, max_tokens):
         help="JSONL of good replies, keyed by everything that was asked; saves a re-run's "
         "money",
     )
+    p.add_argument(
+        "--budget-tokens",
+        type=int,
+        metavar="N",
+        help="stop once this run has spent N tokens of the served judge; what is done is kept",
+    )
     p.add_argument("--overwrite", action="store_true", help="begin the output anew")
     served.add_flags(p)
 
 
-def from_flags(args):
+def from_flags(args, reasons=False):
     """The Judge that the flags of `add_flags` name."""
     if not args.base_url or not args.model:
         raise BadInput("a served judge needs --base-url and --model")
     server = served.Server.from_flags(args)
-    return Judge(server, args.temperature, args.max_tokens, args.re_asks, Cache(args.cache))
+    return Judge(
+        server,
+        args.temperature,
+        args.max_tokens,
+        args.re_asks,
+        Cache(args.cache),
+        reasons,
+        args.budget_tokens,
+    )

@@ -88,6 +88,12 @@ Reply with one JSON object and nothing else:
 {{"judgement": [true, false]}}
 with one true or false for each criterion, in the order of the list."""
 
+# follows either Verifier's prompt, so that without it the prompts stay what they were
+WITH_REASONS = """
+
+In place of each true or false write {"reason": "...", "met": true}: first, in at most 20 \
+words, what in the answer decides it, then whether the criterion is met."""
+
 HOLISTIC = f"""\
 You grade one answer to a task as a whole.
 

@@ -1,19 +1,28 @@
-"""How a judge's reply is read: one JSON object with exactly the keys that were asked for, no
-coercion ("3" and true are not integers), no key twice.
+"""The forms of a judge's reply.  A form is one pydantic model: its JSON schema is sent with the
+request, and the reply is read by it, whether or not the server kept to the schema.
 
-Every parser returns the value or raises ValueError with a sentence on what is wrong, which the
-judge is shown (judge.py).  Needs pydantic, which comes with openai.
+One JSON object with exactly the keys that were asked for, no coercion ("3" and "true" are no
+integer and no verdict), no key twice.  `parse` returns the value or raises ValueError with a
+sentence on what is wrong, which the judge is shown (judge.py).  Needs pydantic, which comes
+with openai.
 """
 
 import json
 import re
-from typing import Any, Literal
+import unicodedata
+from dataclasses import dataclass
+from typing import Any, Callable, Literal
 
 import pydantic
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from opd.judge_prompts import CATEGORIES
 from opd.records import visible
+
+# a criterion that holds a key of another one, as JSON: its quotes were lost
+ANOTHERS_KEY = re.compile(r"""["'](id|category|criterion|points)\\?["']\s{0,9}:""")
+CUT_SHORT = (",", ";", ":", "(", "[", "{", "...", "…", " and", " or", " the", " of", " with")
 
 
 class Strict(pydantic.BaseModel, extra="forbid", strict=True):
@@ -23,29 +32,136 @@ class Strict(pydantic.BaseModel, extra="forbid", strict=True):
 class Criterion(Strict):
     id: str = Field(pattern="^c[0-9]+$")
     category: Literal[CATEGORIES]
-    criterion: str = Field(pattern=r"\S")
+    criterion: str
     points: int = Field(ge=1, le=5)
+
+    @field_validator("criterion")
+    @classmethod
+    def undamaged(cls, text):
+        if problem := damage(text):
+            raise ValueError(f"expected one whole sentence, got {problem}")
+        return text
+
+
+def damage(text):
+    """What is wrong with a criterion that JSON accepts, or None."""
+    if not any(character.isalnum() for character in text):
+        return "no word"
+    controls = [c for c in text if unicodedata.category(c) == "Cc" and c not in "\n\t"]
+    if controls or "\ufffd" in text:
+        return "control characters"
+    if ANOTHERS_KEY.search(text):
+        return "the JSON of another criterion"
+    opened = sum(map(text.count, "([{")) - sum(map(text.count, ")]}"))
+    if opened > 0 or text.count('"') % 2 or text.rstrip().endswith(CUT_SHORT):
+        return "a text that is cut short"
+    return None
 
 
 class Rubric(Strict):
-    criteria: list[Criterion] = Field(min_length=4, max_length=12)
+    # up to 12 are read (appendix D); a schema that is enforced ends at the usual 8
+    criteria: list[Criterion] = Field(
+        min_length=4, max_length=12, json_schema_extra={"maxItems": 8}
+    )
 
 
-class Judgement(Strict):
-    judgement: list[bool]
-    final_score: Any = None  # ignored: rubric.py adds the points up itself
-
-
-class Verdict(Judgement):
-    answer_index: int
-
-
-class Batch(Strict):
-    verdicts: list[Verdict]
+class Reasoned(Strict):
+    reason: str
+    met: bool
 
 
 class Score(Strict):
     score: int = Field(ge=0, le=10)
+
+
+def judgement_model(criteria, reasons, base=Strict):
+    """The model of one answer's verdicts, as many as there are criteria, after what `base`
+    holds."""
+
+    class Judgement(base):
+        judgement: list[Reasoned if reasons else bool] = Field(
+            min_length=criteria, max_length=criteria
+        )
+        # ignored: rubric.py adds the points up itself
+        final_score: SkipJsonSchema[Any] = None
+
+    return Judgement
+
+
+def batch_model(answers, criteria, reasons):
+    """The model of the verdicts on Answer 1..N."""
+
+    class Indexed(Strict):
+        answer_index: int = Field(ge=1, le=answers)
+
+    verdict = judgement_model(criteria, reasons, Indexed)
+
+    class Batch(Strict):
+        verdicts: list[verdict] = Field(min_length=answers, max_length=answers)
+
+    return Batch
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a reply must be (a model), and the value that is made of it."""
+
+    model: type[pydantic.BaseModel]
+    value_of: Callable
+
+    def schema(self):
+        return self.model.model_json_schema()
+
+    def parse(self, reply):
+        return self.value_of(read(reply, self.model))
+
+
+def rubric_form():
+    """The criteria in a Rubricator's reply, as dicts."""
+    return Form(Rubric, criteria_of)
+
+
+def judgement_form(criteria, reasons=False):
+    """[bool] * criteria out of a single Verifier's reply."""
+    return Form(judgement_model(criteria, reasons), verdicts_of)
+
+
+def batch_form(answers, criteria, reasons=False):
+    """The judgements of Answer 1..N by label.
+
+    {"verdicts": [{"answer_index": 2, "judgement": [true]}, {"answer_index": 1, "judgement":
+    [false]}]} -> [[False], [True]]"""
+    return Form(batch_model(answers, criteria, reasons), in_order)
+
+
+def score_form():
+    """{"score": 7} -> 0.7"""
+    return Form(Score, lambda reply: reply.score / 10)
+
+
+def criteria_of(rubric):
+    criteria = [criterion.model_dump() for criterion in rubric.criteria]
+    if len({c["id"] for c in criteria}) < len(criteria):
+        raise ValueError("two criteria have the same id")
+    said = {" ".join(c["criterion"].casefold().split()).rstrip(".") for c in criteria}
+    if len(said) < len(criteria):
+        raise ValueError("two criteria say the same, which would count it twice")
+    return criteria
+
+
+def verdicts_of(reply):
+    return [v.met if isinstance(v, Reasoned) else v for v in reply.judgement]
+
+
+def in_order(batch):
+    by_index = {verdict.answer_index: verdicts_of(verdict) for verdict in batch.verdicts}
+    if len(by_index) < len(batch.verdicts):
+        indices = [verdict.answer_index for verdict in batch.verdicts]
+        raise ValueError(f"verdicts: expected every answer_index once, got {indices}")
+    return [by_index[index] for index in sorted(by_index)]
+
+
+# ---- reading JSON
 
 
 def without_twins(pairs):
@@ -54,19 +170,24 @@ def without_twins(pairs):
     return dict(pairs)
 
 
-def read(reply, schema):
-    """The reply as a `schema`.  One fence ```json ... ``` around it is taken off."""
+def unfenced(text):
+    """The text within one fence ```json ... ``` around it, or all of it."""
+    if len(text) < 6 or not text.startswith("```") or not text.endswith("```"):
+        return text
+    return text[3:-3].removeprefix("json")
+
+
+def read(reply, model):
+    """The reply as a `model`, without thoughts before it or one fence around it."""
     text = reply.strip()
     # a thinking judge: only then may a </think> in the reply be its own
     if not text.startswith(("{", "```")):
         text = visible(text).strip()
-    if fence := re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?\s*```", text, re.DOTALL):
-        text = fence[1]
     try:
-        value = json.loads(text, object_pairs_hook=without_twins)
+        value = json.loads(unfenced(text), object_pairs_hook=without_twins)
         # half a surrogate pair is JSON, but no file could hold it
         json.dumps(value, ensure_ascii=False).encode()
-        return schema.model_validate(value)
+        return model.model_validate(value)
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not one JSON object: {error}") from None
     except RecursionError:
@@ -75,46 +196,3 @@ def read(reply, schema):
         first = error.errors()[0]
         place = ".".join(str(part)[:40] for part in first["loc"]) or "the reply"
         raise ValueError(f"{place}: {first['msg']}") from None
-
-
-def parse_rubric(reply):
-    """The criteria in a Rubricator's reply."""
-    criteria = [criterion.model_dump() for criterion in read(reply, Rubric).criteria]
-    if len({c["id"] for c in criteria}) < len(criteria):
-        raise ValueError("two criteria have the same id")
-    if len({c["criterion"].strip() for c in criteria}) < len(criteria):
-        raise ValueError("two criteria say the same, which would count it twice")
-    return criteria
-
-
-def parse_judgement(reply, criteria):
-    """[bool] * criteria out of a single Verifier's reply."""
-    return one_each(read(reply, Judgement).judgement, criteria)
-
-
-def parse_batch(reply, answers, criteria):
-    """The judgements of Answer 1..N by label.
-
-    {"verdicts": [{"answer_index": 2, "judgement": [true]}, {"answer_index": 1, "judgement":
-    [false]}]} -> [[False], [True]]"""
-    verdicts = read(reply, Batch).verdicts
-    indices = [verdict.answer_index for verdict in verdicts]
-    if sorted(indices) != list(range(1, answers + 1)):
-        raise ValueError(
-            f"verdicts: expected every answer_index from 1 to {answers} once, got {indices}"
-        )
-    ordered = sorted(verdicts, key=lambda verdict: verdict.answer_index)
-    return [one_each(verdict.judgement, criteria) for verdict in ordered]
-
-
-def one_each(judgement, criteria):
-    if len(judgement) != criteria:
-        raise ValueError(
-            f"judgement: expected a list of {criteria}, one per criterion, got {len(judgement)}"
-        )
-    return judgement
-
-
-def parse_score(reply):
-    """{"score": 7} -> 0.7"""
-    return read(reply, Score).score / 10

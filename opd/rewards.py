@@ -15,15 +15,43 @@ from opd.records import fingerprint
 
 
 class Reward(NamedTuple):
-    """A number, or None for a judgement that failed; note: its verdicts, or why it failed."""
+    """A number, or None for a judgement that failed; note: its verdicts, or why it failed;
+    repeats: the verdicts of every time a judge was asked, if that was more than once."""
 
     value: float | None
     note: list | str | None = None
+    repeats: list | None = None
 
 
 def pass_rate(points, verdicts):
     """ROPD eq. 4: pass_rate([5, 2, 1], [True, False, True]) -> 0.75."""
     return sum(w for w, v in zip(points, verdicts) if v) / sum(points)
+
+
+def rubric_reward(points, tries):
+    """The mean pass rate of an answer.  tries: its verdicts, a list for each time they were
+    asked for, or a failure in the place of one, which is left out of the mean.  Where all
+    failed there is no reward."""
+    good = [verdicts for verdicts in tries if not isinstance(verdicts, Exception)]
+    if not good:
+        return Reward(None, str(tries[-1]))
+    value = sum(pass_rate(points, verdicts) for verdicts in good) / len(good)
+    return Reward(value, good[0], good if len(tries) > 1 else None)
+
+
+def agreement(repeats):
+    """How steady a judge is, from the verdicts of each answer's repeats.
+
+    [[[True, False], [True, True]]]: one answer, two criteria, asked twice -> one of two later
+    verdicts differs from the first, one of two criteria is judged alike each time."""
+    flips = []
+    alike = []
+    for first, *others in repeats:
+        flips += [a != b for other in others for a, b in zip(first, other)]
+        alike += [len(set(column)) == 1 for column in zip(first, *others)]
+    if not flips:
+        return {}
+    return {"verdict_flip_rate": float(np.mean(flips)), "agreement": float(np.mean(alike))}
 
 
 def reward_record(rollout, reward, grader):
@@ -39,6 +67,8 @@ def reward_record(rollout, reward, grader):
     }
     if reward.note is not None:
         record["reason" if failed else "verdicts"] = reward.note
+    if reward.repeats is not None:
+        record["repeats"] = reward.repeats
     return record
 
 
@@ -50,6 +80,7 @@ def failure_of(record):
 def summarise(path):
     """What a rewards file says, failed judgements left out of every mean."""
     groups = {}
+    repeats = []
     records = failed = 0
     for record in files.read(path, "rewards"):
         records += 1
@@ -57,6 +88,7 @@ def summarise(path):
             failed += 1
         else:
             groups.setdefault(str(record["id"]), []).append(record["reward"])
+            repeats += [record["repeats"]] if "repeats" in record else []
     rewards = [reward for group in groups.values() for reward in group]
     flat = sum(max(group) == min(group) for group in groups.values())
     return {
@@ -66,7 +98,7 @@ def summarise(path):
         "failure_rate": failed / records,
         "reward_mean": float(np.mean(rewards)) if rewards else None,
         "zero_variance_groups": flat / max(1, len(groups)),
-    }
+    } | agreement(repeats)
 
 
 def compare_with_teacher(pools):
@@ -95,4 +127,9 @@ def describe(summary):
         text += f", {summary['zero_variance_groups']:.0%} of groups without a difference"
     if "teacher_reward_mean" in summary:
         text += f", teacher's mean {summary['teacher_reward_mean']:.3f}"
+    if "verdict_flip_rate" in summary:
+        text += (
+            f", {summary['verdict_flip_rate']:.1%} of repeated verdicts differ from the first"
+        )
+        text += f", {summary['agreement']:.1%} of criteria are judged alike each time"
     return text

@@ -23,7 +23,7 @@ from opd.policy import (
     token_batches,
 )
 from opd.records import BadInput
-from opd.tools import FORMATS, Episode, Toolbox
+from opd.tools import Episode, Toolbox, ToolOptions
 
 # ---- sampling
 
@@ -335,7 +335,14 @@ class ServedSampler:
                 self.check_prompt(prompt, answer["prompt_ids"])
                 ids = answer["prompt_ids"], answer["response_ids"]
                 answer["final"] = final_text(self.tokenizer, *ids)
-            yield rollout_record(prompt, sample, self.identity, self.settings, answer)
+            yield self.record(prompt, sample, answer)
+
+    def record(self, prompt, sample, answer):
+        """A record that claims no temperature or top_p but those that the server was sent."""
+        record = rollout_record(prompt, sample, self.identity, self.settings, answer)
+        for name in self.settings.distribution():
+            del record[name]
+        return record | self.server.sent(**self.settings.distribution())
 
     def ask(self, job):
         prompt, sample = job
@@ -375,13 +382,6 @@ def add_sampling_flags(p, n):
         "--out", required=True, help="JSONL to write; run again to complete an interrupted file"
     )
     p.add_argument(
-        "--slice",
-        default=":",
-        metavar="A:B:STEP",
-        help="only these prompts of the file, as in Python: 0:32, or on the second of four "
-        "machines 1::4",
-    )
-    p.add_argument(
         "--max-tokens",
         type=int,
         default=512,
@@ -416,17 +416,23 @@ def add_sampling_flags(p, n):
         """as JSON: '{"calculator": {"outage": 0.2}}' (opd/tools.py)""",
     )
     p.add_argument(
-        "--call-format", choices=FORMATS, default="hermes", help="how the model writes a call"
-    )
-    p.add_argument(
-        "--max-calls",
-        type=int,
-        default=16,
-        help="calls of an episode; one more ends it in finish_reason `tool_limit`",
+        "--tool-options",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="call_format (hermes, or brackets) is how the model writes a call; max_calls (16) "
+        "of an episode: one more ends it in finish_reason `tool_limit`",
     )
     add_model_flags(p)
     p.add_argument("--overwrite", action="store_true", help="begin the output anew")
     served.add_flags(p)
+
+
+def toolbox_from_flags(args):
+    options = ToolOptions()
+    for text in args.tool_options:
+        options = files.changed_field(options, "--tool-options", text)
+    return Toolbox(args.tools, options.call_format, options.max_calls)
 
 
 def sampler_from_flags(args, need_tokens):
@@ -438,7 +444,7 @@ def sampler_from_flags(args, need_tokens):
         seed=args.seed,
         batch_tokens=args.batch_tokens,
     )
-    toolbox = Toolbox(args.tools, args.call_format, args.max_calls) if args.tools else None
+    toolbox = toolbox_from_flags(args) if args.tools else None
     if args.base_url:
         if toolbox:
             raise BadInput(
@@ -473,13 +479,15 @@ def sampler_from_flags(args, need_tokens):
     }
     if toolbox:
         determined_by["tools"] = toolbox.settings
+    if args.base_url and sampler.server.fields:
+        determined_by["request"] = sampler.server.fields
     return sampler, determined_by
 
 
 def fill_from_flags(args, kind, need_tokens):
     """Completes the file --out with --n answers to each prompt: what rollout.py, teacher.py
     answer and eval.py --model do.  Returns (records in the file, failures)."""
-    jobs = jobs_by_key(read_prompts(args.prompts, args.slice), args.n)
+    jobs = jobs_by_key(files.read(args.prompts, "prompts"), args.n)
     sampler, settings = sampler_from_flags(args, need_tokens)
     # fill asks for the keys (id, sample) that --out lacks and appends what the sampler yields
     return files.fill(
@@ -492,22 +500,6 @@ def fill_from_flags(args, kind, need_tokens):
         args.overwrite,
         limit=served.failure_limit(args),
     )
-
-
-def read_prompts(path, part=":"):
-    """The prompts of a file that a slice A:B:STEP leaves, in file order."""
-    bounds = part.split(":")
-    try:
-        if len(bounds) not in (2, 3):
-            raise ValueError
-        chosen = slice(*(int(x) if x else None for x in bounds))
-        range(1)[chosen]  # a step of 0
-    except ValueError:
-        raise BadInput(f"--slice {part}: expected A:B or A:B:STEP") from None
-    prompts = list(files.read(path, "prompts"))[chosen]
-    if not prompts:
-        raise BadInput(f"{path}: no prompt is left by --slice {part}")
-    return prompts
 
 
 def jobs_by_key(prompts, n):

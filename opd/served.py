@@ -6,19 +6,20 @@ a judge replies.
         --base-url http://localhost:8000/v1 --prompts P --out R
 
 Two kinds of trouble are kept apart everywhere:
-- `ServedFailure`: this one request has no answer (timeouts, 429 or 5xx after all retries, a
+- `ServedFailure`: this one request has no answer (silence, 429 or 5xx after all retries, a
   broken body, a prompt that is too long, a filtered answer).  The item is counted as failed,
-  the others go on; it is never given a made-up value.
+  the others go on; it is never given a made-up value.  Its words say what may help.
 - `BadInput`: no request can succeed until a person changes something (wrong key, unknown model,
   nobody listening, a server that returns no token ids).  It stops the stage.
 
+Replies are streamed, so --timeout is the longest silence, not the longest answer.
+opd/served_reply.py reads them.
+
 Simplifications:
-1. Waiting and retrying are the openai client's: exponential back-off from 0.5 s to 8 s with
-   jitter, Retry-After obeyed up to two minutes, at most max_retries times (--patience).
-2. timeout (--patience) is the longest silence.  A server that never answers is given up after
-   timeout * (max_retries + 1) and the back-off; one that drips a byte now and then is waited
-   for.
-3. A reply is not streamed, so timeout must cover the longest answer on a busy server.
+1. A server that sends a byte now and then is waited for, however long its answer takes.
+2. Before a retry: 0.5 s, doubled up to 8 s, with jitter; Retry-After, where it is a number of
+   seconds, is obeyed up to two minutes.
+3. Prompt scoring is not streamed: its reply is one pass over the prompt.
 """
 
 import itertools
@@ -26,53 +27,56 @@ import json
 import math
 import os
 import queue
+import random
+import re
+import sys
 import threading
-from dataclasses import dataclass
+import time
 from urllib.parse import urlsplit
 
 from opd import files
-from opd.records import BadInput
+from opd.records import BadInput, is_number
+from opd.served_reply import (
+    Cut,
+    Reply,
+    ServedFailure,
+    Usage,
+    cure,
+    error_of,
+    events_of,
+    is_stream,
+)
 
 # a server fills missing fields from the model's generation_config.json, and then samples from
 # a distribution nobody recorded
 PLAIN = {"n": 1, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 # vLLM's own fields; an OpenAI server refuses them
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-OF_ONE_REQUEST = (
-    "context length",
-    "context_length",
-    "context window",
-    "too long",
-    "max_model_len",
-    "content_filter",
-    # a refusal that names one of these is not everybody's
-    "content management policy",
-    "invalid_prompt",
-)
-
-
-class ServedFailure(Exception):
-    """This one request has no usable answer.  Other requests may succeed."""
+STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
+FIRST_PAUSE = 0.5
+LONGEST_PAUSE = 8.0
+# --request-json cannot touch what the stage itself decides
+FIXED = ("model", "messages", "prompt")
+# nor, where token ids and log-probs count, the distribution that a record claims
+DISTRIBUTION = {*PLAIN, *NEUTRAL, "temperature", "top_p", "logit_bias", "logprobs"}
 
 
 class _Refused(BadInput):
-    """HTTP 400 or 422: the server does not accept a field of the request."""
+    """HTTP 400 or 422: the server does not accept a field of the request.  words: what it
+    says, uncut, so not for printing."""
+
+    words = ""
 
 
-@dataclass(frozen=True)
-class Patience:
-    """When a request is given up, and when a stage: --patience NAME=VALUE."""
+class _Passing(Exception):
+    """Trouble that may pass: the request is sent again.  after: the server's Retry-After;
+    final: what it becomes when it stays."""
 
-    max_retries: int = 5
-    timeout: float = 120.0
-    max_failure_rate: float = 0.1
-
-
-def patience_from_flags(args):
-    patience = Patience()
-    for text in args.patience:
-        patience = files.changed_field(patience, "--patience", text)
-    return patience
+    def __init__(self, said, advice, after=None, final=ServedFailure):
+        super().__init__(said)
+        self.advice = advice
+        self.after = after
+        self.final = final
 
 
 def add_flags(parser):
@@ -81,15 +85,8 @@ def add_flags(parser):
     parser.add_argument(
         "--base-url",
         help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (vllm serve); needs no "
-        "GPU here, but the sampler is then a program this code does not control",
-    )
-    parser.add_argument(
-        "--api-key-env",
-        default="OPENAI_API_KEY",
-        metavar="NAME",
-        help="environment variable that holds the key, so that no key is on a command line "
-        "or in a file; "
-        "if it is unset, EMPTY is sent, which local servers accept",
+        "GPU here, but the sampler is then a program this code does not control.  Its key is "
+        "read from $OPENAI_API_KEY, so that none is on a command line; local servers need none",
     )
     parser.add_argument(
         "--concurrency",
@@ -99,24 +96,62 @@ def add_flags(parser):
         "queues past the timeout",
     )
     parser.add_argument(
-        "--patience",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="max_retries (5) after 429, 5xx and timeouts, timeout (120 seconds without a "
-        "reply; a busy server's longest answer must fit) and max_failure_rate (0.1 of all "
-        "requests; more failures stop the stage, fewer are left for the next run)",
+        "--max-retries",
+        type=int,
+        default=5,
+        help="after 429, 5xx, silence and lost connections",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        help="longest silence of the server in seconds; replies are streamed",
+    )
+    parser.add_argument(
+        "--max-failure-rate",
+        type=float,
+        default=0.1,
+        help="share of all requests; more failures stop the stage, fewer are left for the next "
+        "run",
+    )
+    parser.add_argument(
+        "--request-json",
+        metavar="JSON",
+        help="fields of every request to add, to change or, by null, to leave out, e.g. "
+        """'{"seed": null, "reasoning_effort": "low"}'; records name the temperature and """
+        "top_p that were sent, if any",
     )
 
 
+def request_fields(text):
+    """The object of --request-json; {} where the flag is not given."""
+    try:
+        fields = json.loads(text or "{}")
+        json.dumps(fields, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(
+            f"--request-json: expected a JSON object, got {text} ({error})"
+        ) from None
+    if type(fields) is not dict:
+        raise BadInput(f"--request-json: expected a JSON object, got {text}")
+    for name in FIXED:
+        if name in fields:
+            raise BadInput(f"--request-json: {name}: expected another field: the stage sets it")
+    if fields.get("n") not in (None, 1):
+        raise BadInput(f"--request-json: n: expected null or 1, got {fields['n']!r}")
+    for name in ("temperature", "top_p"):
+        value = fields.get(name)
+        if value is not None and not is_number(value):
+            raise BadInput(f"--request-json: {name}: expected a number or null, got {value!r}")
+    return fields
+
+
 SCORE_ADVICE = "score with a recent vllm serve MODEL, or locally without --base-url"
-SERVER_ADVICE = "look at the server's log, then run again"
 
 
-def failure_limit(args, advice=SERVER_ADVICE):
+def failure_limit(args):
     """How many requests may fail: a share of all, or every one of the first few."""
-    rate = patience_from_flags(args).max_failure_rate
-    return files.FailureLimit(rate, 2 * args.concurrency, advice)
+    return files.FailureLimit(args.max_failure_rate, 2 * args.concurrency)
 
 
 class Server:
@@ -125,16 +160,12 @@ class Server:
     server = Server("http://localhost:8000/v1", "Qwen/Qwen3-0.6B")
     server.sample("2+2=", max_tokens=4, temperature=1.0, top_p=1.0, seed=0, need_tokens=True)
     -> {"text": "4", "finish_reason": "stop", "prompt_ids": [17, 10, 17, 28],
-        "response_ids": [19, 151643], "logprobs": [-0.2, -0.9]}"""
+        "response_ids": [19, 151643], "logprobs": [-0.2, -0.9]}
+
+    timeout: longest silence in seconds; fields: see --request-json."""
 
     def __init__(
-        self,
-        base_url,
-        model,
-        api_key_env="OPENAI_API_KEY",
-        concurrency=8,
-        max_retries=5,
-        timeout=120.0,
+        self, base_url, model, concurrency=8, max_retries=5, timeout=120.0, fields=None
     ):
         try:
             import openai
@@ -152,37 +183,46 @@ class Server:
         if "@" in parts.netloc or parts.query:
             raise BadInput(
                 "--base-url: expected an address without user, password or query: give the "
-                "key by --api-key-env"
+                "key in $OPENAI_API_KEY"
             )
         if concurrency < 1 or max_retries < 0 or not timeout > 0:
             raise BadInput(
-                f"expected --concurrency of at least 1, max_retries of at least 0 and more "
-                f"than 0 seconds of timeout, got {concurrency}, {max_retries} and {timeout}"
+                f"expected --concurrency of at least 1, --max-retries of at least 0 and more "
+                f"than 0 seconds of --timeout, got {concurrency}, {max_retries} and {timeout}"
             )
-        self._key = os.environ.get(api_key_env, "").strip() or "EMPTY"
+        # local servers accept any key, but want one
+        self._key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
         if not self._key.isascii() or not self._key.isprintable() or " " in self._key:
-            raise BadInput(f"${api_key_env}: expected a key of printable ASCII characters")
+            raise BadInput("$OPENAI_API_KEY: expected a key of printable ASCII characters")
         self.base_url = base_url.rstrip("/")
         self.model = model
-        self.api_key_env = api_key_env
         self.concurrency = concurrency
+        self.max_retries = max_retries
+        self.fields = fields or {}
+        self.usage = Usage()
         self._openai = openai
+        # retries are ours: a stream can break off after the client has handed it over
         self._client = openai.OpenAI(
-            base_url=self.base_url, api_key=self._key, max_retries=max_retries, timeout=timeout
+            base_url=self.base_url, api_key=self._key, max_retries=0, timeout=timeout
         )
+        # httpx or its successor: while a body is read, its errors come as they are
+        transport = sys.modules[openai.DefaultHttpxClient.__base__.__module__.split(".")[0]]
+        self._connection_errors = (openai.APIConnectionError, transport.TransportError)
+        self._lock = threading.Lock()
+        # what the server has refused so far
+        self._streams = True
         self._max_tokens = "max_tokens"  # newer OpenAI models only know max_completion_tokens
-        self._json_format = True  # False once the server has refused response_format
+        self._refused_formats = set()
 
     @classmethod
     def from_flags(cls, args):
-        patience = patience_from_flags(args)
         return cls(
             args.base_url,
             args.model,
-            args.api_key_env,
             args.concurrency,
-            patience.max_retries,
-            patience.timeout,
+            args.max_retries,
+            args.timeout,
+            request_fields(args.request_json),
         )
 
     def map(self, function, items):
@@ -217,6 +257,11 @@ class Server:
             running += start(1) - 1
             yield item, result
 
+    def sent(self, **claimed):
+        """Those of the claimed fields that a request holds, as --request-json leaves them."""
+        changed = {name: self.fields.get(name, value) for name, value in claimed.items()}
+        return {name: value for name, value in changed.items() if value is not None}
+
     def sample(
         self,
         prompt,
@@ -241,49 +286,61 @@ class Server:
         --logprobs-mode processed_logprobs, or temperature and top_p are 1; a reply does not
         tell."""
         request = PLAIN | {"temperature": temperature, "top_p": top_p, "seed": seed}
-        extra = {}
         if need_tokens:
-            extra = {**NEUTRAL, "return_token_ids": True}
+            self._check_distribution()
+            request |= {**NEUTRAL, "return_token_ids": True}
             request["logprobs"] = 1 if isinstance(prompt, str) else True
         if isinstance(prompt, str):
             request |= {"prompt": prompt, "max_tokens": max_tokens}
-            reply = self._call("completions", request, extra)
+            reply = self._call("completions", request)
         else:
             if template_options:
-                extra["chat_template_kwargs"] = template_options
+                request["chat_template_kwargs"] = template_options
             # go on with this answer, do not begin another one (vLLM's fields)
             if prompt[-1]["role"] == "assistant":
-                extra |= {"add_generation_prompt": False, "continue_final_message": True}
-            reply = self._chat(request | {"messages": prompt}, max_tokens, extra)
-        choice, answer = _choice(reply)
-        return answer | self._tokens(reply, choice) if need_tokens else answer
+                request |= {"add_generation_prompt": False, "continue_final_message": True}
+            reply = self._chat(request | {"messages": prompt}, max_tokens)
+        answer = {"text": reply.text, "finish_reason": reply.finish}
+        return answer | self._tokens(reply) if need_tokens else answer
 
-    def _tokens(self, reply, choice):
+    def _check_distribution(self):
+        """Log-probs are of the distribution that a record names: nothing may change it."""
+        if touched := DISTRIBUTION & self.fields.keys():
+            raise BadInput(
+                f"--request-json: {min(touched)}: expected other fields, for log-probs are of "
+                f"the distribution that this one shapes: use the stage's own flags"
+            )
+
+    def _tokens(self, reply):
         """The token ids and log-probs of a sampled answer."""
-        ids = choice.get("token_ids")
-        prompt_ids = choice.get("prompt_token_ids") or reply.get("prompt_token_ids")
-        if not _are_ids(ids) or not _are_ids(prompt_ids):
+        ids = reply.token_ids
+        if ids is None or reply.prompt_ids is None:
             raise BadInput(
                 f"{self.base_url} returns no token ids: training needs the sampled ids, not "
                 f"a re-tokenised text. Start a recent server: vllm serve MODEL "
                 f"--generation-config vllm --logprobs-mode processed_logprobs"
             )
-        try:
-            given = choice["logprobs"]
-            if "token_logprobs" in given:
-                logprobs = given["token_logprobs"]
-            else:
-                logprobs = [entry["logprob"] for entry in given["content"]]
-            got = sum(map(_is_logprob, logprobs))
-        except (KeyError, TypeError):
-            logprobs, got = [], "none"
-        if not len(ids) == len(logprobs) == got:
+        for name, given in (("token_ids", ids), ("prompt_token_ids", reply.prompt_ids)):
+            if not _are_ids(given):
+                raise ServedFailure(f"{name}: expected integers >= 0, got {str(given)[:80]}")
+        counted = reply.usage.get("completion_tokens") if type(reply.usage) is dict else None
+        if counted not in (None, len(ids)):
+            raise ServedFailure(
+                f"token_ids: expected the {counted} that `usage` counts, got {len(ids)}: start "
+                f"the server without --reasoning-parser and --tool-call-parser"
+            )
+        got = "none" if reply.logprobs is None else len(reply.logprobs)
+        if got != len(ids):
             raise BadInput(
                 f"{self.base_url}: expected {len(ids)} log-probs, one per response token, got "
                 f"{got}: start the server with --logprobs-mode processed_logprobs and without "
                 f"anything that strips log-probs (a proxy)"
             )
-        return {"prompt_ids": prompt_ids, "response_ids": ids, "logprobs": logprobs}
+        if not all(map(_is_logprob, reply.logprobs)):
+            raise ServedFailure(
+                f"logprobs: expected finite numbers <= 0, got {str(reply.logprobs)[:80]}"
+            )
+        return {"prompt_ids": reply.prompt_ids, "response_ids": ids, "logprobs": reply.logprobs}
 
     def score(self, ids, prompt_length, top_k=0):
         """The model's log-probs of ids[prompt_length:], each given all ids before it, at
@@ -304,9 +361,9 @@ class Server:
         # vLLM generates at least one token; prompt log-probs are of the raw distribution, the
         # neutral fields make sure
         one = {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "seed": 0}
-        extra = {**NEUTRAL, "prompt_logprobs": max(top_k, 1)}
-        reply = self._call("completions", PLAIN | one | {"prompt": ids}, extra)
-        entries = _choice(reply)[0].get("prompt_logprobs")
+        scored = {**NEUTRAL, "prompt": ids, "prompt_logprobs": max(top_k, 1)}
+        self._check_distribution()
+        entries = self._call("completions", PLAIN | one | scored).prompt_logprobs
         if type(entries) is not list or len(entries) != len(ids):
             got = len(entries) if type(entries) is list else "none"
             raise BadInput(
@@ -330,10 +387,14 @@ class Server:
             here = {int(i): value["logprob"] for i, value in entries[position].items()}
         except (AttributeError, KeyError, TypeError, ValueError):
             here = {}
-        if token not in here or not all(map(_is_logprob, here.values())):
+        if token not in here:
             raise BadInput(
-                f"{where}: expected finite log-probs that include token {token}, got "
+                f"{where}: expected log-probs that include token {token}, got "
                 f"{str(entries[position])[:80]}: {SCORE_ADVICE}"
+            )
+        if not all(map(_is_logprob, here.values())):
+            raise ServedFailure(
+                f"{where}: expected finite log-probs <= 0, got {str(entries[position])[:80]}"
             )
         if len(here) < top_k:
             raise BadInput(
@@ -342,117 +403,216 @@ class Server:
             )
         return here
 
-    def chat_text(self, messages, *, temperature, max_tokens):
-        """A judge's reply as a string.  The server is asked to decode nothing but JSON, if it
-        can."""
-        request = PLAIN | {"messages": messages, "temperature": temperature, "top_p": 1.0}
-        if not self._json_format:
-            return _choice(self._chat(request, max_tokens, {}))[1]["text"]
-        json_only = request | {"response_format": {"type": "json_object"}}
-        try:
-            reply = self._chat(json_only, max_tokens, {})
-        except _Refused:  # perhaps that field, perhaps another: the plain request tells
-            reply = self._chat(request, max_tokens, {})
-            self._json_format = False
-        return _choice(reply)[1]["text"]
+    def chat_text(self, messages, *, temperature, max_tokens, schema=None):
+        """A judge's reply as a string; raises Cut if it ended at max_tokens.
 
-    def _chat(self, request, max_tokens, extra):
+        The server is asked to decode nothing but JSON, of the JSON `schema` if there is one.
+        A server that refuses that is asked for any JSON object, then for text, from then on."""
+        request = PLAIN | {"messages": messages, "temperature": temperature, "top_p": 1.0}
+        refused = set()
+        for name, response_format in response_formats(schema).items():
+            if name in self._refused_formats:
+                continue
+            try:
+                asked = request | {"response_format": response_format}
+                return whole_text(self._chat(asked, max_tokens))
+            except _Refused:  # perhaps that field, perhaps another: the next request tells
+                refused.add(name)
+        text = whole_text(self._chat(request, max_tokens))
+        self._refused_formats |= refused
+        return text
+
+    def _chat(self, request, max_tokens):
         spelling = self._max_tokens
         try:
-            return self._call("chat", request | {spelling: max_tokens}, extra)
+            return self._call("chat", request | {spelling: max_tokens})
         except _Refused as refusal:
-            if spelling != "max_tokens" or "max_completion_tokens" not in str(refusal):
+            if spelling != "max_tokens" or "max_completion_tokens" not in refusal.words:
                 raise
         self._max_tokens = "max_completion_tokens"
-        return self._call("chat", request | {self._max_tokens: max_tokens}, extra)
+        return self._call("chat", request | {self._max_tokens: max_tokens})
 
-    def _call(self, kind, request, extra):
-        """Sends one request, retries included, and returns the reply's JSON object.  The one
-        place that sees HTTP."""
+    def _call(self, kind, request):
+        """The Reply to one request, streamed unless the server refuses that."""
+        plainly = "prompt_logprobs" in request or not self._streams
+        try:
+            return self._persist(kind, request if plainly else request | STREAMED)
+        except _Refused as refusal:
+            if plainly or "stream" not in refusal.words:
+                raise
+        with self._lock:
+            if self._streams:
+                print(f"{self.base_url}: refuses to stream: --timeout must cover a whole reply")
+            self._streams = False
+        return self._persist(kind, request)
+
+    def _persist(self, kind, request):
+        """Sends a request again while its trouble may pass, at most max_retries times.  No
+        exception that leaves here holds the key."""
+        body = {k: v for k, v in (request | self.fields).items() if v is not None}
+        for tries in itertools.count(1):
+            try:
+                return self._once(kind, body)
+            except _Passing as trouble:
+                if tries > self.max_retries:
+                    said = f"{trouble}, {tries} times: {trouble.advice}"
+                    raise trouble.final(self._without_key(said)) from None
+                time.sleep(pause(tries, trouble.after))
+            except (BadInput, ServedFailure) as error:
+                error.args = (self._without_key(str(error)),)
+                raise error from None
+
+    def _once(self, kind, body):
+        """Sends one request and reads its reply.  The one place that sees HTTP."""
         openai, client = self._openai, self._client
         endpoint = client.chat.completions if kind == "chat" else client.completions
-        create = endpoint.with_raw_response.create
-        tries = client.max_retries + 1
+        given = "messages" if kind == "chat" else "prompt"
+        more = {name: value for name, value in body.items() if name != given}
+        create = endpoint.with_streaming_response.create
+        asked = {"model": self.model, given: body[given], "extra_body": more}
         try:
-            reply = create(model=self.model, extra_body=extra or None, **request)
-            value = json.loads(reply.http_response.content)
-        except openai.APIConnectionError as error:  # timeouts are among them
-            cause = type(error.__cause__).__name__
-            if cause in ("ConnectError", "ConnectTimeout"):
-                raise BadInput(
-                    f"{self.base_url}: no connection: is the server running and is "
-                    f"--base-url right?"
-                ) from None
-            if isinstance(error, openai.APITimeoutError):
-                said = f"no answer within {client.timeout:g} s, {tries} times (--patience)"
-            else:
-                said = f"connection lost {tries} times ({cause})"
-            raise ServedFailure(said) from None
+            with create(**asked) as response:
+                return self._read(response)
+        except self._connection_errors as error:
+            raise self._lost(error) from None
         except openai.APIStatusError as error:
             # without the cause: its request carries the key
-            raise self._trouble(error) from None
+            raise self._trouble(error, body) from None
         except UnicodeEncodeError:
             raise ServedFailure(
                 "the prompt holds half a surrogate pair, which UTF-8 cannot carry"
             ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-            raise ServedFailure("the reply is not JSON (cut off on the way?)") from None
-        if type(value) is not dict:
-            raise ServedFailure(f"the reply is a JSON {type(value).__name__}, not an object")
-        return value
 
-    def _trouble(self, error):
-        """The exception for a status the client gave up on: whose problem is it?"""
+    def _read(self, response):
+        """The Reply in an HTTP response; a stream that breaks off may be whole next time."""
+        reply = Reply()
+        try:
+            for event in events_of(response):
+                self._check_event(event)
+                reply.add(event)
+        except (ValueError, RecursionError):
+            reply.finish = None
+        if reply.finish is None and is_stream(response):
+            raise _Passing("the stream broke off", "look at the server's log")
+        with self._lock:
+            self.usage.add(reply.usage)
+        reply.check()
+        return reply
+
+    def _check_event(self, event):
+        """Raises what an error inside a reply, which HTTP calls a success, amounts to."""
+        if type(event) is not dict:
+            raise ServedFailure(f"the reply is a JSON {type(event).__name__}, not an object")
+        error = error_of(event)
+        if not error:
+            return
+        code, words = error
+        said = f"error in a reply: {self._without_key(words)[:300]}"
+        # a gateway without a code passes on its provider's trouble
+        if passes(int(code) if code.isdecimal() else 503):
+            raise _Passing(said, "a lower --concurrency may help")
+        raise ServedFailure(said + cure(words))
+
+    def _lost(self, error):
+        """What to make of a connection that failed or fell silent."""
+        cause = type(error.__cause__ or error).__name__
+        if cause in ("ConnectError", "ConnectTimeout"):
+            return _Passing(
+                f"{self.base_url}: no connection",
+                "is the server running and is --base-url right?",
+                final=BadInput,
+            )
+        if "Timeout" in cause:
+            silence = f"no answer within {self._client.timeout:g} s"
+            return _Passing(silence, "a longer --timeout or a lower --concurrency may help")
+        return _Passing(
+            f"connection lost ({cause})",
+            "look at the server's log; a field that it cannot bear, such as seed, is left out "
+            "by --request-json",
+        )
+
+    def _trouble(self, error, body):
+        """The exception for a status that is no success: whose problem is it?"""
         status = error.status_code
-        said = error.message
-        if " - " not in said:
-            said = f"{said} - {error.response.text}"
-        said = " ".join(said.replace(self._key, "***").split())[:300]
-        said += f" ({error.code})" if error.code else ""
+        words = error.message
+        if " - " not in words:
+            words = f"{words} - {error.response.text}"
+        words += f" ({error.code})" if error.code else ""
+        said = self._without_key(" ".join(words.split()))[:300]
         # the server's own words can quote parts of the key: leave them out
         if status in (401, 403):
             return BadInput(
-                f"{self.base_url}: {status}, the key in ${self.api_key_env} is not accepted "
-                f"for model {self.model}: set that variable, or name another with "
-                f"--api-key-env"
+                f"{self.base_url}: {status}, the key in $OPENAI_API_KEY is not accepted for "
+                f"model {self.model}: set that variable"
             )
         if status == 404:
             return BadInput(
                 f"{self.base_url}: no model {self.model!r} there, or the address lacks its "
                 f"/v1: {said}"
             )
-        if status == 429 and "insufficient_quota" in said:
+        if status == 429 and "insufficient_quota" in words:
             return BadInput(f"{self.base_url}: the account has no credit left: {said}")
-        passing = status in (408, 409, 413, 429) or status >= 500
-        if passing or any(words in said.lower() for words in OF_ONE_REQUEST):
-            return ServedFailure(f"{said} (--patience max_retries={self._client.max_retries})")
-        kind = _Refused if status in (400, 422) else BadInput
-        return kind(f"{self.base_url}: the server refuses the request: {said}")
-
-
-def _choice(reply):
-    """(the first choice, {"text", "finish_reason"}) of a chat or completions reply."""
-    try:
-        choice = reply["choices"][0]
-        text = choice["message"]["content"] if "message" in choice else choice["text"]
-        finish = choice["finish_reason"]
-    except (KeyError, IndexError, TypeError):
-        raise ServedFailure("the reply has no choices with text and finish_reason") from None
-    if finish not in ("stop", "length") or not (text is None or type(text) is str):
-        raise ServedFailure(f"finish_reason: expected stop or length, got {str(finish)[:40]}")
-    # a model that spent its whole budget on reasoning says nothing
-    if text is None and not choice.get("token_ids"):
-        raise ServedFailure(
-            f"no text (finish_reason {finish}): spent on reasoning? raise --max-tokens"
+        if passes(status):
+            busy = "a lower --concurrency may help" if status == 429 else "see the server's log"
+            return _Passing(said, busy, error.response.headers.get("retry-after"))
+        if status == 413 or cure(words):
+            return ServedFailure(said + cure(words))
+        if status not in (400, 422):
+            return BadInput(f"{self.base_url}: the server refuses the request: {said}")
+        refused = _Refused(
+            f"{self.base_url}: the server refuses the request: {said}: {left_out(body, words)}"
         )
-    if any("\ud800" <= character <= "\udfff" for character in text or ""):
-        raise ServedFailure("the text holds half of a surrogate pair, which no file can carry")
-    return choice, {"text": text or "", "finish_reason": finish}
+        refused.words = words
+        return refused
+
+    def _without_key(self, text):
+        return text.replace(self._key, "***")
+
+
+def response_formats(schema):
+    """Ways to ask for JSON, the strictest first."""
+    formats = {"json_object": {"type": "json_object"}}
+    if schema is None:
+        return formats
+    named = {"name": "reply", "schema": schema, "strict": True}
+    return {"json_schema": {"type": "json_schema", "json_schema": named}} | formats
+
+
+def whole_text(reply):
+    """The text of a reply that must be whole."""
+    if reply.finish == "length":
+        raise Cut("it was too long and was cut")
+    return reply.text
+
+
+def pause(tries, after):
+    """Seconds before the next try: what Retry-After says, or 0.5, 1, 2, 4, 8 with jitter."""
+    try:
+        seconds = float(after)
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if seconds >= 0:
+        return min(seconds, 120.0)
+    return min(FIRST_PAUSE * 2 ** (tries - 1), LONGEST_PAUSE) * random.uniform(0.75, 1.0)
+
+
+def passes(status):
+    """Whether a request with this status may succeed when it is sent again."""
+    return status in (408, 409, 429) or status >= 500
+
+
+def left_out(body, words):
+    """How to leave out the fields of a request that a refusal names."""
+    named = [f for f in body if f not in FIXED and re.search(rf"\b{re.escape(f)}\b", words)]
+    example = json.dumps({(named or ["FIELD"])[-1]: None})
+    about = f"it names {', '.join(named)}; " if named else ""
+    return f"{about}--request-json '{example}' leaves a field out"
 
 
 def _are_ids(ids):
-    return type(ids) is list and bool(ids) and all(type(i) is int for i in ids)
+    return bool(ids) and all(type(i) is int and i >= 0 for i in ids)
 
 
 def _is_logprob(value):
-    return type(value) in (int, float) and math.isfinite(value)
+    # a rounding above 0 is a certain token
+    return type(value) in (int, float) and math.isfinite(value) and value <= 1e-4

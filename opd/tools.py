@@ -175,6 +175,22 @@ def load_tool(name, options):
     return tool
 
 
+@dataclass(frozen=True)
+class ToolOptions:
+    """--tool-options NAME=VALUE: how the model writes a call (a key of FORMATS), and how many
+    calls an episode has; one more ends it in finish_reason `tool_limit`."""
+
+    call_format: str = "hermes"
+    max_calls: int = 16
+
+    def __post_init__(self):
+        if self.call_format not in FORMATS or self.max_calls < 1:
+            raise BadInput(
+                f"--tool-options: expected call_format {' or '.join(FORMATS)} and max_calls of "
+                f"at least 1, got {self.call_format} and {self.max_calls}"
+            )
+
+
 class Toolbox:
     """The tools of a run, and how calls of them are written.
 
@@ -182,8 +198,6 @@ class Toolbox:
     often ends in finish_reason `tool_limit`."""
 
     def __init__(self, names, form="hermes", most_calls=16):
-        if most_calls < 1:
-            raise BadInput(f"--max-calls: expected at least 1, got {most_calls}")
         options = tool_options(names)
         self.settings = [options, form, most_calls]
         self.form = form

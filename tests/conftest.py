@@ -53,10 +53,20 @@ def by_key(rows):
     return out
 
 
+def lines_of(path, part):
+    """A file beside `path` of its lines `part`, as in Python: ":8", "1:8:4"."""
+    chosen = slice(*(int(x) if x else None for x in part.split(":")))
+    out = Path(f"{path}.{part.replace(':', '-')}")
+    out.write_text("".join(Path(path).read_text().splitlines(True)[chosen]))
+    return out
+
+
 def argv(*parts, **flags):
     """argv("score", top_k=3, overwrite=True, set={"clip_low": 0}) -> ["score", "--top-k", "3",
-    "--overwrite", "--set", "clip_low=0"]"""
+    "--overwrite", "--set", "clip_low=0"].  slice=":8" gives only these lines of `prompts`."""
     out = [str(p) for p in parts]
+    if part := flags.pop("slice", None):
+        flags["prompts"] = lines_of(flags["prompts"], part)
     for name, value in flags.items():
         flag = "--" + name.strip("_").replace("_", "-")
         if isinstance(value, dict):
@@ -254,7 +264,7 @@ def agents(tmp_path_factory):
     train.main(argv(out=student, steps=10, learning_rate=2e-3, **more))
     clean |= dict(model=base, fresh_optimizer=True)
     train.main(argv(out=root / "teacher", steps=20, learning_rate=3e-3, seed=1, **clean))
-    calls = dict(call_format="brackets", max_calls=3, max_tokens=120)
+    calls = dict(tool_options=dict(call_format="brackets", max_calls=3), max_tokens=120)
     tools = dict(tools='{"calculator": {"outage": 0.3}}', **calls)
     w = sampled(root, student, **tools)
     w.student, w.tools = student, tools

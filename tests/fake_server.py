@@ -20,6 +20,10 @@ than its Content-Length); "not_json"; "array"; "no_choices"; "filtered"; "null_t
 "few_logprobs"; "no_logprobs"; "no_token_ids"; "no_prompt_logprobs"; "short_prompt_logprobs";
 "wrong_prompt_logprobs". "no_response_format" and "no_max_tokens" refuse that one field.
 `always` does the same to every request.
+
+A request for a stream gets one, a token an event, if it is served as "normal".  raw(body): what
+is sent instead of all that, pieces of server-sent events (bytes) with pauses (seconds) between,
+or a reply (a dict, or (status, dict)).
 """
 
 import hashlib
@@ -54,6 +58,37 @@ def distribution(prefix):
     return [z - total for z in logits]
 
 
+def event(value):
+    """One server-sent event."""
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+def events(reply):
+    """A plain reply as vLLM streams it: the role, an event a token, the end, the usage."""
+    choice = reply["choices"][0]
+    chat = "message" in choice
+    text = choice["message"]["content"] if chat else choice["text"]
+    ids, logprobs = choice.get("token_ids"), choice.get("logprobs")
+    steps = max(len(text), len(ids or ()))
+    yield event({"choices": [{"delta": {"role": "assistant", "content": ""}}]} if chat else {})
+    for i in range(steps):
+        said = text[i : i + 1] if i < steps - 1 else text[i:]
+        part = {"delta": {"content": said}} if chat else {"text": said}
+        if ids:
+            part["token_ids"] = ids[i : i + 1]
+        if logprobs:
+            part["logprobs"] = {k: v[i : i + 1] for k, v in logprobs.items()}
+        one = {"choices": [part]}
+        if not i:
+            place = one if chat else part
+            place["prompt_token_ids"] = (reply if chat else choice).get("prompt_token_ids")
+        yield event(one)
+    yield event({"choices": [{"delta": {}, "finish_reason": choice["finish_reason"]}]})
+    tokens = {"prompt_tokens": 9, "completion_tokens": len(ids) if ids else len(text)}
+    yield event({"choices": [], "usage": tokens})
+    yield b"data: [DONE]\n\n"
+
+
 class FakeServer:
     def __init__(
         self,
@@ -63,7 +98,9 @@ class FakeServer:
         distribution=distribution,
         retry_after="0.01",
         tokenizer=None,
+        raw=None,
     ):
+        self.raw = raw
         self.chat, self.script, self.always, self.distribution = (
             chat,
             list(script),
@@ -120,7 +157,15 @@ class FakeServer:
                 self._closing.wait(30)
                 handler.close_connection = True
                 return
-            status, reply = self._reply(handler.path, body, behaviour)
+            status, reply = 200, self.raw(body) if self.raw else None
+            if isinstance(reply, tuple):
+                status, reply = reply
+            if reply is None:
+                status, reply = self._reply(handler.path, body, behaviour)
+                if body.get("stream") and behaviour == "normal" and status == 200:
+                    reply = events(reply)
+            if not isinstance(reply, (dict, list, bytes)):
+                return self._stream(handler, reply)
             data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
             if behaviour == "cut":
                 data = data[: len(data) // 2]
@@ -139,6 +184,19 @@ class FakeServer:
         finally:
             with self._lock:
                 self.in_flight -= 1
+
+    def _stream(self, handler, pieces):
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        handler.close_connection = True
+        for piece in pieces:
+            if isinstance(piece, bytes):
+                handler.wfile.write(piece)
+                handler.wfile.flush()
+            else:
+                self._closing.wait(piece)
 
     def _reply(self, path, body, behaviour):
         key = self.requests[-1]["headers"].get("authorization", "").removeprefix("Bearer ")

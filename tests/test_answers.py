@@ -9,7 +9,7 @@ from conftest import argv, dump, load
 import eval as evaluation
 import rubric
 from opd.answers import equal, equality_named, final_answer, is_correct, read_answerable
-from opd.records import BadInput
+from opd.records import BadInput, visible
 
 EQUAL = [
     # numbers
@@ -224,7 +224,7 @@ def test_a_megabyte_of_anything_ends(unit):
     ],
 )
 def test_the_final_answer_is_read_from_both_sides(text, answer, right):
-    assert is_correct(text, answer) is right
+    assert is_correct(visible(text), answer) is right
     assert final_answer("") is None
 
 

@@ -173,8 +173,8 @@ class Small:
 
     def run(self, main, fake, *words, **flags):
         served = dict(base_url=fake.base_url, model=self.model, concurrency=3)
-        patience = dict(max_retries=0, timeout=1) | flags.pop("patience", {})
-        return main(argv(*words, **served | flags, patience=patience))
+        served |= dict(max_retries=0, timeout=1)
+        return main(argv(*words, **served | flags))
 
     def rollout(self, fake, **flags):
         flags = self.prompts | dict(max_tokens=8, out=self.path("rollouts")) | flags
@@ -186,8 +186,8 @@ def small(tmp_path):
     return Small(tmp_path)
 
 
-TRIES = dict(patience=dict(max_retries=2))
-ALMOST_ANY = dict(patience=dict(max_retries=2, max_failure_rate=0.5))
+TRIES = dict(max_retries=2)
+ALMOST_ANY = dict(max_retries=2, max_failure_rate=0.5)
 
 
 def sample_through_trouble(small):
@@ -262,8 +262,8 @@ def test_a_server_may_move_between_two_runs(small):
 
 def test_failures_beyond_the_allowed_rate_stop_early_and_a_few_are_left_for_the_next_run(small):
     with small.fake(always="500") as fake:
-        with pytest.raises(BadInput, match="max_failure_rate"):  # all of the first few fail
-            small.rollout(fake, n=50, patience=dict(max_failure_rate=1))
+        with pytest.raises(BadInput, match="max-failure-rate"):  # all of the first few fail
+            small.rollout(fake, n=50, max_failure_rate=1)
         assert len(fake.requests) < 40
     with small.fake(script=["normal", "500"]) as fake:
         summary = small.rollout(fake, n=5)

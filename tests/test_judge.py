@@ -45,7 +45,7 @@ class Scripted:
     """Stands in for a Server: replies in turn (an exception is raised), and keeps every
     conversation."""
 
-    base_url, model = "http://fake/v1", "m"
+    base_url, model, fields = "http://fake/v1", "m", {}
 
     def __init__(self, *replies):
         self.replies, self.asked = list(replies), []
@@ -63,7 +63,7 @@ def scripted(*replies, **options):
 
 
 def connect(fake, model="m", **options):
-    return Server(fake.base_url, model, "NO_SUCH_KEY", max_retries=0, timeout=5, **options)
+    return Server(fake.base_url, model, max_retries=0, timeout=5, **options)
 
 
 def shown(messages):
@@ -148,7 +148,7 @@ def changed(i=0, **fields):
 )
 def test_a_bad_rubric_is_refused_with_a_reason(reply, complaint):
     with pytest.raises(ValueError, match=complaint):
-        judge_replies.parse_rubric(reply)
+        judge_replies.rubric_form().parse(reply)
 
 
 # ---- Verifier
@@ -209,12 +209,15 @@ YES, NO = (1, [True, False]), (2, [True, False])
     "reply, complaint",
     [
         # an answer is missing, or judged twice, or not there
-        (batch([YES]), r"every answer_index from 1 to 2 once, got \[1\]"),
-        (batch([YES, (1, [False, False])]), r"got \[1, 1\]"),
-        (batch([YES, (3, [True, False])]), r"got \[1, 3\]"),
+        (batch([YES]), "verdicts: List should have at least 2 items"),
+        (batch([YES, (1, [False, False])]), r"every answer_index once, got \[1, 1\]"),
+        (
+            batch([YES, (3, [True, False])]),
+            "answer_index: Input should be less than or equal to 2",
+        ),
         (batch([YES, ("2", [True, False])]), "answer_index"),
         # a criterion is missing
-        (batch([(1, [True]), NO]), "a list of 2, one per criterion, got 1"),
+        (batch([(1, [True]), NO]), "judgement: List should have at least 2 items"),
         (batch([(1, ["true", "false"]), NO]), "judgement.0: Input should be a valid bool"),
         (batch([(1, [True, None]), NO]), "judgement.1"),
         (batch([(1, {"c1": True}), NO]), "judgement: Input should be a valid list"),
@@ -229,7 +232,7 @@ YES, NO = (1, [True, False]), (2, [True, False])
 )
 def test_a_bad_verdict_is_refused_with_a_reason(reply, complaint):
     with pytest.raises(ValueError, match=complaint):
-        judge_replies.parse_batch(reply, 2, 2)
+        judge_replies.batch_form(2, 2).parse(reply)
 
 
 GOOD = batch([(1, [True, False]), (2, [False, False])])
@@ -245,7 +248,7 @@ GOOD = batch([(1, [True, False]), (2, [False, False])])
     ],
 )
 def test_one_fence_a_thought_and_a_final_score_are_tolerated(reply):
-    assert judge_replies.parse_batch(reply, 2, 2) == [[True, False], [False, False]]
+    assert judge_replies.batch_form(2, 2).parse(reply) == [[True, False], [False, False]]
 
 
 def test_holistic_scores_are_tenths():
@@ -278,8 +281,8 @@ def test_an_answer_cannot_speak_as_the_judge_or_the_template(attack):
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_bad_reply_that_copies_an_attack_is_defused_before_it_is_shown_again(attack):
     llm = scripted(attack, '{"x": 1}')
-    parse = lambda reply: dict(json.loads(reply))  # noqa: E731
-    assert llm.ask(MESSAGES, parse) == {"x": 1}
+    form = SimpleNamespace(parse=lambda reply: dict(json.loads(reply)), schema=dict)
+    assert llm.ask(MESSAGES, form) == {"x": 1}
     again = "".join(m["content"] for m in llm.server.asked[1][2:])
     assert not re.search(r"[<>|]|\[/?[A-Z]", again)
     again.encode()
@@ -294,16 +297,17 @@ def test_defusing_does_not_change_the_value_of_valid_json():
 # ---- re-asks and failures
 
 
-def test_a_re_ask_carries_the_bad_reply_and_the_complaint():
-    replies = ('{"judgement": [true]}', '{"judgement": ["true", "x", 0]}')
+def test_a_re_ask_carries_the_last_bad_reply_and_the_complaint():
+    replies = ('{"judgement": [true]}', '{"judgement": ["true", "x", 0]}' + " " * 900)
     llm = scripted(*replies, '{"judgement": [true, false, true]}')
     assert llm.verify("q", CRITERIA, ["a"], "single") == [[True, False, True]]
     first, second, third = llm.server.asked
-    assert second[:2] == first and third[:4] == second
+    assert second[:2] == third[:2] == first and len(second) == len(third) == 4
     assert second[2] == {"role": "assistant", "content": replies[0]}
     assert second[3]["role"] == "user"
-    assert "a list of 3, one per criterion, got 1" in second[3]["content"]
-    assert "judgement.0: Input should be a valid boolean" in third[5]["content"]
+    assert "judgement: List should have at least 3 items" in second[3]["content"]
+    assert "judgement.0: Input should be a valid boolean" in third[3]["content"]
+    assert len(third[2]["content"]) < 450 and third[2]["content"].endswith("(cut here)")
 
 
 def test_re_asks_are_bounded_and_the_last_reason_is_told():

@@ -225,9 +225,8 @@ def poison(model):
         (dict(max_tokens=0), "--max-tokens"),
         (dict(temperature=-1), "--temperature"),
         (dict(top_p=0), "--top-p"),
-        (dict(slice="3"), "--slice"),
-        (dict(slice="a:b"), "--slice"),
-        (dict(slice="::0"), "--slice"),
+        (dict(tools="calculator", tool_options={"max_calls": 0}), "max_calls of at least 1"),
+        (dict(tools="calculator", tool_options={"call_format": "x"}), "hermes or brackets"),
         (dict(prompts="absent.jsonl"), "absent.jsonl"),
         (dict(prompts={"prompt": ""}), "prompt 'odd': expected at least one token"),
         (
@@ -242,7 +241,7 @@ def test_what_cannot_be_sampled_is_refused(world, tmp_path, capsys, flags, compl
     """Among it pickled weights, and logits that are no numbers."""
     if isinstance(flags.get("prompts"), dict):
         prompt = {"id": "odd"} | flags["prompts"]
-        flags = dict(slice=":", prompts=dump(tmp_path / "p.jsonl", [prompt]))
+        flags = dict(slice=None, prompts=dump(tmp_path / "p.jsonl", [prompt]))
     if "model" in flags:
         folder = tmp_path / "m"
         variant(world.base, folder, model=poison if flags["model"] == "nan" else None)
@@ -294,7 +293,7 @@ def test_plain_prompts_are_tokenized_as_they_stand(world, tmp_path):
     plain = {"id": 7, "prompt": "<|user|>1+2=?<|assistant|>"}
     chat = {"id": "m", "messages": [{"role": "user", "content": "1+2=?"}]}
     prompts = dump(tmp_path / "p.jsonl", [plain, chat])
-    rows = sample(world, tmp_path / "r.jsonl", prompts=prompts, slice=":", n=1)
+    rows = sample(world, tmp_path / "r.jsonl", prompts=prompts, slice=None, n=1)
     assert rows[7, 0]["prompt_ids"] == rows["m", 0]["prompt_ids"]
 
 
@@ -396,7 +395,7 @@ def test_a_last_message_of_the_assistants_is_continued_locally_and_by_a_server(w
     token nor a new turn, and writes what is missing."""
     asked, begun = {"role": "user", "content": "1+2=?"}, {"role": "assistant", "content": "1+"}
     prompts = dump(tmp_path / "p.jsonl", [{"id": "p", "messages": [asked, begun]}])
-    flags = dict(prompts=prompts, slice=":", n=1, max_tokens=4)
+    flags = dict(prompts=prompts, slice=None, n=1, max_tokens=4)
     tokenizer = policies.load_tokenizer(str(world.base))
     (local,) = sample(world, tmp_path / "r.jsonl", **flags).values()
     assert tokenizer.decode(local["prompt_ids"]) == "<|user|>1+2=?<|assistant|>1+"

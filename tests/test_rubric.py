@@ -291,8 +291,7 @@ def honest_judge(body):
 
 
 def served(fake, **more):
-    patience = dict(max_retries=1, timeout=5) | more
-    return dict(model="judge", base_url=fake.base_url, patience=patience)
+    return dict(model="judge", base_url=fake.base_url, max_retries=1, timeout=5) | more
 
 
 def test_llm_rubric_and_judge_end_to_end(w):
@@ -321,7 +320,7 @@ def test_failed_judgements_are_null_counted_stopped_and_asked_again(w):
     dump(w.prompts, [w.prompt("a"), other])
     with FakeServer(chat=judge) as fake:
         flags = dict(grader="judge", re_asks=1, **served(fake))
-        with pytest.raises(BadInput, match="max_failure_rate"):
+        with pytest.raises(BadInput, match="max-failure-rate"):
             w.grade(**flags)
         summary = w.grade(**flags | served(fake, max_failure_rate=0.6))
         assert summary["failed"] == 6 and summary["failure_rate"] == 0.5

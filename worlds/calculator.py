@@ -1,8 +1,8 @@
 """A calculator as a tool: `--tools calculator`, or `worlds.calculator:Calculator`.
 
     python rollout.py --tools calculator --model M --prompts P --out rollouts.jsonl
-    python rollout.py --tools '{"calculator": {"outage": 0.2}}' --call-format brackets \
-        --model M --prompts P --out rollouts.jsonl
+    python rollout.py --tools '{"calculator": {"outage": 0.2}}' \
+        --tool-options call_format=brackets --model M --prompts P --out rollouts.jsonl
 
 It parses with the grammar below: no eval, exact fractions, powers and lengths bounded, so that
 no text takes more than a moment.  `outage` is the share of calls that have no result without
