@@ -378,11 +378,7 @@ def main(argv=None):
     if "teacher" not in args.allow:
         check_teacher(source, method, data)
     steps = plan(data.groups, args.batch_size, args.epochs or 1, args.steps, args.seed)
-    if flat := data.steps_without_signal(steps):
-        print(
-            f"WARNING: in {flat} of {len(steps)} steps every advantage is 0, for every answer "
-            f"to a prompt has one reward: nothing is learnt from the rewards in them"
-        )
+    data.check_signal(steps)
     several = method.on_policy and len(steps) > 1
     old = starting_logps(policy, data, settings) if several else {}
 

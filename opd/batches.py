@@ -296,12 +296,11 @@ class Data:
                 f"(omega {self.method.omega}), nothing is left to train on"
             )
 
-    def steps_without_signal(self, steps):
-        """How many of the steps (lists of prompts) have no advantage other than 0: where the
-        rewards are all that trains, the weights do not move in them.  BadInput for groups of
-        one, in which no answer can be better than the others."""
+    def check_signal(self, steps):
+        """Says in how many of the steps (lists of prompts) every advantage is 0.  BadInput for
+        groups of one, in which no answer can be better than the others."""
         if "reward" not in self.method.coefficient:
-            return 0
+            return
         if max(map(len, self.groups.values())) == 1:
             raise BadInput(
                 f"{self.rollouts.path}: expected at least 2 rollouts of a prompt (rollout.py "
@@ -311,7 +310,11 @@ class Data:
         for step in steps:
             keys = [key for prompt in step for key in self.groups[prompt]]
             flat += not any(self.advantages[key][0] for key in keys)
-        return flat
+        if flat:
+            print(
+                f"WARNING: in {flat} of {len(steps)} steps every advantage is 0, for all "
+                f"answers to a prompt have one reward: nothing is learnt from rewards in them"
+            )
 
     def counts(self):
         """What a run's summary says of the data."""
