@@ -207,7 +207,7 @@ class Server:
         )
         # httpx or its successor: while a body is read, its errors come as they are
         transport = sys.modules[openai.DefaultHttpxClient.__base__.__module__.split(".")[0]]
-        self._connection_errors = (openai.APIConnectionError, transport.TransportError)
+        self._connection_errors = (openai.APIConnectionError, transport.RequestError)
         self._lock = threading.Lock()
         # what the server has refused so far
         self._streams = True
