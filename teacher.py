@@ -311,6 +311,8 @@ def score(argv):
         "dtype": args.dtype,
         "served": bool(args.base_url),
     }
+    if scorer.server and scorer.server.fields:
+        settings["request"] = scorer.server.fields
     inputs = [args.rollouts]
     if args.same_token:
         settings["same_token"] = args.same_token

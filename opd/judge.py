@@ -294,6 +294,7 @@ class Judge:
         usage = self.server.usage
         return {
             "calls": usage.calls,
+            "calls_without_usage": usage.unreported,
             "re_asks": len(self.complaints),
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
@@ -366,10 +367,11 @@ def describe_spent(summary):
     """What `Judge.spent` adds to a summary, in words; nothing without a judge."""
     if "calls" not in summary:
         return ""
-    return (
-        f"; {summary['calls']} replies, {summary['re_asks']} re-asks, "
-        f"{summary['prompt_tokens']} + {summary['completion_tokens']} tokens"
-    )
+    text = f"; {summary['calls']} replies, {summary['re_asks']} re-asks, "
+    text += f"{summary['prompt_tokens']} + {summary['completion_tokens']} tokens"
+    if summary["calls_without_usage"]:
+        text += f" and those of {summary['calls_without_usage']} replies without `usage`"
+    return text
 
 
 # ---- flags

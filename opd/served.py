@@ -207,7 +207,7 @@ class Server:
         )
         # httpx or its successor: while a body is read, its errors come as they are
         transport = sys.modules[openai.DefaultHttpxClient.__base__.__module__.split(".")[0]]
-        self._connection_errors = (openai.APIConnectionError, transport.TransportError)
+        self._connection_errors = (openai.APIConnectionError, transport.RequestError)
         self._lock = threading.Lock()
         # what the server has refused so far
         self._streams = True
@@ -410,17 +410,20 @@ class Server:
         A server that refuses that is asked for any JSON object, then for text, from then on."""
         request = PLAIN | {"messages": messages, "temperature": temperature, "top_p": 1.0}
         refused = set()
-        for name, response_format in response_formats(schema).items():
-            if name in self._refused_formats:
+        for way in response_formats(schema):
+            if way["type"] in self._refused_formats:
                 continue
             try:
-                asked = request | {"response_format": response_format}
-                return whole_text(self._chat(asked, max_tokens))
+                reply = self._chat(request | {"response_format": way}, max_tokens)
+                break
             except _Refused:  # perhaps that field, perhaps another: the next request tells
-                refused.add(name)
-        text = whole_text(self._chat(request, max_tokens))
+                refused.add(way["type"])
+        else:
+            reply = self._chat(request, max_tokens)
         self._refused_formats |= refused
-        return text
+        if reply.finish == "length":
+            raise Cut("it was too long and was cut")
+        return reply.text
 
     def _chat(self, request, max_tokens):
         spelling = self._max_tokens
@@ -571,18 +574,11 @@ class Server:
 
 def response_formats(schema):
     """Ways to ask for JSON, the strictest first."""
-    formats = {"json_object": {"type": "json_object"}}
+    any_object = {"type": "json_object"}
     if schema is None:
-        return formats
+        return [any_object]
     named = {"name": "reply", "schema": schema, "strict": True}
-    return {"json_schema": {"type": "json_schema", "json_schema": named}} | formats
-
-
-def whole_text(reply):
-    """The text of a reply that must be whole."""
-    if reply.finish == "length":
-        raise Cut("it was too long and was cut")
-    return reply.text
+    return [{"type": "json_schema", "json_schema": named}, any_object]
 
 
 def pause(tries, after):

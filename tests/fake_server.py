@@ -222,6 +222,8 @@ class FakeServer:
         text, finish = answer["text"], answer.get("finish_reason", "stop")
         if behaviour == "filtered":
             finish = "content_filter"
+        if behaviour == "null_text":  # all of its tokens were thoughts
+            finish = "length"
         ids = [ord(c) % 1000 for c in text] + ([END] if finish == "stop" else [])
         prompt = body["messages"][-1]["content"] if chat else body["prompt"]
         prompt_ids = [ord(c) % 1000 for c in prompt] if isinstance(prompt, str) else prompt

@@ -2,6 +2,7 @@
 opd/served_reply.py, opd/judge.py and the stages that ask them."""
 
 import json
+import time
 
 import pytest
 from conftest import argv, dump, load, refusal
@@ -10,8 +11,10 @@ pytest.importorskip("openai")
 
 from fake_server import FakeServer, event, events  # noqa: E402
 
+import rubric  # noqa: E402
 import teacher  # noqa: E402
-from opd import served  # noqa: E402
+from opd import judge_replies, records, served  # noqa: E402
+from opd.judge import Cache, Judge  # noqa: E402
 from opd.records import BadInput  # noqa: E402
 from opd.served import ServedFailure, Server  # noqa: E402
 
@@ -353,3 +356,323 @@ def test_advice_fits_the_failure():
         with FakeServer(raw=lambda body: (status, said)) as fake:  # noqa: B023
             with pytest.raises(ServedFailure, match=words):
                 sample(connect(fake))
+
+
+# ---- judges: what they are asked for
+
+CRITERIA = [
+    {"id": f"c{i}", "category": "Task Completion", "criterion": f"thing {i}", "points": i}
+    for i in (1, 2, 3, 4)
+]
+RUBRIC = json.dumps({"criteria": CRITERIA})
+TRUE = '{"judgement": [true, true, true, true]}'
+
+
+def verify(fake, answers=("a",), mode="single", server=None, **options):
+    llm = Judge(server or connect(fake), **options)
+    return llm, llm.verify("q", CRITERIA, list(answers), mode)
+
+
+def test_a_judge_is_asked_for_a_schema_of_the_exact_form():
+    with FakeServer(chat=lambda body: TRUE) as fake:
+        verify(fake)
+    asked = fake.bodies()[0]["response_format"]
+    assert asked["type"] == "json_schema" and asked["json_schema"]["strict"] is True
+    verdicts = asked["json_schema"]["schema"]["properties"]["judgement"]
+    assert verdicts["items"] == {"type": "boolean"}
+    assert verdicts["minItems"] == verdicts["maxItems"] == 4
+
+
+FORMS = {
+    "rubric": judge_replies.rubric_form(),
+    "single": judge_replies.judgement_form(3),
+    "batch": judge_replies.batch_form(2, 3),
+    "reasons": judge_replies.batch_form(2, 3, True),
+    "score": judge_replies.score_form(),
+}
+
+
+def objects(schema):
+    """Every object of a JSON schema."""
+    for part in [schema, *schema.get("$defs", {}).values()]:
+        if part.get("type") == "object":
+            yield part
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_schemas_are_such_as_a_strict_server_takes(form):
+    for part in objects(form.schema()):
+        assert part["additionalProperties"] is False
+        assert part["required"] == list(part["properties"])
+    text = json.dumps(form.schema())
+    assert not any(word in text for word in ('"default"', "minLength", "maxLength", "anyOf"))
+
+
+def test_a_rubric_of_a_schema_has_four_to_eight_criteria_and_the_index_comes_first():
+    rubric_schema = FORMS["rubric"].schema()["properties"]["criteria"]
+    assert (rubric_schema["minItems"], rubric_schema["maxItems"]) == (4, 8)
+    verdict = list(objects(FORMS["batch"].schema()))[1]
+    assert list(verdict["properties"]) == ["answer_index", "judgement"]
+
+
+@pytest.mark.parametrize(
+    "known, asked",
+    [
+        (("json_schema", "json_object"), ["json_schema", "json_schema"]),
+        (("json_object",), ["json_schema", "json_object", "json_object"]),
+        ((), ["json_schema", "json_object", None, None]),
+    ],
+)
+def test_the_way_to_ask_for_json_is_learnt_of_each_server(known, asked):
+    def reply(body):
+        kind = body.get("response_format", {}).get("type")
+        if kind is None or kind in known:
+            return plain(TRUE)
+        return 400, {"error": {"message": "response_format is not supported", "code": None}}
+
+    with FakeServer(raw=reply) as fake:
+        server = connect(fake)
+        for _ in range(2):
+            assert verify(fake, server=server)[1] == [[True] * 4]
+        formats = [body.get("response_format", {}).get("type") for body in fake.bodies()]
+    assert formats == asked
+
+
+# ---- judges: what is believed
+
+DAMAGED = {
+    "empty": " ",
+    "punctuation": "...?!",
+    "control characters": "States the sum\x07 42",
+    "replaced characters": "States \ufffd\ufffd 42",
+    "another criterion": 'States 42", "points": 5}, {"id": "c2", "criterion": "is right',
+    "escaped": "States 42\\', 'points\\': 5",
+    "cut at a comma": "States the sum,",
+    "cut in brackets": "States the sum (that is",
+    "cut in a quotation": 'States "the sum',
+    "cut in a phrase": "States the sum of",
+    "repeated": "  THING  2. ",
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_criterion_is_asked_for_again(text):
+    damaged = [CRITERIA[0] | {"criterion": text}, *CRITERIA[1:]]
+    replies = [json.dumps({"criteria": damaged}), RUBRIC]
+    with FakeServer(chat=lambda body: replies.pop(0)) as fake:
+        llm = Judge(connect(fake))
+        assert llm.propose_rubric("q", ["r"], ["s"]) == CRITERIA
+        assert len(llm.complaints) == 1
+
+
+def test_whole_criteria_of_many_sorts_are_taken():
+    whole = ["x lies in (0, 1]", 'Says "42"', "數學正確", "$\\frac{1}{2}$ is used", "a\n- b"]
+    assert not [text for text in whole if judge_replies.damage(text)]
+
+
+@pytest.mark.parametrize("reply", [TRUE, f"```json\n{TRUE}\n```", f"```{TRUE}```"])
+@pytest.mark.parametrize("thought", ["", "<think>{no}</think>\n", "is it? </think>"])
+def test_fences_and_thoughts_around_a_verdict_are_taken_off(reply, thought):
+    with FakeServer(chat=lambda body: thought + reply) as fake:
+        assert verify(fake)[1] == [[True] * 4]
+
+
+@pytest.mark.parametrize(
+    "unit", ["\n", "{", "[", "```", "```json\n", '"', "<think>", "</think>"]
+)
+def test_a_million_characters_are_read_in_a_moment(unit):
+    began = time.time()
+    for text in (unit * (10**6 // len(unit)), "```json\n" + unit * 10**5):
+        with pytest.raises(ValueError):
+            judge_replies.score_form().parse(text)
+    assert time.time() - began < 1
+
+
+@pytest.mark.parametrize(
+    "words, seen",
+    [
+        ('["true", "true", "true", "true"]', None),
+        ('["yes", "no", "no", "no"]', None),
+        ("[1, 0, 0, 0]", None),
+        ("[true, false, false, true]", [True, False, False, True]),
+    ],
+)
+def test_only_json_says_true(words, seen):
+    with FakeServer(chat=lambda body: f'{{"judgement": {words}}}') as fake:
+        verdicts = verify(fake)[1][0]
+    assert verdicts == seen or isinstance(verdicts, ServedFailure)
+
+
+# ---- judges: re-asks
+
+
+def test_a_judge_that_thinks_in_a_stream_is_read_and_one_that_is_cut_is_asked_again():
+    def thinks(body):
+        cut = len(fake.requests) == 1
+        yield delta(reasoning_content="hm " * 50)
+        yield delta(TRUE[:9] if cut else TRUE)
+        yield delta(finish="length" if cut else "stop")
+
+    with FakeServer(raw=thinks) as fake:
+        llm, verdicts = verify(fake)
+        assert verdicts == [[True] * 4] and len(fake.requests) == 2
+        assert "cut" in fake.bodies()[1]["messages"][-1]["content"]
+
+
+@pytest.mark.parametrize(
+    "reply, words",
+    [
+        (plain("{", "length"), "too long and was cut: a longer --max-tokens"),
+        (plain(None, "length"), "spent on reasoning.*a longer --max-tokens"),
+        (plain(None), "not one JSON object.*a stronger judge"),
+        (plain("no"), "not one JSON object.*a stronger judge"),
+    ],
+)
+def test_re_asks_do_not_grow_and_the_advice_fits(reply, words):
+    with FakeServer(raw=lambda body: reply) as fake:
+        with pytest.raises(ServedFailure, match=f"4 tries.*{words}"):
+            Judge(connect(fake), re_asks=3).holistic("q", "a" * 2000)
+        lengths = [len(json.dumps(body["messages"])) for body in fake.bodies()]
+    assert len(lengths) == 4 and max(lengths) - lengths[0] < 1000
+    assert lengths[1] == lengths[2] == lengths[3]
+
+
+# ---- rubric.py with a judge
+
+
+class World:
+    """Two prompts, two rollouts each, and a rubric: flags of rubric.py grade."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        identity = {"model": "m", "weights": "w", "template": "t", "vocabulary": "v"}
+        shared = {"policy": identity, "finish_reason": "stop", "temperature": 1.0, "top_p": 1.0}
+        shared |= {"prompt_ids": [5], "response_ids": [7], "loss_mask": [1], "logprobs": [-0.5]}
+        texts = [(f"q{p}", s, f"#{p}{s}") for p in range(2) for s in range(2)]
+        rollouts = [shared | {"id": p, "sample": s, "text": t} for p, s, t in texts]
+        rubrics = [{"id": f"q{p}", "criteria": CRITERIA, "rubricator": "x"} for p in range(2)]
+        self.flags = {
+            "prompts": dump(
+                folder / "p.jsonl", [{"id": f"q{p}", "prompt": "?"} for p in range(2)]
+            ),
+            "rollouts": dump(folder / "r.jsonl", rollouts),
+            "rubrics": dump(folder / "c.jsonl", rubrics),
+        }
+
+    def words(self, fake, out="rewards.jsonl", **flags):
+        how = dict(grader="judge", model="j", base_url=fake.base_url, concurrency=1)
+        return argv("grade", **how | self.flags | dict(out=self.folder / out) | flags)
+
+    def grade(self, fake, out="rewards.jsonl", **flags):
+        return rubric.main(self.words(fake, out, **flags)), load(self.folder / out)
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path)
+
+
+def pool(body):
+    return json.loads(body["messages"][1]["content"])["answers"]
+
+
+def judged(body, judgement):
+    """A batch reply with judgement(text) of every answer."""
+    verdicts = [
+        {"answer_index": i, "judgement": judgement(answer["text"])}
+        for i, answer in enumerate(pool(body), 1)
+    ]
+    return json.dumps({"verdicts": verdicts})
+
+
+def steady(body):
+    return judged(body, lambda text: [text.endswith("1"), True, True, True])
+
+
+def test_calls_re_asks_and_tokens_are_counted_and_told(world, capsys):
+    def once_wrong(body):
+        return "no" if len(fake.requests) == 1 else steady(body)
+
+    with FakeServer(chat=once_wrong) as fake:
+        summary, _ = world.grade(fake)
+    counted = {"calls": 3, "re_asks": 1, "prompt_tokens": 27, "calls_without_usage": 0}
+    assert counted.items() <= summary.items() and summary["completion_tokens"] > 200
+    assert "; 3 replies, 1 re-asks, 27 + " in capsys.readouterr().out
+
+
+def test_a_budget_stops_between_prompts_and_the_next_run_goes_on(world, capsys):
+    with FakeServer(chat=steady) as fake:
+        message = refusal(rubric.main, world.words(fake, budget_tokens=9), capsys)
+        assert "1 of 2 prompts are done and kept" in message
+        assert len(load(world.folder / "rewards.jsonl")) == 2
+        summary, rows = world.grade(fake)
+        assert len(rows) == 4 and summary["calls"] == 1
+    with FakeServer(raw=lambda body: plain(steady(body))) as fake:
+        words = world.words(fake, "other.jsonl", budget_tokens=9)
+        assert "tokens cannot be counted" in refusal(rubric.main, words, capsys)
+
+
+def test_repeats_are_asked_in_other_orders_and_averaged(world, capsys):
+    """The first criterion (1 point of 10) wavers on one answer of four."""
+    asked = {}
+
+    def wavers(body):
+        texts = tuple(answer["text"] for answer in pool(body))
+        asked.setdefault(texts[0][:2], []).append(texts)
+        again = len(asked[texts[0][:2]]) > 1
+        return judged(body, lambda text: [text == "#00" and again, True, True, True])
+
+    with FakeServer(chat=wavers) as fake:
+        cache = world.folder / "cache.jsonl"
+        summary, rows = world.grade(fake, repeats=3, cache=cache)
+        assert len(fake.requests) == 6 and len(load(cache)) == 6
+        world.grade(fake, "again.jsonl", cache=cache)  # the first repeat is the plain question
+        world.grade(fake, "more.jsonl", repeats=3, cache=cache)
+        assert len(fake.requests) == 6
+        words = world.words(fake, repeats=2, cache=cache)
+        assert "repeats = 3, now it is 2" in refusal(rubric.main, words, capsys)
+    assert [r["reward"] for r in rows] == pytest.approx([(0.9 + 1 + 1) / 3, 0.9, 0.9, 0.9])
+    assert rows[0]["verdicts"] == rows[0]["repeats"][0] == [False, True, True, True]
+    assert [len(r["repeats"]) for r in rows] == [3] * 4
+    assert not any(records.validate(r, "rewards") for r in rows)
+    assert summary["verdict_flip_rate"] == 2 / 32 and summary["agreement"] == 15 / 16
+
+
+def test_a_failed_repeat_is_left_out_and_only_failures_are_null(world):
+    def fails_on_the_second(body):
+        text = json.loads(body["messages"][1]["content"])["answer"]
+        seen.append(text)
+        return "no" if text == "#00" and seen.count(text) == 2 or text == "#11" else TRUE
+
+    seen = []
+    with FakeServer(chat=fails_on_the_second) as fake:
+        how = dict(repeats=2, mode="single", re_asks=0, max_failure_rate=0.5)
+        summary, rows = world.grade(fake, **how)
+    assert [r["reward"] for r in rows] == [1.0, 1.0, 1.0, None]
+    assert [len(r.get("repeats", ())) for r in rows] == [1, 2, 2, 0]
+    assert summary["failed"] == 1
+
+
+def test_reasons_come_before_verdicts_and_have_keys_of_their_own(world, capsys):
+    def reasons(body):
+        schema = body["response_format"]["json_schema"]["schema"]
+        if "Reasoned" not in json.dumps(schema):
+            return steady(body)
+        return judged(body, lambda text: [{"reason": "so", "met": True}] * 4)
+
+    with FakeServer(chat=reasons) as fake:
+        cache = world.folder / "cache.jsonl"
+        assert world.grade(fake, reason=True, cache=cache)[1][0]["verdicts"] == [True] * 4
+        assert world.grade(fake, "plain.jsonl", cache=cache)[1][0]["reward"] == 0.9
+        assert len(fake.requests) == 4
+        for flags in (dict(reason=True), dict(repeats=2)):
+            words = world.words(fake, "x.jsonl", grader="scalar", **flags)
+            assert "expected --grader judge" in refusal(rubric.main, words, capsys)
+
+
+def test_request_fields_are_part_of_a_judges_key():
+    with FakeServer(chat=lambda body: TRUE) as fake:
+        cache = Cache()
+        for fields in ({}, {"temperature": None}, {"temperature": None}, {}):
+            verify(fake, server=connect(fake, fields=fields), cache=cache)
+        assert ["temperature" in body for body in fake.bodies()] == [True, False]
