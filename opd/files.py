@@ -28,7 +28,16 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from opd.records import KINDS, BadInput, fingerprint, key_of, show, validate
+from opd.records import (
+    KINDS,
+    BadInput,
+    fingerprint,
+    foreign_format,
+    key_of,
+    kind_of,
+    show,
+    validate,
+)
 
 try:
     import fcntl
@@ -44,6 +53,8 @@ def _parse(line, place):
         return json.loads(line)
     # not JSON, not UTF-8, too deep, a number of 5000 digits
     except (ValueError, RecursionError) as error:
+        if foreign := foreign_format(line):
+            raise BadInput(f"{place}: expected JSON lines in UTF-8, got {foreign}") from None
         if not line.endswith(b"\n"):
             raise BadInput(
                 f"{place}: the last line is torn (a stage was stopped while writing it): run "
@@ -571,10 +582,9 @@ def guess_kind(path):
     with open(path, "rb") as f:
         first = next((line for line in f if line.strip()), b"")
     try:
-        fields = set(json.loads(first))
+        return kind_of(set(json.loads(first)))
     except (ValueError, TypeError, RecursionError):
         return "prompts"
-    return next((kind for kind, k in KINDS.items() if k.mark in fields), "prompts")
 
 
 def main(argv=None):
