@@ -31,6 +31,7 @@ from opd.policy import (
     check_tokens,
     load_policy,
     resume_identity,
+    same_template,
     served_policy,
     vocabulary_size,
 )
@@ -130,7 +131,8 @@ def check_rollouts(rollouts, identity, vocabulary, allow_template_mismatch):
         where = rollouts.where(records.key_of(rollout, "rollouts"))
         check_tokens(rollout, where, identity, vocabulary, ("vocabulary",))
         template = rollout["policy"].get("template")
-        if template != identity["template"] and not allow_template_mismatch:
+        same = same_template(rollout["policy"], identity, "calls" in rollout)
+        if not (same or allow_template_mismatch):
             raise BadInput(
                 f"{where}: policy.template: expected {identity['template']}, the teacher's "
                 f"chat template, got {template}: a teacher off its own template scores badly; "
@@ -278,7 +280,8 @@ def scorer_from_flags(args):
         policy = load_policy(args.model, args.dtype, args.device, args.template_options)
         tokenizer = policy.tokenizer
         identity = policy.identity
-    check_rollouts(rollouts, identity, vocabulary_size(tokenizer), args.allow_template_mismatch)
+    vocabulary = policy.vocabulary if policy else vocabulary_size(tokenizer)
+    check_rollouts(rollouts, identity, vocabulary, args.allow_template_mismatch)
     scorer = Scorer(
         rollouts, identity, policy, top_k=args.top_k, batch_tokens=args.batch_tokens
     )

@@ -79,6 +79,8 @@ class Scorer(Policy):
         self.template_options = template_options or {}
         self.identity = identity_of(name, weights, tokenizer, self.template_options)
         self.vocabulary = vocabulary_size(tokenizer)
+        # it does not stop itself: a turn ends as its template ends it
+        self.stop_ids = tokenizer.all_special_ids
 
     @property
     def head(self):

@@ -19,7 +19,7 @@ from opd import loss as losses
 from opd import records
 from opd.chat import turn_ids
 from opd.files import Table, guess_kind, record_for, without
-from opd.policy import check_tokens
+from opd.policy import check_ids, check_tokens, same_template
 from opd.records import BadInput
 from opd.stats import repetition_ratio
 
@@ -344,7 +344,8 @@ class Data:
 
     def _has_our_tokens(self, rollout):
         got, ours = rollout["policy"], self.policy.identity
-        same = all(got.get(field) == ours[field] for field in ("vocabulary", "template"))
+        same = got.get("vocabulary") == ours["vocabulary"]
+        same = same and same_template(got, ours, "calls" in rollout)
         return same and "response_ids" in rollout
 
     def _sequence(self, key, rollout):
@@ -416,8 +417,14 @@ class Data:
         """Text-only answers in the student's tokens."""
         prompts = [self._prompt_of(answer, key) for answer, key in zip(answers, keys)]
         out = []
-        for answer, prompt in zip(answers, prompts):
+        for key, answer, prompt in zip(keys, answers, prompts):
             ids, response = turn_ids(self.policy, prompt, answer)
+            check_ids(
+                ids + response,
+                self.rollouts.where(key),
+                self.policy.vocabulary,
+                self.policy.identity,
+            )
             mask = [1] * len(response)
             out.append({"prompt_ids": ids, "response_ids": response, "loss_mask": mask})
         self.retokenized.update(keys)

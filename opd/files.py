@@ -29,7 +29,16 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from opd.records import KINDS, BadInput, fingerprint, key_of, show, validate
+from opd.records import (
+    KINDS,
+    BadInput,
+    fingerprint,
+    foreign_format,
+    key_of,
+    kind_of,
+    show,
+    validate,
+)
 
 try:
     import fcntl
@@ -45,6 +54,8 @@ def _parse(line, place):
         return json.loads(line)
     # not JSON, not UTF-8, too deep, a number of 5000 digits
     except (ValueError, RecursionError) as error:
+        if foreign := foreign_format(line):
+            raise BadInput(f"{place}: expected JSON lines in UTF-8, got {foreign}") from None
         if not line.endswith(b"\n"):
             raise BadInput(
                 f"{place}: the last line is torn (a stage was stopped while writing it): run "
@@ -102,10 +113,11 @@ def _lines(path, kind, unfinished=False):
         check_finished(path, kind, found)
 
 
-def read(path, kind):
+def read(path, kind, unfinished=False):
     """Yields the validated records of a file, one at a time.  Raises BadInput naming file, line
-    and field, and in the end if a killed stage has left the file short."""
-    for _, _, record in _lines(path, kind):
+    and field, and in the end, unless `unfinished`, if a killed stage has left the file
+    short."""
+    for _, _, record in _lines(path, kind, unfinished):
         yield record
 
 
@@ -648,10 +660,9 @@ def guess_kind(path):
     with open(path, "rb") as f:
         first = next((line for line in f if line.strip()), b"")
     try:
-        fields = set(json.loads(first))
+        return kind_of(set(json.loads(first)))
     except (ValueError, TypeError, RecursionError):
         return "prompts"
-    return next((kind for kind, k in KINDS.items() if k.mark in fields), "prompts")
 
 
 def main(argv=None):

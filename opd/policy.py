@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
+from opd.chat import probe
 from opd.kernel import all_logits
 from opd.records import BadInput
 
@@ -29,7 +30,9 @@ class Policy:
         self.tokenizer = tokenizer
         self.template_options = template_options or {}
         self.identity = identity_of(name, weights, tokenizer, self.template_options)
-        self.vocabulary = vocabulary_size(tokenizer)
+        # a tokenizer may know tokens that the model has no row for
+        rows = len(model.get_input_embeddings().weight)
+        self.vocabulary = min(vocabulary_size(tokenizer), rows)
         config = model.config.get_text_config()
         self.positions = getattr(config, "max_position_embeddings", None) or math.inf
         self.attends = set(getattr(config, "layer_types", None) or []) != {"linear_attention"}
@@ -84,7 +87,8 @@ def load_teacher(name, policy, dtype, device, template_options, weights, any_tem
     }
     for field, reason in reasons.items():
         wanted, got = policy.identity[field], teacher.identity[field]
-        if wanted != got and not (field == "template" and any_template):
+        same = any_template or same_template(teacher.identity, policy.identity)
+        if wanted != got and not (field == "template" and same):
             raise BadInput(
                 f"--teacher {name}: expected the {field} of {policy.identity['model']}, "
                 f"{wanted}, got {got}: {reason}"
@@ -150,7 +154,8 @@ def hash_weights(folder):
 
 
 def identity_of(name, weights, tokenizer, template_options):
-    """The `policy` object of a record."""
+    """The `policy` object of a record.  `renders` is what the template makes of a few
+    conversations: equal for templates whose texts differ where no prompt goes."""
 
     def short(value):
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
@@ -160,7 +165,16 @@ def identity_of(name, weights, tokenizer, template_options):
         "weights": weights,
         "template": short([tokenizer.chat_template, template_options]),
         "vocabulary": short(tokenizer.get_vocab()),
+        "renders": short(probe(tokenizer, template_options)),
     }
+
+
+def same_template(policy, ours, tools=False):
+    """Whether the template of a record's `policy` shows a model what that of `ours` does: by
+    its text or, where no tools are told of, by what it renders."""
+    if policy.get("template") == ours["template"]:
+        return True
+    return not tools and policy.get("renders") == ours["renders"] is not None
 
 
 def vocabulary_size(tokenizer):
@@ -173,17 +187,25 @@ def check_tokens(rollout, where, identity, vocabulary, fields=("vocabulary", "te
     they are."""
     got = rollout["policy"]
     for field in fields:
-        if got.get(field) != identity[field]:
+        same = got.get(field) == identity[field]
+        if not same and field == "template":
+            same = same_template(got, identity, "calls" in rollout)
+        if not same:
             raise BadInput(
                 f"{where}: policy.{field}: expected {identity[field]}, that of "
                 f"{identity['model']}, got {got.get(field)}: the rollouts were "
                 "sampled with another tokenizer or chat template, and their ids mean "
                 "something else to this model"
             )
-    if max(rollout["prompt_ids"] + rollout["response_ids"]) >= vocabulary:
+    check_ids(rollout["prompt_ids"] + rollout["response_ids"], where, vocabulary, identity)
+
+
+def check_ids(ids, where, vocabulary, identity):
+    """Raises BadInput for a token id that the model has no row for."""
+    if max(ids) >= vocabulary:
         raise BadInput(
-            f"{where}: response_ids: expected ids below {vocabulary}, the vocabulary of "
-            f"{identity['model']}, got one beyond it"
+            f"{where}: expected token ids below {vocabulary}, the vocabulary of "
+            f"{identity['model']}, got {max(ids)}"
         )
 
 
@@ -218,11 +240,6 @@ def head_options(model, vocabulary):
     if type(head) is not torch.nn.Linear:
         raise BadInput(
             f"model head: expected a plain torch.nn.Linear, got {type(head).__name__}"
-        )
-    if len(head.weight) < vocabulary:
-        raise BadInput(
-            f"model head: expected a row for each of the tokenizer's {vocabulary} tokens, "
-            f"got {len(head.weight)}"
         )
     if head.bias is not None:
         raise BadInput(
@@ -366,6 +383,5 @@ def served_policy(model, tokenizer=None, template_options=None):
 def resume_identity(identity):
     """What must not change while a file is completed: the weights where they are known,
     whatever path they were loaded from."""
-    if identity["weights"] is None:
-        return identity
-    return {name: value for name, value in identity.items() if name != "model"}
+    left_out = ["renders"] + ["model"] * (identity["weights"] is not None)
+    return {name: value for name, value in identity.items() if name not in left_out}

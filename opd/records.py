@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 import sys
 from typing import Callable, NamedTuple
 
@@ -97,7 +98,7 @@ TOPK = Type(
 )
 POLICY = Type('an object with a string "model"', has(model=is_text))
 MESSAGES = Type(
-    'a non-empty list of {"role", "content"} objects',
+    'a non-empty list of {"role", "content": a string} objects',
     lambda x: bool(x) and list_of(is_message)(x),
 )
 FINISH = Type(
@@ -146,7 +147,13 @@ WEIGHT = SAMPLE | {"rollout": TEXT, "rule": TEXT, "weights": WEIGHTS}
 EVAL = SAMPLE | {"text": TEXT, "correct": ANY}
 LABEL = {"id": ID, "question": TEXT, "spent_on": TEXT, "again": ANY}
 RESULT = {"arm": TEXT, "seed": COUNT, "step": COUNT, "accuracy": NUMBER}
-QUESTION = {"messages": MESSAGES, "prompt": TEXT, "answer": ANY, "solution": TEXT}
+QUESTION = {
+    "messages": MESSAGES,
+    "prompt": Type("a string (a list of messages is called `messages`)", is_text),
+    "answer": ANY,
+    "solution": TEXT,
+    "continue_final_message": Type("true or false", is_bool),
+}
 
 KINDS = {
     "rollouts": Kind(("id", "sample"), "loss_mask", ANSWER | TOKENS, EPISODE),
@@ -166,6 +173,48 @@ KINDS = {
 }
 
 
+# ---- foreign spellings
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# what other formats call them
+OUR_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+OUR_FIELDS = {
+    "id": ("uid", "_id", "qid", "idx", "index", "prompt_id"),
+    "prompt": ("question", "problem", "query", "instruction", "input", "text"),
+    "messages": ("conversations", "conversation", "dialog"),
+}
+# what a file is that does not begin with an object, and what to do
+FORMATS = {
+    rb"\x1f\x8b": "a gzip file: gunzip it",
+    rb"PK\x03|PAR1": "a zip or parquet file: write it as JSON lines",
+    rb"\xff\xfe|\xfe\xff": "UTF-16 text: save it as UTF-8",
+    rb"\[": "a JSON array: write one object a line (jq -c '.[]' FILE)",
+    rb"\{\s*$": "an object over several lines: write each on one line (jq -c . FILE)",
+    rb'[\w" ]+([,\t][\w" ]+)+\r?\n': "a table: write its rows as JSON objects, one a line",
+}
+
+
+def foreign_format(line):
+    """What a file is by a line that is no JSON; None for one that is merely damaged."""
+    return next((what for start, what in FORMATS.items() if re.match(start, line)), None)
+
+
+def renaming(record, *fields):
+    """Advice where one of our fields has another name:  ": rename `question` to `prompt`"."""
+    for field in fields:
+        for name in OUR_FIELDS.get(field, ()):
+            if name in record:
+                return f": rename `{name}` to `{field}`"
+    return ""
+
+
+def kind_of(record):
+    """The kind of a record by its fields.  A prompt may carry any others, but no sample."""
+    if "sample" not in record and ("messages" in record or "prompt" in record):
+        return "prompts"
+    return next((kind for kind, k in KINDS.items() if k.mark in record), "prompts")
+
+
 def declare(kind, **fields):
     """Optional fields that a method adds to a kind: they are checked wherever they stand."""
     KINDS[kind].optional.update(fields)
@@ -175,21 +224,53 @@ def validate(record, kind):
     """The first thing wrong with `record` as a sentence `field: expected ..., got ...`, or
     None."""
     if type(record) is not dict:
-        return f"expected a JSON object, got {show(record)}"
+        return f"expected a JSON object a line, got {show(record)}"
     required = KINDS[kind].required
-    for field, type_ in (required | KINDS[kind].optional).items():
+    fields = required | KINDS[kind].optional
+    if "messages" in fields and (problem := _validate_messages(record.get("messages"))):
+        return problem
+    for field, type_ in fields.items():
         if field not in record:
             if field in required:
-                return f"{field}: expected {type_.expected}, but the field is missing"
+                advice = renaming(record, field)
+                return f"{field}: expected {type_.expected}, but the field is missing{advice}"
         elif not type_.test(record[field]):
-            return f"{field}: expected {type_.expected}, got {show(record[field])}"
+            advice = ": leave the field out" if record[field] is None else ""
+            return f"{field}: expected {type_.expected}, got {show(record[field])}{advice}"
     if kind == "prompts" and ("messages" in record) == ("prompt" in record):
-        return "messages: expected exactly one of `messages` and `prompt`"
+        got = "both" if "prompt" in record else "none" + renaming(record, "messages", "prompt")
+        return f"messages: expected exactly one of `messages` and `prompt`, got {got}"
+    if "messages" in fields and "messages" in record:
+        begun = record["messages"][-1]["role"] == "assistant"
+        if begun != record.get("continue_final_message", False):
+            return (
+                "messages: expected the assistant's as the last one exactly if the model is to "
+                'go on with it and the record says "continue_final_message": true; a golden '
+                "answer is called `solution`"
+            )
     if kind == "rollouts" and not record["prompt_ids"]:
         return "prompt_ids: expected at least one token, got an empty list"
     if kind == "rewards":
         return _validate_reward(record)
     return _validate_tokens(record) if "response_ids" in record else None
+
+
+def _validate_messages(messages):
+    """What is wrong with messages that are spelled as other formats do, or None."""
+    if not list_of(has())(messages):
+        return None  # told by their type
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        role = message.get("role")
+        if "from" in message and role is None:
+            return (
+                f"{where}.role: expected {', '.join(ROLES)}, but the field is missing: rename "
+                f"`from` to `role` (human is user, gpt is assistant) and `value` to `content`"
+            )
+        if is_text(role) and role not in ROLES:
+            advice = f': write "{OUR_ROLES[role]}"' if role in OUR_ROLES else ""
+            return f"{where}.role: expected {', '.join(ROLES)}, got {show(role)}{advice}"
+    return None
 
 
 def _validate_reward(record):

@@ -7,6 +7,7 @@ a batched matrix product).
 
 import hashlib
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from opd.chat import final_text, render
 from opd.kernel import all_logits
 from opd.policy import (
     add_model_flags,
+    check_ids,
     hidden_at,
     load_policy,
     resume_identity,
@@ -267,6 +269,7 @@ class LocalSampler:
         self.toolbox = toolbox
         self.identity = policy.identity
         check_cache(policy)
+        self.begun = {}  # prompt id: the ids it was shown as, in a file that is completed
 
     def __call__(self, jobs):
         max_tokens = self.settings.max_tokens
@@ -283,10 +286,13 @@ class LocalSampler:
 
     def prompt_ids(self, prompt):
         options = self.policy.template_options
-        if self.toolbox:
+        if str(prompt["id"]) in self.begun:
+            ids = self.begun[str(prompt["id"])]
+        elif self.toolbox:
             ids = self.toolbox.prompt(self.policy.tokenizer, prompt, options)
         else:
             ids = render(self.policy.tokenizer, prompt, options)
+        check_ids(ids, f"prompt {prompt['id']!r}", self.policy.vocabulary, self.identity)
         longest = len(ids) + self.settings.max_tokens
         self.policy.check_length(longest, f"prompt {prompt['id']!r} with --max-tokens")
         return ids
@@ -325,6 +331,7 @@ class ServedSampler:
         self.identity = identity
         self.tokenizer = tokenizer
         self.template_options = template_options
+        self.begun = {}
 
     def __call__(self, jobs):
         for (prompt, sample), answer in self.server.map(self.ask, jobs):
@@ -358,7 +365,8 @@ class ServedSampler:
         )
 
     def check_prompt(self, prompt, got):
-        expected = render(self.tokenizer, prompt, self.template_options)
+        expected = self.begun.get(str(prompt["id"]))
+        expected = expected or render(self.tokenizer, prompt, self.template_options)
         if got != expected:
             raise BadInput(
                 f"prompt {prompt['id']!r}: the server was given {len(got)} tokens, but the "
@@ -489,17 +497,31 @@ def fill_from_flags(args, kind, need_tokens):
     answer and eval.py --model do.  Returns (records in the file, failures)."""
     jobs = jobs_by_key(files.read(args.prompts, "prompts"), args.n)
     sampler, settings = sampler_from_flags(args, need_tokens)
+
+    def work(missing):
+        sampler.begun = begun_prompts(args.out, kind, {prompt_id for prompt_id, _ in missing})
+        return sampler([jobs[key] for key in missing])
+
     # fill asks for the keys (id, sample) that --out lacks and appends what the sampler yields
     return files.fill(
         args.out,
         kind,
         jobs,
-        lambda missing: sampler([jobs[key] for key in missing]),
+        work,
         settings,
         [args.prompts],
         args.overwrite,
         limit=served.failure_limit(args),
     )
+
+
+def begun_prompts(path, kind, wanted):
+    """{prompt id: its token ids in the records of `path`} of the prompts `wanted`.  A template
+    that writes the date would show a later sample another prompt."""
+    if not Path(path).stat().st_size:
+        return {}
+    found = {str(r["id"]): r.get("prompt_ids") for r in files.read(path, kind, unfinished=True)}
+    return {prompt_id: ids for prompt_id, ids in found.items() if ids and prompt_id in wanted}
 
 
 def jobs_by_key(prompts, n):

@@ -96,11 +96,12 @@ CORPORA = {
 
 
 def prompt(key, x, begun=()):
-    return {
+    made = {
         "id": key,
         "messages": user(f"{x}=?") + [{"role": "assistant", "content": b} for b in begun],
         "answer": str(successor(x)),
     }
+    return made | {"continue_final_message": True} if begun else made
 
 
 def prompts(rng, split, count):
