@@ -109,6 +109,9 @@ class Data:
             self.groups.setdefault(key[0], []).append(key)
             if has_token(rollout):
                 trained.add(key[0])
+            # a text may be tokenized later, but one too long for the model is named now
+            if 2 * len(rollout["text"]) > self.policy.positions:
+                self._in_our_tokens(rollout, key)
         tables = [self.rewards, self.scores, self.reference, self.weights]
         tables = [table for table in tables if table is not None]
         for table in tables:
@@ -335,12 +338,15 @@ class Data:
         """A dict a rollout: prompt_ids, response_ids, mask, length (its trained tokens), what
         the metrics read, and an array [length, ...] for everything known of each trained
         token."""
-        rollouts = [self.rollouts[key] for key in keys]
-        foreign = [i for i, rollout in enumerate(rollouts) if not self._has_our_tokens(rollout)]
-        texts = [rollouts[i] for i in foreign]
-        for i, tokens in zip(foreign, self._tokenize(texts, [keys[i] for i in foreign])):
-            rollouts[i] = rollouts[i] | tokens
-        return [self._sequence(key, rollout) for key, rollout in zip(keys, rollouts)]
+        return [
+            self._sequence(key, self._in_our_tokens(self.rollouts[key], key)) for key in keys
+        ]
+
+    def _in_our_tokens(self, rollout, key):
+        """The rollout, with tokens of this model where it is a text."""
+        if self._has_our_tokens(rollout):
+            return rollout
+        return rollout | self._tokenize(rollout, key)
 
     def _has_our_tokens(self, rollout):
         got, ours = rollout["policy"], self.policy.identity
@@ -413,22 +419,14 @@ class Data:
             )
         return {f"{name}_ids": ids, f"{name}_logp": records.unpack(score["topk"]["logprobs"])}
 
-    def _tokenize(self, answers, keys):
-        """Text-only answers in the student's tokens."""
-        prompts = [self._prompt_of(answer, key) for answer, key in zip(answers, keys)]
-        out = []
-        for key, answer, prompt in zip(keys, answers, prompts):
-            ids, response = turn_ids(self.policy, prompt, answer)
-            check_ids(
-                ids + response,
-                self.rollouts.where(key),
-                self.policy.vocabulary,
-                self.policy.identity,
-            )
-            mask = [1] * len(response)
-            out.append({"prompt_ids": ids, "response_ids": response, "loss_mask": mask})
-        self.retokenized.update(keys)
-        return out
+    def _tokenize(self, answer, key):
+        """{"prompt_ids", "response_ids", "loss_mask"} of a text-only answer."""
+        prompt_ids, ids = turn_ids(self.policy, self._prompt_of(answer, key), answer)
+        where = self.rollouts.where(key)
+        check_ids(prompt_ids + ids, where, self.policy.vocabulary, self.policy.identity)
+        self.policy.check_length(len(prompt_ids + ids), where)
+        self.retokenized.add(key)
+        return {"prompt_ids": prompt_ids, "response_ids": ids, "loss_mask": [1] * len(ids)}
 
     def _prompt_of(self, answer, key):
         if "steps" in answer:  # its text holds tool output as well as the model's words
