@@ -190,51 +190,54 @@ CLAIMS = [
 
 
 class Trial(study.Trial):
-    def __init__(self, run, seed, arm):
-        self.how = how = ARMS[arm]
-        folder = run.out / f"seed{seed}"
+    weights = "model{}"
+
+    def setup(self):
+        s, how = self.settings, self.how
         self.models = {
-            "world": run.world / "teacher",
-            "student": folder / "student",
-            "facts": folder / "facts" / "model",
-            "rl": folder / "rl" / "model",
+            "world": self.teacher,
+            "student": self.folder / "student",
+            "facts": self.folder / "facts/model",
+            "rl": self.folder / "rl/model",
         }
-        rounds = how.rounds
+        self.start = self.models[how.start]
         if not how.method:
-            rounds = 0
+            self.rounds = 0
         elif how.rate == "rl":
-            rounds = run.settings.rl_rounds
-        super().__init__(run, seed, arm, self.models[how.start], rounds)
+            self.rounds = s.rl_rounds
+        else:
+            self.rounds = how.rounds or s.rounds
         self.signal["entropy"] = None
 
-    def round(self, number):
-        if self.how.source == "facts":
+    def round(self):
+        how = self.how
+        if how.source == "facts":
             rollouts = self.toy / "facts.jsonl"
             options = dict(epochs=self.settings.facts_epochs, batch_size=None)
-        elif self.how.source == "answers":
-            rollouts, tokens = self.answers(number)
-            options = {}
+        elif how.source == "answers":
+            rollouts, tokens = self.given(self.number)
             self.cost["teacher_tokens"] += tokens
+            options = {}
         else:
-            rollouts = self.rollout(number)
+            rollouts = self.rollout()
             options = self.signal_for(rollouts)
-        if self.how.teacher:
-            options["teacher"] = self.models[self.how.teacher]
-        rate = getattr(self.settings, f"{self.how.rate}_learning_rate")
-        out = self.place / f"model{number}"
-        self.train(self.how.method, rollouts, out, rate, set=self.how.set, **options)
+        if how.teacher:
+            options["teacher"] = self.models[how.teacher]
+        rate = getattr(self.settings, f"{how.rate}_learning_rate")
+        self.train(how.method, rollouts, rate, set=how.set, **options)
         self.signal["entropy"] = self.metrics[-1]["policy/entropy"]
-        if number + 1 == self.rounds:
+        if self.number + 1 == self.rounds:
             # before the line that says this arm is done: others start from it
             self.model = self.model.rename(self.place / "model")
 
-    def answers(self, number):
+    def given(self, number):
         """The teacher's answers to the problems of all rounds, sampled once a seed: (file,
         tokens)."""
-        s, out = self.settings, self.folder / "answers" / f"{number}.jsonl"
+        s, out = self.settings, f"seed{self.seed}/answers/{number}.jsonl"
         seed = 10**6 + 1000 * self.seed + number
-        problems = f":{s.prompts * s.rounds}"
-        return out, self.run.answers("teacher", out, seed, slice=problems, n=s.n)
+        how = dict(slice=f":{s.prompts * s.rounds}", n=s.n)
+        tokens = self.run.answers("world/teacher", out, seed, **how)
+        return self.run.out / out, tokens
 
     def signal_for(self, rollouts):
         """Options of train.py: what own answers are trained on besides a teacher."""
@@ -245,8 +248,8 @@ class Trial(study.Trial):
             return dict(teacher_top_k=24)
         if not self.how.data:
             return {}
-        kept, self.cost["teacher_tokens"] = self.answers(0)
-        return dict(data=kept)
+        data, self.cost["teacher_tokens"] = self.given(0)
+        return dict(data=data)
 
     def due(self, done):
         return done % (self.how.eval_every or self.settings.eval_every) == 0
@@ -269,15 +272,14 @@ def build(run):
 
 
 STUDY = study.Study(
-    name="opd",
-    about="on-policy distillation on running sums",
-    settings=Settings,
-    arms=ARMS,
-    claims=CLAIMS,
-    columns=COLUMNS,
-    build=build,
-    prepare=study.spoil_student,
-    trial=Trial,
+    "opd",
+    "on-policy distillation on running sums",
+    Settings,
+    ARMS,
+    CLAIMS,
+    COLUMNS,
+    build,
+    Trial,
     parents={"rl-opd": ("rl",), "facts-opd": ("facts",), "facts-sft": ("facts",)},
 )
 
