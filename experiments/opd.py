@@ -36,17 +36,15 @@ Regime (results/opd.md): the student starts at 13 % sampled and 38 % greedy, the
 from dataclasses import dataclass, field
 
 from experiments import study
-from experiments.claims import Claim, last, more
+from experiments.claims import Claim, alike, last, more
 from experiments.study import setting
 from opd import files
 
 
 @dataclass(frozen=True)
-class Settings(study.World, study.Measured):
+class Settings(study.World, study.Measured, study.Sampled):
     rounds: int = setting(20, "rounds of a distillation arm", smoke=1)
     rl_rounds: int = setting(40, "rounds of the reinforcement arm", smoke=1)
-    n: int = setting(8, "answers a problem", smoke=2)
-    updates: int = setting(4, "optimiser steps a round", smoke=2)
     rl_learning_rate: float = setting(3e-4, "of reinforcement")
     opd_learning_rate: float = setting(3e-4, "of arms that read a teacher's log-probs")
     sft_learning_rate: float = setting(3e-4, "of imitation")
@@ -140,13 +138,7 @@ CLAIMS = [
         "below",
         0.2,
     ),
-    more(
-        "M1 control: a student that is its own teacher gains nothing",
-        "rl-self",
-        "before",
-        "within",
-        0.03,
-    ),
+    alike("M1 control: a student that is its own teacher gains nothing", "rl-self", "before"),
     more("M2: own answers beat as many given ones", "opd-full", "sft"),
     more("M2: ...and five times as many", "opd-full", "sft5"),
     more("M2: also with one teacher number a token", "opd", "sft"),
@@ -154,13 +146,11 @@ CLAIMS = [
     more("M3: a quarter of own answers beats none", "lambda25", "lambda0"),
     more("M3: a half beats a quarter", "lambda50", "lambda25"),
     more("M3: all beat a half", "dagger", "lambda50"),
-    more(
+    alike(
         "M4: forward and reverse KL decode alike greedily",
         "opd-full",
         "dagger",
-        "within",
-        0.03,
-        "greedy",
+        metric="greedy",
     ),
     more("M4: reverse KL samples better answers", "opd-full", "dagger"),
     Claim(
@@ -169,9 +159,9 @@ CLAIMS = [
         last("pass@n", "dagger", "opd-full"),
     ),
     more("M4: forward KL keeps more entropy", "dagger", "opd-full", metric="entropy"),
-    more("M4: JSD(0.1) is like forward KL", "jsd10", "dagger", "within", 0.03),
-    more("M4: JSD(0.9) is like reverse KL", "jsd90", "opd-full", "within", 0.03),
-    more("M6: learning facts costs the old skill", "teacher", "facts", "above", 0.1),
+    alike("M4: JSD(0.1) is like forward KL", "jsd10", "dagger"),
+    alike("M4: JSD(0.9) is like reverse KL", "jsd90", "opd-full"),
+    more("M6: learning facts costs the old skill", "teacher", "facts", 0.1),
     Claim(
         "M6: the old self brings nine tenths of it back",
         "(facts-opd − facts) / (teacher − facts)",
@@ -179,7 +169,7 @@ CLAIMS = [
         "above",
         0.9,
     ),
-    more("M6: ...and the facts stay", "facts-opd", "facts", "above", -0.1, "facts"),
+    more("M6: ...and the facts stay", "facts-opd", "facts", -0.1, "facts"),
     more(
         "M6: imitation of the old self's answers forgets more of the facts",
         "facts-opd",

@@ -37,22 +37,27 @@ any of three rates) and rwsft at 1e-4 and 3e-4 alike, sft at 1e-3.
 
 from dataclasses import dataclass
 
-from experiments.claims import Claim, last, more
-from experiments.study import Measured, Study, Trial, build_world, conduct, setting
+from experiments.claims import Claim, last, less, more
+from experiments.study import (
+    Measured,
+    Sampled,
+    Spoiled,
+    Study,
+    Trial,
+    build_world,
+    conduct,
+    setting,
+)
 from opd import files
 
 
 @dataclass(frozen=True)
-class Settings(Measured):
+class Settings(Measured, Sampled, Spoiled):
     rounds: int = setting(20, "rounds of an arm", smoke=2)
-    n: int = setting(8, "answers a problem", smoke=2)
-    updates: int = setting(4, "optimiser steps a round", smoke=2)
     learning_rate: float = setting(3e-4, "of all arms but sft")
     sft_learning_rate: float = setting(1e-3, "of imitation of solutions")
     hints: float = setting(0.5, "share of the base's texts with the solution in the question")
     base_steps: int = setting(1300, "pre-training steps of 64 texts", smoke=4)
-    spoil_steps: int = setting(100, "steps of 64 careless texts for a student", smoke=1)
-    spoil_lr: float = setting(1e-3, "learning rate of those steps")
     eval_every: int = setting(5, "rounds between evaluations", smoke=2)
 
 
@@ -87,7 +92,7 @@ CLAIMS = [
     more("it can teach itself (the paper's claim)", "opsd", "before"),
     more("...by what the solution adds: without one nothing is taught", "opsd", "blank"),
     more("...by the right one: another problem's teaches less", "opsd", "wrong"),
-    more("...and it does harm", "wrong", "before", "below"),
+    less("...and it does harm", "wrong", "before"),
     more("the base, told, teaches more than the student, told", "base", "opsd"),
     more("...and more than the base that is not told", "base", "base-blank"),
     more("a solution teaches more as a hint than as a reward", "opsd", "grpo"),
@@ -95,15 +100,14 @@ CLAIMS = [
     more("...than the solutions, imitated", "opsd", "sft"),
     more("the whole distribution teaches more than one number a token", "full", "opsd"),
     more("a teacher that learns along teaches more", "live", "opsd"),
-    more("...it takes the student with it", "live", "before", "below"),
-    more(
+    less("...it takes the student with it", "live", "before"),
+    less(
         "the student comes to use a solution less well, too",
         "opsd",
         "before",
-        "below",
         metric="told_accuracy",
     ),
-    more("it does not pass what it does when told", "opsd", "told", "below"),
+    less("it does not pass what it does when told", "opsd", "told"),
     Claim(
         "answers grow shorter",
         "length(opsd) − length(before)",
@@ -137,8 +141,9 @@ class OpsdTrial(Trial):
     def step(self, done):
         return self.steps
 
-    def examine(self, n):
-        return self.evaluate(self.told if self.arm == "told" else self.heldout, n)
+    @property
+    def problems(self):
+        return self.told if self.arm == "told" else self.heldout
 
     def columns(self, score, n, final):
         columns = super().columns(score, n, final)

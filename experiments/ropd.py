@@ -46,7 +46,7 @@ something to tell apart.
 from dataclasses import dataclass
 
 from experiments import study
-from experiments.claims import more
+from experiments.claims import less, more
 from experiments.study import setting
 from opd import files
 
@@ -84,7 +84,7 @@ COLUMNS = (
 ).split()
 CLAIMS = [
     more("ROPD lifts the student (main claim)", "ropd", "before"),
-    more("...because of which answer gets which reward", "shuffled", "before", "below", 0.02),
+    less("...because of which answer gets which reward", "shuffled", "before", 0.02),
     more("Four teacher answers beat one (the paper's largest ablation)", "ropd", "ropd-m1"),
     more(
         "Rubrics beat imitation of the same texts at equal updates (not equal tokens)",

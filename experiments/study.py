@@ -69,7 +69,23 @@ class Measured(Rounds):
 
 
 @dataclasses.dataclass(frozen=True)
-class World:
+class Sampled:
+    """And how a round's answers are made and used."""
+
+    n: int = setting(8, "answers a problem", smoke=2)
+    updates: int = setting(4, "optimiser steps a round", smoke=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spoiled:
+    """And how a seed's student is made."""
+
+    spoil_steps: int = setting(100, "steps of 64 careless texts for a student", smoke=1)
+    spoil_lr: float = setting(1e-3, "learning rate of those steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class World(Spoiled):
     """And how the models of `build_sums` are made."""
 
     base_steps: int = setting(
@@ -78,8 +94,7 @@ class World:
     teacher_steps: int = setting(
         1300, "pre-training steps of the teacher, which goes on from the base", smoke=4
     )
-    spoil_steps: int = setting(100, "steps of 64 careless texts for the student", smoke=2)
-    spoil_lr: float = setting(1e-3, "learning rate of those steps")
+    spoil_steps: int = setting(100, "steps of 64 careless texts for a student", smoke=2)
 
 
 def about_setting(settings, name):
@@ -224,6 +239,15 @@ class Run:
         files.write_atomically(out, lines)
         return out
 
+    def write(self, out, made_of, rows):
+        """Records that no stage makes, unless they are there; commands.sh says what of."""
+        out = self.out / out
+        if out.exists():
+            return
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self.commands.write(f"# {out}: {made_of}\n")
+        files.write_atomically(out, (json.dumps(row) + "\n" for row in rows))
+
     def record(self, row):
         """Adds a line to the results file, whole or not at all, with what it was made by and
         with."""
@@ -274,6 +298,16 @@ def build_sums(run, problems, **options):
     more, texts = s.teacher_steps - s.base_steps, "world/toy/clean"
     run.pretrain("world/toy/student", texts, "world/base", s.base_steps, seed=0, **how)
     run.pretrain("world/base", texts, "world/teacher", more, seed=1, **how)
+
+
+def teach_style(run, world, style, name):
+    """A teacher that goes on from the world's, on --style-steps batches of clean work in one
+    style."""
+    sizes = dict(train_prompts=8, eval_prompts=8, mixed=8, clean=64 * run.settings.style_steps)
+    run.once("worlds.sums", f"world/{world}", styles=style, **sizes)
+    how = dict(rate=1e-3, fresh_optimizer=True, optimizer=RAMP)
+    texts, steps = f"world/{world}/clean", run.settings.style_steps
+    run.pretrain("world/teacher", texts, f"world/{name}", steps, **how)
 
 
 def part(number, size):
@@ -457,36 +491,52 @@ class Trial:
         asked = dict(model=self.model, prompts=prompts, n=n)
         return self.run.stage("eval.py", **asked, **(common | options))
 
+    def texts(self):
+        """The answers of the last evaluation."""
+        return [r["text"] for r in files.read(self.place / "eval.jsonl", "evals")]
+
+    def gap_to_teacher(self):
+        """KL to the teacher on the answers of the last evaluation."""
+        rollouts = self.place / "eval.rollouts.jsonl"
+        _, done = self.score(self.teacher, rollouts, "fresh", overwrite=True)
+        return done["kl_mean"]
+
     def measure(self, step, final=False):
         """Evaluates the model of the moment and appends a result line.  Its seconds are those
         from the arm's begin to this call."""
         spent = round(time.time() - self.began, 2)
-        n = self.settings.eval_n
-        if final:
-            n = getattr(self.settings, "final_n", n)
-        score = self.examine(n)
         row = {
             "arm": self.arm,
             "seed": self.seed,
             "step": step,
             "final": final,
+            "seconds": spent,
+        }
+        self.row = row | self.signal | self.cost | self.examine(final)
+        self.run.record(self.row)
+        accuracy = f"accuracy {self.row['accuracy']:.1%}"
+        say(f"  seed {self.seed} {self.arm}: step {step}, {accuracy}")
+
+    @property
+    def problems(self):
+        """The problems that this arm is measured on."""
+        return self.heldout
+
+    def examine(self, final):
+        """What a result line says of the model of the moment."""
+        n = self.settings.eval_n
+        if final:
+            n = getattr(self.settings, "final_n", n)
+        score = self.evaluate(self.problems, n)
+        common = {
             "accuracy": score["accuracy"],
             "length_mean": score["length_mean"],
             "truncated": score["truncated_fraction"],
-            **self.signal,
-            **self.cost,
-            "seconds": spent,
         }
-        self.row = row | self.columns(score, n, final)
-        self.run.record(self.row)
-        say(f"  seed {self.seed} {self.arm}: step {step}, accuracy {score['accuracy']:.1%}")
-
-    def examine(self, n):
-        """The evaluation that a result line begins with."""
-        return self.evaluate(self.heldout, n)
+        return common | self.columns(score, n, final)
 
     def columns(self, score, n, final):
-        """What a result line says besides; a study may add to it."""
+        """What it says besides; a study may add to it."""
         if not final:
             return {"samples": n}
         greedy = self.evaluate(self.heldout, 1, temperature=0)["accuracy"]
@@ -535,10 +585,8 @@ def conduct(study, doc, argv=None):
     command = f"python -m experiments.{study.name} {' '.join(argv)}".strip()
     settings = settings_of(args, study.settings)
     run = Run(out, settings, arms, results, command, args.smoke)
-    named = f"arms {', '.join(arms)}" if len(arms) <= 16 else f"{len(arms)} arms"
-    seeds = f"{args.seeds} seed{'s' * (args.seeds > 1)}"
-    say(f"{study.about}; {named}; {seeds}; every command goes to {out}/commands.sh")
-    done = finished(results, dataclasses.asdict(run.settings))
+    say(f"{study.about}: arms {', '.join(arms)}; every command goes to {out}/commands.sh")
+    done = finished(results, dataclasses.asdict(settings))
     study.build(run)
     for seed in range(args.seeds):
         study.prepare(run, seed)
