@@ -33,7 +33,8 @@ def minus(value, other):
 
 
 def compare(text, arm, other, test, bound, metric):
-    """The Claim about what an arm ends with, above what another one does, or above nothing."""
+    """A Claim about the difference of what two arms end with; of one, about what it ends
+    with."""
     names = [name for name in (arm, other) if name]
     if metric != "accuracy":
         names = [f"{metric}({name})" for name in names]
@@ -41,14 +42,17 @@ def compare(text, arm, other, test, bound, metric):
 
 
 def more(text, arm, other=None, bound=0.0, metric="accuracy"):
+    """Claims that an arm ends with more than another one does, by more than `bound`."""
     return compare(text, arm, other, "above", bound, metric)
 
 
 def less(text, arm, other=None, bound=0.0, metric="accuracy"):
+    """Claims that it ends with less than the other one and `bound`."""
     return compare(text, arm, other, "below", bound, metric)
 
 
 def alike(text, arm, other=None, bound=0.03, metric="accuracy"):
+    """Claims that they end within `bound` of each other."""
     return compare(text, arm, other, "within", bound, metric)
 
 

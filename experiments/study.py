@@ -198,7 +198,7 @@ class Run:
         with contextlib.redirect_stdout(self.log):
             return importlib.import_module(module).main(argv)
 
-    # in what follows, models, texts and outputs are named by their place in OUT
+    # `once` to `answers`: models, texts and outputs are named by their place in OUT
 
     def once(self, command, out, **options):
         """A stage, unless what it writes is there."""
