@@ -32,12 +32,28 @@ def minus(value, other):
     return lambda arms: value(arms) - other(arms)
 
 
-def more(text, arm, other=None, test="above", bound=0.0, metric="accuracy"):
-    """The Claim that an arm ends with more of a metric than another one, or than nothing."""
+def compare(text, arm, other, test, bound, metric):
+    """A Claim about the difference of what two arms end with; of one, about what it ends
+    with."""
     names = [name for name in (arm, other) if name]
     if metric != "accuracy":
         names = [f"{metric}({name})" for name in names]
     return Claim(text, " − ".join(names), last(metric, arm, other), test, bound)
+
+
+def more(text, arm, other=None, bound=0.0, metric="accuracy"):
+    """Claims that an arm ends with more than another one does, by more than `bound`."""
+    return compare(text, arm, other, "above", bound, metric)
+
+
+def less(text, arm, other=None, bound=0.0, metric="accuracy"):
+    """Claims that it ends with less than the other one and `bound`."""
+    return compare(text, arm, other, "below", bound, metric)
+
+
+def alike(text, arm, other=None, bound=0.03, metric="accuracy"):
+    """Claims that they end within `bound` of each other."""
+    return compare(text, arm, other, "within", bound, metric)
 
 
 def verdict(low, high, test, bound):
@@ -74,17 +90,30 @@ def finished_lines(path):
     return [seeds[seed] for seed in sorted(seeds)]
 
 
+def plus_minus(values, digits=3):
+    """The mean of some seeds' values ± half of its 95 % t-interval."""
+    mean, half = interval(values)
+    text = f"{mean:.{digits}f}"
+    return text if half is None else f"{text} ± {half:.{digits}f}"
+
+
+def markdown(rows):
+    """Rows of cells as a table; the first is its head."""
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
 def claim_cells(claim, values, resampled):
     """The cells of a measured claim behind its sentence."""
     mean, half = interval(values)
-    measured = f"{claim.formula} = {mean:.3f}"
     decision = "one seed decides nothing"
     if half is not None:
-        measured += f" ± {half:.3f}"
         decision = verdict(mean - half, mean + half, claim.test, claim.bound)
     sign = {"above": "> ", "below": "< ", "within": "within ± "}[claim.test]
     drawn = ["{:.3f} to {:.3f}".format(*resample(values))] if resampled else []
     each = " ".join(f"{v:.3f}" for v in values)
+    measured = f"{claim.formula} = {plus_minus(values)}"
     return [measured, *drawn, f"{sign}{claim.bound:g}", each, f"**{decision}**"]
 
 
@@ -95,7 +124,6 @@ def claims_table(path, claims, resampled=False):
     seeds, extra = finished_lines(path), ["bootstrap"] * resampled
     measured = "measured, mean over seeds ± half of the 95 % t-interval"
     rows = [["claim", measured, *extra, "bound", "each seed", "verdict"]]
-    rows.append(["---"] * len(rows[0]))
     for claim in claims:
         try:
             values = [claim.value(arms) for arms in seeds]
@@ -103,4 +131,4 @@ def claims_table(path, claims, resampled=False):
         except KeyError as missing:  # an arm that was not run to its end in every seed
             cells = [claim.formula, *[""] * (2 + resampled), f"not measured: {missing.args[0]}"]
         rows.append([claim.text, *cells])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return markdown(rows)

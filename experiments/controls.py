@@ -28,9 +28,9 @@ from opd.rewards import pass_rate
 from worlds import predicates
 
 
-def parser(*inputs):
+def parser(doc, *inputs):
     """The flags of a control that reads these files."""
-    p = files.parser(__doc__)
+    p = files.parser(doc)
     for name in inputs:
         p.add_argument(f"--{name}", required=True, help=f"JSONL of {name}")
     p.add_argument("--out", required=True, help="JSONL to write")
@@ -39,7 +39,7 @@ def parser(*inputs):
     return p
 
 
-def write(out, kind, rows, inputs, settings, overwrite):
+def write(out, kind, rows, settings, inputs, overwrite):
     """Writes the rows that the output lacks; returns a summary of the output."""
     rows = {records.key_of(row, kind): row for row in rows}
     made = lambda missing: (rows[key] for key in missing)
@@ -52,11 +52,24 @@ def write(out, kind, rows, inputs, settings, overwrite):
     return summary
 
 
+def with_rollouts(scores, rollouts):
+    """Yields (score record, its rollout) of two files; refuses scores of anything else."""
+    scores = files.Table(scores, "scores")
+    rollouts = files.Table(rollouts, "rollouts")
+    for key in scores.keys():
+        if key not in rollouts:
+            raise BadInput(
+                f"{scores.where(key)}: id, sample: expected the scores of a rollout of "
+                f"{rollouts.path}, got {key}"
+            )
+        yield files.record_for(scores, rollouts[key], rollouts), rollouts[key]
+
+
 # ---- rewards
 
 
 def shuffle_rewards(argv):
-    args = parser("rewards").parse_args(argv)
+    args = parser(__doc__, "rewards").parse_args(argv)
     groups = {}
     for row in files.read(args.rewards, "rewards"):
         groups.setdefault(str(row["id"]), []).append(row)
@@ -68,7 +81,7 @@ def shuffle_rewards(argv):
             kept = {k: v for k, v in row.items() if k not in ("verdicts", "reason")}
             other = {k: group[i][k] for k in ("reward", "status", "reason") if k in group[i]}
             rows.append(kept | other | {"grader": row["grader"] + ", shuffled"})
-    return write(args.out, "rewards", rows, [args.rewards], {"seed": args.seed}, args.overwrite)
+    return write(args.out, "rewards", rows, {"seed": args.seed}, [args.rewards], args.overwrite)
 
 
 def flipped(rate, *names):
@@ -78,7 +91,7 @@ def flipped(rate, *names):
 
 
 def flip_verdicts(argv):
-    p = parser("rewards", "rubrics")
+    p = parser(__doc__, "rewards", "rubrics")
     p.add_argument("--rate", type=float, required=True, help="share of wrong verdicts")
     args = p.parse_args(argv)
     rubrics = {str(r["id"]): r["criteria"] for r in files.read(args.rubrics, "rubrics")}
@@ -96,7 +109,7 @@ def flip_verdicts(argv):
         rows.append(row)
     settings = {"rate": args.rate, "seed": args.seed}
     inputs = [args.rewards, args.rubrics]
-    return write(args.out, "rewards", rows, inputs, settings, args.overwrite)
+    return write(args.out, "rewards", rows, settings, inputs, args.overwrite)
 
 
 def impression_of(question, text, view, rate, *names):
@@ -115,7 +128,7 @@ def impression_of(question, text, view, rate, *names):
 
 
 def impression(argv):
-    p = parser("prompts", "rollouts")
+    p = parser(__doc__, "prompts", "rollouts")
     p.add_argument(
         "--view", default="all", choices=("all", "merits"), help="properties it votes on"
     )
@@ -130,7 +143,7 @@ def impression(argv):
         rows.append(rewards.reward_record(rollout, reward, "impression"))
     inputs = [args.prompts, args.rollouts]
     settings = {"view": args.view, "rate": args.rate, "seed": args.seed}
-    return write(args.out, "rewards", rows, inputs, settings, args.overwrite)
+    return write(args.out, "rewards", rows, settings, inputs, args.overwrite)
 
 
 def shaped(reward, calls):
@@ -139,71 +152,57 @@ def shaped(reward, calls):
 
 
 def shape_calls(argv):
-    args = parser("rewards", "rollouts").parse_args(argv)
+    args = parser(__doc__, "rewards", "rollouts").parse_args(argv)
     table = files.Table(args.rewards, "rewards")
     rollouts = files.Table(args.rollouts, "rollouts")
     rows = []
     for rollout in rollouts:
         row = files.record_for(table, rollout, rollouts)
         rows.append(row | {"reward": shaped(row["reward"], len(rollout.get("calls", ())))})
-    return write(args.out, "rewards", rows, [args.rewards, args.rollouts], {}, args.overwrite)
+    inputs = [args.rewards, args.rollouts]
+    return write(args.out, "rewards", rows, {}, inputs, args.overwrite)
 
 
 # ---- rubrics
 
 
 def flat_points(argv):
-    args = parser("rubrics").parse_args(argv)
+    args = parser(__doc__, "rubrics").parse_args(argv)
     rows = [
         rubric | {"criteria": [c | {"points": 3} for c in rubric["criteria"]]}
         for rubric in files.read(args.rubrics, "rubrics")
     ]
-    return write(args.out, "rubrics", rows, [args.rubrics], {"points": 3}, args.overwrite)
+    return write(args.out, "rubrics", rows, {"points": 3}, [args.rubrics], args.overwrite)
 
 
 # ---- scores
 
 
 def shuffle_scores(argv):
-    p = parser("scores")
+    p = parser(__doc__, "scores")
     p.add_argument(
         "--rollouts",
         help="the rollouts of these scores: tokens that their loss mask hides, a tool's, keep "
         "their own",
     )
     args = p.parse_args(argv)
-    without = ("topk", "topk_of", "end_mass")
-    rows = [
-        {k: v for k, v in row.items() if k not in without}
-        for row in files.read(args.scores, "scores")
-    ]
-    flat = np.concatenate([row["logprobs"] for row in rows])
-    counts = np.ones(len(flat), bool)
+    masks = {}
     if args.rollouts:
-        masks = masks_of(args.scores, args.rollouts)
+        for score, rollout in with_rollouts(args.scores, args.rollouts):
+            masks[records.key_of(score, "scores")] = rollout["loss_mask"]
+    rows = list(files.read(args.scores, "scores"))
+    parts = [row["logprobs"] for row in rows]
+    flat = np.concatenate(parts)
+    counts = np.ones(len(flat), bool)
+    if masks:
         counts = np.concatenate([masks[records.key_of(row, "scores")] for row in rows]) > 0
     flat[counts] = np.random.default_rng(args.seed).permutation(flat[counts])
-    ends = np.cumsum([len(row["logprobs"]) for row in rows])[:-1]
-    dealt = [row | {"logprobs": part.tolist()} for row, part in zip(rows, np.split(flat, ends))]
+    for row, part in zip(rows, np.split(flat, np.cumsum(list(map(len, parts)))[:-1])):
+        row["logprobs"] = part.tolist()
+        for name in ("topk", "topk_of", "end_mass"):
+            row.pop(name, None)
     inputs = [path for path in (args.scores, args.rollouts) if path]
-    return write(args.out, "scores", dealt, inputs, {"seed": args.seed}, args.overwrite)
-
-
-def masks_of(scores, rollouts):
-    """{key: loss mask} of the rollouts that scores belong to, all of them."""
-    scores = files.Table(scores, "scores")
-    rollouts = files.Table(rollouts, "rollouts")
-    masks = {}
-    for rollout in rollouts:
-        files.record_for(scores, rollout, rollouts)
-        masks[records.key_of(rollout, "rollouts")] = rollout["loss_mask"]
-    for key in scores.keys():
-        if key not in masks:
-            raise BadInput(
-                f"{scores.where(key)}: expected the scores of a rollout of {rollouts.path}, "
-                f"got those of another"
-            )
-    return masks
+    return write(args.out, "scores", rows, {"seed": args.seed}, inputs, args.overwrite)
 
 
 COMMANDS = {

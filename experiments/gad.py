@@ -57,7 +57,7 @@ import shutil
 from dataclasses import dataclass
 
 from experiments import study
-from experiments.claims import Claim, last, more
+from experiments.claims import Claim, alike, last, less, more
 from experiments.study import part, setting
 from opd import files, records
 
@@ -134,6 +134,14 @@ WARM_UPS = {  # settings of the discriminator's row
     "warm-length": {"view": "length"},
     "cold": {},  # without imitation
 }
+JUDGED = {  # a result line's column: its name in the summary of `methods.gad grade`
+    "proxy": "reward_mean",
+    "margin": "margin",
+    "judge_accuracy": "accuracy",
+    "length_correlation": "length_correlation",
+    "score_std": "score_std",
+    "flat_groups": "zero_variance_groups",
+}
 COLUMNS = (
     "ood style length_mean length_gap truncated proxy margin judge_accuracy "
     "length_correlation score_std flat_groups paused seconds"
@@ -154,19 +162,13 @@ CLAIMS = [
         "proxy(frozen), last line − first",
         growth("frozen", "proxy"),
     ),
-    more("2: ...while true quality falls", "frozen", "warm", "below"),
+    less("2: ...while true quality falls", "frozen", "warm"),
     Claim(
         "2: ...and answers grow",
         "length(frozen) − length(warm)",
         last("length_mean", "frozen", "warm"),
     ),
-    more(
-        "2: with a discriminator that learns on, quality does not fall",
-        "gad",
-        "warm",
-        "above",
-        -0.02,
-    ),
+    more("2: with a discriminator that learns on, quality does not fall", "gad", "warm", -0.02),
     Claim(
         "2: ...nor does length run away from the teacher's (characters)",
         "length gap(gad) − length gap(frozen)",
@@ -174,20 +176,19 @@ CLAIMS = [
         "below",
     ),
     more("2: ...and it ends above the frozen one", "gad", "frozen"),
-    more(
+    less(
         "3: without warming the discriminator up there is nothing beyond imitation",
         "no-judge-warm",
         "seqkd",
-        "below",
         0.03,
     ),
     more("3: ...it loses to GAD", "gad", "no-judge-warm"),
     more("3: ...and so does an unwarmed student", "gad", "no-student-warm"),
-    more("3: Bradley-Terry is no worse than cross-entropy", "gad", "gad-ce", "above", -0.02),
-    more("pause rules change nothing", "gad-paused", "gad", "within", 0.03),
-    more("control: scores at random teach nothing", "random", "warm", "below", 0.02),
+    more("3: Bradley-Terry is no worse than cross-entropy", "gad", "gad-ce", -0.02),
+    alike("pause rules change nothing", "gad-paused", "gad"),
+    less("control: scores at random teach nothing", "random", "warm", 0.02),
     more("control: length alone does not do it", "gad", "length"),
-    more("control: ...it teaches nothing", "length", "warm", "below", 0.02),
+    less("control: ...it teaches nothing", "length", "warm", 0.02),
     more(
         "bridge: GAD brings the student nearer to the teacher's style",
         "gad",
@@ -195,7 +196,7 @@ CLAIMS = [
         metric="style",
     ),
     more("bridge: ...than a rubric does", "gad", "rubric", metric="style"),
-    more("bridge: ...and moves correctness less", "gad", "rubric", "below"),
+    less("bridge: ...and moves correctness less", "gad", "rubric"),
     more("bridge: a checker of answers is above both", "answer", "rubric"),
 ]
 
@@ -211,49 +212,38 @@ def in_style(text):
 def build(run):
     """Problems, longer ones, the teacher in its one style, and its one text to every problem
     that is trained on."""
-    s, world = run.settings, run.world
+    s = run.settings
     rounds = s.warm_rounds + s.rounds
     study.build_sums(run, s.prompts * rounds)
-    small = dict(train_prompts=8, mixed=8)
     far = dict(terms="7:8", eval_prompts=8 if run.smoke else 100, clean=8)
-    run.once("worlds.sums", world / "ood", **far, **small)
-    style = dict(styles="lines", eval_prompts=8, clean=64 * s.style_steps)
-    run.once("worlds.sums", world / "lines", **style, **small)
-    run.pretrain(
-        world / "teacher",
-        world / "lines" / "clean.jsonl",
-        world / "teacher-lines",
-        s.style_steps,
-        rate=1e-3,
-        fresh_optimizer=True,
-        optimizer=study.RAMP,
-    )
+    run.once("worlds.sums", "world/ood", **far, train_prompts=8, mixed=8)
+    study.teach_style(run, "lines", "lines", "teacher-lines")
     for number in range(rounds):
-        out, problems = world / "answers" / f"{number}.jsonl", part(number, s.prompts)
-        run.answers("teacher-lines", out, 10**6, slice=problems, n=1)
+        out, problems = f"world/answers/{number}.jsonl", part(number, s.prompts)
+        run.answers("world/teacher-lines", out, 10**6, slice=problems, n=1)
 
 
 class Pair(study.Trial):
     """A student and a discriminator that go on, round by round, each from where it is told."""
 
-    def __init__(self, run, seed, arm, start, judge, view, place):
-        super().__init__(run, seed, arm, start, place=place)
-        self.first_judge = judge
-        self.judge = judge
-        self.view = view
+    weights = "round{}/student"
+    first = 0  # of its rounds among all, warm-up included
 
-    def answers(self, index):
-        """The teacher's texts to the problems of round `index` of all, warm-up included."""
-        return self.run.world / "answers" / f"{index}.jsonl"
+    def sampling(self, number):
+        return super().sampling(self.first + number)
 
-    def learn_to_judge(self, index, at, rate=None):
+    def answers(self, number):
+        """The teacher's texts to the problems of a round."""
+        return self.run.world / f"answers/{self.first + number}.jsonl"
+
+    def learn_to_judge(self, number, at, rate=None):
         """The discriminator learns from AT/rollouts.jsonl and the teacher's texts."""
         s, out = self.settings, at / "judge"
         self.run.stage(
             "methods.gad train",
             model=self.judge,
             rollouts=at / "rollouts.jsonl",
-            data=self.answers(index),
+            data=self.answers(number),
             batch_size=s.prompts // s.updates,
             learning_rate=s.judge_learning_rate if rate is None else rate,
             optimizer=dict(grad_clip=s.grad_clip),
@@ -266,73 +256,70 @@ class Pair(study.Trial):
             shutil.rmtree(self.judge)
         self.judge = out
 
-    def imitate(self, index, at):
-        s, prompts = self.settings, self.toy / "train.jsonl"
-        options = dict(prompts=prompts, optimizer=dict(grad_clip=s.grad_clip))
-        answers, out = self.answers(index), at / "student"
-        self.train("seqkd", answers, out, s.warm_learning_rate, **options)
+    def imitate(self):
+        s = self.settings
+        options = dict(prompts=self.prompts, optimizer=dict(grad_clip=s.grad_clip))
+        self.train("seqkd", self.answers(self.number), s.warm_learning_rate, **options)
+
+
+class WarmUp(Pair):
+    """What SEED/NAME/student and SEED/NAME/judge come from."""
+
+    def setup(self):
+        self.judge = self.first_judge = self.start
+        self.view = self.how
+
+    def round(self):
+        self.rollout()
+        self.learn_to_judge(self.number, self.at)
+        if self.arm != "cold" and self.number >= self.settings.judge_rounds:
+            self.imitate()
 
 
 def warm_up(run, seed, name):
-    """SEED/name/student and SEED/name/judge after the warm-up."""
-    s, folder = run.settings, run.out / f"seed{seed}"
-    if (folder / name / "judge").exists():
+    if (run.out / f"seed{seed}/{name}/judge").exists():
         return
-    student = folder / "student"
-    pair = Pair(run, seed, name, student, student, WARM_UPS[name], place=name)
-    for number in range(s.warm_rounds):
-        pair.rollout(number)
-        pair.learn_to_judge(number, pair.at(number))
-        if name != "cold" and number >= s.judge_rounds:
-            pair.imitate(number, pair.at(number))
-    if pair.model != student:
+    pair = WarmUp(run, seed, name, WARM_UPS[name])
+    for number in range(run.settings.warm_rounds):
+        pair.number = number
+        pair.round()
+    if pair.model != pair.start:
         pair.model.rename(pair.place / "student")
     pair.judge.rename(pair.place / "judge")
 
 
 def prepare(run, seed):
     """A seed's student, and a warm-up for every kind of discriminator."""
-    study.spoil_student(run, seed)
+    run.spoil(seed)
     for name in WARM_UPS:
         warm_up(run, seed, name)
 
 
 class Trial(Pair):
-    def __init__(self, run, seed, arm):
-        self.how = how = ARMS[arm]
-        folder = run.out / f"seed{seed}"
-        start = {
-            "teacher": run.world / "teacher-lines",
-            "student": folder / "student",
-            "warm": folder / "warm" / "student",
+    def setup(self):
+        how = self.how
+        self.place = self.folder / f"arm-{self.arm}"
+        self.start = {
+            "teacher": self.run.world / "teacher-lines",
+            "student": self.folder / "student",
+            "warm": self.folder / "warm/student",
         }[how.start]
         # new: the student's weights and a head that knows nothing
-        judge = start if how.judge == "new" else folder / how.judge / "judge"
-        view = WARM_UPS.get(how.judge, {})
-        super().__init__(run, seed, arm, start, judge, view, place=f"arm-{arm}")
-        self.rounds = run.settings.rounds if how.signal else 0
+        self.judge = self.start if how.judge == "new" else self.folder / how.judge / "judge"
+        self.first_judge = self.judge
+        self.view = WARM_UPS.get(how.judge, {})
+        self.first = self.settings.warm_rounds
+        if not how.signal:
+            self.rounds = 0
         self.signal["paused"] = 0
 
-    def sampling(self, number):
-        return super().sampling(self.index(number))
-
-    def index(self, number):
-        """Of a round among all, warm-up included."""
-        return self.settings.warm_rounds + number
-
-    def round(self, number):
-        if number == 0 and self.how.frozen:
+    def round(self):
+        if self.number == 0 and self.how.frozen:
             self.learn_ahead()
-        at, rollouts = self.at(number), self.rollout(number)
+        rollouts = self.rollout()
         if self.how.signal == "imitation":
-            self.imitate(self.index(number), at)
-            return
-        grade = {
-            "judge": self.grade_by_judge,
-            "rubric": self.grade_by_rubric,
-            "answer": self.grade_by_answer,
-        }[self.how.signal]
-        if grade(number, rollouts):
+            self.imitate()
+        elif self.reward(rollouts):
             self.follow(rollouts)
 
     def learn_ahead(self):
@@ -340,57 +327,40 @@ class Trial(Pair):
         of all rounds, and then no more."""
         for number in range(self.rounds):
             at = self.place / f"judge{number}"
-            self.rollout(number, at)
-            self.learn_to_judge(self.index(number), at)
+            self.rollout(at, **self.sampling(number))
+            self.learn_to_judge(number, at)
 
-    def grade_by_judge(self, number, rollouts):
-        """Rewards by the discriminator of the round before, which then learns from these very
-        rollouts.  Returns whether the student learns from them, too."""
-        s, index = self.settings, self.index(number)
-        if self.judge == self.start:
-            # a folder with the new head; at rate 0 nothing is learnt
-            shutil.copytree(self.at(number), self.place / "untrained")
-            self.learn_to_judge(index, self.place / "untrained", rate=0)
-        out = rollouts.with_name("scored.jsonl" if self.how.shuffled else "rewards.jsonl")
-        graded = self.run.stage(
-            "methods.gad grade",
-            discriminator=self.judge,
-            rollouts=rollouts,
-            answers=self.answers(index),
-            out=out,
-        )
-        if self.how.shuffled:
-            graded |= self.control("shuffle-rewards", out)[1]
-        judged = graded["accuracy"]
-        self.signal |= {
-            "proxy": graded["reward_mean"],
-            "margin": graded["margin"],
-            "judge_accuracy": judged,
-            "length_correlation": graded["length_correlation"],
-            "score_std": graded["score_std"],
-            "flat_groups": graded["zero_variance_groups"],
-        }
-        judge_pauses = self.how.paused and judged > s.pause_judge
-        student_pauses = self.how.paused and judged < s.pause_student
-        if not self.how.frozen and not judge_pauses:
-            self.learn_to_judge(index, self.at(number))
-        self.signal["paused"] += judge_pauses or student_pauses
-        return not student_pauses
-
-    def grade_by_rubric(self, number, rollouts):
-        rubrics = rollouts.with_name("rubrics.jsonl")
-        self.run.stage(
-            "rubric.py create",
-            prompts=self.toy / "train.jsonl",
-            rollouts=rollouts,
-            answers=self.answers(self.index(number)),
-            m=1,
-            out=rubrics,
-        )
+    def reward(self, rollouts):
+        """Rewards by the arm's grader.  Returns whether the student learns from them."""
+        if self.how.signal == "judge":
+            return self.grade_by_judge(rollouts)
+        if self.how.signal == "answer":
+            return self.grade(rollouts, grader="answer")
+        given = dict(prompts=self.prompts, answers=self.answers(self.number), m=1)
+        rubrics, _ = self.beside(rollouts, "rubrics", "rubric.py create", **given)
         return self.grade(rollouts, rubrics=rubrics)
 
-    def grade_by_answer(self, number, rollouts):
-        return self.grade(rollouts, grader="answer")
+    def grade_by_judge(self, rollouts):
+        """Rewards by the discriminator of the round before, which then learns from these very
+        rollouts."""
+        s, how = self.settings, self.how
+        if self.judge == self.start:
+            # a folder with the new head; at rate 0 nothing is learnt
+            shutil.copytree(self.at, self.place / "untrained")
+            self.learn_to_judge(self.number, self.place / "untrained", rate=0)
+        given = dict(discriminator=self.judge, answers=self.answers(self.number))
+        name = "scored" if how.shuffled else "rewards"
+        scored, graded = self.beside(rollouts, name, "methods.gad grade", **given)
+        if how.shuffled:
+            graded |= self.control("shuffle-rewards", scored)[1]
+        for column, name in JUDGED.items():
+            self.signal[column] = graded[name]
+        judge_pauses = how.paused and graded["accuracy"] > s.pause_judge
+        student_pauses = how.paused and graded["accuracy"] < s.pause_student
+        if not how.frozen and not judge_pauses:
+            self.learn_to_judge(self.number, self.at)
+        self.signal["paused"] += judge_pauses or student_pauses
+        return not student_pauses
 
     def follow(self, rollouts):
         """The student follows a round's rewards."""
@@ -399,8 +369,6 @@ class Trial(Pair):
         self.train(
             "gad",
             rollouts,
-            rollouts.with_name("student"),
-            s.learning_rate,
             rewards=rollouts.with_name("rewards.jsonl"),
             reference=reference,
             set=dict(reference_kl=s.reference_kl),
@@ -411,9 +379,9 @@ class Trial(Pair):
         return done == 1 or super().due(done)
 
     def columns(self, score, n, final):
-        texts = [r["text"] for r in files.read(self.place / "eval.jsonl", "evals")]
-        solutions = [p["solution"] for p in files.read(self.problems(), "prompts")]
-        far = self.evaluate(self.run.world / "ood" / self.problems().name, n)
+        texts = self.texts()
+        solutions = [p["solution"] for p in files.read(self.heldout, "prompts")]
+        far = self.evaluate(self.run.world / "ood" / self.heldout.name, n)
         columns = {
             "ood": far["accuracy"],
             "style": sum(map(in_style, texts)) / len(texts),
@@ -427,15 +395,15 @@ def mean_length(texts):
 
 
 STUDY = study.Study(
-    name="gad",
-    about="a discriminator as the reward",
-    settings=Settings,
-    arms=ARMS,
-    claims=CLAIMS,
-    columns=COLUMNS,
-    build=build,
-    prepare=prepare,
-    trial=Trial,
+    "gad",
+    "a discriminator as the reward",
+    Settings,
+    ARMS,
+    CLAIMS,
+    COLUMNS,
+    build,
+    Trial,
+    prepare,
 )
 
 

@@ -26,9 +26,9 @@ from pathlib import Path
 
 import torch
 
+from experiments.claims import markdown, plus_minus
 from opd import files
 from opd.pictures import new_picture, tidy
-from opd.stats import interval
 
 CLASSES = 10
 MODES = ((0, 1, 2, 3), (6, 7, 8, 9))
@@ -131,18 +131,12 @@ def table(teacher, rows):
     """Markdown: means over seeds ± half of the 95 % t-interval."""
     names = ("mode", "valley", "forward", "reverse")
     ideal = measure(teacher, teacher)
-    lines = [
-        "| arm | mass on one bump | in the valley | KL(p_T, p_S) | KL(p_S, p_T) |",
-        "| --- | --- | --- | --- | --- |",
-        f"| the teacher | {' | '.join(f'{ideal[name]:.3f}' for name in names)} |",
-    ]
+    lines = [["arm", "mass on one bump", "in the valley", "KL(p_T, p_S)", "KL(p_S, p_T)"]]
+    lines.append(["the teacher", *(f"{ideal[name]:.3f}" for name in names)])
     for kind in KINDS:
-        cells = [kind]
-        for name in names:
-            mean, half = interval([row[name] for row in rows if row["arm"] == kind])
-            cells.append(f"{mean:.3f}" if half is None else f"{mean:.3f} ± {half:.3f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        own = [row for row in rows if row["arm"] == kind]
+        lines.append([kind, *(plus_minus([row[name] for row in own]) for name in names)])
+    return markdown(lines)
 
 
 def main(argv=None):

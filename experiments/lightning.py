@@ -57,7 +57,7 @@ import time
 from dataclasses import dataclass, field
 
 from experiments import study
-from experiments.claims import Claim, last, more
+from experiments.claims import Claim, alike, last, less, more
 from experiments.study import part, setting
 from opd import files
 
@@ -186,7 +186,7 @@ def speed_up(arms):
 CLAIMS = [
     more("1: online distillation improves on the fine-tuned student", "online", "sft-a"),
     more("1: offline distillation does, too", "offline", "sft-a"),
-    more("1: offline is as accurate as online", "offline", "online", "within", 0.03),
+    alike("1: offline is as accurate as online", "offline", "online"),
     Claim(
         "1: ...and as close to the teacher on fresh answers (reverse KL, nats a token)",
         "KL(offline) − KL(online)",
@@ -194,12 +194,8 @@ CLAIMS = [
         "within",
         0.03,
     ),
-    more(
-        "1: four updates a sampling are as good as one: `online` is online",
-        "strict",
-        "online",
-        "within",
-        0.03,
+    alike(
+        "1: four updates a sampling are as good as one: `online` is online", "strict", "online"
     ),
     Claim(
         "1: it generates and scores fewer tokens (expected: the reuse factor, 2)",
@@ -242,84 +238,39 @@ CLAIMS = [
         "below",
         1.5,
     ),
-    more("3: many walks over the same numbers do no harm", "long", "offline", "above", -0.03),
+    more("3: many walks over the same numbers do no harm", "long", "offline", -0.03),
     more("control a: more fine-tuning is worse than distillation", "offline", "sft-more"),
-    more(
-        "control b: shuffled teacher numbers teach nothing", "shuffled", "sft-a", "below", 0.02
-    ),
-    more("control c: importance weights change nothing", "is-token", "offline", "within", 0.03),
-    more(
-        "control c: sampling anew every 4 rounds changes nothing",
-        "refresh4",
-        "offline",
-        "within",
-        0.03,
-    ),
-    more("control c: ...every 8", "refresh8", "offline", "within", 0.03),
-    more(
-        "control c: at three times the rate offline training harms",
-        "offline-lr3",
-        "sft-a",
-        "below",
-    ),
+    less("control b: shuffled teacher numbers teach nothing", "shuffled", "sft-a", 0.02),
+    alike("control c: importance weights change nothing", "is-token", "offline"),
+    alike("control c: sampling anew every 4 rounds changes nothing", "refresh4", "offline"),
+    alike("control c: ...every 8", "refresh8", "offline"),
+    less("control c: at three times the rate offline training harms", "offline-lr3", "sft-a"),
     more("control c: ...importance weights prevent that", "is-token-lr3", "offline-lr3"),
-    more("control c: ...and online it is no harm", "online-lr3", "online", "above", -0.03),
-    more(
-        "control d: the bound on the advantage changes nothing",
-        "no-clip",
-        "offline",
-        "within",
-        0.03,
+    more("control c: ...and online it is no harm", "online-lr3", "online", -0.03),
+    alike("control d: the bound on the advantage changes nothing", "no-clip", "offline"),
+    alike("control e: leaving out the end token changes nothing", "no-end", "offline"),
+    alike("control f: twice the data, walked once, is no better", "reuse1", "offline"),
+    alike(
+        "control f: a quarter of the data, walked eight times, is no worse", "reuse8", "offline"
     ),
-    more(
-        "control e: leaving out the end token changes nothing",
-        "no-end",
-        "offline",
-        "within",
-        0.03,
-    ),
-    more(
-        "control f: twice the data, walked once, is no better",
-        "reuse1",
-        "offline",
-        "within",
-        0.03,
-    ),
-    more(
-        "control f: a quarter of the data, walked eight times, is no worse",
-        "reuse8",
-        "offline",
-        "within",
-        0.03,
-    ),
-    more("control g: sampling at 0.8 changes nothing", "t08", "offline", "within", 0.03),
+    alike("control g: sampling at 0.8 changes nothing", "t08", "offline"),
 ]
 
 
 def build(run):
     """The world with two more teachers: both go on from its own, each on clean work in its own
     style."""
-    s, world = run.settings, run.world
+    s = run.settings
     study.build_sums(run, s.sft_prompts + 4 * s.rounds * s.prompts)
     for name, style in STYLES.items():
-        texts = dict(train_prompts=8, eval_prompts=8, clean=64 * s.style_steps, mixed=8)
-        run.once("worlds.sums", world / f"toy-{name}", styles=style, **texts)
-        run.pretrain(
-            world / "teacher",
-            world / f"toy-{name}" / "clean.jsonl",
-            world / f"teacher-{name}",
-            s.style_steps,
-            rate=1e-3,
-            fresh_optimizer=True,
-            optimizer=study.RAMP,
-        )
+        study.teach_style(run, f"toy-{name}", style, f"teacher-{name}")
 
 
 def prepare(run, seed):
     """A seed's student, and the three fine-tuned ones with their ledgers."""
-    study.spoil_student(run, seed)
+    run.spoil(seed)
     for name in FINE_TUNED:
-        ledger = run.out / f"seed{seed}" / f"ledger-{name}.json"
+        ledger = run.out / f"seed{seed}/ledger-{name}.json"
         if not ledger.exists():
             found = fine_tune(run, seed, name)
             files.write_atomically(ledger, json.dumps(found) + "\n")
@@ -331,13 +282,13 @@ def fine_tune(run, seed, name):
     s, folder, teachers = run.settings, run.out / f"seed{seed}", name.removeprefix("sft-")
     began, parts, tokens = time.time(), [], 0
     for i, teacher in enumerate(teachers):
-        parts.append(folder / "answers" / f"{teachers}-{teacher}.jsonl")
-        problems = part(i, s.sft_prompts // len(teachers))
-        how = dict(slice=problems, n=s.sft_n)
-        tokens += run.answers(f"teacher-{teacher}", parts[-1], 10**6 + seed, **how)
+        out = f"seed{seed}/answers/{teachers}-{teacher}.jsonl"
+        how = dict(slice=part(i, s.sft_prompts // len(teachers)), n=s.sft_n)
+        tokens += run.answers(f"world/teacher-{teacher}", out, 10**6 + seed, **how)
+        parts.append(run.out / out)
     texts = parts[0]
     if len(parts) > 1:
-        texts = run.concatenate(parts, folder / "answers" / f"{teachers}.jsonl")
+        texts = run.concatenate(parts, folder / f"answers/{teachers}.jsonl")
     generated = time.time()
     trained = run.stage(
         "train.py",
@@ -360,20 +311,23 @@ def fine_tune(run, seed, name):
 
 
 class Trial(study.Trial):
-    def __init__(self, run, seed, arm):
-        self.how = how = ARMS[arm]
-        s, folder = run.settings, run.out / f"seed{seed}"
+    weights = "model{}"
+
+    def setup(self):
+        s, how = self.settings, self.how
         teacher = how.start.startswith("teacher")
-        start = (run.world if teacher else folder) / how.start
+        self.start = (self.run.world if teacher else self.folder) / how.start
         # strict: as many answers and updates, sampled an update's worth at a time
         self.parts = s.updates if how.strict else 1
-        rounds = s.rounds * self.parts * (s.long if how.long else 1)
-        super().__init__(run, seed, arm, start, rounds if how.method else 0)
-        self.teacher = run.world / f"teacher-{how.teacher}"
+        self.rounds = s.rounds * self.parts * (s.long if how.long else 1)
+        if not how.method:
+            self.rounds = 0
+        self.teacher = self.run.world / f"teacher-{how.teacher}"
         self.signal = {"weight_std": None, "ess": None}
         self.cost |= {"generate_seconds": 0.0, "score_seconds": 0.0, "train_seconds": 0.0}
-        if arm in FINE_TUNED:
-            self.cost |= json.loads((folder / f"ledger-{arm}.json").read_text())
+        if self.arm in FINE_TUNED:
+            ledger = self.folder / f"ledger-{self.arm}.json"
+            self.cost |= json.loads(ledger.read_text())
         self.data = []  # (rollouts, options of train.py) for the rounds until the next sampling
         self.sampled = 0
 
@@ -387,20 +341,17 @@ class Trial(study.Trial):
         yield
         self.cost[name] = round(self.cost[name] + time.time() - began, 3)
 
-    def round(self, number):
+    def round(self):
         s, how = self.settings, self.how
         refresh, reuse = min(self.rounds, how.refresh or s.rounds), how.reuse
         if how.long:
             refresh, reuse = self.rounds, how.reuse * s.long
-        if number % refresh == 0:
+        if self.number % refresh == 0:
             self.data = [self.sample() for _ in range(max(1, -(-refresh // reuse)))]
-        rollouts, options = self.data[number % refresh % len(self.data)]
-        out = self.place / f"model{number}"
-        rate = s.learning_rate * how.rate
-        if how.method == "seqkd":
-            rate = s.sft_learning_rate
+        rollouts, options = self.data[self.number % refresh % len(self.data)]
+        rate = s.sft_learning_rate if how.method == "seqkd" else s.learning_rate * how.rate
         with self.timed("train"):
-            self.train(how.method, rollouts, out, rate, **options)
+            self.train(how.method, rollouts, rate, **options)
         self.signal["weight_std"] = self.metrics[-1].get("policy/weight_std")
         self.signal["ess"] = self.metrics[-1].get("policy/weight_ess")
 
@@ -413,50 +364,38 @@ class Trial(study.Trial):
     def sample(self):
         """A round's worth of answers by the model of the moment, and the teacher's numbers for
         them: what train.py reads."""
-        number, at = self.sampled, self.place / f"data{self.sampled}"
+        at, how = self.place / f"data{self.sampled}", self.sampling(self.sampled)
         self.sampled += 1
         if self.how.method == "seqkd":
-            return self.teacher_texts(number, at), {}
+            return self.teacher_texts(at, how), {}
         with self.timed("generate"):
-            rollouts = self.rollout(number, at, temperature=self.how.temperature)
+            rollouts = self.rollout(at, **how, temperature=self.how.temperature)
         with self.timed("score"):
-            scores, done = self.score(self.teacher, rollouts, "scores")
-        self.cost["teacher_tokens"] += done["teacher_tokens"]
+            scores, _ = self.teach(rollouts)
         return rollouts, self.options(rollouts, scores)
 
-    def teacher_texts(self, number, at):
+    def teacher_texts(self, at, how):
         out = at / "rollouts.jsonl"
         with self.timed("generate"):
-            done = self.run.stage(
-                "teacher.py answer", model=self.teacher, **self.sampling(number), out=out
-            )
+            done = self.run.stage("teacher.py answer", model=self.teacher, **how, out=out)
         self.cost["generated_tokens"] += done["generated_tokens"]
         return out
 
     def options(self, rollouts, scores):
         """Options of train.py, and the controls' files."""
-        weights = None
-        if self.how.shuffled:
-            null = scores.with_name("null.jsonl")
-            self.run.stage(
-                "experiments.controls shuffle-scores",
-                scores=scores,
-                seed=self.seed,
-                out=null,
-            )
-            scores = null
-        if self.how.no_end:
-            weights = scores.with_name("weights.jsonl")
-            self.run.stage(
-                "experiments.weight_controls", rule="no-end", rollouts=rollouts, out=weights
-            )
-        other = self.how.start != f"sft-{self.how.teacher}"
-        return dict(
-            scores=scores,
-            token_weights=weights,
-            allow=["stale", "teacher"] if other else ["stale"],
-            set=self.how.set,
+        stale = (
+            ["stale"] if self.how.start == f"sft-{self.how.teacher}" else ["stale", "teacher"]
         )
+        options = dict(scores=scores, allow=stale, set=self.how.set)
+        if self.how.shuffled:
+            options["scores"] = null = scores.with_name("null.jsonl")
+            command = "experiments.controls shuffle-scores"
+            self.run.stage(command, scores=scores, seed=self.seed, out=null)
+        if self.how.no_end:
+            command = "experiments.weight_controls"
+            weights, _ = self.beside(rollouts, "weights", command, rule="no-end")
+            options["token_weights"] = weights
+        return options
 
     def due(self, done):
         return done % (self.settings.eval_every * self.parts) == 0
@@ -465,7 +404,7 @@ class Trial(study.Trial):
         return self.steps
 
     def columns(self, score, n, final):
-        texts = [r["text"] for r in files.read(self.place / "eval.jsonl", "evals")]
+        texts = self.texts()
         seconds = (x for name, x in self.cost.items() if name.endswith("_seconds"))
         columns = {
             "style_a": sum("=" in text for text in texts) / len(texts),
@@ -473,22 +412,20 @@ class Trial(study.Trial):
             "seconds": round(sum(seconds), 2),
         }
         if final:
-            rollouts = self.place / "eval.rollouts.jsonl"
-            _, done = self.score(self.teacher, rollouts, "fresh", overwrite=True)
-            columns["kl"] = done["kl_mean"]
+            columns["kl"] = self.gap_to_teacher()
         return columns | super().columns(score, n, final)
 
 
 STUDY = study.Study(
-    name="lightning",
-    about="offline on-policy distillation on running sums",
-    settings=Settings,
-    arms=ARMS,
-    claims=CLAIMS,
-    columns=COLUMNS,
-    build=build,
-    prepare=prepare,
-    trial=Trial,
+    "lightning",
+    "offline on-policy distillation on running sums",
+    Settings,
+    ARMS,
+    CLAIMS,
+    COLUMNS,
+    build,
+    Trial,
+    prepare,
 )
 
 

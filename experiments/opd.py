@@ -36,17 +36,15 @@ Regime (results/opd.md): the student starts at 13 % sampled and 38 % greedy, the
 from dataclasses import dataclass, field
 
 from experiments import study
-from experiments.claims import Claim, last, more
+from experiments.claims import Claim, alike, last, more
 from experiments.study import setting
 from opd import files
 
 
 @dataclass(frozen=True)
-class Settings(study.World, study.Measured):
+class Settings(study.World, study.Measured, study.Sampled):
     rounds: int = setting(20, "rounds of a distillation arm", smoke=1)
     rl_rounds: int = setting(40, "rounds of the reinforcement arm", smoke=1)
-    n: int = setting(8, "answers a problem", smoke=2)
-    updates: int = setting(4, "optimiser steps a round", smoke=2)
     rl_learning_rate: float = setting(3e-4, "of reinforcement")
     opd_learning_rate: float = setting(3e-4, "of arms that read a teacher's log-probs")
     sft_learning_rate: float = setting(3e-4, "of imitation")
@@ -140,13 +138,7 @@ CLAIMS = [
         "below",
         0.2,
     ),
-    more(
-        "M1 control: a student that is its own teacher gains nothing",
-        "rl-self",
-        "before",
-        "within",
-        0.03,
-    ),
+    alike("M1 control: a student that is its own teacher gains nothing", "rl-self", "before"),
     more("M2: own answers beat as many given ones", "opd-full", "sft"),
     more("M2: ...and five times as many", "opd-full", "sft5"),
     more("M2: also with one teacher number a token", "opd", "sft"),
@@ -154,13 +146,11 @@ CLAIMS = [
     more("M3: a quarter of own answers beats none", "lambda25", "lambda0"),
     more("M3: a half beats a quarter", "lambda50", "lambda25"),
     more("M3: all beat a half", "dagger", "lambda50"),
-    more(
+    alike(
         "M4: forward and reverse KL decode alike greedily",
         "opd-full",
         "dagger",
-        "within",
-        0.03,
-        "greedy",
+        metric="greedy",
     ),
     more("M4: reverse KL samples better answers", "opd-full", "dagger"),
     Claim(
@@ -169,9 +159,9 @@ CLAIMS = [
         last("pass@n", "dagger", "opd-full"),
     ),
     more("M4: forward KL keeps more entropy", "dagger", "opd-full", metric="entropy"),
-    more("M4: JSD(0.1) is like forward KL", "jsd10", "dagger", "within", 0.03),
-    more("M4: JSD(0.9) is like reverse KL", "jsd90", "opd-full", "within", 0.03),
-    more("M6: learning facts costs the old skill", "teacher", "facts", "above", 0.1),
+    alike("M4: JSD(0.1) is like forward KL", "jsd10", "dagger"),
+    alike("M4: JSD(0.9) is like reverse KL", "jsd90", "opd-full"),
+    more("M6: learning facts costs the old skill", "teacher", "facts", 0.1),
     Claim(
         "M6: the old self brings nine tenths of it back",
         "(facts-opd − facts) / (teacher − facts)",
@@ -179,7 +169,7 @@ CLAIMS = [
         "above",
         0.9,
     ),
-    more("M6: ...and the facts stay", "facts-opd", "facts", "above", -0.1, "facts"),
+    more("M6: ...and the facts stay", "facts-opd", "facts", -0.1, "facts"),
     more(
         "M6: imitation of the old self's answers forgets more of the facts",
         "facts-opd",
@@ -190,51 +180,54 @@ CLAIMS = [
 
 
 class Trial(study.Trial):
-    def __init__(self, run, seed, arm):
-        self.how = how = ARMS[arm]
-        folder = run.out / f"seed{seed}"
+    weights = "model{}"
+
+    def setup(self):
+        s, how = self.settings, self.how
         self.models = {
-            "world": run.world / "teacher",
-            "student": folder / "student",
-            "facts": folder / "facts" / "model",
-            "rl": folder / "rl" / "model",
+            "world": self.teacher,
+            "student": self.folder / "student",
+            "facts": self.folder / "facts/model",
+            "rl": self.folder / "rl/model",
         }
-        rounds = how.rounds
+        self.start = self.models[how.start]
         if not how.method:
-            rounds = 0
+            self.rounds = 0
         elif how.rate == "rl":
-            rounds = run.settings.rl_rounds
-        super().__init__(run, seed, arm, self.models[how.start], rounds)
+            self.rounds = s.rl_rounds
+        else:
+            self.rounds = how.rounds or s.rounds
         self.signal["entropy"] = None
 
-    def round(self, number):
-        if self.how.source == "facts":
+    def round(self):
+        how = self.how
+        if how.source == "facts":
             rollouts = self.toy / "facts.jsonl"
             options = dict(epochs=self.settings.facts_epochs, batch_size=None)
-        elif self.how.source == "answers":
-            rollouts, tokens = self.answers(number)
-            options = {}
+        elif how.source == "answers":
+            rollouts, tokens = self.given(self.number)
             self.cost["teacher_tokens"] += tokens
+            options = {}
         else:
-            rollouts = self.rollout(number)
+            rollouts = self.rollout()
             options = self.signal_for(rollouts)
-        if self.how.teacher:
-            options["teacher"] = self.models[self.how.teacher]
-        rate = getattr(self.settings, f"{self.how.rate}_learning_rate")
-        out = self.place / f"model{number}"
-        self.train(self.how.method, rollouts, out, rate, set=self.how.set, **options)
+        if how.teacher:
+            options["teacher"] = self.models[how.teacher]
+        rate = getattr(self.settings, f"{how.rate}_learning_rate")
+        self.train(how.method, rollouts, rate, set=how.set, **options)
         self.signal["entropy"] = self.metrics[-1]["policy/entropy"]
-        if number + 1 == self.rounds:
+        if self.number + 1 == self.rounds:
             # before the line that says this arm is done: others start from it
             self.model = self.model.rename(self.place / "model")
 
-    def answers(self, number):
+    def given(self, number):
         """The teacher's answers to the problems of all rounds, sampled once a seed: (file,
         tokens)."""
-        s, out = self.settings, self.folder / "answers" / f"{number}.jsonl"
+        s, out = self.settings, f"seed{self.seed}/answers/{number}.jsonl"
         seed = 10**6 + 1000 * self.seed + number
-        problems = f":{s.prompts * s.rounds}"
-        return out, self.run.answers("teacher", out, seed, slice=problems, n=s.n)
+        how = dict(slice=f":{s.prompts * s.rounds}", n=s.n)
+        tokens = self.run.answers("world/teacher", out, seed, **how)
+        return self.run.out / out, tokens
 
     def signal_for(self, rollouts):
         """Options of train.py: what own answers are trained on besides a teacher."""
@@ -245,8 +238,8 @@ class Trial(study.Trial):
             return dict(teacher_top_k=24)
         if not self.how.data:
             return {}
-        kept, self.cost["teacher_tokens"] = self.answers(0)
-        return dict(data=kept)
+        data, self.cost["teacher_tokens"] = self.given(0)
+        return dict(data=data)
 
     def due(self, done):
         return done % (self.how.eval_every or self.settings.eval_every) == 0
@@ -269,15 +262,14 @@ def build(run):
 
 
 STUDY = study.Study(
-    name="opd",
-    about="on-policy distillation on running sums",
-    settings=Settings,
-    arms=ARMS,
-    claims=CLAIMS,
-    columns=COLUMNS,
-    build=build,
-    prepare=study.spoil_student,
-    trial=Trial,
+    "opd",
+    "on-policy distillation on running sums",
+    Settings,
+    ARMS,
+    CLAIMS,
+    COLUMNS,
+    build,
+    Trial,
     parents={"rl-opd": ("rl",), "facts-opd": ("facts",), "facts-sft": ("facts",)},
 )
 

@@ -37,30 +37,27 @@ any of three rates) and rwsft at 1e-4 and 3e-4 alike, sft at 1e-3.
 
 from dataclasses import dataclass
 
-from experiments.claims import Claim, last, more
+from experiments.claims import Claim, last, less, more
 from experiments.study import (
-    RAMP,
     Measured,
+    Sampled,
+    Spoiled,
     Study,
     Trial,
+    build_world,
     conduct,
     setting,
-    spoil_student,
 )
 from opd import files
 
 
 @dataclass(frozen=True)
-class Settings(Measured):
+class Settings(Measured, Sampled, Spoiled):
     rounds: int = setting(20, "rounds of an arm", smoke=2)
-    n: int = setting(8, "answers a problem", smoke=2)
-    updates: int = setting(4, "optimiser steps a round", smoke=2)
     learning_rate: float = setting(3e-4, "of all arms but sft")
     sft_learning_rate: float = setting(1e-3, "of imitation of solutions")
     hints: float = setting(0.5, "share of the base's texts with the solution in the question")
     base_steps: int = setting(1300, "pre-training steps of 64 texts", smoke=4)
-    spoil_steps: int = setting(100, "steps of 64 careless texts for a student", smoke=1)
-    spoil_lr: float = setting(1e-3, "learning rate of those steps")
     eval_every: int = setting(5, "rounds between evaluations", smoke=2)
 
 
@@ -95,7 +92,7 @@ CLAIMS = [
     more("it can teach itself (the paper's claim)", "opsd", "before"),
     more("...by what the solution adds: without one nothing is taught", "opsd", "blank"),
     more("...by the right one: another problem's teaches less", "opsd", "wrong"),
-    more("...and it does harm", "wrong", "before", "below"),
+    less("...and it does harm", "wrong", "before"),
     more("the base, told, teaches more than the student, told", "base", "opsd"),
     more("...and more than the base that is not told", "base", "base-blank"),
     more("a solution teaches more as a hint than as a reward", "opsd", "grpo"),
@@ -103,15 +100,14 @@ CLAIMS = [
     more("...than the solutions, imitated", "opsd", "sft"),
     more("the whole distribution teaches more than one number a token", "full", "opsd"),
     more("a teacher that learns along teaches more", "live", "opsd"),
-    more("...it takes the student with it", "live", "before", "below"),
-    more(
+    less("...it takes the student with it", "live", "before"),
+    less(
         "the student comes to use a solution less well, too",
         "opsd",
         "before",
-        "below",
         metric="told_accuracy",
     ),
-    more("it does not pass what it does when told", "opsd", "told", "below"),
+    less("it does not pass what it does when told", "opsd", "told"),
     Claim(
         "answers grow shorter",
         "length(opsd) − length(before)",
@@ -124,81 +120,63 @@ CLAIMS = [
 def build(run):
     """Problems with their solutions, and the base that every seed's student is made from."""
     s = run.settings
-    toy = run.world / "toy"
-    if not toy.exists():
-        run.stage(
-            "worlds.sums",
-            out=toy,
-            train_prompts=s.prompts * s.rounds,
-            hints=s.hints,
-            clean=64 * s.base_steps,
-            mixed=256 * s.spoil_steps,
-        )
-    schedule = dict(optimizer=RAMP, save_every=200)
-    clean = toy / "clean.jsonl"
-    run.pretrain(toy / "student", clean, run.world / "base", s.base_steps, **schedule)
+    build_world(
+        run,
+        "worlds.sums",
+        [("student", "base", s.base_steps)],
+        train_prompts=s.prompts * s.rounds,
+        hints=s.hints,
+        clean=64 * s.base_steps,
+        mixed=256 * s.spoil_steps,
+    )
 
 
 class OpsdTrial(Trial):
-    def __init__(self, run, seed, arm):
-        self.how = ARMS[arm]
+    def setup(self):
         self.method = self.how.get("method")
-        rounds = {None: 0, "sft": 1}.get(self.method)
-        super().__init__(run, seed, arm, rounds=rounds)
+        self.rounds = {None: 0, "sft": 1}.get(self.method, self.rounds)
+        # the problems that an arm is measured on, with their solutions
+        self.told = self.heldout.with_name(f"told_{self.heldout.name}")
 
     def step(self, done):
         return self.steps
 
-    def told(self):
-        """The problems that an arm is measured on, with their solutions."""
-        return self.toy / f"told_{self.settings.eval_split}.jsonl"
-
+    @property
     def problems(self):
-        return self.told() if self.arm == "told" else super().problems()
+        return self.told if self.arm == "told" else self.heldout
 
     def columns(self, score, n, final):
-        columns = {"samples": n}
+        columns = super().columns(score, n, final)
         if final:
-            greedy = self.evaluate(super().problems(), 1, temperature=0)
-            columns["greedy"] = greedy["accuracy"]
-            columns["told_accuracy"] = self.evaluate(self.told(), 1)["accuracy"]
+            columns["told_accuracy"] = self.evaluate(self.told, 1)["accuracy"]
         return columns
 
-    def teacher_of_the_moment(self):
-        if self.how.get("live"):
-            return self.model
-        return self.run.world / "base" if "teacher" in self.how else self.start
-
-    def round(self, number):
+    def round(self):
         if self.method == "sft":
             return self.imitate_solutions()
-        rollouts = self.rollout(number)
-        out = self.at(number) / "model"
+        rollouts = self.rollout()
         options = {"set": self.how.get("set")}
         if self.method.startswith("opd"):
-            options["scores"], done = self.teach(
-                rollouts,
-                self.teacher_of_the_moment(),
-                prompts=self.toy / f"{self.how.get('prompts', 'told_train')}.jsonl",
-                top_k=1000 if self.method == "opd-full" else None,
-            )
-            self.signal["kl"] = done["kl_mean"]
+            options["scores"] = self.ask_teacher(rollouts)
         else:
             options["rewards"], _ = self.grade(rollouts, grader="answer")
-        self.train(self.method, rollouts, out, self.settings.learning_rate, **options)
+        self.train(self.method, rollouts, **options)
+
+    def ask_teacher(self, rollouts):
+        teacher = self.run.world / "base" if "teacher" in self.how else self.start
+        self.teacher = self.model if self.how.get("live") else teacher
+        prompts = self.toy / f"{self.how.get('prompts', 'told_train')}.jsonl"
+        top_k = 1000 if self.method == "opd-full" else None
+        scores, done = self.teach(rollouts, prompts=prompts, top_k=top_k)
+        self.signal["kl"] = done["kl_mean"]
+        return scores
 
     def imitate_solutions(self):
         """As many walks over the solutions as the others have answers to a problem, in
         as many steps."""
-        s = self.settings
-        self.train(
-            "sft",
-            self.toy / "train.jsonl",
-            self.place / "model",
-            s.sft_learning_rate,
-            batch_size=s.prompts // s.updates * s.n,
-            epochs=s.n,
-        )
+        s, out = self.settings, self.place / "model"
+        how = dict(batch_size=s.prompts // s.updates * s.n, epochs=s.n)
+        self.train("sft", self.prompts, s.sft_learning_rate, out, **how)
 
 
 STUDY = Study(
@@ -209,7 +187,6 @@ STUDY = Study(
     CLAIMS,
     COLUMNS,
     build,
-    spoil_student,
     OpsdTrial,
 )
 

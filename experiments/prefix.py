@@ -35,17 +35,8 @@ The learning rate was chosen on dev with `full`, from 1e-4, 3e-4 and 1e-3
 
 from dataclasses import dataclass
 
-from experiments.claims import Claim, last, more
-from experiments.study import (
-    Measured,
-    Study,
-    Trial,
-    World,
-    build_sums,
-    conduct,
-    setting,
-    spoil_student,
-)
+from experiments.claims import Claim, last, less, more
+from experiments.study import Measured, Study, Trial, World, build_sums, conduct, setting
 from opd import files
 
 
@@ -125,8 +116,8 @@ CLAIMS = [
     ),
     more("1: release beats full supervision", "release", "full"),
     more("1: release beats shuffled cuts", "release", "shuffled"),
-    more("1: the suffix alone is worse than everything", "suffix", "full", "below"),
-    more("1: ...and than the prefix alone", "suffix", "release", "below"),
+    less("1: the suffix alone is worse than everything", "suffix", "full"),
+    less("1: ...and than the prefix alone", "suffix", "release"),
     Claim(
         "1: release is like the fixed prefix that is best on dev",
         "release − best fixed",
@@ -136,18 +127,16 @@ CLAIMS = [
     ),
     more("1: release beats the cut by the spread of the advantage", "release", "spread"),
     more("mechanism: the cut helps without the larger step", "no-rescale", "full"),
-    more(
+    less(
         "mechanism: the larger step on the prefix does not help without the cut",
         "boost",
         "full",
-        "below",
     ),
     more("mechanism: release beats the larger step without the cut", "release", "boost"),
-    more(
+    less(
         "mechanism: full supervision with twice the learning rate is no better than release",
         "full-lr2",
         "release",
-        "below",
     ),
     more("guards against false cuts help", "release-guard", "release"),
     more(
@@ -166,10 +155,12 @@ def build(run):
 
 
 class PrefixTrial(Trial):
-    def __init__(self, run, seed, arm):
-        self.rule = ARMS[arm]
+    weights = "model{}"
+
+    def setup(self):
         self.cuts = {}  # column -> its values, one a round
-        super().__init__(run, seed, arm, rounds=0 if self.rule is None else None)
+        if self.how is None:
+            self.rounds = 0
 
     def execute(self):
         if self.arm == "before":
@@ -177,33 +168,30 @@ class PrefixTrial(Trial):
         return super().execute()
 
     def columns(self, score, n, final):
-        columns = {"samples": n}
+        columns = {}
         if final:
             columns["dev_accuracy"] = self.evaluate(self.toy / "dev.jsonl", n)["accuracy"]
-            greedy = self.evaluate(self.problems(), 1, temperature=0)
-            columns["greedy"] = greedy["accuracy"]
-        return columns
+        return columns | super().columns(score, n, final)
 
     def teach_contrast(self, rollouts):
         """The teacher's scores, also of the model's likeliest tokens: a cut is looked for
         there."""
         own, _ = self.score(self.model, rollouts, "own", top_k=4)
-        return self.teach(rollouts, top_k_of=own)
+        return self.teach(rollouts, top_k_of=own)[0]
 
     def stage0(self):
         """What the detector finds in the student's rollouts, and in the same series in random
         order."""
-        rollouts = self.rollout(0, slice=f":{self.settings.null_prompts}")
-        scores, _ = self.teach_contrast(rollouts)
+        rollouts = self.rollout(slice=f":{self.settings.null_prompts}")
         null = self.run.stage(
             "experiments.prefix_null",
             rollouts=rollouts,
-            scores=scores,
+            scores=self.teach_contrast(rollouts),
             model=self.model,
-            prompts=self.toy / "train.jsonl",
+            prompts=self.prompts,
             seed=self.seed,
-            out=self.at(0) / "null.json",
-            plot=self.at(0) / "null.png",
+            out=self.at / "null.json",
+            plot=self.at / "null.png",
         )
         found = {}
         for name, rule in (("null", "faithful"), ("guarded", "guarded")):
@@ -220,39 +208,30 @@ class PrefixTrial(Trial):
             "slips": slip["slips"] / null["rollouts"],
         }
 
-    def round(self, number):
-        rollouts = self.rollout(number)
-        cuts = "cut" in self.rule
-        scores, _ = self.teach_contrast(rollouts) if cuts else self.teach(rollouts)
-        options = {"scores": scores}
-        if self.rule:
-            options["token_weights"] = self.weigh(number, rollouts, scores)
-        rate = self.settings.learning_rate * (2 if self.arm == "full-lr2" else 1)
-        method = "release" if self.rule else "opd"
-        self.train(method, rollouts, self.place / f"model{number}", rate, **options)
+    def round(self):
+        rollouts = self.rollout()
+        cuts = self.how and "cut" in self.how
+        scores = self.teach_contrast(rollouts) if cuts else self.teach(rollouts)[0]
+        if self.how:
+            weights = self.weigh(rollouts, scores)
+            self.train("release", rollouts, scores=scores, token_weights=weights)
+        else:
+            rate = self.settings.learning_rate * (2 if self.arm == "full-lr2" else 1)
+            self.train("opd", rollouts, rate, scores=scores)
 
-    def weigh(self, number, rollouts, scores):
+    def weigh(self, rollouts, scores):
         """Token weights by the arm's rule."""
         weights = None
-        if "cut" in self.rule:
-            name = "release" if "control" in self.rule else "weights"
-            weights = self.at(number) / f"{name}.jsonl"
-            done = self.run.stage(
-                "methods.prefix weigh",
-                **self.rule["cut"],
-                rollouts=rollouts,
-                scores=scores,
-                model=self.model,
-                out=weights,
-            )
-        if "control" in self.rule:
-            given = dict(rollouts=rollouts, weights=weights)
+        if "cut" in self.how:
+            name = "release" if "control" in self.how else "weights"
+            given = dict(scores=scores, model=self.model, **self.how["cut"])
+            weights, done = self.beside(rollouts, name, "methods.prefix weigh", **given)
+        if "control" in self.how:
+            given = dict(weights=weights, **self.how["control"])
             if self.arm == "shuffled":
-                given["seed"] = number
-            weights = self.at(number) / "weights.jsonl"
-            done = self.run.stage(
-                "experiments.weight_controls", **self.rule["control"], **given, out=weights
-            )
+                given["seed"] = self.number
+            command = "experiments.weight_controls"
+            weights, done = self.beside(rollouts, "weights", command, **given)
         for name in ("cut_rate", "kept_median", "scale_mean", "scale_max"):
             if done[name] is not None:
                 values = self.cuts.setdefault(name, [])
@@ -269,7 +248,6 @@ STUDY = Study(
     CLAIMS,
     COLUMNS,
     build,
-    spoil_student,
     PrefixTrial,
 )
 

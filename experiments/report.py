@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.claims import markdown
 from opd import files
 from opd.pictures import COLOURS, check_picture, new_picture, refuse_existing, tidy
 from opd.records import BadInput
@@ -98,15 +99,14 @@ def compare(rows, metric, baseline, columns):
     is +- 0.5."""
     finals = final_rows(rows)
     every_seed = sorted({row["seed"] for row in rows})
+    unknown = (None, None)
     table = []
     for arm, seeds in finals.items():
         values = {seed: seeds[seed][metric] for seed in sorted(seeds)}
         pairs = differences(seeds, finals[baseline], metric)
-        mean, half, difference, difference_half = (None,) * 4
-        if values:
-            mean, half = interval(list(values.values()))
-        if pairs and arm != baseline:
-            difference, difference_half = interval(pairs)
+        mean, half = interval(list(values.values())) if values else unknown
+        compared = pairs and arm != baseline
+        difference, difference_half = interval(pairs) if compared else unknown
         line = {
             "arm": arm,
             "values": values,
@@ -163,16 +163,14 @@ def cells_of(line):
     ]
 
 
-def markdown(table, metric, baseline):
+def describe(table, metric, baseline):
     """The rows of `compare` as a markdown table with its reading note."""
     columns = list(table[0]["columns"])
     head = ["arm", "seeds", metric, f"vs {baseline}", *columns, "each seed"]
-    lines = [head, ["---"] * len(head), *map(cells_of, table)]
-    text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     return (
-        f"{text}\n\n{metric} at the last checkpoint, mean over seeds ± half of the 95 % "
-        f"t-interval; differences to `{baseline}` are taken seed by seed; other columns are "
-        f"means over seeds.\n"
+        f"{markdown([head, *map(cells_of, table)])}\n{metric} at the last checkpoint, mean "
+        f"over seeds ± half of the 95 % t-interval; differences to `{baseline}` are taken seed "
+        f"by seed; other columns are means over seeds.\n"
     )
 
 
@@ -221,7 +219,7 @@ def table(argv):
     texts = []
     for path in args.files:
         tables[path] = table_of(path, args.metric, args.baseline, args.columns, args.partial)
-        text = markdown(tables[path], args.metric, args.baseline)
+        text = describe(tables[path], args.metric, args.baseline)
         texts.append(f"## {Path(path).stem}\n\n{text}")
     print("\n".join(texts), end="")
     if args.out:

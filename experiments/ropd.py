@@ -46,7 +46,7 @@ something to tell apart.
 from dataclasses import dataclass
 
 from experiments import study
-from experiments.claims import more
+from experiments.claims import less, more
 from experiments.study import setting
 from opd import files
 
@@ -84,7 +84,7 @@ COLUMNS = (
 ).split()
 CLAIMS = [
     more("ROPD lifts the student (main claim)", "ropd", "before"),
-    more("...because of which answer gets which reward", "shuffled", "before", "below", 0.02),
+    less("...because of which answer gets which reward", "shuffled", "before", 0.02),
     more("Four teacher answers beat one (the paper's largest ablation)", "ropd", "ropd-m1"),
     more(
         "Rubrics beat imitation of the same texts at equal updates (not equal tokens)",
@@ -103,51 +103,42 @@ CLAIMS = [
 ]
 
 
+def build(run):
+    study.build_sums(run, run.settings.prompts * run.settings.rounds)
+
+
 def prepare(run, seed):
     """A seed's student, and the teacher's answers to every problem."""
-    study.spoil_student(run, seed)
-    out = run.out / f"seed{seed}" / "answers.jsonl"
-    run.answers("teacher", out, 10**6 + seed, n=4)
+    run.spoil(seed)
+    run.answers("world/teacher", f"seed{seed}/answers.jsonl", 10**6 + seed, n=4)
 
 
 class Trial(study.Trial):
-    def __init__(self, run, seed, arm):
-        self.how = ARMS[arm]
-        rounds = run.settings.rounds if self.how else 0
-        super().__init__(run, seed, arm, rounds=1 if arm == "sft" else rounds)
+    def setup(self):
         self.answers = self.folder / "answers.jsonl"
         self.rollouts = None
+        if not self.how:
+            self.rounds = 0
+        elif self.arm == "sft":
+            self.rounds = 1
 
-    def round(self, number):
+    def round(self):
         if self.arm == "sft":
             return self.imitate()
-        self.rollouts = self.rollout(number)
+        self.rollouts = self.rollout()
         rewards, graded = self.reward()
         self.signal["zero_variance_groups"] = graded["zero_variance_groups"]
-        reference, method = None, self.how.get("method", "ropd")
+        options = dict(rewards=rewards, fresh_optimizer=False)
+        method = self.how.get("method", "ropd")
         if method == "ropd-paper":
-            reference, _ = self.score(self.start, self.rollouts, "reference")
-        self.train(
-            method,
-            self.rollouts,
-            self.at(number) / "model",
-            self.settings.learning_rate,
-            rewards=rewards,
-            reference=reference,
-            fresh_optimizer=False,
-        )
+            options["reference"], _ = self.score(self.start, self.rollouts, "reference")
+        self.train(method, self.rollouts, **options)
 
     def imitate(self):
         """All of the teacher's answers, once."""
-        done = self.train(
-            "sft",
-            self.answers,
-            self.place / "model",
-            self.settings.learning_rate,
-            prompts=self.toy / "train.jsonl",
-        )
-        read = files.read(self.answers, "answers")
-        self.cost["teacher_tokens"] += sum(len(r["response_ids"]) for r in read)
+        out = self.place / "model"
+        done = self.train("sft", self.answers, out=out, prompts=self.prompts)
+        self.count_teacher_tokens(self.answers, "answers", m=4)
         self.signal["loss"] = done["loss"]
 
     def reward(self):
@@ -156,17 +147,10 @@ class Trial(study.Trial):
             return self.grade(self.rollouts, grader="answer")
         noise = self.settings.verifier_noise
         if "view" in self.how:
-            out = self.rollouts.with_name("rewards.jsonl")
-            done = self.run.stage(
-                "experiments.controls impression",
-                prompts=self.toy / "train.jsonl",
-                rollouts=self.rollouts,
-                view=self.how["view"],
-                rate=noise,
-                seed=self.seed,
-                out=out,
-            )
-            return out, done
+            how = dict(view=self.how["view"], rate=noise, seed=self.seed)
+            command = "experiments.controls impression"
+            prompts = self.prompts
+            return self.beside(self.rollouts, "rewards", command, prompts=prompts, **how)
         rubrics = self.create()
         verdicts, _ = self.grade(self.rollouts, "verdicts", rubrics=rubrics)
         shuffled = self.how.get("shuffled")
@@ -176,24 +160,19 @@ class Trial(study.Trial):
 
     def create(self):
         """The round's rubrics; returns their file."""
-        rubrics = self.rollouts.with_name("rubrics.jsonl")
-        drawn = rubrics.with_name("drawn.jsonl") if "flat" in self.how else rubrics
-        self.run.stage(
-            "rubric.py create",
-            prompts=self.toy / "train.jsonl",
-            rollouts=self.rollouts,
-            answers=self.answers,
-            **self.how["create"],
-            out=drawn,
-        )
-        if "flat" in self.how:
+        flat = "flat" in self.how
+        options = dict(prompts=self.prompts, answers=self.answers, **self.how["create"])
+        name = "drawn" if flat else "rubrics"
+        rubrics, _ = self.beside(self.rollouts, name, "rubric.py create", **options)
+        if flat:
+            drawn, rubrics = rubrics, rubrics.with_name("rubrics.jsonl")
             self.run.stage("experiments.controls flat-points", rubrics=drawn, out=rubrics)
-        self.count_teacher_tokens(rubrics, self.how["create"]["m"])
+        self.count_teacher_tokens(rubrics, "rubrics", self.how["create"]["m"])
         return rubrics
 
-    def count_teacher_tokens(self, rubrics, m):
-        """Those behind a round's rubrics: the first m answers to each of their problems."""
-        ids = {r["id"] for r in files.read(rubrics, "rubrics")}
+    def count_teacher_tokens(self, path, kind, m):
+        """Those of the first m answers to each of a file's problems."""
+        ids = {r["id"] for r in files.read(path, kind)}
         for r in files.read(self.answers, "answers"):
             if r["id"] in ids and r["sample"] < m:
                 self.cost["teacher_tokens"] += len(r["response_ids"])
@@ -206,29 +185,24 @@ class Trial(study.Trial):
     def columns(self, score, n, final):
         columns = {f"pass@{n}": score[f"pass@{n}"]}
         if self.rollouts:
-            signal = self.run.stage(
-                "eval.py",
-                prompts=self.toy / "train.jsonl",
-                rollouts=self.rollouts,
-                rewards=self.rollouts.with_name("rewards.jsonl"),
-                partial=True,
-                out=self.rollouts.with_name("signal.jsonl"),
-            )
+            rewards = self.rollouts.with_name("rewards.jsonl")
+            options = dict(prompts=self.prompts, rewards=rewards, partial=True)
+            _, signal = self.beside(self.rollouts, "signal", "eval.py", **options)
             for name in ("reward_mean", "reward_auc", "reward_auc_within"):
                 columns[name] = signal[name]
         return columns
 
 
 STUDY = study.Study(
-    name="ropd",
-    about="ROPD on running sums",
-    settings=Settings,
-    arms=ARMS,
-    claims=CLAIMS,
-    columns=COLUMNS,
-    build=lambda run: study.build_sums(run, run.settings.prompts * run.settings.rounds),
-    prepare=prepare,
-    trial=Trial,
+    "ropd",
+    "ROPD on running sums",
+    Settings,
+    ARMS,
+    CLAIMS,
+    COLUMNS,
+    build,
+    Trial,
+    prepare,
     default_arms=("before", "ropd", "shuffled", "teacher"),
 )
 

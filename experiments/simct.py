@@ -42,13 +42,13 @@ teacher's texts, and the angle between the gradients of one-token units and span
 
 from dataclasses import dataclass
 
-from experiments.claims import Claim, last, more
-from experiments.study import RAMP, Measured, Study, Trial, conduct, setting
+from experiments.claims import Claim, alike, last, less, minus, more
+from experiments.study import RAMP, Measured, Spoiled, Study, Trial, conduct, setting
 from opd import files
 
 
 @dataclass(frozen=True)
-class Settings(Measured):
+class Settings(Measured, Spoiled):
     rounds: int = setting(20, "rounds of an arm", smoke=2)
     prompts: int = setting(128, "problems a round, one answer each", smoke=4)
     updates: int = setting(4, "optimiser steps a round", smoke=2)
@@ -57,8 +57,6 @@ class Settings(Measured):
     right: float = setting(0.5, "share of right work in the text of mixed quality")
     base_steps: int = setting(600, "steps of 64 right texts of every student", smoke=2)
     teacher_steps: int = setting(1300, "of the teacher", smoke=4)
-    spoil_steps: int = setting(100, "steps of 64 texts of mixed quality", smoke=1)
-    spoil_lr: float = setting(1e-3, "learning rate of those steps")
     eval_every: int = setting(5, "rounds between evaluations", smoke=2)
 
 
@@ -119,10 +117,10 @@ CLAIMS = [
     more("distillation across vocabularies works at all", "simple", "before"),
     more("text units add to it (the paper's claim)", "simct", "simple"),
     more("...more than re-tokenized texts do", "simct", "sft"),
-    more("the gain shrinks as spans are given back", "drop75", "simct", "below"),
+    less("the gain shrinks as spans are given back", "drop75", "simct"),
     Claim("...in order", "(drop25 − drop75)", last("accuracy", "drop25", "drop75")),
-    more("the gain is the spans' scores and not their presence", "shuffled", "simct", "below"),
-    more("coarser units lose", "coarse70", "simct", "below"),
+    less("the gain is the spans' scores and not their presence", "shuffled", "simct"),
+    less("coarser units lose", "coarse70", "simct"),
     more(
         "tokens that begin a unit's text teach segmentation: dropping them helps",
         "masked",
@@ -134,32 +132,14 @@ CLAIMS = [
         "simple",
         metric="strict",
     ),
+    alike("...and without them it does not", "masked", "simple", 0.02, "strict"),
+    more("the mean log-prob is no worse than the whole one", "simct", "sum", -0.02),
     more(
-        "...and without them it does not", "masked", "simple", "within", 0.02, metric="strict"
+        "raw logits, as released, are no worse than the paper's score", "logit", "simct", -0.02
     ),
-    more("the mean log-prob is no worse than the whole one", "simct", "sum", "above", -0.02),
-    more(
-        "raw logits, as released, are no worse than the paper's score",
-        "logit",
-        "simct",
-        "above",
-        -0.02,
-    ),
-    more(
-        "the student's 16 likeliest shared tokens are enough",
-        "top16",
-        "simple",
-        "within",
-        0.02,
-    ),
-    more(
-        "dealing a unit's log-prob out as an advantage does as well",
-        "dpca",
-        "simct",
-        "above",
-        -0.02,
-    ),
-    more("sorted probabilities, aligned by nothing, lose", "uld", "simple", "below"),
+    alike("the student's 16 likeliest shared tokens are enough", "top16", "simple", 0.02),
+    more("dealing a unit's log-prob out as an advantage does as well", "dpca", "simct", -0.02),
+    less("sorted probabilities, aligned by nothing, lose", "uld", "simple"),
     more("the masked form adds to shared tokens", "masked", "simple"),
     more("...and so does the one that keeps probabilities", "masked-sum", "simple"),
     more("at a third of the rate text units add to shared tokens", "simct-slow", "simple-slow"),
@@ -174,122 +154,97 @@ CLAIMS = [
     Claim(
         "the gap grows with the mismatch",
         "(simct − simple) at m64 − at d20",
-        lambda a: (
-            last("accuracy", "m64-simct", "m64-simple")(a)
-            - last("accuracy", "d20-simct", "d20-simple")(a)
+        minus(
+            last("accuracy", "m64-simct", "m64-simple"),
+            last("accuracy", "d20-simct", "d20-simple"),
         ),
     ),
-    more("control: on one vocabulary there is no gap", "m0-simct", "m0-simple", "within", 0.02),
-    more(
-        "control: ...and both are ordinary distillation", "m0-simct", "m0-opd", "within", 0.02
-    ),
+    alike("control: on one vocabulary there is no gap", "m0-simct", "m0-simple", 0.02),
+    alike("control: ...and both are ordinary distillation", "m0-simct", "m0-opd", 0.02),
 ]
 
 
 def build(run):
     """The corpora, the teacher, and every vocabulary's student after right work."""
     s = run.settings
-    world = run.world
     for name, merges in VOCABULARIES.items():
         # the same problems and texts in all of them, another untrained student
-        if not (world / name).exists():
-            run.stage(
-                "worlds.sums",
-                out=world / name,
-                train_prompts=s.prompts * s.rounds,
-                right=s.right,
-                clean=64 * s.teacher_steps,
-                mixed=256 * s.spoil_steps,
-                student_merges=merges,
-            )
-    clean = world / MAIN / "clean.jsonl"
-    teacher = world / MAIN / "teacher"
+        run.once(
+            "worlds.sums",
+            f"world/{name}",
+            train_prompts=s.prompts * s.rounds,
+            right=s.right,
+            clean=64 * s.teacher_steps,
+            mixed=256 * s.spoil_steps,
+            student_merges=merges,
+        )
+    clean, start = f"world/{MAIN}/clean", f"world/{MAIN}/teacher"
     options = dict(optimizer=RAMP, save_every=200)
-    run.pretrain(teacher, clean, world / "teacher", s.teacher_steps, **options)
+    run.pretrain(start, clean, "world/teacher", s.teacher_steps, **options)
+    decay = RAMP | dict(total_steps=s.teacher_steps)
     for name, merges in VOCABULARIES.items():
-        student = world / name / ("student_merged" if merges else "student")
-        base = world / f"base-{name}"
-        decay = RAMP | dict(total_steps=s.teacher_steps)
-        run.pretrain(student, clean, base, s.base_steps, optimizer=decay)
+        start = f"world/{name}/" + ("student_merged" if merges else "student")
+        run.pretrain(start, clean, f"world/base-{name}", s.base_steps, optimizer=decay)
 
 
 def prepare(run, seed):
     """Every vocabulary's student, after text of mixed quality."""
-    s = run.settings
-    mixed = run.world / MAIN / "mixed.jsonl"
     for name in VOCABULARIES:
-        base = run.world / f"base-{name}"
-        out = run.out / f"seed{seed}" / f"student-{name}"
-        options = dict(rate=s.spoil_lr, seed=seed, fresh_optimizer=True)
-        run.pretrain(base, mixed, out, s.spoil_steps, **options)
+        run.spoil(seed, f"base-{name}", f"{MAIN}/mixed", f"student-{name}")
 
 
 class SimctTrial(Trial):
-    def __init__(self, run, seed, arm):
-        self.how = ARMS[arm]
+    def setup(self):
         self.method = self.how.get("method")
-        start = run.out / f"seed{seed}" / f"student-{self.how['vocabulary']}"
-        super().__init__(
-            run,
-            seed,
-            arm,
-            start=run.world / "teacher" if arm == "teacher" else start,
-            rounds=None if self.method else 0,
-        )
-        self.toy = run.world / MAIN
+        if not self.method:
+            self.rounds = 0
+        if self.arm != "teacher":
+            self.start = self.folder / f"student-{self.how['vocabulary']}"
+        self.toy = self.run.world / MAIN
 
-    def round(self, number):
+    def round(self):
         s = self.settings
-        out = self.at(number) / "model"
         if self.method == "seqkd":
-            answers = self.answer(number, self.teacher)
-            prompts = self.toy / "train.jsonl"
-            self.train("seqkd", answers, out, s.sft_learning_rate, prompts=prompts)
+            answers = self.answer()
+            self.train("seqkd", answers, s.sft_learning_rate, prompts=self.prompts)
             return
-        rollouts = self.rollout(number)
+        rollouts = self.rollout()
         if self.method == "opd-full":
             scores, _ = self.teach(rollouts, top_k=1000)
         else:
             scores = self.score_units(rollouts)
         if "regroup" in self.how:
-            scores = self.regroup(number, rollouts, scores)
+            scores = self.regroup(rollouts, scores)
         rate = s.learning_rate / (3 if self.how.get("slow") else 1)
-        self.train(self.method, rollouts, out, rate, scores=scores, set=self.how.get("set"))
+        self.train(self.method, rollouts, rate, scores=scores, set=self.how.get("set"))
 
     def score_units(self, rollouts):
         """Scores of text units under the teacher of another vocabulary."""
         own = None
         if "top" in self.how:
             own, _ = self.score(self.model, rollouts, "own", top_k=self.how["top"])
-        out = rollouts.with_name("scores.jsonl")
-        done = self.run.stage(
+        scores, done = self.beside(
+            rollouts,
+            "scores",
             "methods.simct score",
             model=self.teacher,
             student=self.model,
-            prompts=self.toy / "train.jsonl",
-            rollouts=rollouts,
+            prompts=self.prompts,
             top_k_of=own,
             sorted=1000 if self.method == "uld" else None,
-            out=out,
         )
         for name in ("strict", "covered", "whole"):
             self.signal[name] = done[name]
         self.cost["teacher_tokens"] += done["teacher_tokens"]
-        return out
+        return scores
 
-    def regroup(self, number, rollouts, scores):
+    def regroup(self, rollouts, scores):
         """A control: the same scores with other spans."""
-        out = scores.with_name("regrouped.jsonl")
-        done = self.run.stage(
-            "experiments.simct_regroup",
-            scores=scores,
-            rollouts=rollouts,
-            **self.how["regroup"],
-            seed=self.seed * 1000 + number,
-            out=out,
-        )
+        how = dict(scores=scores, seed=self.seed * 1000 + self.number, **self.how["regroup"])
+        command = "experiments.simct_regroup"
+        regrouped, done = self.beside(rollouts, "regrouped", command, **how)
         self.signal["spans"] = done["spans"]
-        return out
+        return regrouped
 
 
 STUDY = Study(
@@ -300,8 +255,8 @@ STUDY = Study(
     CLAIMS,
     COLUMNS,
     build,
-    prepare,
     SimctTrial,
+    prepare,
 )
 
 

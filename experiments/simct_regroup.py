@@ -10,6 +10,7 @@ units, --shuffle-spans gives each span another span's score a token.
 
 import numpy as np
 
+from experiments import controls
 from methods.simct.align import one_to_one
 from opd import files, records
 from opd.records import BadInput
@@ -106,62 +107,37 @@ def share(text):
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
-    p.add_argument("--scores", required=True, help="JSONL of methods.simct score")
-    p.add_argument("--rollouts", required=True, help="JSONL of their rollouts")
-    p.add_argument("--out", required=True, help="JSONL to write")
+    p = controls.parser(__doc__, "scores", "rollouts")
     p.add_argument("--drop-spans", type=share, default=0.0, help="share of spans to leave out")
     p.add_argument("--coarsen", type=share, default=0.0, help="probability to join a pair")
     p.add_argument("--shuffle-spans", action="store_true", help="deal the spans' scores out")
-    p.add_argument("--seed", type=int, default=0, help="of coins and permutation")
-    p.add_argument("--overwrite", action="store_true", help="begin the output anew")
     args = p.parse_args(argv)
     rng = np.random.default_rng(args.seed)
-    rollouts = files.Table(args.rollouts, "rollouts")
-    scores = files.Table(args.scores, "scores")
-    lines = {}
-    for line in scores:
-        key = records.key_of(line, "scores")
+    lines = []
+    for line, rollout in controls.with_rollouts(args.scores, args.rollouts):
         if "units" not in line:
             raise BadInput(
-                f"{scores.where(key)}: units: expected text units, but the field is missing: "
-                f"run methods.simct score"
+                f"{args.scores}: id {line['id']!r}, sample {line['sample']}: units: expected "
+                f"text units, but the field is missing: run methods.simct score"
             )
-        if key not in rollouts:
-            raise BadInput(
-                f"{scores.where(key)}: id, sample: expected those of a rollout of "
-                f"{args.rollouts}, got {key}"
-            )
-        files.record_for(scores, rollouts[key], rollouts)  # refuses another rollout's scores
         if args.coarsen:
-            line = coarsen(line, rollouts[key]["response_ids"], rng, args.coarsen)
+            line = coarsen(line, rollout["response_ids"], rng, args.coarsen)
         if args.drop_spans:
             line = drop_spans(line, rng, args.drop_spans)
-        lines[key] = line
+        lines.append(line)
     if args.shuffle_spans:
-        shuffle_spans(lines.values(), args.seed)
+        shuffle_spans(lines, args.seed)
     settings = {
         "drop": args.drop_spans,
         "coarsen": args.coarsen,
         "shuffle": args.shuffle_spans,
         "seed": args.seed,
     }
-    files.fill(
-        args.out,
-        "scores",
-        lines,
-        lambda missing: (lines[key] for key in missing),
-        settings,
-        [args.scores, args.rollouts],
-        args.overwrite,
-    )
-    units = sum(len(line["units"]) for line in lines.values())
-    spans = len(spans_of(lines.values()))
-    print(
-        f"experiments.simct_regroup: {args.out}: {len(lines)} rollouts, {units} units, {spans} "
-        f"of them spans"
-    )
-    return {"out": args.out, "records": len(lines), "units": units, "spans": spans}
+    inputs = [args.scores, args.rollouts]
+    done = controls.write(args.out, "scores", lines, settings, inputs, args.overwrite)
+    units, spans = sum(len(line["units"]) for line in lines), len(spans_of(lines))
+    print(f"experiments.simct_regroup: {args.out}: {units} units, {spans} of them spans")
+    return done | {"units": units, "spans": spans}
 
 
 if __name__ == "__main__":

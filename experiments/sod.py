@@ -53,25 +53,23 @@ import json
 from dataclasses import dataclass
 
 from experiments import sod_drift
-from experiments.claims import Claim, last, more
+from experiments.claims import Claim, alike, last, less, markdown, minus, more, plus_minus
 from experiments.study import (
-    RAMP,
     Measured,
+    Sampled,
+    Spoiled,
     Study,
     Trial,
+    build_world,
     conduct,
     setting,
-    spoil_student,
 )
 from opd import files
-from opd.stats import interval
 
 
 @dataclass(frozen=True)
-class Settings(Measured):
+class Settings(Measured, Sampled, Spoiled):
     rounds: int = setting(15, "rounds of an arm", smoke=1)
-    n: int = setting(8, "episodes a problem", smoke=2)
-    updates: int = setting(4, "optimiser steps a round, as in the released scripts", smoke=2)
     learning_rate: float = setting(3e-4, "of all arms but sft")
     sft_learning_rate: float = setting(3e-4, "of imitation")
     outage: float = setting(0.2, "calls that fail without being wrong, but in the calm arms")
@@ -81,13 +79,12 @@ class Settings(Measured):
     max_tokens: int = setting(256, "longest episode, with the tool's text", smoke=48)
     base_steps: int = setting(900, "steps of 64 right episodes of the student", smoke=4)
     teacher_steps: int = setting(1500, "of the teachers", smoke=4)
-    spoil_steps: int = setting(100, "steps of 64 careless episodes for a student", smoke=1)
-    spoil_lr: float = setting(1e-3, "learning rate of those steps")
 
 
 # as the row sod has it: what differs is then the reward alone
 CLIP = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3}
 BOTH = dict(method="opd-grpo")
+RULES = ("sod", "no-cap", "mask", "decay", "shuffled", "mean", "amount", "batch")
 # rule: how steps are weighted, by method sod unless another is named
 ARMS = {
     "before": {},
@@ -99,14 +96,7 @@ ARMS = {
         method="opd", set=CLIP | {"token_weight": "file"}, rule="sod", rewards=False
     ),
     "uniform": BOTH,
-    "sod": dict(rule="sod"),
-    "no-cap": dict(rule="no-cap"),
-    "mask": dict(rule="mask"),
-    "decay": dict(rule="decay"),
-    "shuffled": dict(rule="shuffled"),
-    "mean": dict(rule="mean"),
-    "amount": dict(rule="amount"),
-    "batch": dict(rule="batch"),
+    **{rule: dict(rule=rule) for rule in RULES},
     "half": dict(method="opd-grpo", set={"teacher_weight": 0.5}),
     "double": dict(method="opd-grpo", set={"teacher_weight": 2}),
     "shaped": dict(rule="sod", shape=True),
@@ -131,7 +121,7 @@ COLUMNS = (
     "trained_tokens",
     "seconds",
 )
-DENSE = ("uniform", "sod", "no-cap", "mask", "decay", "shuffled", "mean", "amount", "batch")
+DENSE = ("uniform", *RULES)
 
 
 def drift(one, other=None):
@@ -242,8 +232,8 @@ CLAIMS = [
     more("it is the steps: shuffled weights lose", "sod", "shuffled"),
     more("it is not only a smaller coefficient: one weight everywhere loses", "sod", "mean"),
     more("nor only less of the teacher: as little of it everywhere loses", "sod", "amount"),
-    more("one weight everywhere is as good as none", "mean", "uniform", "within", 0.03),
-    more("...even if it leaves as little as sod does", "amount", "uniform", "within", 0.03),
+    alike("one weight everywhere is as good as none", "mean", "uniform"),
+    alike("...even if it leaves as little as sod does", "amount", "uniform"),
     Claim(
         "masking all that follows an error is the worst of the dense arms",
         "mask − lowest other",
@@ -252,14 +242,8 @@ CLAIMS = [
     ),
     more("the bound helps", "sod", "no-cap"),
     more("decay is below sod", "sod", "decay"),
-    more(
-        "a batch's first step serves as well as an episode's own",
-        "batch",
-        "sod",
-        "within",
-        0.03,
-    ),
-    more("...and as uniform weights", "batch", "uniform", "within", 0.03),
+    alike("a batch's first step serves as well as an episode's own", "batch", "sod"),
+    alike("...and as uniform weights", "batch", "uniform"),
     more("weighted, the teacher adds to the reward", "sod", "grpo"),
     more("uniform, it does", "uniform", "grpo"),
     more("the reward adds to the teacher", "uniform", "opd"),
@@ -273,17 +257,16 @@ CLAIMS = [
     ),
     more("...and uniform", "uniform", "before", metric="greedy"),
     more("paying for calls adds calls", "shaped", "sod", metric="calls"),
-    more("...and no accuracy", "shaped", "sod", "below", 0.02),
+    less("...and no accuracy", "shaped", "sod", 0.02),
     Claim(
         "a larger teacher hurts uniform weights more",
         "(large-uniform − uniform) − (large-sod − sod)",
-        lambda a: (
-            last("accuracy", "large-uniform", "uniform")(a)
-            - last("accuracy", "large-sod", "sod")(a)
+        minus(
+            last("accuracy", "large-uniform", "uniform"), last("accuracy", "large-sod", "sod")
         ),
         "below",
     ),
-    more("without outages there is no gap", "calm-sod", "calm-uniform", "within", 0.03),
+    alike("without outages there is no gap", "calm-sod", "calm-uniform"),
     Claim(
         "sod's agent goes on calling",
         "calls(sod) / calls(before)",
@@ -316,40 +299,30 @@ def drift_table(path):
     seen = {}
     for row in files.read(path, "results"):
         for name, x in row.get("drift", {}).items():
-            seen.setdefault(name, []).extend([] if x is None else [x])
+            if x is not None:
+                seen.setdefault(name, []).append(x)
 
     def show(name, digits=3):
-        if not seen.get(name):
-            return ""
-        mean, half = interval(seen[name])
-        text = f"{mean:.{digits}f}"
-        return text if half is None else f"{text} ± {half:.{digits}f}"
+        return plus_minus(seen[name], digits) if name in seen else ""
 
-    lines = [
-        "| step | d | d, after a result | d, after a mistake | the teacher's entropy | "
-        "signal to noise |",
-        "| --- |" + " --- |" * 5,
-    ]
+    after = ("d, after a result", "d, after a mistake")
+    steps = [["step", "d", *after, "the teacher's entropy", "signal to noise"]]
     for name, words in OUTCOMES.items():
         kinds = ("d", "way_result", "way_mistake", "entropy")
-        numbers = " | ".join(show(f"{kind}_{name}") for kind in kinds)
-        lines.append(f"| {words} | {numbers} | {show(f'snr_at_{name}', 4)} |")
+        numbers = [show(f"{kind}_{name}") for kind in kinds]
+        steps.append([words, *numbers, show(f"snr_at_{name}", 4)])
     for name, words in AFTER.items():
-        lines.append(f"| {words} | | | | | {show(f'snr_after_{name}', 4)} |")
-    lines += [
-        "",
-        "| rule | left of the teacher's term | in the half of the episodes with the smaller "
-        "d_1 | squared norm of an episode's gradient, of uniform's | its signal to noise |",
-        "| --- |" + " --- |" * 4,
-    ]
+        steps.append([words, "", "", "", "", show(f"snr_after_{name}", 4)])
+    quiet = "in the half of the episodes with the smaller d_1"
+    norm = "squared norm of an episode's gradient, of uniform's"
+    rules = [["rule", "left of the teacher's term", quiet, norm, "its signal to noise"]]
     for rule in DENSE:
-        kinds = ("left", "left_quiet", "size")
-        numbers = " | ".join(show(f"{kind}_{rule}", 2) for kind in kinds)
-        lines.append(f"| {rule} | {numbers} | {show(f'snr_{rule}', 4)} |")
-    return "\n".join(lines) + (
-        f"\n\nd_1: mean {show('d_first')}, median {show('d_first_median')}; an error's "
-        f"text has {show('mistake_length', 0)} tokens, a padded result "
-        f"{show('placebo_length', 0)}.\n"
+        numbers = [show(f"{kind}_{rule}", 2) for kind in ("left", "left_quiet", "size")]
+        rules.append([rule, *numbers, show(f"snr_{rule}", 4)])
+    return (
+        f"{markdown(steps)}\n{markdown(rules)}\nd_1: mean {show('d_first')}, median "
+        f"{show('d_first_median')}; an error's text has {show('mistake_length', 0)} tokens, a "
+        f"padded result {show('placebo_length', 0)}.\n"
     )
 
 
@@ -360,38 +333,34 @@ def build(run):
     """Problems, corpora, the teachers, and the base model that every seed's student is made
     from."""
     s = run.settings
-    toy = run.world / "toy"
-    if not toy.exists():
-        run.stage(
-            "worlds.agents",
-            out=toy,
-            terms=s.terms,
-            train_prompts=s.prompts * s.rounds,
-            eval_prompts=8 if run.smoke else 200,
-            clean=64 * s.base_steps,
-            mixed=64 * s.spoil_steps,
-            outage=s.outage,
-        )
     models = [("student", "base", s.base_steps), ("teacher", "teacher", s.teacher_steps)]
     if any(ARMS[arm].get("large") for arm in run.arms):
         models.append(("large", "large", s.teacher_steps))
-    schedule = dict(optimizer=RAMP, save_every=200)
-    for source, name, steps in models:
-        clean = toy / "clean.jsonl"
-        run.pretrain(toy / source, clean, run.world / name, steps, **schedule)
+    build_world(
+        run,
+        "worlds.agents",
+        models,
+        terms=s.terms,
+        train_prompts=s.prompts * s.rounds,
+        eval_prompts=8 if run.smoke else 200,
+        clean=64 * s.base_steps,
+        mixed=64 * s.spoil_steps,
+        outage=s.outage,
+    )
 
 
 # ---- an arm
 
 
 class SodTrial(Trial):
-    def __init__(self, run, seed, arm):
-        self.how = ARMS[arm]
+    def setup(self):
         self.method = self.how.get("method", "sod" if "rule" in self.how else None)
-        teacher = run.world / ("large" if self.how.get("large") else "teacher")
-        measured = teacher if arm in ("teacher", "large-teacher") else None
-        super().__init__(run, seed, arm, start=measured, rounds=None if self.method else 0)
-        self.teacher = teacher
+        if not self.method:
+            self.rounds = 0
+        if self.how.get("large"):
+            self.teacher = self.run.world / "large"
+        if self.arm in ("teacher", "large-teacher"):
+            self.start = self.teacher
         self.calls = None  # an episode, at the start
         self.alarm = 0
 
@@ -421,21 +390,18 @@ class SodTrial(Trial):
         }
         return {name: value for name, value in columns.items() if value is not None}
 
-    def round(self, number):
-        s = self.settings
-        out = self.at(number) / "model"
+    def round(self):
+        s, how = self.settings, self.how
         if self.method == "seqkd":
-            answers = self.answer(number, self.teacher)
-            self.train("seqkd", answers, out, s.sft_learning_rate)
-            return
-        rollouts = self.rollout(number)
+            return self.train("seqkd", self.answer(), s.sft_learning_rate)
+        rollouts = self.rollout()
         scores, _ = self.teach(rollouts)
-        options = {"scores": scores, "set": self.how.get("set")}
-        if self.how.get("rewards", True):
+        options = {"scores": scores, "set": how.get("set")}
+        if how.get("rewards", True):
             options["rewards"] = self.reward(rollouts)
-        if "rule" in self.how:
-            options["token_weights"] = self.weigh(number, rollouts, scores)
-        self.train(self.method, rollouts, out, s.learning_rate, **options)
+        if "rule" in how:
+            options["token_weights"] = self.weigh(rollouts, scores)
+        self.train(self.method, rollouts, **options)
 
     def reward(self, rollouts):
         """1 for a right answer; of an arm that shapes, a little for a wrong one's calls."""
@@ -444,20 +410,17 @@ class SodTrial(Trial):
         graded, _ = self.grade(rollouts, "graded", grader="answer")
         return self.control("shape-calls", graded, rollouts=rollouts)[0]
 
-    def weigh(self, number, rollouts, scores):
+    def weigh(self, rollouts, scores):
         """Step weights by the arm's rule."""
-        out = self.at(number) / "weights.jsonl"
-        paths = {"rollouts": rollouts, "scores": scores, "out": out}
-        rule = self.how["rule"]
-        if rule == "sod":
-            done = self.run.stage("methods.sod weigh", **paths)
-        else:
-            seed = self.seed * 1000 + number
-            done = self.run.stage("experiments.sod_controls", rule=rule, seed=seed, **paths)
+        command, options = "methods.sod weigh", {}
+        if self.how["rule"] != "sod":
+            command = "experiments.sod_controls"
+            options = dict(rule=self.how["rule"], seed=self.seed * 1000 + self.number)
+        weights, done = self.beside(rollouts, "weights", command, scores=scores, **options)
         for name in ("d_first", "w_mean", "w_low", "w_bound"):
             if done[name] is not None:
                 self.signal[name] = done[name]
-        return out
+        return weights
 
     # ---- stage 0
 
@@ -465,46 +428,17 @@ class SodTrial(Trial):
         """What experiments.sod_drift finds in the student's own episodes, and with results
         padded to an error's length."""
         plain = self.measure_drift("plain", model=self.start)
-        against = self.folder / "drift" / "plain" / "drift.json"
+        against = self.folder / "drift/plain/drift.json"
         placebo = self.measure_drift("placebo", against=against, pad=self.settings.pad)
-        after = plain["after"]
-        rules = plain["gradient"]["rule"]
-        found = {
-            "placebo": placebo["after"]["result"]["above"],
-            "length_correlation": after["mistake"]["length_correlation"],
-            "mistake_length": after["mistake"]["length"],
-            "placebo_length": placebo["after"]["result"]["length"],
-            "d_first": plain["first"]["mean"],
-            "d_first_median": plain["first"]["median"],
-        }
-        for event in ("mistake", "outage", "recovery"):
-            found[event] = after[event]["above"]
-        for event in ("mistake", "outage", "result"):
-            found[f"{event}_entropy"] = after[event]["entropy_change"]
-        for name in AFTER:
-            found[f"snr_after_{name}"] = plain["gradient"]["after"].get(name, {}).get("snr")
-        uniform = rules["uniform"]["signal"] + rules["uniform"]["noise"]
-        for rule, x in rules.items():
-            found[f"snr_{rule}"] = x["snr"]
-            if x["noise"]:
-                found[f"size_{rule}"] = (x["signal"] + x["noise"]) / uniform
-        for name in ("left", "left_quiet"):
-            found |= {f"{name}_{rule}": x for rule, x in plain[name].items()}
-        return found | by_outcome(plain)
+        return of_steps(plain, placebo) | of_gradients(plain) | by_outcome(plain)
 
     def measure_drift(self, name, model=None, against=None, **calculator):
         s = self.settings
         at = self.folder / "drift" / name
         rollouts = at / "rollouts.jsonl"
-        self.run.stage(
-            "rollout.py",
-            model=self.start,
-            prompts=self.problems(),
-            n=s.eval_n,
-            seed=self.seed,
-            **self.generation(**calculator),
-            out=rollouts,
-        )
+        how = dict(prompts=self.heldout, n=s.eval_n, seed=self.seed)
+        how |= self.generation(**calculator)
+        self.run.stage("rollout.py", model=self.start, **how, out=rollouts)
         scores, _ = self.score(self.teacher, rollouts, "scores", top_k=1000)
         return self.run.stage(
             "experiments.sod_drift",
@@ -516,6 +450,38 @@ class SodTrial(Trial):
             plot=at / "drift.png",
             overwrite=True,
         )
+
+
+def of_steps(plain, placebo):
+    """What sod_drift found of d: after an event, against the placebo, and left by a rule."""
+    after, padded = plain["after"], placebo["after"]["result"]
+    found = {
+        "placebo": padded["above"],
+        "placebo_length": padded["length"],
+        "mistake_length": after["mistake"]["length"],
+        "length_correlation": after["mistake"]["length_correlation"],
+        "d_first": plain["first"]["mean"],
+        "d_first_median": plain["first"]["median"],
+    }
+    for event in ("mistake", "outage", "recovery"):
+        found[event] = after[event]["above"]
+    for event in ("mistake", "outage", "result"):
+        found[f"{event}_entropy"] = after[event]["entropy_change"]
+    for name in ("left", "left_quiet"):
+        found |= {f"{name}_{rule}": x for rule, x in plain[name].items()}
+    return found
+
+
+def of_gradients(plain):
+    """What it found of the teacher's gradient: after an event, and weighted by a rule."""
+    after, rules = plain["gradient"]["after"], plain["gradient"]["rule"]
+    found = {f"snr_after_{name}": after.get(name, {}).get("snr") for name in AFTER}
+    uniform = rules["uniform"]["signal"] + rules["uniform"]["noise"]
+    for rule, x in rules.items():
+        found[f"snr_{rule}"] = x["snr"]
+        if x["noise"]:
+            found[f"size_{rule}"] = (x["signal"] + x["noise"]) / uniform
+    return found
 
 
 def by_outcome(drift):
@@ -538,7 +504,6 @@ STUDY = Study(
     CLAIMS,
     COLUMNS,
     build,
-    spoil_student,
     SodTrial,
     more=drift_table,
 )

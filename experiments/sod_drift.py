@@ -28,6 +28,7 @@ weights in memory: for small models.
 """
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,9 +47,10 @@ from methods.sod.weights import (
 )
 from opd import files, records
 from opd.kernel import linear_logp
-from opd.pictures import COLOURS, new_picture, refuse_existing, tidy
+from opd.pictures import COLOURS, check_picture, new_picture, refuse_existing, tidy
 from opd.policy import hidden_at, load_policy, response_positions
 from opd.records import BadInput
+from opd.stats import mean_or_none
 
 RULES = ("sod", *sod_controls.RULES)
 EVENTS = ("result", "mistake", "outage", "recovery")
@@ -133,17 +135,15 @@ def finite(rows, field):
 
 def mean_of(rows, field):
     """The mean of the known values of a field, None if there are none."""
-    known = [row[field] for row in finite(rows, field)]
-    return float(np.mean(known)) if known else None
+    return mean_or_none([row[field] for row in finite(rows, field)])
 
 
 def by_outcome(rows, field):
     """{outcome: mean of a field}."""
-    known = finite(rows, field)
-    names = sorted({row["outcome"] for row in known})
-    return {
-        name: mean_of([row for row in known if row["outcome"] == name], field) for name in names
-    }
+    groups = {}
+    for row in finite(rows, field):
+        groups.setdefault(row["outcome"], []).append(row)
+    return {name: mean_of(group, field) for name, group in sorted(groups.items())}
 
 
 def by_step(rows, field):
@@ -190,6 +190,11 @@ def summarise_drift(episodes, weights, level=None):
     kinds = [kind_of(e.got) for e in episodes]
     firsts = np.array([first_of(e.d) for e in episodes])
     quiet = np.argsort(firsts, kind="stable")[: (len(firsts) + 1) // 2]
+
+    def left(some):
+        taken = [episodes[i] for i in some]
+        return {rule: share_left(taken, [w[i] for i in some]) for rule, w in weights.items()}
+
     return {
         "rollouts": len(episodes),
         "episodes": {kind: kinds.count(kind) for kind in ("clean", "recovered", "error")},
@@ -200,11 +205,8 @@ def summarise_drift(episodes, weights, level=None):
         "after": {event: changes(some) for event, some in after.items()},
         "ways": {event: by_outcome(some, "d") for event, some in after.items()},
         "first": {"mean": float(np.nanmean(firsts)), "median": float(np.nanmedian(firsts))},
-        "left": {rule: share_left(episodes, w) for rule, w in weights.items()},
-        "left_quiet": {
-            rule: share_left([episodes[i] for i in quiet], [w[i] for i in quiet])
-            for rule, w in weights.items()
-        },
+        "left": left(range(len(episodes))),
+        "left_quiet": left(quiet),
     }
 
 
@@ -266,11 +268,7 @@ def signal_to_noise(policy, rollouts, scores, episodes, weights):
     """`Spread.numbers` of the teacher's gradient: of calls by what stood before them, of all
     steps by their outcome, and of whole episodes by the rule that weights their steps (`mean`
     and `amount` have the ratio of `uniform`)."""
-    spreads = {"after": {}, "outcome": {}, "rule": {}}
-
-    def add(name, group, gradient):
-        spreads[name].setdefault(group, Spread()).add(gradient)
-
+    spreads = {name: defaultdict(Spread) for name in ("after", "outcome", "rule")}
     rules = [rule for rule in weights if rule not in ("mean", "amount")]
     done = files.progress(rollouts, desc="gradients", unit="rollout", total=len(rollouts))
     for n, (rollout, e) in enumerate(zip(done, episodes)):
@@ -279,12 +277,12 @@ def signal_to_noise(policy, rollouts, scores, episodes, weights):
         sums = dict.fromkeys(rules, 0.0)
         for k, gradient in enumerate(step_gradients(policy, rollout, score)):
             if e.got[k] in CALLS:
-                add("after", before[k], gradient)
-            add("outcome", e.got[k], gradient)
+                spreads["after"][before[k]].add(gradient)
+            spreads["outcome"][e.got[k]].add(gradient)
             for rule in rules:
                 sums[rule] = sums[rule] + float(weights[rule][n][k]) * gradient
         for rule in rules:
-            add("rule", rule, sums[rule])
+            spreads["rule"][rule].add(sums[rule])
     return {
         name: {group: spread.numbers() for group, spread in sorted(groups.items())}
         for name, groups in spreads.items()
@@ -342,11 +340,10 @@ def main(argv=None):
     p.add_argument("--model", metavar="STUDENT", help="the model that wrote the rollouts")
     p.add_argument("--device", help="of --model (default: a GPU if there is one)")
     args = p.parse_args(argv)
-    if args.plot and not args.plot.endswith((".png", ".svg", ".pdf")):
-        raise BadInput(f"--plot {args.plot}: expected a name that ends in .png, .svg or .pdf")
     level = read_level(args.against) if args.against else None
-    for path in filter(None, (args.out, args.plot)):
-        refuse_existing(path, args.overwrite)
+    refuse_existing(args.out, args.overwrite)
+    if args.plot:
+        check_picture(args.plot, args.overwrite)
     rollouts, scores, own = open_tables(args.rollouts, args.scores, args.own_scores)
     policy = load_policy(args.model, "float32", args.device) if args.model else None
     if policy:

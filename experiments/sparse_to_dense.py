@@ -53,22 +53,28 @@ and 3e-4, 25 % at 1e-3.  So GRPO trains at 1e-4 and everything with a teacher at
 """
 
 import json
-import shutil
 from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.claims import Claim, last, more
-from experiments.study import RAMP, Measured, Study, Trial, conduct, setting
+from experiments.claims import Claim, alike, last, less, more
+from experiments.study import (
+    Measured,
+    Sampled,
+    Spoiled,
+    Study,
+    Trial,
+    build_world,
+    conduct,
+    setting,
+)
 from opd import files, records
 
 
 @dataclass(frozen=True)
-class Settings(Measured):
+class Settings(Measured, Sampled, Spoiled):
     rounds: int = setting(24, "rounds an arm; on half of the labels, half of them", smoke=4)
     prompts: int = setting(32, "problems a round", smoke=2)
-    n: int = setting(8, "answers a problem", smoke=2)
-    updates: int = setting(4, "optimiser steps a round", smoke=2)
     labels: int = setting(512, "problems with an answer", smoke=8)
     warm_share: float = setting(0.25, "share of a bridge's rounds that are its warm-up")
     cached_n: int = setting(4, "cached answers of the teacher, a problem", smoke=1)
@@ -80,8 +86,6 @@ class Settings(Measured):
     right: float = setting(0.5, "share of right work in the text of mixed quality")
     student_steps: int = setting(400, "steps of 64 right texts, at first", smoke=2)
     teacher_steps: int = setting(1200, "the same for the teacher", smoke=3)
-    spoil_steps: int = setting(100, "steps of 64 texts of mixed quality for both", smoke=1)
-    spoil_lr: float = setting(1e-3, "learning rate of those steps")
     eval_prompts: int = setting(256, "problems in each of dev and heldout", smoke=8)
     eval_every: int = setting(6, "rounds between evaluations", smoke=2)
     final_n: int = setting(16, "samples a problem at the end of an arm", smoke=2)
@@ -96,29 +100,37 @@ class Settings(Measured):
 
 
 BRIDGE = "bridge"
+
+
 # model: what is trained; teacher: the arm that teaches; part: which labels or problems; share:
 # of --rounds
+def bridge(teacher, **options):
+    return dict(model="student", teacher=teacher, stage=BRIDGE, **options)
+
+
+def grpo(model, **options):
+    return dict(model=model, stage="grpo", **options)
+
+
 ARMS = {
     "before": dict(model="student"),
     "teacher": dict(model="teacher"),
-    "teacher-rl": dict(model="teacher", stage="grpo"),
-    "teacher-half": dict(model="teacher", stage="grpo", part="first", share=0.5),
-    "teacher-shuffled": dict(model="teacher", stage="grpo", shuffle=True),
-    "grpo": dict(model="student", stage="grpo"),
-    "grpo-long": dict(model="grpo", stage="grpo"),
-    "raw-bridge": dict(model="student", teacher="teacher", stage=BRIDGE),
-    "rl-bridge": dict(model="student", teacher="teacher-rl", stage=BRIDGE),
-    "rl-even": dict(model="student", teacher="teacher-rl", stage=BRIDGE, warm=0.5),
-    "rl-opd": dict(model="student", teacher="teacher-rl", stage=BRIDGE, warm=0),
-    "rl-fkl": dict(model="student", teacher="teacher-rl", stage=BRIDGE, warm=1),
+    "teacher-rl": grpo("teacher"),
+    "teacher-half": grpo("teacher", part="first", share=0.5),
+    "teacher-shuffled": grpo("teacher", shuffle=True),
+    "grpo": grpo("student"),
+    "grpo-long": grpo("grpo"),
+    "raw-bridge": bridge("teacher"),
+    "rl-bridge": bridge("teacher-rl"),
+    "rl-even": bridge("teacher-rl", warm=0.5),
+    "rl-opd": bridge("teacher-rl", warm=0),
+    "rl-fkl": bridge("teacher-rl", warm=1),
     "rl-sft": dict(model="student", teacher="teacher-rl", stage="seqkd"),
-    "self-bridge": dict(model="student", teacher="grpo", stage=BRIDGE),
-    "shuffled-bridge": dict(model="student", teacher="teacher-shuffled", stage=BRIDGE),
-    "half-bridge": dict(
-        model="student", teacher="teacher-half", stage=BRIDGE, part="first", share=0.5
-    ),
-    "half-new": dict(model="half-bridge", stage="grpo", part="second", share=0.5),
-    "half-replay": dict(model="half-bridge", stage="grpo", part="first", share=0.5, again=True),
+    "self-bridge": bridge("grpo"),
+    "shuffled-bridge": bridge("teacher-shuffled"),
+    "half-bridge": bridge("teacher-half", part="first", share=0.5),
+    "half-new": grpo("half-bridge", part="second", share=0.5),
+    "half-replay": grpo("half-bridge", part="first", share=0.5, again=True),
 }
 PARENTS = {
     arm: tuple(how[k] for k in ("model", "teacher") if how.get(k) in ARMS and how[k] != arm)
@@ -149,8 +161,8 @@ CLAIMS = [
         "rl-bridge",
         "grpo-long",
     ),
-    more("P2: a teacher without rewards is not worth it", "raw-bridge", "grpo", "below"),
-    more("P2: ...its own accuracy beside what GRPO reaches", "teacher", "grpo", "below"),
+    less("P2: a teacher without rewards is not worth it", "raw-bridge", "grpo"),
+    less("P2: ...its own accuracy beside what GRPO reaches", "teacher", "grpo"),
     more("P3: the bridge beats distillation without a warm-up", "rl-bridge", "rl-opd"),
     more("P3: ...which beats imitation of the teacher's samples", "rl-opd", "rl-sft"),
     more(
@@ -159,28 +171,18 @@ CLAIMS = [
         "rl-fkl",
     ),
     more("P3 control: soft labels beat sampled tokens", "rl-fkl", "rl-sft"),
-    more(
+    alike(
         "P3: how long the warm-up is makes no difference (a quarter, a half)",
         "rl-even",
         "rl-bridge",
-        "within",
-        0.03,
     ),
     more("P4: after the bridge, new labels help", "half-new", "half-bridge"),
-    more(
-        "P4: labels that are in the teacher already do not",
-        "half-replay",
-        "half-bridge",
-        "within",
-        0.03,
-    ),
+    alike("P4: labels that are in the teacher already do not", "half-replay", "half-bridge"),
     more("P4: new ones help more than those", "half-new", "half-replay"),
-    more(
+    alike(
         "P4: all labels upstream are as good as half of them downstream",
         "rl-bridge",
         "half-new",
-        "within",
-        0.03,
     ),
     more("P5: a teacher of the student's own size is worth it", "self-bridge", "grpo"),
     Claim(
@@ -195,24 +197,17 @@ CLAIMS = [
         last("all_wrong", "half-bridge", "before"),
         "below",
     ),
-    more(
+    less(
         "control: a teacher of shuffled rewards is no better than the teacher as it starts",
         "teacher-shuffled",
         "teacher",
-        "below",
         0.03,
     ),
-    more(
-        "control: its student loses to the rewarded one's",
-        "shuffled-bridge",
-        "rl-bridge",
-        "below",
-    ),
-    more(
+    less("control: its student loses to the rewarded one's", "shuffled-bridge", "rl-bridge"),
+    less(
         "watch: the bridge leaves less entropy than GRPO on the student",
         "rl-bridge",
         "grpo",
-        "below",
         metric="entropy",
     ),
     more("stage 1 works: rewards teach the teacher", "teacher-rl", "teacher"),
@@ -240,51 +235,39 @@ def build(run):
     """Problems, corpora, the problems without their answers, and both models after right
     work."""
     s = run.settings
-    toy = run.world / "toy"
-    if not toy.exists():
-        run.stage(
-            "worlds.sums",
-            out=toy,
-            terms=s.terms,
-            right=s.right,
-            train_prompts=s.labels,
-            eval_prompts=s.eval_prompts,
-            clean=64 * s.teacher_steps,
-            mixed=128 * s.spoil_steps,
-        )
-    if not (run.world / "unlabelled.jsonl").exists():
-        hide_answers(run, toy / "train.jsonl", run.world / "unlabelled.jsonl")
-    schedule = dict(optimizer=RAMP, save_every=200)
-    for name, steps in (("student", s.student_steps), ("teacher", s.teacher_steps)):
-        clean = toy / "clean.jsonl"
-        run.pretrain(toy / name, clean, run.world / name, steps, **schedule)
+    build_world(
+        run,
+        "worlds.sums",
+        [("student", "student", s.student_steps), ("teacher", "teacher", s.teacher_steps)],
+        terms=s.terms,
+        right=s.right,
+        train_prompts=s.labels,
+        eval_prompts=s.eval_prompts,
+        clean=64 * s.teacher_steps,
+        mixed=128 * s.spoil_steps,
+    )
+    # what stage 2 reads: a teacher needs no labels
+    problems = files.read(run.world / "toy/train.jsonl", "prompts")
+    made_of = "toy/train.jsonl without `answer` and `solution`"
+    run.write("world/unlabelled.jsonl", made_of, map(without_answer, problems))
 
 
-def hide_answers(run, prompts, out):
-    """The problems that stage 2 reads: a teacher needs no labels."""
-    run.commands.write(f"# {out}: {prompts} without `answer` and `solution`\n")
-    rows = list(files.read(prompts, "prompts"))
-    for row in rows:
-        row.pop("answer")
-        row.pop("solution")
-    files.write_atomically(out, (json.dumps(row) + "\n" for row in rows))
+def without_answer(prompt):
+    return {k: v for k, v in prompt.items() if k not in ("answer", "solution")}
 
 
 def prepare(run, seed):
     """This seed's student and teacher: both after a little text of mixed quality."""
-    s = run.settings
-    start = run.out / f"seed{seed}" / "start"
-    mixed = run.world / "toy" / "mixed.jsonl"
-    options = dict(rate=s.spoil_lr, seed=seed, fresh_optimizer=True)
+    start = run.out / f"seed{seed}/start"
     for name in ("student", "teacher"):
-        run.pretrain(run.world / name, mixed, start / name, s.spoil_steps, **options)
+        run.spoil(seed, name, name=f"start/{name}")
     if not (start / "dev.jsonl").exists() and not run.smoke:
         done = run.stage(
             "eval.py",
             model=start / "student",
-            prompts=run.world / "toy" / "dev.jsonl",
+            prompts=run.world / "toy/dev.jsonl",
             n=8,
-            max_tokens=s.max_tokens,
+            max_tokens=run.settings.max_tokens,
             seed=3 * 10**6 + seed,
             out=start / "dev.jsonl",
         )
@@ -307,20 +290,25 @@ def groups(path, size=8):
 
 
 class SparseTrial(Trial):
-    def __init__(self, run, seed, arm):
-        self.how = ARMS[arm]
-        self.stage = self.how.get("stage")
-        seed_folder = run.out / f"seed{seed}"
+    keeps_rounds = False
+    weights = "model{}"
 
-        def model_of(name):
-            trained = seed_folder / name / "model"
-            return trained if trained.exists() else seed_folder / "start" / name
+    def setup(self):
+        how, s = self.how, self.settings
+        self.stage = how.get("stage")
+        self.rounds = int(s.rounds * how.get("share", 1)) if self.stage else 0
+        self.start = self.model_of(how["model"])
+        self.teacher = self.model_of(how["teacher"]) if "teacher" in how else None
+        warm = round(self.rounds * how.get("warm", s.warm_share))
+        self.warm_rounds = warm if self.stage == BRIDGE else 0
+        self.unlabelled = self.run.world / "unlabelled.jsonl"
 
-        rounds = int(run.settings.rounds * self.how.get("share", 1)) if self.stage else 0
-        super().__init__(run, seed, arm, start=model_of(self.how["model"]), rounds=rounds)
-        self.teacher = model_of(self.how["teacher"]) if "teacher" in self.how else None
-        warm = self.how.get("warm", run.settings.warm_share)
-        self.warm_rounds = round(rounds * warm) if self.stage == BRIDGE else 0
+    def model_of(self, name):
+        trained = self.folder / name / "model"
+        return trained if trained.exists() else self.folder / "start" / name
+
+    def clear(self):
+        super().clear()
         self.inherit()
 
     def inherit(self):
@@ -329,12 +317,12 @@ class SparseTrial(Trial):
         self.upstream = {}
         self.ledger = self.place / "labels.jsonl"
         self.spent = 0
-        ledgers = []
-        for parent in PARENTS[self.arm]:
-            self.upstream |= json.loads((self.folder / parent / "tokens.json").read_text())
-            if (self.folder / parent / "labels.jsonl").exists():
-                ledgers.append(self.folder / parent / "labels.jsonl")
-        if ledgers:
+        parents = [self.folder / parent for parent in PARENTS[self.arm]]
+        for parent in parents:
+            self.upstream |= json.loads((parent / "tokens.json").read_text())
+        ledgers = [parent / "labels.jsonl" for parent in parents]
+        if ledgers := [ledger for ledger in ledgers if ledger.exists()]:
+            self.place.mkdir()
             self.run.concatenate(ledgers, self.ledger)
             self.spent = len({line["question"] for line in files.read(self.ledger, "labels")})
 
@@ -364,84 +352,63 @@ class SparseTrial(Trial):
             columns[f"pass@{n}"] = score[f"pass@{n}"]
             columns |= groups(self.place / "eval.jsonl")
             if self.teacher:
-                _, done = self.score(self.teacher, sampled, "fresh", overwrite=True)
-                columns["kl"] = done["kl_mean"]
+                columns["kl"] = self.gap_to_teacher()
         return columns | super().columns(score, n, final)
 
-    def round(self, number):
+    def round(self):
         if self.stage == "grpo":
-            self.reward(number)
+            self.reward()
         elif self.stage == "seqkd":
-            self.imitate(number, "seqkd")
-        elif number < self.warm_rounds:
-            self.imitate(number, "fkl")
+            self.imitate("seqkd")
+        elif self.number < self.warm_rounds:
+            self.imitate("fkl")
         else:
-            self.distil(number)
-        done = number + 1
-        if done < self.rounds and not self.due(done):
-            # a reader finds the records of the rounds that were measured
-            shutil.rmtree(self.at(number), ignore_errors=True)
+            self.distil()
 
-    def sample(self, number, prompts):
+    def sample(self, prompts):
         """Answers to this round's problems, of the arm's half of the labels if it has one."""
         size = self.settings.prompts
         half = self.settings.labels // 2
         low = half if self.how.get("part") == "second" else 0
         count = half if "part" in self.how else 2 * half
-        at = low + number * size % count
-        return self.rollout(number, prompts=prompts, slice=f"{at}:{at + size}")
+        at = low + self.number * size % count
+        return self.rollout(prompts=prompts, slice=f"{at}:{at + size}")
 
-    def update(self, number, method, rollouts, rate, fresh, **options):
-        self.train(
-            method,
-            rollouts,
-            self.place / f"model{number}",
-            rate,
-            seed=self.seed * 1000 + number,
-            fresh_optimizer=fresh,
-            **options,
-        )
+    def update(self, method, rollouts, rate, begins=0, **options):
+        """One call of train.py; begins: the round in which its optimiser begins anew."""
+        fresh, seed = self.number == begins, self.seed * 1000 + self.number
+        self.train(method, rollouts, rate, seed=seed, fresh_optimizer=fresh, **options)
 
-    def reward(self, number):
+    def reward(self):
         """A round of GRPO: the only place where answers of problems are read."""
-        s = self.settings
-        rollouts = self.sample(number, self.toy / "train.jsonl")
-        purpose = "teacher-rl" if self.how["model"] == "teacher" else "student-rl"
+        s, how = self.settings, self.how
+        rollouts = self.sample(self.prompts)
         labels = self.run.stage(
             "methods.sparse_to_dense spend",
             ledger=self.ledger,
-            prompts=self.toy / "train.jsonl",
+            prompts=self.prompts,
             rollouts=rollouts,
-            purpose=purpose,
-            again=self.how.get("again"),
+            purpose="teacher-rl" if how["model"] == "teacher" else "student-rl",
+            again=how.get("again"),
         )
         self.spent = labels["labels_spent"]
-        rewards, _ = self.grade_answers(rollouts, self.how.get("shuffle"))
+        rewards, _ = self.grade_answers(rollouts, how.get("shuffle"))
         reference, _ = self.score(self.start, rollouts, "reference")
-        self.update(
-            number,
-            "grpo",
-            rollouts,
-            s.rl_learning_rate,
-            number == 0,
-            rewards=rewards,
-            reference=reference,
-            set={"reference_kl": s.reference_kl},
-        )
+        given = dict(rewards=rewards, reference=reference, set={"reference_kl": s.reference_kl})
+        self.update("grpo", rollouts, s.rl_learning_rate, **given)
 
-    def distil(self, number):
+    def distil(self):
         """A round of on-policy distillation."""
-        rollouts = self.sample(number, self.run.world / "unlabelled.jsonl")
+        rollouts = self.sample(self.unlabelled)
         scores, _ = self.teach(rollouts, top_k=1000)
         rate = self.settings.bridge_learning_rate
-        fresh = number == self.warm_rounds
-        self.update(number, "opd-full", rollouts, rate, fresh, scores=scores)
+        self.update("opd-full", rollouts, rate, self.warm_rounds, scores=scores)
 
-    def imitate(self, number, method):
+    def imitate(self, method):
         """A round on the teacher's answers and, for soft labels, its distributions: made once,
         walked as often as the rounds need."""
         s = self.settings
-        answers = self.place / "cache" / "answers.jsonl"
+        answers = self.place / "cache/answers.jsonl"
         if not answers.exists():
             self.fill_cache(answers, method)
         # as many answers an update as everywhere
@@ -449,14 +416,14 @@ class SparseTrial(Trial):
         options = dict(batch_size=size, steps=s.updates)
         if method == "fkl":
             options["scores"] = answers.with_name("scores.jsonl")
-        self.update(number, method, answers, s.bridge_learning_rate, number == 0, **options)
+        self.update(method, answers, s.bridge_learning_rate, **options)
 
     def fill_cache(self, answers, method):
         s = self.settings
         done = self.run.stage(
             "teacher.py answer",
             model=self.teacher,
-            prompts=self.run.world / "unlabelled.jsonl",
+            prompts=self.unlabelled,
             slice=f"0:{s.labels // 2}" if self.how.get("part") == "first" else None,
             n=s.cached_n,
             max_tokens=s.max_tokens,
@@ -476,8 +443,8 @@ STUDY = Study(
     CLAIMS,
     COLUMNS,
     build,
-    prepare,
     SparseTrial,
+    prepare,
     parents=PARENTS,
     pictures=(
         ("step", "accuracy.png"),

@@ -45,12 +45,11 @@ Regime (results/stable.md): the collapse is there at ten times the rate alone: 7
 answers are loops at its end, 5 % of opd's and 2.5 % of the teacher's.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 
 from experiments import study
-from experiments.claims import Claim, last, more
+from experiments.claims import Claim, alike, last, less, more
 from experiments.study import setting
 from opd import files, records
 
@@ -162,23 +161,20 @@ def inflation(arms):
 
 
 CLAIMS = [
-    more("1: plain distillation learns to loop", "opd", "before", "above", 0.05, "repetition"),
-    more("1: ...more than its teacher does", "opd", "teacher", "above", 0.05, "repetition"),
-    more("1: ...runs into the longest answer", "opd", "before", "above", 0.05, "truncated"),
-    more(
+    more("1: plain distillation learns to loop", "opd", "before", 0.05, "repetition"),
+    more("1: ...more than its teacher does", "opd", "teacher", 0.05, "repetition"),
+    more("1: ...runs into the longest answer", "opd", "before", 0.05, "truncated"),
+    less(
         "1: ...and ends below its own best checkpoint, which dev chose",
         "opd",
         "opd-best",
-        "below",
         -0.05,
     ),
-    more(
+    less(
         "2: with golden answers and a leash it does not loop",
         "stable",
-        None,
-        "below",
-        0.05,
-        "repetition",
+        bound=0.05,
+        metric="repetition",
     ),
     more("2: ...and ends above plain distillation", "stable", "opd"),
     Claim(
@@ -189,14 +185,13 @@ CLAIMS = [
     more("3: the leash alone brings some", "kl", "opd"),
     more("4: it is more than imitation of the golden answers", "stable", "sft"),
     more("4: ...and more than stopping in time", "stable", "opd-best"),
-    more(
+    alike(
         "4: the mean of the advantage is a symptom: without it the end is the same",
         "baseline",
         "opd",
-        "within",
         0.05,
     ),
-    more("4: ...and so are the loops", "baseline", "opd", "within", 0.05, "repetition"),
+    alike("4: ...and so are the loops", "baseline", "opd", 0.05, "repetition"),
     Claim(
         "4: loops look better to the teacher than other answers (first rounds of planted-opd)",
         "advantage(repetitive) − advantage(other)",
@@ -205,10 +200,8 @@ CLAIMS = [
     more(
         "hot: at ten times the rate plain distillation does learn to loop",
         "hot-opd",
-        None,
-        "above",
-        0.3,
-        "repetition",
+        bound=0.3,
+        metric="repetition",
     ),
     Claim(
         "hot: ...and its skill goes with it",
@@ -217,13 +210,11 @@ CLAIMS = [
         "below",
         -0.05,
     ),
-    more(
+    less(
         "hot: golden answers and a leash keep it out of loops",
         "hot-stable",
-        None,
-        "below",
-        0.05,
-        "repetition",
+        bound=0.05,
+        metric="repetition",
     ),
     more("hot: ...and it ends above plain distillation", "hot-stable", "hot-opd"),
     Claim(
@@ -246,36 +237,27 @@ CLAIMS = [
         "above",
         0.1,
     ),
-    more(
-        "5: counting both ends as one removes that",
-        "eos-class",
-        "eos-opd",
-        "below",
-        -0.1,
-        "truncated",
+    less(
+        "5: counting both ends as one removes that", "eos-class", "eos-opd", -0.1, "truncated"
     ),
-    more("5: the leash does not", "eos-kl", "eos-opd", "above", -0.1, "truncated"),
+    more("5: the leash does not", "eos-kl", "eos-opd", -0.1, "truncated"),
     more(
         "plant: a student that loops already is not healed by plain distillation",
         "planted-opd",
-        None,
-        "above",
-        0.05,
-        "repetition",
+        bound=0.05,
+        metric="repetition",
     ),
-    more(
-        "plant: it is with both additions", "planted-stable", None, "below", 0.05, "repetition"
-    ),
+    less("plant: it is with both additions", "planted-stable", bound=0.05, metric="repetition"),
 ]
 
 
 def build(run):
     """The corpora, the golden answers, and the models that all seeds share."""
-    s, world = run.settings, run.world
+    s = run.settings
     texts, problems = 256 * s.spoil_steps, s.prompts * s.rounds
     run.once(
         "worlds.sums",
-        world / "toy",
+        "world/toy",
         train_prompts=problems,
         clean=64 * s.clean_steps,
         mixed=8,
@@ -285,44 +267,35 @@ def build(run):
     )
     small = dict(train_prompts=8, eval_prompts=8, clean=8, mixed=8)
     loops = dict(loops=texts, planted_share=s.student_loops)
-    run.once("worlds.sums", world / "careless", **small, **loops)
+    run.once("worlds.sums", "world/careless", **small, **loops)
     other_end = dict(train_prompts=problems, clean=64 * s.eos_steps, mixed=texts)
-    run.once("worlds.sums", world / "eos", **other_end, second_end=True)
+    run.once("worlds.sums", "world/eos", **other_end, second_end=True)
     write_gold(run)
-    looping, clean = world / "toy" / "looping.jsonl", world / "eos" / "clean.jsonl"
     total = s.clean_steps + s.base_steps + s.teacher_steps
-    for seed, (name, start, corpus, steps, total) in enumerate(
-        (
-            ("skill", "toy/student", world / "toy" / "clean.jsonl", s.clean_steps, total),
-            ("base", "skill", looping, s.base_steps, total),
-            ("teacher", "base", looping, s.teacher_steps, total),
-            ("eos-base", "eos/student", clean, s.clean_steps, s.eos_steps),
-            ("eos-teacher", "eos/teacher", clean, s.eos_steps, s.eos_steps),
-        )
-    ):
+    models = (  # name, what it goes on from, texts, steps, length of the schedule
+        ("skill", "toy/student", "toy/clean", s.clean_steps, total),
+        ("base", "skill", "toy/looping", s.base_steps, total),
+        ("teacher", "base", "toy/looping", s.teacher_steps, total),
+        ("eos-base", "eos/student", "eos/clean", s.clean_steps, s.eos_steps),
+        ("eos-teacher", "eos/teacher", "eos/clean", s.eos_steps, s.eos_steps),
+    )
+    for seed, (name, start, corpus, steps, total) in enumerate(models):
+        paths = (f"world/{start}", f"world/{corpus}", f"world/{name}")
         decay = study.RAMP | dict(total_steps=total)
-        run.pretrain(world / start, corpus, world / name, steps, seed=seed, optimizer=decay)
+        run.pretrain(*paths, steps, seed=seed, optimizer=decay)
 
 
 def write_gold(run):
-    """gold/N.jsonl: as answers, the `solution`s of the problems between two evaluations, from
-    round N on, for the arm that has nothing else."""
-    s, world = run.settings, run.world
-    if (world / "gold").exists():
-        return
-    prompts = list(files.read(world / "toy" / "train.jsonl", "prompts"))
+    """gold/N.jsonl: the golden answers to the problems between two evaluations, from round N
+    on, for the arm that has nothing else."""
+    s = run.settings
+    prompts = list(files.read(run.world / "toy/train.jsonl", "prompts"))
     size = s.eval_every * s.prompts
-    run.commands.write(
-        f"# {world}/gold/N.jsonl: as answers, the `solution`s of {size} problems of "
-        f"{world}/toy/train.jsonl from round N on\n"
-    )
-    partial = world / "gold.partial"
-    partial.mkdir(exist_ok=True)
     for start in range(0, s.rounds, s.eval_every):
-        taken = prompts[start * s.prompts :][:size]
-        lines = (json.dumps(golden_answer(p)) + "\n" for p in taken)
-        files.write_atomically(partial / f"{start}.jsonl", lines)
-    partial.rename(world / "gold")
+        first = start * s.prompts
+        made_of = f"as answers, `solution`s of toy/train.jsonl, {size} from {first} on"
+        answers = map(golden_answer, prompts[first : first + size])
+        run.write(f"world/gold/{start}.jsonl", made_of, answers)
 
 
 def golden_answer(prompt):
@@ -338,73 +311,61 @@ def golden_answer(prompt):
 
 def prepare(run, seed):
     """A seed's three students: a base after careless text of some kind."""
-    for name, base, corpus in (
-        ("student", "base", "careless/planted"),
-        ("planted", "base", "toy/planted"),
-        ("eos", "eos-base", "eos/mixed"),
-    ):
-        run.spoil(base, f"{corpus}.jsonl", seed, name)
+    run.spoil(seed, "base", "careless/planted")
+    run.spoil(seed, "base", "toy/planted", "planted")
+    run.spoil(seed, "eos-base", "eos/mixed", "eos")
 
 
 class Trial(study.Trial):
     keeps_rounds = False
+    weights = "model{}"
 
-    def __init__(self, run, seed, arm):
-        self.how = how = ARMS[arm]
-        folder = run.out / f"seed{seed}"
-        start = folder / how.start
-        if how.start == "teacher":
-            start = run.world / "teacher"
-        elif how.start == "best":
-            start = next((folder / "opd").glob("best-*"))
-        super().__init__(run, seed, arm, start, rounds=self.calls(run.settings))
+    def setup(self):
+        s, how, world = self.settings, self.how, self.run.world
+        self.gold = how.source == "gold"
+        # all rounds of it; with golden answers alone, train.py is called between evaluations
+        self.length = s.hot_rounds if how.hot else s.rounds
         if how.eos:
-            self.toy = run.world / "eos"
-            self.teacher = run.world / "eos-teacher"
+            self.length = s.eos_rounds
+            self.toy = world / "eos"
+            self.teacher = world / "eos-teacher"
+        self.rounds = -(-self.length // s.eval_every) if self.gold else self.length
+        if not how.source:
+            self.rounds = 0
+        if how.start == "best":
+            self.start = next((self.folder / "opd").glob("best-*"))
+        elif how.start != "teacher":
+            self.start = self.folder / how.start
         self.cost |= {"gold_tokens": 0, "alarms": 0, "worst_repetition": 0.0}
         self.peak = 0.0
         self.best_dev = -1.0
         self.history = []  # metrics of the steps since the last line
 
-    def all_rounds(self, s):
-        if self.how.eos:
-            return s.eos_rounds
-        return s.hot_rounds if self.how.hot else s.rounds
-
-    def calls(self, s):
-        """Of train.py: one a round, or with golden answers alone one between evaluations."""
-        if not self.how.source:
-            return 0
-        rounds = self.all_rounds(s)
-        return -(-rounds // s.eval_every) if self.how.source == "gold" else rounds
-
     def generation(self):
         # one long answer holds a whole batch up: few and large ones
         return super().generation() | {"batch_tokens": 65536}
 
-    def round(self, number):
-        s = self.settings
-        if self.how.source == "gold":
-            first, rate = number * s.eval_every, s.sft_learning_rate
-            self.learn(first, "sft", self.run.world / "gold" / f"{first}.jsonl", rate)
+    def round(self):
+        s, how = self.settings, self.how
+        if self.gold:
+            first = self.number * s.eval_every
+            texts = self.run.world / f"gold/{first}.jsonl"
+            self.learn("sft", texts, s.sft_learning_rate, self.place / f"model{first}")
             self.cost["gold_tokens"] = self.cost["trained_tokens"]
             return
-        rollouts = self.rollout(number)
-        same = "<|eot|>=<|end|>" if self.how.same_end else None
-        top_k = 1000 if self.how.baseline else None
-        scores, scored = self.score(
-            self.teacher, rollouts, "scores", top_k=top_k, same_token=same
-        )
-        self.cost["teacher_tokens"] += scored["teacher_tokens"]
-        options = self.additions(number, rollouts)
-        self.learn(number, "stable-opd", rollouts, s.learning_rate, scores=scores, **options)
+        rollouts = self.rollout()
+        same = "<|eot|>=<|end|>" if how.same_end else None
+        top_k = 1000 if how.baseline else None
+        scores, _ = self.teach(rollouts, top_k=top_k, same_token=same)
+        options = self.additions(rollouts)
+        self.learn("stable-opd", rollouts, s.learning_rate, scores=scores, **options)
         metrics = self.history[-1]
         self.cost["alarms"] += int(metrics["alarm/collapse"])
         # of any round: loops can come and go between evaluations
         worst = max(self.cost["worst_repetition"], metrics["rollout/repetition"])
         self.cost["worst_repetition"] = worst
 
-    def additions(self, number, rollouts):
+    def additions(self, rollouts):
         """Options of train.py for the KL to the start and the golden answers."""
         s, how = self.settings, self.how
         options = {"set": {"gold_weight": 0, "reference_kl": 0}}
@@ -414,31 +375,30 @@ class Trial(study.Trial):
             options["reference"], _ = self.score(self.start, rollouts, "reference", top_k=1000)
             options["set"] |= {"reference_kl": s.leash, "reference_support": "full"}
         if how.gold:
-            options["data"] = self.toy / "train.jsonl"
+            options["data"] = self.prompts
             options["set"]["gold_weight"] = s.gold_weight
-            prompts = list(files.read(options["data"], "prompts"))
-            for prompt in prompts[number * s.prompts :][: s.prompts]:
+            prompts = list(files.read(self.prompts, "prompts"))
+            for prompt in prompts[self.number * s.prompts :][: s.prompts]:
                 # a token a character, and the end
                 self.cost["gold_tokens"] += len(prompt["solution"]) + 1
         return options
 
-    def learn(self, number, method, rollouts, rate, **options):
+    def learn(self, method, rollouts, rate, out=None, **options):
         """One call of train.py, and what its steps told."""
-        out, size = self.place / f"model{number}", self.settings.prompts
-        if self.how.hot:
-            rate = self.settings.hot_learning_rate
-        self.train(method, rollouts, out, rate, batch_size=size, **options)
+        s = self.settings
+        rate = s.hot_learning_rate if self.how.hot else rate
+        self.train(method, rollouts, rate, out, batch_size=s.prompts, **options)
         self.history += self.metrics
 
     def due(self, done):
-        return self.how.source == "gold" or super().due(done)
+        return self.gold or super().due(done)
 
     def step(self, done):
         if self.how.start == "best":
             return int(self.start.name.removeprefix("best-"))
-        if self.how.source == "gold":
+        if self.gold:
             done *= self.settings.eval_every
-        return min(done, self.all_rounds(self.settings))
+        return min(done, self.length)
 
     def evaluate(self, prompts, n, **options):
         return super().evaluate(prompts, n, out=self.place / prompts.name, **options)
@@ -485,15 +445,15 @@ class Trial(study.Trial):
 
 
 STUDY = study.Study(
-    name="stable",
-    about="loops in on-policy distillation",
-    settings=Settings,
-    arms=ARMS,
-    claims=CLAIMS,
-    columns=COLUMNS,
-    build=build,
-    prepare=prepare,
-    trial=Trial,
+    "stable",
+    "loops in on-policy distillation",
+    Settings,
+    ARMS,
+    CLAIMS,
+    COLUMNS,
+    build,
+    Trial,
+    prepare,
     parents={"opd-best": ("opd",)},
 )
 

@@ -21,7 +21,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Callable, Collection
+from typing import Callable
 
 import torch
 import transformers
@@ -70,7 +70,23 @@ class Measured(Rounds):
 
 
 @dataclasses.dataclass(frozen=True)
-class World:
+class Sampled:
+    """And how a round's answers are made and used."""
+
+    n: int = setting(8, "answers a problem", smoke=2)
+    updates: int = setting(4, "optimiser steps a round", smoke=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spoiled:
+    """And how a seed's student is made."""
+
+    spoil_steps: int = setting(100, "steps of 64 careless texts for a student", smoke=1)
+    spoil_lr: float = setting(1e-3, "learning rate of those steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class World(Spoiled):
     """And how the models of `build_sums` are made."""
 
     base_steps: int = setting(
@@ -79,8 +95,7 @@ class World:
     teacher_steps: int = setting(
         1300, "pre-training steps of the teacher, which goes on from the base", smoke=4
     )
-    spoil_steps: int = setting(100, "steps of 64 careless texts for the student", smoke=2)
-    spoil_lr: float = setting(1e-3, "learning rate of those steps")
+    spoil_steps: int = setting(100, "steps of 64 careless texts for a student", smoke=2)
 
 
 def about_setting(settings, name):
@@ -196,33 +211,38 @@ class Run:
             files.write_atomically(out, itertools.islice(lines, first, end))
         return out
 
+    # `once` to `answers`: models, texts and outputs are named by their place in OUT
+
     def once(self, command, out, **options):
         """A stage, unless what it writes is there."""
+        out = self.out / out
         if not out.exists():
             self.stage(command, **options, out=out)
 
     def pretrain(self, start, corpus, out, steps, rate=4e-3, seed=0, optimizer={}, **options):
-        """Trains a model of the world on `steps` batches of 64 texts, unless `out` is there."""
-        if out.exists():
+        """Trains a model on `steps` batches of 64 texts, unless `out` is there."""
+        if (self.out / out).exists():
             return
-        say(f"pre-training the {out.name}: {steps} steps of 64 texts")
+        say(f"pre-training the {out.rpartition('/')[2]}: {steps} steps of 64 texts")
+        paths = dict(model=self.out / start, rollouts=self.out / f"{corpus}.jsonl")
         optimizer = dict(adam_beta2=0.95) | optimizer
         common = dict(batch_size=64, optimizer=optimizer, micro_batch_tokens=4096)
         how = common | dict(steps=steps, learning_rate=rate, seed=seed) | options
-        self.stage("train.py", method="sft", model=start, rollouts=corpus, **how, out=out)
+        self.stage("train.py", method="sft", **paths, **how, out=self.out / out)
 
-    def spoil(self, start, corpus, seed, name="student"):
+    def spoil(self, seed, start="base", corpus="toy/mixed", name="student"):
         """A seed's student: a model of the world after a little careless text."""
-        s, out = self.settings, self.out / f"seed{seed}" / name
+        s = self.settings
         how = dict(rate=s.spoil_lr, seed=seed, fresh_optimizer=True)
-        self.pretrain(self.world / start, self.world / corpus, out, s.spoil_steps, **how)
+        out = f"seed{seed}/{name}"
+        self.pretrain(f"world/{start}", f"world/{corpus}", out, s.spoil_steps, **how)
 
     def answers(self, teacher, out, seed, **options):
         """A teacher's answers to the problems that are trained on; returns how many tokens."""
-        common = dict(prompts=self.world / "toy" / "train.jsonl", seed=seed)
+        common = dict(prompts=self.world / "toy/train.jsonl", seed=seed)
         common["max_tokens"] = self.settings.max_tokens
-        model = self.world / teacher
-        done = self.stage("teacher.py answer", model=model, **common, **options, out=out)
+        paths = dict(model=self.out / teacher, out=self.out / out)
+        done = self.stage("teacher.py answer", **common, **options, **paths)
         return done["generated_tokens"]
 
     def concatenate(self, parts, out):
@@ -231,6 +251,15 @@ class Run:
         lines = (line for part in parts for line in open(part, encoding="utf-8"))
         files.write_atomically(out, lines)
         return out
+
+    def write(self, out, made_of, rows):
+        """Records that no stage makes, unless they are there; commands.sh says what of."""
+        out = self.out / out
+        if out.exists():
+            return
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self.commands.write(f"# {out}: {made_of}\n")
+        files.write_atomically(out, (json.dumps(row) + "\n" for row in rows))
 
     def record(self, row):
         """Adds a line to the results file, whole or not at all, with what it was made by and
@@ -258,34 +287,40 @@ def say(text):
     sys.stdout.flush()
 
 
-# ---- the world of running sums, and an arm in it
+# ---- the world, and an arm in it
 
 RAMP = dict(warmup_steps=20, schedule="linear")  # the learning rate of pre-training
 
 
-def build_sums(run, problems, corpus="clean", **options):
-    """Problems (so many to train on; `options` of worlds.sums), corpora and two checkpoints of
-    one pre-training run: the base (the student's) and, later, the teacher."""
-    s, world = run.settings, run.world
-    run.once(
-        "worlds.sums",
-        world / "toy",
-        train_prompts=problems,
-        clean=64 * s.teacher_steps,
-        mixed=256 * s.spoil_steps,
-        **options,
-    )
-    texts = world / "toy" / f"{corpus}.jsonl"
-    decay = RAMP | dict(total_steps=s.teacher_steps)
-    common = dict(optimizer=decay, save_every=200)
-    start, more = world / "toy" / "student", s.teacher_steps - s.base_steps
-    run.pretrain(start, texts, world / "base", s.base_steps, seed=0, **common)
-    run.pretrain(world / "base", texts, world / "teacher", more, seed=1, **common)
+def build_world(run, maker, models, **options):
+    """Problems and corpora by `maker`, and models that learn the clean texts: (untrained model
+    of the maker, name, steps)."""
+    run.once(maker, "world/toy", **options)
+    for untrained, name, steps in models:
+        start, out = f"world/toy/{untrained}", f"world/{name}"
+        run.pretrain(start, "world/toy/clean", out, steps, optimizer=RAMP, save_every=200)
 
 
-def spoil_student(run, seed):
-    """The `prepare` of a study in that world."""
-    run.spoil("base", "toy/mixed.jsonl", seed)
+def build_sums(run, problems, **options):
+    """Running sums (so many to train on; `options` of worlds.sums), corpora and two checkpoints
+    of one pre-training run: the base (the student's) and, later, the teacher."""
+    s = run.settings
+    sizes = dict(clean=64 * s.teacher_steps, mixed=256 * s.spoil_steps)
+    run.once("worlds.sums", "world/toy", train_prompts=problems, **sizes, **options)
+    how = dict(optimizer=RAMP | dict(total_steps=s.teacher_steps), save_every=200)
+    more, texts = s.teacher_steps - s.base_steps, "world/toy/clean"
+    run.pretrain("world/toy/student", texts, "world/base", s.base_steps, seed=0, **how)
+    run.pretrain("world/base", texts, "world/teacher", more, seed=1, **how)
+
+
+def teach_style(run, world, style, name):
+    """A teacher that goes on from the world's, on --style-steps batches of clean work in one
+    style."""
+    sizes = dict(train_prompts=8, eval_prompts=8, mixed=8, clean=64 * run.settings.style_steps)
+    run.once("worlds.sums", f"world/{world}", styles=style, **sizes)
+    how = dict(rate=1e-3, fresh_optimizer=True, optimizer=RAMP)
+    texts, steps = f"world/{world}/clean", run.settings.style_steps
+    run.pretrain("world/teacher", texts, f"world/{name}", steps, **how)
 
 
 def part(number, size):
@@ -296,33 +331,39 @@ def part(number, size):
 class Trial:
     """One arm of one seed: its folder, the model it has come to, and what that has cost.
 
-    A study's subclass says what a round is (`round`) and, where it has more to tell, which
-    columns a result line has (`columns`)."""
+    A study's subclass says what a round is (`round`) and, where they differ from the usual,
+    where an arm begins (`setup`) and which columns a result line has (`columns`)."""
 
     keeps_rounds = True  # False: only the records of rounds that end in a result line
+    weights = "round{}/model"  # where a round's model is
 
-    def __init__(self, run, seed, arm, start=None, rounds=None, place=None):
-        """start: the model at step 0 (default: the seed's student; of the arm `teacher`, the
-        teacher).  rounds: 0 for an arm that is only measured (default: --rounds)."""
+    def __init__(self, run, seed, arm, how):
+        """how: the arm's entry in the study's table."""
         self.run = run
         self.settings = run.settings
         self.seed = seed
         self.arm = arm
+        self.how = how
         self.folder = run.out / f"seed{seed}"
         self.toy = run.world / "toy"
         self.teacher = run.world / "teacher"
-        self.start = start or (self.teacher if arm == "teacher" else self.folder / "student")
-        self.model = self.start
-        self.rounds = run.settings.rounds if rounds is None else rounds
-        self.place = self.folder / (place or arm)
-        self.clear()
-        self.place.mkdir(parents=True, exist_ok=True)
+        self.start = self.teacher if arm == "teacher" else self.folder / "student"
+        self.rounds = run.settings.rounds  # 0 for an arm that is only measured
+        self.place = self.folder / arm
         self.cost = {"generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0}
         self.signal = {}  # more columns: what the rounds since the last line showed
+        self.number = 0  # of the round
         self.steps = 0  # optimiser steps so far
         self.metrics = []  # of the last call of train.py, a dict a step
         self.row = None
         self.began = time.time()
+        self.setup()
+        self.model = self.start
+        self.clear()
+        self.place.mkdir(parents=True, exist_ok=True)
+
+    def setup(self):
+        """Changes to the above."""
 
     def clear(self):
         """An interrupted arm is begun again."""
@@ -334,15 +375,16 @@ class Trial:
         self.measure(self.step(0), final=not self.rounds)
         bar = dict(desc=f"seed {self.seed} {self.arm}", unit="round")
         for number in files.progress(range(self.rounds), **bar):
-            self.round(number)
+            self.number = number
+            self.round()
             done = number + 1
             if done == self.rounds or self.due(done):
                 self.measure(self.step(done), done == self.rounds)
             elif not self.keeps_rounds:
-                shutil.rmtree(self.at(number), ignore_errors=True)
+                shutil.rmtree(self.at, ignore_errors=True)
         return self.row
 
-    def round(self, number):
+    def round(self):
         """One round; a study's own."""
         raise NotImplementedError
 
@@ -354,9 +396,20 @@ class Trial:
         """The step that a result line names after so many rounds."""
         return done * self.settings.updates
 
-    def at(self, number):
-        """The folder of a round."""
-        return self.place / f"round{number}"
+    @property
+    def at(self):
+        """The folder of the round."""
+        return self.place / f"round{self.number}"
+
+    @property
+    def prompts(self):
+        """The problems that are trained on."""
+        return self.toy / "train.jsonl"
+
+    @property
+    def heldout(self):
+        """The problems that arms are measured on."""
+        return self.toy / f"{self.settings.eval_split}.jsonl"
 
     def generation(self):
         """How answers are sampled, in rounds and in evaluations."""
@@ -366,52 +419,50 @@ class Trial:
         """Which problems a round takes, how often, and with which random numbers."""
         s = self.settings
         return self.generation() | {
-            "prompts": self.toy / "train.jsonl",
+            "prompts": self.prompts,
             "slice": part(number, s.prompts),
             "n": getattr(s, "n", 1),
             "seed": self.seed * 1000 + number,
         }
 
-    def rollout(self, number, at=None, **options):
+    def rollout(self, at=None, **options):
         """Samples a round's answers from the model of the moment, into its folder or `at`;
         returns their file."""
-        out = (at or self.at(number)) / "rollouts.jsonl"
-        options = self.sampling(number) | options
+        out = (at or self.at) / "rollouts.jsonl"
+        options = self.sampling(self.number) | options
         done = self.run.stage("rollout.py", model=self.model, **options, out=out)
         self.cost["generated_tokens"] += done["generated_tokens"]
         return out
 
-    def answer(self, number, teacher, name="rollouts", **options):
-        """A teacher's answers to a round's problems, by default in the place of rollouts;
+    def answer(self, name="rollouts", **options):
+        """The teacher's answers to a round's problems, by default in the place of rollouts;
         returns their file."""
-        out = self.at(number) / f"{name}.jsonl"
-        options = self.sampling(number) | options
-        done = self.run.stage("teacher.py answer", model=teacher, **options, out=out)
+        out = self.at / f"{name}.jsonl"
+        options = self.sampling(self.number) | options
+        done = self.run.stage("teacher.py answer", model=self.teacher, **options, out=out)
         self.cost["teacher_tokens"] += done["generated_tokens"]
         return out
 
-    def score(self, model, rollouts, name, **options):
-        """Scores rollouts under a model; returns (file beside them, the stage's summary)."""
+    def beside(self, rollouts, name, command, **options):
+        """Runs a command that makes NAME.jsonl of rollouts, beside them; returns (that file,
+        the command's summary)."""
         out = rollouts.with_name(f"{name}.jsonl")
-        done = self.run.stage(
-            "teacher.py score", model=model, rollouts=rollouts, **options, out=out
-        )
-        return out, done
+        return out, self.run.stage(command, rollouts=rollouts, **options, out=out)
 
-    def teach(self, rollouts, teacher=None, **options):
-        """Scores rollouts under the teacher, which costs its tokens; returns (scores.jsonl
-        beside them, the stage's summary)."""
-        out, done = self.score(teacher or self.teacher, rollouts, "scores", **options)
+    def score(self, model, rollouts, name, **options):
+        """Scores rollouts under a model."""
+        return self.beside(rollouts, name, "teacher.py score", model=model, **options)
+
+    def teach(self, rollouts, **options):
+        """Scores rollouts under the teacher, which costs its tokens."""
+        out, done = self.score(self.teacher, rollouts, "scores", **options)
         self.cost["teacher_tokens"] += done["teacher_tokens"]
         return out, done
 
     def grade(self, rollouts, name="rewards", **options):
-        """Rewards for rollouts; returns (file beside them, the stage's summary)."""
-        out, prompts = rollouts.with_name(f"{name}.jsonl"), self.toy / "train.jsonl"
-        done = self.run.stage(
-            "rubric.py grade", prompts=prompts, rollouts=rollouts, **options, out=out
-        )
-        return out, done
+        """Rewards for rollouts."""
+        prompts = self.prompts
+        return self.beside(rollouts, name, "rubric.py grade", prompts=prompts, **options)
 
     def control(self, verb, rewards, name="rewards", **options):
         """A control of experiments.controls on rewards, with the trial's seed; returns (file
@@ -426,22 +477,17 @@ class Trial:
         graded = self.grade(rollouts, "graded" if shuffled else "rewards", grader="answer")
         return self.control("shuffle-rewards", graded[0]) if shuffled else graded
 
-    def train(self, method, rollouts, out, rate, **options):
+    def train(self, method, rollouts, rate=None, out=None, **options):
         """One call of train.py; its model is the model of the moment from then on.  The weights
         that it went on from are removed, but for the arm's start.  The optimiser begins anew
-        when the arm begins."""
-        common = dict(learning_rate=rate, seed=self.seed)
+        when the arm begins.  rate: by default --learning-rate."""
+        s, out = self.settings, out or self.place / self.weights.format(self.number)
+        common = dict(learning_rate=rate or s.learning_rate, seed=self.seed)
         common["fresh_optimizer"] = self.model == self.start
         if "batch_size" not in options:
-            common["batch_size"] = self.settings.prompts // self.settings.updates
-        done = self.run.stage(
-            "train.py",
-            method=method,
-            model=self.model,
-            rollouts=rollouts,
-            **(common | options),
-            out=out,
-        )
+            common["batch_size"] = s.prompts // s.updates
+        paths = dict(model=self.model, rollouts=rollouts, out=out)
+        done = self.run.stage("train.py", method=method, **paths, **(common | options))
         self.cost["trained_tokens"] += done["trained_tokens"]
         self.steps += done["steps"]
         lines = (out / "metrics.jsonl").read_text().splitlines()
@@ -454,49 +500,59 @@ class Trial:
     def evaluate(self, prompts, n, **options):
         """eval.py on the model of the moment; returns its summary."""
         common = self.generation() | {"seed": 2 * 10**6 + self.seed}
-        common["out"] = self.place / "eval.jsonl"
-        return self.run.stage(
-            "eval.py",
-            model=self.model,
-            prompts=prompts,
-            n=n,
-            overwrite=True,
-            **(common | options),
-        )
+        common |= dict(out=self.place / "eval.jsonl", overwrite=True)
+        asked = dict(model=self.model, prompts=prompts, n=n)
+        return self.run.stage("eval.py", **asked, **(common | options))
 
-    def problems(self):
-        """The problems that an arm is measured on."""
-        return self.toy / f"{self.settings.eval_split}.jsonl"
+    def texts(self):
+        """The answers of the last evaluation."""
+        return [r["text"] for r in files.read(self.place / "eval.jsonl", "evals")]
+
+    def gap_to_teacher(self):
+        """KL to the teacher on the answers of the last evaluation."""
+        rollouts = self.place / "eval.rollouts.jsonl"
+        _, done = self.score(self.teacher, rollouts, "fresh", overwrite=True)
+        return done["kl_mean"]
 
     def measure(self, step, final=False):
         """Evaluates the model of the moment and appends a result line.  Its seconds are those
         from the arm's begin to this call."""
         spent = round(time.time() - self.began, 2)
-        n = self.settings.eval_n
-        if final:
-            n = getattr(self.settings, "final_n", n)
-        score = self.evaluate(self.problems(), n)
         row = {
             "arm": self.arm,
             "seed": self.seed,
             "step": step,
             "final": final,
+            "seconds": spent,
+        }
+        self.row = row | self.signal | self.cost | self.examine(final)
+        self.run.record(self.row)
+        accuracy = f"accuracy {self.row['accuracy']:.1%}"
+        say(f"  seed {self.seed} {self.arm}: step {step}, {accuracy}")
+
+    @property
+    def problems(self):
+        """The problems that this arm is measured on."""
+        return self.heldout
+
+    def examine(self, final):
+        """What a result line says of the model of the moment."""
+        n = self.settings.eval_n
+        if final:
+            n = getattr(self.settings, "final_n", n)
+        score = self.evaluate(self.problems, n)
+        common = {
             "accuracy": score["accuracy"],
             "length_mean": score["length_mean"],
             "truncated": score["truncated_fraction"],
-            **self.signal,
-            **self.cost,
-            "seconds": spent,
         }
-        self.row = row | self.columns(score, n, final)
-        self.run.record(self.row)
-        say(f"  seed {self.seed} {self.arm}: step {step}, accuracy {score['accuracy']:.1%}")
+        return common | self.columns(score, n, final)
 
     def columns(self, score, n, final):
-        """What a result line says besides; a study may add to it."""
+        """What it says besides; a study may add to it."""
         if not final:
             return {"samples": n}
-        greedy = self.evaluate(self.problems(), 1, temperature=0)["accuracy"]
+        greedy = self.evaluate(self.heldout, 1, temperature=0)["accuracy"]
         return {"samples": n, "greedy": greedy}
 
 
@@ -510,12 +566,12 @@ class Study:
     name: str
     about: str
     settings: type  # a dataclass of `setting`s
-    arms: Collection[str]
+    arms: dict  # arm: what a trial of it needs to know
     claims: list
     columns: tuple  # of its table, besides accuracy
     build: Callable  # build(run): the world that all seeds share
-    prepare: Callable  # prepare(run, seed): a seed's models
-    trial: Callable  # trial(run, seed, arm): a Trial
+    trial: Callable  # trial(run, seed, arm, how): a Trial
+    prepare: Callable = Run.spoil  # prepare(run, seed): a seed's models
     parents: dict = dataclasses.field(default_factory=dict)  # arm: those it starts from
     default_arms: tuple = ()  # of a run without --arms or --claims; ()  all
     pictures: tuple = (("step", "accuracy.png"),)  # horizontal axis, file
@@ -542,10 +598,8 @@ def conduct(study, doc, argv=None):
     command = f"python -m experiments.{study.name} {' '.join(argv)}".strip()
     settings = settings_of(args, study.settings)
     run = Run(out, settings, arms, results, command, args.smoke)
-    named = f"arms {', '.join(arms)}" if len(arms) <= 16 else f"{len(arms)} arms"
-    seeds = f"{args.seeds} seed{'s' * (args.seeds > 1)}"
-    say(f"{study.about}; {named}; {seeds}; every command goes to {out}/commands.sh")
-    done = finished(results, dataclasses.asdict(run.settings))
+    say(f"{study.about}: arms {', '.join(arms)}; every command goes to {out}/commands.sh")
+    done = finished(results, dataclasses.asdict(settings))
     study.build(run)
     for seed in range(args.seeds):
         study.prepare(run, seed)
@@ -626,7 +680,7 @@ def run_arms(study, run, seed, done):
         if (arm, seed) in done:
             say(f"seed {seed} {arm}: done before")
             continue
-        row = study.trial(run, seed, arm).execute()
+        row = study.trial(run, seed, arm, study.arms[arm]).execute()
         split = getattr(run.settings, "eval_split", "heldout")
         shown = [f"{split} accuracy {row['accuracy']:.1%}"]
         shown += [f"{name} {row[name]:.3g}" for name in study.columns[:3] if row.get(name)]

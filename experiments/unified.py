@@ -41,11 +41,10 @@ The learning rate is 5e-4: at 1e-3, the first that was tried (one seed), the con
 answers first and then on its own corpus: otherwise it learns the routes long before the digits.
 """
 
-import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from experiments.claims import Claim, last, more
+from experiments.claims import Claim, alike, last, more
 from experiments.study import RAMP, Rounds, Study, Trial, conduct, part, setting
 from opd import files, records
 
@@ -161,7 +160,7 @@ CLAIMS = [
         )
         for arm in VERIFIED
     ),
-    *(more(f"C2: {arm} raises pass@1", arm, "before", "above", 0.1) for arm in VERIFIED),
+    *(more(f"C2: {arm} raises pass@1", arm, "before", 0.1) for arm in VERIFIED),
     *(
         Claim(
             f"C2: {arm} brings no new right answer (distinct ones of probability 1e-4 or "
@@ -200,12 +199,11 @@ CLAIMS = [
         "fkl",
         metric="recovery",
     ),
-    more(
+    alike(
         "control: shuffled rewards teach nothing (the learning rate was lowered until they "
         "did not)",
         "grpo-shuffled",
         "before",
-        "within",
         0.05,
     ),
     Claim(
@@ -227,28 +225,23 @@ CLAIMS = [
 
 
 def pretrain(run, start, corpus, out, steps, seed):
-    texts = run.world / "forks" / f"{corpus}.jsonl"
-    how = dict(optimizer=RAMP, micro_batch_tokens=None)
-    rate = run.settings.pretrain_lr
-    run.pretrain(start, texts, out, steps, rate, seed, fresh_optimizer=True, **how)
+    texts, rate = f"world/forks/{corpus}", run.settings.pretrain_lr
+    how = dict(optimizer=RAMP, micro_batch_tokens=None, fresh_optimizer=True)
+    run.pretrain(start, texts, out, steps, rate, seed, **how)
 
 
 def build(run):
     s = run.settings
-    forks = run.world / "forks"
-    if not forks.exists():
-        problems = s.prompts * s.rounds
-        run.stage("worlds.forks", out=forks, train_prompts=problems, texts=64 * s.student_steps)
-    pretrain(run, forks / "teacher", "teacher", run.world / "teacher", s.teacher_steps, 0)
+    sizes = dict(train_prompts=s.prompts * s.rounds, texts=64 * s.student_steps)
+    run.once("worlds.forks", "world/forks", **sizes)
+    pretrain(run, "world/forks/teacher", "teacher", "world/teacher", s.teacher_steps, 0)
 
 
 def prepare(run, seed):
     """This seed's student: right digits first, then its own corpus."""
-    s = run.settings
-    folder = run.out / f"seed{seed}"
-    untrained = run.world / "forks" / "student"
-    pretrain(run, untrained, "demos_a", folder / "digits", s.digit_steps, seed)
-    pretrain(run, folder / "digits", "base", folder / "student", s.student_steps, seed)
+    s, digits, student = run.settings, f"seed{seed}/digits", f"seed{seed}/student"
+    pretrain(run, "world/forks/student", "demos_a", digits, s.digit_steps, seed)
+    pretrain(run, digits, "base", student, s.student_steps, seed)
 
 
 class Turn(NamedTuple):
@@ -262,11 +255,11 @@ class Turn(NamedTuple):
     rounds: int
 
 
-def turns(arm, settings):
+def turns(phases, settings):
     """A corpus is there already: fewer, longer calls."""
     found = []
     number = 0
-    for method, source, share in ARMS[arm]:
+    for method, source, share in phases:
         sampled = source in ("own", "teacher")
         stride = 1 if sampled else min(settings.eval_every, settings.rounds)
         for at in range(0, int(share * settings.rounds), stride):
@@ -276,43 +269,34 @@ def turns(arm, settings):
 
 
 class UnifiedTrial(Trial):
-    def __init__(self, run, seed, arm):
-        self.turns = turns(arm, run.settings)
-        super().__init__(run, seed, arm, rounds=len(self.turns))
-        self.toy = run.world / "forks"
-        self.number = 0  # rounds so far
+    def setup(self):
+        self.turns = turns(self.how, self.settings)
+        self.rounds = len(self.turns)
+        self.toy = self.run.world / "forks"
+        self.done = 0  # rounds
         self.skipped = False
 
     def due(self, done):
-        return not self.skipped and super().due(self.number)
+        return not self.skipped and super().due(self.done)
 
     def step(self, done):
-        return self.number * self.settings.updates
+        return super().step(self.done)
 
     def sample(self, name, n):
         prompts = self.toy / f"{name}.jsonl"
         return self.evaluate(prompts, n, out=self.place / f"{name}.jsonl")
 
-    def measure(self, step, final=False):
+    def examine(self, final):
         """On the way accuracy is sampled; at the end every answer is listed, and the foreign
         beginnings are tried."""
-        seconds = round(time.time() - self.began, 2)
         free = self.sample("heldout", 8 * self.settings.recovery_n)
         texts = [r["text"] for r in files.read(free["out"], "evals")]
-        self.row = {
-            "arm": self.arm,
-            "seed": self.seed,
-            "step": step,
-            "final": final,
+        found = {
             "accuracy": free["accuracy"],
             "updates": self.steps,
             "route_b": sum("b" in text for text in texts) / len(texts),
-            **self.cost,
-            "seconds": seconds,
         }
-        if final:
-            self.row |= self.support()
-        self.run.record(self.row)
+        return found | self.support() if final else found
 
     def support(self):
         """Exact numbers, from every answer with its probability."""
@@ -329,23 +313,24 @@ class UnifiedTrial(Trial):
             out=self.place / "support.jsonl",
             overwrite=True,
         )
-        found = {
+        kinds = ("expansion", "expansion_mass", "attrition", "attrition_mass", "moved")
+        return {
             "accuracy": exact["accuracy_after"],
             "pass@256": exact["pass@256_after"],
             "right_answers": exact["right_answers_after@0.0001"],
             "missed_mass": exact["missed_mass"],
             "recovery": self.sample("corrupt", s.recovery_n)["accuracy"],
+            **{f"{kind}@{eps}": exact[f"{kind}@{eps}"] for kind in kinds for eps in EPS},
         }
-        for kind in ("expansion", "expansion_mass", "attrition", "attrition_mass", "moved"):
-            found |= {f"{kind}@{eps}": exact[f"{kind}@{eps}"] for eps in EPS}
-        return found
 
-    def round(self, index):
-        s = self.settings
-        turn = self.turns[index]
-        options = {"batch_size": s.prompts // s.updates, "steps": s.updates}
+    def round(self):
+        s, turn = self.settings, self.turns[self.number]
+        self.number = turn.number
+        self.done = turn.number + turn.rounds
+        options = dict(batch_size=s.prompts // s.updates, steps=s.updates)
         if turn.source == "own":
-            rollouts, given = self.own(turn)
+            rollouts = self.rollout(slice=part(turn.at, s.prompts))
+            given = self.beside_own(turn, rollouts)
         elif turn.source == "teacher":
             rollouts = self.given(turn, "answers")
             given = dict(teacher=self.teacher) if turn.method == "fkl" else {}
@@ -354,45 +339,33 @@ class UnifiedTrial(Trial):
             given = dict(batch_size=s.prompts * s.n // s.updates, steps=s.updates * turn.rounds)
         self.skipped = given is None
         if not self.skipped:
-            self.train(
-                turn.method,
-                rollouts,
-                self.at(turn.number) / "model",
-                s.learning_rate,
-                seed=self.seed * 1000 + turn.number,
-                fresh_optimizer=turn.at == 0,
-                **(options | given),
-            )
-        self.number = turn.number + turn.rounds
+            options |= dict(seed=self.seed * 1000 + turn.number, fresh_optimizer=turn.at == 0)
+            self.train(turn.method, rollouts, **(options | given))
 
     def given(self, turn, name):
         """The teacher's answers."""
         problems = part(turn.at, self.settings.prompts)
         seed = 10**6 + self.seed * 1000 + turn.number
-        return self.answer(turn.number, self.teacher, name, slice=problems, seed=seed)
+        return self.answer(name, slice=problems, seed=seed)
 
-    def own(self, turn):
-        """The student's answers, and what train.py reads beside them: None where there is
-        nothing to imitate or to compare."""
-        problems = part(turn.at, self.settings.prompts)
-        rollouts = self.rollout(turn.number, slice=problems)
+    def beside_own(self, turn, rollouts):
+        """What train.py reads beside the student's answers; None where there is nothing to
+        imitate or to compare."""
         if turn.method in ("opd-full", "dagger"):
-            of_itself = self.arm == "opd-self"
-            return rollouts, dict(teacher=self.model if of_itself else self.teacher)
+            return dict(teacher=self.model if self.arm == "opd-self" else self.teacher)
         if turn.method == "gkd":
             data = self.given(turn, "given")
-            return rollouts, dict(data=data, teacher=self.teacher, teacher_top_k=1000)
+            return dict(data=data, teacher=self.teacher, teacher_top_k=1000)
         rewards, graded = self.grade_answers(rollouts, self.arm == "grpo-shuffled")
-        if turn.method == "rft" and graded["reward_mean"] == 0:
-            return rollouts, None
-        if turn.method == "dpo" and graded["zero_variance_groups"] == 1:
-            return rollouts, None
-        beside = {"rewards": rewards}
-        if turn.method != "grpo":
-            beside["set"] = {"prefix": "self"}
-        if turn.method == "dpo":
-            beside["reference"], _ = self.score(self.start, rollouts, "reference")
-        return rollouts, beside
+        if turn.method == "grpo":
+            return dict(rewards=rewards)
+        given = dict(rewards=rewards, set={"prefix": "self"})
+        if turn.method == "rft":
+            return given if graded["reward_mean"] else None
+        if graded["zero_variance_groups"] == 1:
+            return None
+        reference, _ = self.score(self.start, rollouts, "reference")
+        return given | dict(reference=reference)
 
 
 STUDY = Study(
@@ -403,8 +376,8 @@ STUDY = Study(
     CLAIMS,
     COLUMNS,
     build,
-    prepare,
     UnifiedTrial,
+    prepare,
 )
 
 

@@ -22,9 +22,10 @@ shuffled, suffix and fixed are rescaled and capped as the method is.
 
 import numpy as np
 
+from experiments import controls
 from experiments.series import kept_shares
 from methods.prefix import summarise, tell, token_weights, weights_record
-from opd import files
+from opd import files, records
 from opd.records import BadInput
 
 OF_WEIGHTS = ("shuffled", "suffix", "boost")
@@ -52,17 +53,18 @@ def deal_shares(rollouts, weights, seed):
     return {key: shares[i] for key, i in zip(rollouts.keys(), order)}
 
 
-def shuffled(mask, record, share):
-    """The fields that another rollout's share changes in a record of `weigh`."""
-    sizes = [sum(mask[start:end]) for start, end in record["blocks"]]
-    cut = nearest_cut(share, sizes)
+def shuffled(rollout, record, share):
+    """The record of `weigh` with another rollout's share in place of its own cut."""
+    mask = rollout["loss_mask"]
+    cut = nearest_cut(share, [sum(mask[start:end]) for start, end in record["blocks"]])
     end = len(mask) if cut is None else record["blocks"][cut - 1][1]
-    return token_weights(mask, np.arange(len(mask)) < end), cut
+    found = token_weights(mask, np.arange(len(mask)) < end)
+    return record | weights_record(rollout, "shuffled", *found) | {"cut": cut}
 
 
-def suffix(mask, record):
+def suffix(rollout, record):
     kept = np.array(record["weights"]) == 0
-    return token_weights(mask, kept if kept.any() else ~kept)
+    return token_weights(rollout["loss_mask"], kept if kept.any() else ~kept)
 
 
 def boost(record):
@@ -70,7 +72,8 @@ def boost(record):
     return np.where(weights > 0, weights, 1.0), record["kept"], record["scale"]
 
 
-def fixed(mask, tokens):
+def fixed(rollout, tokens):
+    mask = rollout["loss_mask"]
     before = np.cumsum(mask) - mask  # loss tokens before each one
     return token_weights(mask, before < tokens)
 
@@ -88,57 +91,45 @@ def no_end(rollout):
 def control(rule, rollout, record, share, tokens):
     """The weights record of a rollout; record: that of methods.prefix, which the rules
     OF_WEIGHTS change; share: what `shuffled` deals to it; tokens: of `fixed`."""
-    mask = rollout["loss_mask"]
     if rule == "shuffled":
-        found, cut = shuffled(mask, record, share)
-        return record | weights_record(rollout, rule, *found) | {"cut": cut}
+        return shuffled(rollout, record, share)
     if rule == "suffix":
-        return record | weights_record(rollout, rule, *suffix(mask, record))
+        return record | weights_record(rollout, rule, *suffix(rollout, record))
     if rule == "boost":
         return record | weights_record(rollout, rule, *boost(record))
-    if rule == "fixed":
-        return weights_record(rollout, rule, *fixed(mask, tokens))
-    return weights_record(rollout, rule, *no_end(rollout))
-
-
-def add_flags(p):
-    p.add_argument("--rule", required=True, choices=RULES, help="see above")
-    p.add_argument("--rollouts", required=True, help="JSONL of rollouts")
-    p.add_argument("--weights", help="shuffled, suffix, boost: those of methods.prefix weigh")
-    p.add_argument("--tokens", type=int, default=0, help="fixed: loss tokens to keep")
-    p.add_argument("--seed", type=int, default=0, help="shuffled: of the order")
-    p.add_argument("--out", required=True, help="JSONL of weights to write")
-    p.add_argument("--overwrite", action="store_true", help="begin the output anew")
+    found = fixed(rollout, tokens) if rule == "fixed" else no_end(rollout)
+    return weights_record(rollout, rule, *found)
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
-    add_flags(p)
+    p = controls.parser(__doc__, "rollouts")
+    p.add_argument("--rule", required=True, choices=RULES, help="see above")
+    p.add_argument("--weights", help="shuffled, suffix, boost: those of methods.prefix weigh")
+    p.add_argument("--tokens", type=int, default=0, help="fixed: loss tokens to keep")
     args = p.parse_args(argv)
-    if args.rule == "fixed" and args.tokens < 1:
-        raise BadInput(f"--tokens: expected at least 1, got {args.tokens}")
+    rule, tokens = args.rule, args.tokens
+    if rule == "fixed" and tokens < 1:
+        raise BadInput(f"--tokens: expected at least 1, got {tokens}")
     rollouts = files.Table(args.rollouts, "rollouts")
-    settings = {"rule": args.rule, "tokens": args.tokens}
+    settings = {"rule": rule, "tokens": tokens}
     inputs = [args.rollouts]
     weights = None
     shares = {}
-    if args.rule in OF_WEIGHTS:
+    if rule in OF_WEIGHTS:
         if not args.weights:
-            raise BadInput(f"--weights: --rule {args.rule} needs it, but it is missing")
+            raise BadInput(f"--weights: --rule {rule} needs it, but it is missing")
         weights = files.Table(args.weights, "weights")
         inputs.append(args.weights)
-    if args.rule == "shuffled":
+    if rule == "shuffled":
         # with more rollouts the order would be another one
         settings |= {"seed": args.seed, "of_rollouts": len(rollouts)}
         shares = deal_shares(rollouts, weights, args.seed)
-
-    def work(missing):
-        for key in missing:
-            rollout = rollouts[key]
-            record = weights and files.record_for(weights, rollout, rollouts)
-            yield control(args.rule, rollout, record, shares.get(key), args.tokens)
-
-    files.fill(args.out, "weights", rollouts.keys(), work, settings, inputs, args.overwrite)
+    rows = []
+    for rollout in rollouts:
+        record = weights and files.record_for(weights, rollout, rollouts)
+        share = shares.get(records.key_of(rollout, "rollouts"))
+        rows.append(control(rule, rollout, record, share, tokens))
+    controls.write(args.out, "weights", rows, settings, inputs, args.overwrite)
     summary = summarise(files.read(args.out, "weights"))
     tell("experiments.weight_controls", args.out, summary)
     return {"out": args.out} | summary

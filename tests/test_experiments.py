@@ -93,7 +93,7 @@ def test_claims_are_paired_by_seed_and_take_the_last_line(tmp_path):
 
     claims = [
         more("a beats b", "a", "b"),
-        more("by two tenths", "a", "b", "above", 0.2),
+        more("by two tenths", "a", "b", 0.2),
         Claim("a grew", "growth", growth, "above", 0.9),
         Claim("no such arm", "c", last("accuracy", "c")),
     ]

@@ -399,7 +399,7 @@ def test_scores_of_something_else_are_no_units(world, foreign, tmp_path, capsys)
         (
             base,
             dict(scores=dump(tmp_path / "s.jsonl", [strange])),
-            "expected those of a rollout",
+            "expected the scores of a rollout",
         ),
         (training, dict(scores=world.scores), "run methods.simct score"),
         (training, dict(scores=gap), ":4: units: expected one after another"),
