@@ -219,7 +219,7 @@ class Judge:
         return settings
 
     def ask(self, messages, form, **repeat):
-        """The value of the first reply that `form` can read (judge_replies.Form).
+        """The value of the first reply that has this form, a model of judge_replies.py.
 
         A bad reply is asked for again, at most `re_asks` times; then ServedFailure: the reward
         is null, not zero.  repeat: what tells the key of this question from that of the same
@@ -229,13 +229,13 @@ class Judge:
         key = cache_key(self.server, messages, **sampling, **more, **repeat)
         if key in self.cache.replies:
             with contextlib.suppress(ValueError):  # of an entry that somebody edited
-                return form.parse(self.cache.replies[key])
+                return replies.read(self.cache.replies[key], form)
         asked = messages
         for left in reversed(range(self.re_asks + 1)):
             reply, wrong = self.reply(asked, form, sampling)
             if wrong is None:
                 self.cache.put(key, reply)
-                return form.parse(reply)
+                return replies.read(reply, form)
             if left:
                 self.complaints.append(str(wrong))
                 asked = messages + re_ask(reply, str(wrong))
@@ -250,11 +250,11 @@ class Judge:
     def reply(self, messages, form, sampling):
         """(a reply, what is wrong with it: a Cut, a ValueError or None)."""
         try:
-            reply = self.server.chat_text(messages, **sampling, schema=form.schema())
+            reply = self.server.chat_text(messages, **sampling, schema=form.model_json_schema())
         except Cut as cut:
             return "", cut
         try:
-            form.parse(reply)
+            replies.read(reply, form)
         except ValueError as error:
             return reply, error
         return reply, None
@@ -316,7 +316,7 @@ class Judge:
             reference_answers=labelled("Reference", references),
             attempts=labelled("Attempt", map(visible, attempts)),
         )
-        return self.ask(messages, replies.rubric_form())
+        return self.ask(messages, replies.Rubric)
 
     def verify(self, question, criteria, answers, mode="batch", seed=0, repeat=0):
         """One list of booleans per answer, in the order of `answers`, each in the order of
@@ -332,7 +332,7 @@ class Judge:
         again = {"repeat": repeat} if repeat else {}
         why = WITH_REASONS if self.reasons else ""
         if mode == "single":
-            form = replies.judgement_form(len(criteria), self.reasons)
+            form = replies.judgement_model(len(criteria), self.reasons)
             return each(
                 lambda text: self.ask(
                     messages_of(SINGLE_VERIFIER + why, **about, answer=text), form, **again
@@ -341,7 +341,7 @@ class Judge:
             )
         order = shuffled(texts, [seed, repeat] if repeat else seed, question)
         pool = labelled("Answer", [texts[i] for i in order])
-        form = replies.batch_form(len(answers), len(criteria), self.reasons)
+        form = replies.batch_model(len(answers), len(criteria), self.reasons)
         judged = self.ask(
             messages_of(BATCH_VERIFIER + why, **about, answers=pool), form, **again
         )
@@ -362,7 +362,7 @@ class Judge:
         """One grade in [0, 1] for the whole answer: the scalar-judge baseline (T-Judge of
         section 3.1)."""
         messages = messages_of(HOLISTIC, task=question, answer=visible(answer))
-        return self.ask(messages, replies.score_form())
+        return self.ask(messages, replies.Score)
 
 
 def describe_spent(summary):
@@ -415,6 +415,7 @@ def from_flags(args, reasons=False):
     """The Judge that the flags of `add_flags` name."""
     if not args.base_url or not args.model:
         raise BadInput("a served judge needs --base-url and --model")
+    files.check_at_least_1(budget_tokens=args.budget_tokens)
     server = served.Server.from_flags(args)
     return Judge(
         server,
