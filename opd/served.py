@@ -458,7 +458,8 @@ class Server:
         # a gateway without a code passes on its provider's trouble
         if passes(int(code) if code.isdecimal() else 503):
             raise _Passing(said, "a lower --concurrency may help")
-        raise ServedFailure(said + cure(words))
+        advice = cure(words) or "look at the server's log"
+        raise ServedFailure(f"{said}: {advice}")
 
     def _lost(self, error):
         """What to make of a connection that failed or fell silent."""
@@ -499,11 +500,14 @@ class Server:
             )
         if status == 429 and "insufficient_quota" in words:
             return BadInput(f"{self.base_url}: the account has no credit left: {said}")
+        advice = cure(words)
         if passes(status):
-            busy = "a lower --concurrency may help" if status == 429 else "see the server's log"
-            return _Passing(said, busy, error.response.headers.get("retry-after"))
-        if status == 413 or cure(words):
-            return ServedFailure(said + cure(words))
+            if status == 429:
+                advice = "a lower --concurrency may help"
+            after = error.response.headers.get("retry-after")
+            return _Passing(said, advice or "look at the server's log", after)
+        if status == 413 or advice:
+            return ServedFailure(f"{said}: {advice or 'shorten the prompt'}")
         if status not in (400, 422):
             return BadInput(f"{self.base_url}: the server refuses the request: {said}")
         refused = _Refused(

@@ -40,10 +40,10 @@ def cure(words):
     """What may help a request that is refused for its own sake; empty for any other."""
     words = words.lower()
     if any(sign in words for sign in FILTERED):
-        return ": the provider's filter refuses this text: leave it out, or ask another server"
+        return "the provider's filter refuses this text: leave it out, or ask another server"
     if any(sign in words for sign in TOO_LONG):
         return (
-            ": shorten the prompt (a judge's: fewer answers, or --mode single), lower "
+            "shorten the prompt (a judge's: fewer answers, or --mode single), lower "
             "--max-tokens, or serve with a larger --max-model-len"
         )
     return ""
@@ -161,8 +161,8 @@ class Reply:
         self.finish = FINISH.get(str(finish).lower())
         if self.finish is None:
             raise ServedFailure(
-                f"finish_reason: expected stop, length or a synonym, got {str(finish)[:40]}"
-                + cure(str(finish))
+                f"finish_reason: expected stop, length or a synonym, got {str(finish)[:40]}: "
+                f"{cure(str(finish)) or 'ask another server'}"
             )
 
     def check(self):

@@ -351,7 +351,8 @@ def test_advice_fits_the_failure():
         (400, filtered, "filter"),
         (413, long, "shorten the prompt"),
         (429, long, "3 times: a lower --concurrency"),
-        (503, long, "3 times: see the server's log"),
+        (500, long, "3 times: shorten the prompt"),
+        (503, {"error": {"message": "died"}}, "3 times: look at the server's log"),
     ):
         with FakeServer(raw=lambda body: (status, said)) as fake:  # noqa: B023
             with pytest.raises(ServedFailure, match=words):
