@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from conftest import argv, dump, load, make_rewards, refusal
+from conftest import argv, dump, load, make_rewards
 
 import eval as evaluation
 import experiments.report as report
