@@ -17,7 +17,7 @@ Simplifications against the paper and its code:
 2. A malformed reply is asked for again with its beginning and a sentence on what was wrong (the
    released code sends the same request again).  Earlier tries are left out, or they would fill
    the context.  After `re_asks` of them it is a ServedFailure.
-3. A batch is one call whatever its length: no chunks, no token budget.
+3. A batch is one call whatever its length: no chunks.
 4. In everything shown to a judge < > [ ] { } | and unprintable characters are written \\uXXXX:
    an answer cannot end its own quotation or form a token of a chat template.  It can still
    plead in plain words: the prompts ask the judge to ignore that, nothing enforces it.
@@ -209,8 +209,8 @@ class Judge:
         settings = {
             "model": self.server.model,
             "base_url": self.server.base_url,
-            "temperature": self.temperature,
             "prompts": PROMPT_VERSION,
+            **self.server.sent(temperature=self.temperature),
         }
         if self.reasons:
             settings["reasons"] = True
