@@ -353,7 +353,7 @@ def grade_missing(missing, groups, table, grade_group, llm, name):
         ]
 
 
-def grade_settings(args, llm):
+def settings_from_flags(args, llm):
     """What the rewards of a file depend on."""
     settings = {"grader": args.grader, "mode": args.mode, "seed": args.seed}
     if args.repeats > 1:
@@ -401,7 +401,7 @@ def grade(argv):
         "rewards",
         [key for keys in groups.values() for key in keys],
         lambda missing: grade_missing(missing, groups, table, grade_group, llm, name),
-        grade_settings(args, llm),
+        settings_from_flags(args, llm),
         [f for f in (args.prompts, args.rubrics, args.rollouts, args.answers) if f],
         args.overwrite,
         rewards.failure_of,

@@ -17,7 +17,7 @@ Simplifications against the paper and its code:
 2. A malformed reply is asked for again with its beginning and a sentence on what was wrong (the
    released code sends the same request again).  Earlier tries are left out, or they would fill
    the context.  After `re_asks` of them it is a ServedFailure.
-3. A batch is one call whatever its length: no chunks, no token budget.
+3. A batch is one call whatever its length: no chunks.
 4. In everything shown to a judge < > [ ] { } | and unprintable characters are written \\uXXXX:
    an answer cannot end its own quotation or form a token of a chat template.  It can still
    plead in plain words: the prompts ask the judge to ignore that, nothing enforces it.
@@ -208,8 +208,8 @@ class Judge:
         settings = {
             "model": self.server.model,
             "base_url": self.server.base_url,
-            "temperature": self.temperature,
             "prompts": PROMPT_VERSION,
+            **self.server.sent(temperature=self.temperature),
         }
         if self.reasons:
             settings["reasons"] = True
@@ -218,7 +218,7 @@ class Judge:
         return settings
 
     def ask(self, messages, form, **repeat):
-        """The value of the first reply that `form` can read (judge_replies.Form).
+        """The value of the first reply that has this form, a model of judge_replies.py.
 
         A bad reply is asked for again, at most `re_asks` times; then ServedFailure: the reward
         is null, not zero.  repeat: what tells the key of this question from that of the same
@@ -228,13 +228,13 @@ class Judge:
         key = cache_key(self.server, messages, **sampling, **more, **repeat)
         if key in self.cache.replies:
             with contextlib.suppress(ValueError):  # of an entry that somebody edited
-                return form.parse(self.cache.replies[key])
+                return replies.read(self.cache.replies[key], form)
         asked = messages
         for left in reversed(range(self.re_asks + 1)):
             reply, wrong = self.reply(asked, form, sampling)
             if wrong is None:
                 self.cache.put(key, reply)
-                return form.parse(reply)
+                return replies.read(reply, form)
             if left:
                 self.complaints.append(str(wrong))
                 asked = messages + re_ask(reply, str(wrong))
@@ -249,11 +249,11 @@ class Judge:
     def reply(self, messages, form, sampling):
         """(a reply, what is wrong with it: a Cut, a ValueError or None)."""
         try:
-            reply = self.server.chat_text(messages, **sampling, schema=form.schema())
+            reply = self.server.chat_text(messages, **sampling, schema=form.model_json_schema())
         except Cut as cut:
             return "", cut
         try:
-            form.parse(reply)
+            replies.read(reply, form)
         except ValueError as error:
             return reply, error
         return reply, None
@@ -315,7 +315,7 @@ class Judge:
             reference_answers=labelled("Reference", references),
             attempts=labelled("Attempt", attempts),
         )
-        return self.ask(messages, replies.rubric_form())
+        return self.ask(messages, replies.Rubric)
 
     def verify(self, question, criteria, answers, mode="batch", seed=0, repeat=0):
         """One list of booleans per answer, in the order of `answers`, each in the order of
@@ -330,7 +330,7 @@ class Judge:
         again = {"repeat": repeat} if repeat else {}
         why = WITH_REASONS if self.reasons else ""
         if mode == "single":
-            form = replies.judgement_form(len(criteria), self.reasons)
+            form = replies.judgement_model(len(criteria), self.reasons)
             return each(
                 lambda text: self.ask(
                     messages_of(SINGLE_VERIFIER + why, **about, answer=text), form, **again
@@ -339,7 +339,7 @@ class Judge:
             )
         order = shuffled(answers, [seed, repeat] if repeat else seed, question)
         pool = labelled("Answer", [answers[i] for i in order])
-        form = replies.batch_form(len(answers), len(criteria), self.reasons)
+        form = replies.batch_model(len(answers), len(criteria), self.reasons)
         judged = self.ask(
             messages_of(BATCH_VERIFIER + why, **about, answers=pool), form, **again
         )
@@ -360,7 +360,7 @@ class Judge:
         """One grade in [0, 1] for the whole answer: the scalar-judge baseline (T-Judge of
         section 3.1)."""
         messages = messages_of(HOLISTIC, task=question, answer=answer)
-        return self.ask(messages, replies.score_form())
+        return self.ask(messages, replies.Score)
 
 
 def describe_spent(summary):
@@ -413,6 +413,7 @@ def from_flags(args, reasons=False):
     """The Judge that the flags of `add_flags` name."""
     if not args.base_url or not args.model:
         raise BadInput("a served judge needs --base-url and --model")
+    files.check_at_least_1(budget_tokens=args.budget_tokens)
     server = served.Server.from_flags(args)
     return Judge(
         server,

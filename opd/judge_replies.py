@@ -1,17 +1,14 @@
-"""The forms of a judge's reply.  A form is one pydantic model: its JSON schema is sent with the
-request, and the reply is read by it, whether or not the server kept to the schema.
+"""The forms of a judge's reply.  Each is one pydantic model: its JSON schema is sent with the
+request, and `read` reads the reply by it, whether or not the server kept to the schema.
 
 One JSON object with exactly the keys that were asked for, no coercion ("3" and "true" are no
-integer and no verdict), no key twice.  `parse` returns the value or raises ValueError with a
-sentence on what is wrong, which the judge is shown (judge.py).  Needs pydantic, which comes
-with openai.
+integer and no verdict), no key twice.  Needs pydantic, which comes with openai.
 """
 
 import json
 import re
 import unicodedata
-from dataclasses import dataclass
-from typing import Any, Callable, Literal
+from typing import Any, Literal
 
 import pydantic
 from pydantic import Field, field_validator
@@ -64,6 +61,16 @@ class Rubric(Strict):
         min_length=4, max_length=12, json_schema_extra={"maxItems": 8}
     )
 
+    def value(self):
+        """The criteria as dicts."""
+        criteria = [criterion.model_dump() for criterion in self.criteria]
+        if len({c["id"] for c in criteria}) < len(criteria):
+            raise ValueError("two criteria have the same id")
+        said = {" ".join(c["criterion"].casefold().split()).rstrip(".") for c in criteria}
+        if len(said) < len(criteria):
+            raise ValueError("two criteria say the same, which would count it twice")
+        return criteria
+
 
 class Reasoned(Strict):
     reason: str
@@ -73,10 +80,14 @@ class Reasoned(Strict):
 class Score(Strict):
     score: int = Field(ge=0, le=10)
 
+    def value(self):
+        """{"score": 7} -> 0.7"""
+        return self.score / 10
 
-def judgement_model(criteria, reasons, base=Strict):
+
+def judgement_model(criteria, reasons=False, base=Strict):
     """The model of one answer's verdicts, as many as there are criteria, after what `base`
-    holds."""
+    holds.  Its value is a list of booleans."""
 
     class Judgement(base):
         judgement: list[Reasoned if reasons else bool] = Field(
@@ -85,11 +96,17 @@ def judgement_model(criteria, reasons, base=Strict):
         # ignored: rubric.py adds the points up itself
         final_score: SkipJsonSchema[Any] = None
 
+        def value(self):
+            return [v.met if reasons else v for v in self.judgement]
+
     return Judgement
 
 
-def batch_model(answers, criteria, reasons):
-    """The model of the verdicts on Answer 1..N."""
+def batch_model(answers, criteria, reasons=False):
+    """The model of the verdicts on Answer 1..N.  Its value has them by label:
+
+    {"verdicts": [{"answer_index": 2, "judgement": [true]}, {"answer_index": 1, "judgement":
+    [false]}]} -> [[False], [True]]"""
 
     class Indexed(Strict):
         answer_index: int = Field(ge=1, le=answers)
@@ -99,66 +116,13 @@ def batch_model(answers, criteria, reasons):
     class Batch(Strict):
         verdicts: list[verdict] = Field(min_length=answers, max_length=answers)
 
+        def value(self):
+            indices = [verdict.answer_index for verdict in self.verdicts]
+            if len(set(indices)) < answers:
+                raise ValueError(f"verdicts: expected every answer_index once, got {indices}")
+            return [verdict.value() for _, verdict in sorted(zip(indices, self.verdicts))]
+
     return Batch
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a reply must be (a model), and the value that is made of it."""
-
-    model: type[pydantic.BaseModel]
-    value_of: Callable
-
-    def schema(self):
-        return self.model.model_json_schema()
-
-    def parse(self, reply):
-        return self.value_of(read(reply, self.model))
-
-
-def rubric_form():
-    """The criteria in a Rubricator's reply, as dicts."""
-    return Form(Rubric, criteria_of)
-
-
-def judgement_form(criteria, reasons=False):
-    """[bool] * criteria out of a single Verifier's reply."""
-    return Form(judgement_model(criteria, reasons), verdicts_of)
-
-
-def batch_form(answers, criteria, reasons=False):
-    """The judgements of Answer 1..N by label.
-
-    {"verdicts": [{"answer_index": 2, "judgement": [true]}, {"answer_index": 1, "judgement":
-    [false]}]} -> [[False], [True]]"""
-    return Form(batch_model(answers, criteria, reasons), in_order)
-
-
-def score_form():
-    """{"score": 7} -> 0.7"""
-    return Form(Score, lambda reply: reply.score / 10)
-
-
-def criteria_of(rubric):
-    criteria = [criterion.model_dump() for criterion in rubric.criteria]
-    if len({c["id"] for c in criteria}) < len(criteria):
-        raise ValueError("two criteria have the same id")
-    said = {" ".join(c["criterion"].casefold().split()).rstrip(".") for c in criteria}
-    if len(said) < len(criteria):
-        raise ValueError("two criteria say the same, which would count it twice")
-    return criteria
-
-
-def verdicts_of(reply):
-    return [v.met if isinstance(v, Reasoned) else v for v in reply.judgement]
-
-
-def in_order(batch):
-    by_index = {verdict.answer_index: verdicts_of(verdict) for verdict in batch.verdicts}
-    if len(by_index) < len(batch.verdicts):
-        indices = [verdict.answer_index for verdict in batch.verdicts]
-        raise ValueError(f"verdicts: expected every answer_index once, got {indices}")
-    return [by_index[index] for index in sorted(by_index)]
 
 
 # ---- reading JSON
@@ -178,7 +142,8 @@ def unfenced(text):
 
 
 def read(reply, model):
-    """The reply as a `model`, without thoughts before it or one fence around it."""
+    """The value of a reply in the form of `model`, without thoughts before it or one fence
+    around it; raises ValueError with a sentence on what is wrong, which the judge is shown."""
     text = reply.strip()
     # a thinking judge: only then may a </think> in the reply be its own
     if not text.startswith(("{", "```")):
@@ -187,7 +152,7 @@ def read(reply, model):
         value = json.loads(unfenced(text), object_pairs_hook=without_twins)
         # half a surrogate pair is JSON, but no file could hold it
         json.dumps(value, ensure_ascii=False).encode()
-        return model.model_validate(value)
+        reply = model.model_validate(value)
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not one JSON object: {error}") from None
     except RecursionError:
@@ -196,3 +161,4 @@ def read(reply, model):
         first = error.errors()[0]
         place = ".".join(str(part)[:40] for part in first["loc"]) or "the reply"
         raise ValueError(f"{place}: {first['msg']}") from None
+    return reply.value()

@@ -437,6 +437,11 @@ def add_sampling_flags(p, n):
 
 
 def toolbox_from_flags(args):
+    """The Toolbox of --tools, or None."""
+    if not args.tools and args.tool_options:
+        raise BadInput("--tool-options: expected --tools beside it")
+    if not args.tools:
+        return None
     options = ToolOptions()
     for text in args.tool_options:
         options = files.changed_field(options, "--tool-options", text)
@@ -452,7 +457,7 @@ def sampler_from_flags(args, need_tokens):
         seed=args.seed,
         batch_tokens=args.batch_tokens,
     )
-    toolbox = toolbox_from_flags(args) if args.tools else None
+    toolbox = toolbox_from_flags(args)
     if args.base_url:
         if toolbox:
             raise BadInput(

@@ -24,7 +24,6 @@ Simplifications:
 
 import itertools
 import json
-import math
 import os
 import queue
 import random
@@ -37,11 +36,13 @@ from urllib.parse import urlsplit
 from opd import files
 from opd.records import BadInput, is_number
 from opd.served_reply import (
+    SCORE_ADVICE,
     Cut,
     Reply,
     ServedFailure,
     Usage,
     cure,
+    entry_of,
     error_of,
     events_of,
     is_stream,
@@ -144,9 +145,6 @@ def request_fields(text):
         if value is not None and not is_number(value):
             raise BadInput(f"--request-json: {name}: expected a number or null, got {value!r}")
     return fields
-
-
-SCORE_ADVICE = "score with a recent vllm serve MODEL, or locally without --base-url"
 
 
 def failure_limit(args):
@@ -301,7 +299,7 @@ class Server:
                 request |= {"add_generation_prompt": False, "continue_final_message": True}
             reply = self._chat(request | {"messages": prompt}, max_tokens)
         answer = {"text": reply.text, "finish_reason": reply.finish}
-        return answer | self._tokens(reply) if need_tokens else answer
+        return answer | reply.tokens(self.base_url) if need_tokens else answer
 
     def _check_distribution(self):
         """Log-probs are of the distribution that a record names: nothing may change it."""
@@ -310,37 +308,6 @@ class Server:
                 f"--request-json: {min(touched)}: expected other fields, for log-probs are of "
                 f"the distribution that this one shapes: use the stage's own flags"
             )
-
-    def _tokens(self, reply):
-        """The token ids and log-probs of a sampled answer."""
-        ids = reply.token_ids
-        if ids is None or reply.prompt_ids is None:
-            raise BadInput(
-                f"{self.base_url} returns no token ids: training needs the sampled ids, not "
-                f"a re-tokenised text. Start a recent server: vllm serve MODEL "
-                f"--generation-config vllm --logprobs-mode processed_logprobs"
-            )
-        for name, given in (("token_ids", ids), ("prompt_token_ids", reply.prompt_ids)):
-            if not _are_ids(given):
-                raise ServedFailure(f"{name}: expected integers >= 0, got {str(given)[:80]}")
-        counted = reply.usage.get("completion_tokens") if type(reply.usage) is dict else None
-        if counted not in (None, len(ids)):
-            raise ServedFailure(
-                f"token_ids: expected the {counted} that `usage` counts, got {len(ids)}: start "
-                f"the server without --reasoning-parser and --tool-call-parser"
-            )
-        got = "none" if reply.logprobs is None else len(reply.logprobs)
-        if got != len(ids):
-            raise BadInput(
-                f"{self.base_url}: expected {len(ids)} log-probs, one per response token, got "
-                f"{got}: start the server with --logprobs-mode processed_logprobs and without "
-                f"anything that strips log-probs (a proxy)"
-            )
-        if not all(map(_is_logprob, reply.logprobs)):
-            raise ServedFailure(
-                f"logprobs: expected finite numbers <= 0, got {str(reply.logprobs)[:80]}"
-            )
-        return {"prompt_ids": reply.prompt_ids, "response_ids": ids, "logprobs": reply.logprobs}
 
     def score(self, ids, prompt_length, top_k=0):
         """The model's log-probs of ids[prompt_length:], each given all ids before it, at
@@ -372,36 +339,13 @@ class Server:
             )
         logprobs, top = [], []
         for position in range(prompt_length, len(ids)):
-            here = self._entry(entries, position, ids[position], top_k)
+            here = entry_of(entries, position, ids[position], top_k, self.base_url)
             logprobs.append(here[ids[position]])
             top.append(sorted(here.items(), key=lambda pair: (-pair[1], pair[0]))[:top_k])
         if not top_k:
             return logprobs, None, None
         topk_ids = [[token for token, _ in row] for row in top]
         return logprobs, topk_ids, [[value for _, value in row] for row in top]
-
-    def _entry(self, entries, position, token, top_k):
-        """{token id: log-prob} at one position of prompt_logprobs, found by id."""
-        where = f"{self.base_url}: prompt_logprobs[{position}]"
-        try:
-            here = {int(i): value["logprob"] for i, value in entries[position].items()}
-        except (AttributeError, KeyError, TypeError, ValueError):
-            here = {}
-        if token not in here:
-            raise BadInput(
-                f"{where}: expected log-probs that include token {token}, got "
-                f"{str(entries[position])[:80]}: {SCORE_ADVICE}"
-            )
-        if not all(map(_is_logprob, here.values())):
-            raise ServedFailure(
-                f"{where}: expected finite log-probs <= 0, got {str(entries[position])[:80]}"
-            )
-        if len(here) < top_k:
-            raise BadInput(
-                f"{where}: expected --top-k {top_k} tokens, got {len(here)}: start the server "
-                f"with a larger --max-logprobs, or ask for fewer"
-            )
-        return here
 
     def chat_text(self, messages, *, temperature, max_tokens, schema=None):
         """A judge's reply as a string; raises Cut if it ended at max_tokens.
@@ -514,7 +458,8 @@ class Server:
         # a gateway without a code passes on its provider's trouble
         if passes(int(code) if code.isdecimal() else 503):
             raise _Passing(said, "a lower --concurrency may help")
-        raise ServedFailure(said + cure(words))
+        advice = cure(words) or "look at the server's log"
+        raise ServedFailure(f"{said}: {advice}")
 
     def _lost(self, error):
         """What to make of a connection that failed or fell silent."""
@@ -555,11 +500,14 @@ class Server:
             )
         if status == 429 and "insufficient_quota" in words:
             return BadInput(f"{self.base_url}: the account has no credit left: {said}")
+        advice = cure(words)
         if passes(status):
-            busy = "a lower --concurrency may help" if status == 429 else "see the server's log"
-            return _Passing(said, busy, error.response.headers.get("retry-after"))
-        if status == 413 or cure(words):
-            return ServedFailure(said + cure(words))
+            if status == 429:
+                advice = "a lower --concurrency may help"
+            after = error.response.headers.get("retry-after")
+            return _Passing(said, advice or "look at the server's log", after)
+        if status == 413 or advice:
+            return ServedFailure(f"{said}: {advice or 'shorten the prompt'}")
         if status not in (400, 422):
             return BadInput(f"{self.base_url}: the server refuses the request: {said}")
         refused = _Refused(
@@ -603,12 +551,3 @@ def left_out(body, words):
     example = json.dumps({(named or ["FIELD"])[-1]: None})
     about = f"it names {', '.join(named)}; " if named else ""
     return f"{about}--request-json '{example}' leaves a field out"
-
-
-def _are_ids(ids):
-    return bool(ids) and all(type(i) is int and i >= 0 for i in ids)
-
-
-def _is_logprob(value):
-    # a rounding above 0 is a certain token
-    return type(value) in (int, float) and math.isfinite(value) and value <= 1e-4

@@ -5,7 +5,10 @@ requests.
 """
 
 import json
+import math
 from dataclasses import dataclass
+
+from opd.records import BadInput
 
 # of a refusal that is not everybody's
 TOO_LONG = (
@@ -22,6 +25,9 @@ FINISH = {
 }
 
 
+SCORE_ADVICE = "score with a recent vllm serve MODEL, or locally without --base-url"
+
+
 class ServedFailure(Exception):
     """This one request has no usable answer.  Other requests may succeed."""
 
@@ -34,10 +40,10 @@ def cure(words):
     """What may help a request that is refused for its own sake; empty for any other."""
     words = words.lower()
     if any(sign in words for sign in FILTERED):
-        return ": the provider's filter refuses this text: leave it out, or ask another server"
+        return "the provider's filter refuses this text: leave it out, or ask another server"
     if any(sign in words for sign in TOO_LONG):
         return (
-            ": shorten the prompt (a judge's: fewer answers, or --mode single), lower "
+            "shorten the prompt (a judge's: fewer answers, or --mode single), lower "
             "--max-tokens, or serve with a larger --max-model-len"
         )
     return ""
@@ -132,7 +138,8 @@ class Reply:
                 self.add_choice(choice)
         except (AttributeError, KeyError, TypeError):
             raise ServedFailure(
-                f"expected choices with text and finish_reason, got {str(event)[:80]}"
+                f"expected choices with text and finish_reason, got other fields or types "
+                f"({', '.join(map(str, event))})"
             ) from None
 
     def add_choice(self, choice):
@@ -154,8 +161,8 @@ class Reply:
         self.finish = FINISH.get(str(finish).lower())
         if self.finish is None:
             raise ServedFailure(
-                f"finish_reason: expected stop, length or a synonym, got {str(finish)[:40]}"
-                + cure(str(finish))
+                f"finish_reason: expected stop, length or a synonym, got {str(finish)[:40]}: "
+                f"{cure(str(finish)) or 'ask another server'}"
             )
 
     def check(self):
@@ -172,6 +179,70 @@ class Reply:
             raise ServedFailure(
                 "the text holds half of a surrogate pair, which no file can carry"
             )
+
+    def tokens(self, where):
+        """The token ids and log-probs of a sampled answer.  where: the server, for errors."""
+        ids = self.token_ids
+        if ids is None or self.prompt_ids is None:
+            raise BadInput(
+                f"{where} returns no token ids: training needs the sampled ids, not "
+                f"a re-tokenised text. Start a recent server: vllm serve MODEL "
+                f"--generation-config vllm --logprobs-mode processed_logprobs"
+            )
+        for name, given in (("token_ids", ids), ("prompt_token_ids", self.prompt_ids)):
+            if not _are_ids(given):
+                raise ServedFailure(f"{name}: expected integers >= 0, got {str(given)[:80]}")
+        counted = self.usage.get("completion_tokens") if type(self.usage) is dict else None
+        if counted not in (None, len(ids)):
+            raise ServedFailure(
+                f"token_ids: expected the {counted} that `usage` counts, got {len(ids)}: start "
+                f"the server without --reasoning-parser and --tool-call-parser"
+            )
+        got = "none" if self.logprobs is None else len(self.logprobs)
+        if got != len(ids):
+            raise BadInput(
+                f"{where}: expected {len(ids)} log-probs, one per response token, got "
+                f"{got}: start the server with --logprobs-mode processed_logprobs and without "
+                f"anything that strips log-probs (a proxy)"
+            )
+        if not all(map(_is_logprob, self.logprobs)):
+            raise ServedFailure(
+                f"logprobs: expected finite numbers <= 0, got {str(self.logprobs)[:80]}"
+            )
+        return {"prompt_ids": self.prompt_ids, "response_ids": ids, "logprobs": self.logprobs}
+
+
+def entry_of(entries, position, token, top_k, server):
+    """{token id: log-prob} at one position of prompt_logprobs, found by id."""
+    where = f"{server}: prompt_logprobs[{position}]"
+    try:
+        here = {int(i): value["logprob"] for i, value in entries[position].items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        here = {}
+    if token not in here:
+        raise BadInput(
+            f"{where}: expected log-probs that include token {token}, got "
+            f"{str(entries[position])[:80]}: {SCORE_ADVICE}"
+        )
+    if not all(map(_is_logprob, here.values())):
+        raise ServedFailure(
+            f"{where}: expected finite log-probs <= 0, got {str(entries[position])[:80]}"
+        )
+    if len(here) < top_k:
+        raise BadInput(
+            f"{where}: expected --top-k {top_k} tokens, got {len(here)}: start the server "
+            f"with a larger --max-logprobs, or ask for fewer"
+        )
+    return here
+
+
+def _are_ids(ids):
+    return bool(ids) and all(type(i) is int and i >= 0 for i in ids)
+
+
+def _is_logprob(value):
+    # a rounding above 0 is a certain token
+    return type(value) in (int, float) and math.isfinite(value) and value <= 1e-4
 
 
 @dataclass

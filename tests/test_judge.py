@@ -148,7 +148,7 @@ def changed(i=0, **fields):
 )
 def test_a_bad_rubric_is_refused_with_a_reason(reply, complaint):
     with pytest.raises(ValueError, match=complaint):
-        judge_replies.rubric_form().parse(reply)
+        judge_replies.read(reply, judge_replies.Rubric)
 
 
 # ---- Verifier
@@ -232,7 +232,7 @@ YES, NO = (1, [True, False]), (2, [True, False])
 )
 def test_a_bad_verdict_is_refused_with_a_reason(reply, complaint):
     with pytest.raises(ValueError, match=complaint):
-        judge_replies.batch_form(2, 2).parse(reply)
+        judge_replies.read(reply, judge_replies.batch_model(2, 2))
 
 
 GOOD = batch([(1, [True, False]), (2, [False, False])])
@@ -248,7 +248,10 @@ GOOD = batch([(1, [True, False]), (2, [False, False])])
     ],
 )
 def test_one_fence_a_thought_and_a_final_score_are_tolerated(reply):
-    assert judge_replies.batch_form(2, 2).parse(reply) == [[True, False], [False, False]]
+    assert judge_replies.read(reply, judge_replies.batch_model(2, 2)) == [
+        [True, False],
+        [False, False],
+    ]
 
 
 def test_holistic_scores_are_tenths():
@@ -281,8 +284,14 @@ def test_an_answer_cannot_speak_as_the_judge_or_the_template(attack):
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_bad_reply_that_copies_an_attack_is_defused_before_it_is_shown_again(attack):
     llm = scripted(attack, '{"x": 1}')
-    form = SimpleNamespace(parse=lambda reply: dict(json.loads(reply)), schema=dict)
-    assert llm.ask(MESSAGES, form) == {"x": 1}
+
+    class Form(judge_replies.Strict):
+        x: int
+
+        def value(self):
+            return self.x
+
+    assert llm.ask(MESSAGES, Form) == 1
     again = "".join(m["content"] for m in llm.server.asked[1][2:])
     assert not re.search(r"[<>|]|\[/?[A-Z]", again)
     again.encode()

@@ -351,7 +351,8 @@ def test_advice_fits_the_failure():
         (400, filtered, "filter"),
         (413, long, "shorten the prompt"),
         (429, long, "3 times: a lower --concurrency"),
-        (503, long, "3 times: see the server's log"),
+        (500, long, "3 times: shorten the prompt"),
+        (503, {"error": {"message": "died"}}, "3 times: look at the server's log"),
     ):
         with FakeServer(raw=lambda body: (status, said)) as fake:  # noqa: B023
             with pytest.raises(ServedFailure, match=words):
@@ -384,11 +385,11 @@ def test_a_judge_is_asked_for_a_schema_of_the_exact_form():
 
 
 FORMS = {
-    "rubric": judge_replies.rubric_form(),
-    "single": judge_replies.judgement_form(3),
-    "batch": judge_replies.batch_form(2, 3),
-    "reasons": judge_replies.batch_form(2, 3, True),
-    "score": judge_replies.score_form(),
+    "rubric": judge_replies.Rubric,
+    "single": judge_replies.judgement_model(3),
+    "batch": judge_replies.batch_model(2, 3),
+    "reasons": judge_replies.batch_model(2, 3, True),
+    "score": judge_replies.Score,
 }
 
 
@@ -401,17 +402,17 @@ def objects(schema):
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_schemas_are_such_as_a_strict_server_takes(form):
-    for part in objects(form.schema()):
+    for part in objects(form.model_json_schema()):
         assert part["additionalProperties"] is False
         assert part["required"] == list(part["properties"])
-    text = json.dumps(form.schema())
+    text = json.dumps(form.model_json_schema())
     assert not any(word in text for word in ('"default"', "minLength", "maxLength", "anyOf"))
 
 
 def test_a_rubric_of_a_schema_has_four_to_eight_criteria_and_the_index_comes_first():
-    rubric_schema = FORMS["rubric"].schema()["properties"]["criteria"]
+    rubric_schema = FORMS["rubric"].model_json_schema()["properties"]["criteria"]
     assert (rubric_schema["minItems"], rubric_schema["maxItems"]) == (4, 8)
-    verdict = list(objects(FORMS["batch"].schema()))[1]
+    verdict = list(objects(FORMS["batch"].model_json_schema()))[1]
     assert list(verdict["properties"]) == ["answer_index", "judgement"]
 
 
@@ -484,7 +485,7 @@ def test_a_million_characters_are_read_in_a_moment(unit):
     began = time.time()
     for text in (unit * (10**6 // len(unit)), "```json\n" + unit * 10**5):
         with pytest.raises(ValueError):
-            judge_replies.score_form().parse(text)
+            judge_replies.read(text, judge_replies.Score)
     assert time.time() - began < 1
 
 
