@@ -40,17 +40,14 @@ def chat_text(tokenizer, prompt, template_options=None, answer=None):
     stops (and the rollout holds what it adds)."""
     messages = prompt["messages"]
     begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
-    how = {
-        "add_generation_prompt": begun is None,
-        "continue_final_message": begun is not None,
-    }
+    how = {"tokenize": False, **(template_options or {})}
     if answer is not None:
         asked = messages if begun is None else messages[:-1]
-        messages = [*asked, {"role": "assistant", "content": (begun or "") + answer}]
-        how = {}
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, **how, **(template_options or {})
-    )
+        said = {"role": "assistant", "content": (begun or "") + answer}
+        return tokenizer.apply_chat_template([*asked, said], **how)
+    if begun is None:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **how)
+    return tokenizer.apply_chat_template(messages, continue_final_message=True, **how)
 
 
 def text_prompt_ids(tokenizer, text):

@@ -54,17 +54,15 @@ def _parse(line, place):
         return json.loads(line)
     # not JSON, not UTF-8, too deep, a number of 5000 digits
     except (ValueError, RecursionError) as error:
-        if foreign := foreign_format(line):
-            raise BadInput(f"{place}: expected JSON lines in UTF-8, got {foreign}") from None
-        if not line.endswith(b"\n"):
+        foreign = foreign_format(line)
+        if not (foreign or line.endswith(b"\n")):
             raise BadInput(
                 f"{place}: the last line is torn (a stage was stopped while writing it): run "
                 f"the stage that writes the file again, it will complete the file"
             ) from None
         text = line.decode("utf-8", "replace").rstrip()
-        raise BadInput(
-            f"{place}: expected one JSON object a line, got {show(text)} ({error})"
-        ) from None
+        got = foreign or f"{show(text)} ({error})"
+        raise BadInput(f"{place}: expected one JSON object a line, got {got}") from None
 
 
 def _problem(line, record, kind):

@@ -85,6 +85,7 @@ ANY = Type("any value", lambda x: True)
 ID = Type("a non-empty string or an integer", lambda x: is_int(x) or is_name(x))
 COUNT = Type("an integer >= 0", is_count)
 TEXT = Type("a string", is_text)
+BOOL = Type("true or false", is_bool)
 NUMBER = Type("a finite number", is_number)
 NUMBERS = Type("a list of finite numbers", list_of(is_number))
 IDS = Type("a list of integers >= 0", list_of(is_count))
@@ -149,10 +150,10 @@ LABEL = {"id": ID, "question": TEXT, "spent_on": TEXT, "again": ANY}
 RESULT = {"arm": TEXT, "seed": COUNT, "step": COUNT, "accuracy": NUMBER}
 QUESTION = {
     "messages": MESSAGES,
-    "prompt": Type("a string (a list of messages is called `messages`)", is_text),
+    "prompt": TEXT,
     "answer": ANY,
     "solution": TEXT,
-    "continue_final_message": Type("true or false", is_bool),
+    "continue_final_message": BOOL,
 }
 
 KINDS = {
@@ -187,9 +188,9 @@ OUR_FIELDS = {
 FORMATS = {
     rb"\x1f\x8b": "a gzip file: gunzip it",
     rb"PK\x03|PAR1": "a zip or parquet file: write it as JSON lines",
-    rb"\xff\xfe|\xfe\xff": "UTF-16 text: save it as UTF-8",
+    rb"\xff\xfe|\xfe\xff": "UTF-16 or UTF-32 text: save it as UTF-8",
     rb"\[": "a JSON array: write one object a line (jq -c '.[]' FILE)",
-    rb"\{\s*$": "an object over several lines: write each on one line (jq -c . FILE)",
+    rb"\{\s*\n": "an object over several lines: write each on one line (jq -c . FILE)",
     rb'[\w" ]+([,\t][\w" ]+)+\r?\n': "a table: write its rows as JSON objects, one a line",
 }
 
@@ -205,6 +206,15 @@ def renaming(record, *fields):
         for name in OUR_FIELDS.get(field, ()):
             if name in record:
                 return f": rename `{name}` to `{field}`"
+    return ""
+
+
+def advice_on(field, value):
+    """What to do with a value that other formats have in a field of ours."""
+    if value is None:
+        return ": leave the field out"
+    if field == "prompt" and type(value) is list:
+        return ": a list of messages is called `messages`"
     return ""
 
 
@@ -224,7 +234,7 @@ def validate(record, kind):
     """The first thing wrong with `record` as a sentence `field: expected ..., got ...`, or
     None."""
     if type(record) is not dict:
-        return f"expected a JSON object a line, got {show(record)}"
+        return f"expected a JSON object, got {show(record)}"
     required = KINDS[kind].required
     fields = required | KINDS[kind].optional
     if "messages" in fields and (problem := _validate_messages(record.get("messages"))):
@@ -235,8 +245,8 @@ def validate(record, kind):
                 advice = renaming(record, field)
                 return f"{field}: expected {type_.expected}, but the field is missing{advice}"
         elif not type_.test(record[field]):
-            advice = ": leave the field out" if record[field] is None else ""
-            return f"{field}: expected {type_.expected}, got {show(record[field])}{advice}"
+            got = show(record[field]) + advice_on(field, record[field])
+            return f"{field}: expected {type_.expected}, got {got}"
     if kind == "prompts" and ("messages" in record) == ("prompt" in record):
         got = "both" if "prompt" in record else "none" + renaming(record, "messages", "prompt")
         return f"messages: expected exactly one of `messages` and `prompt`, got {got}"

@@ -110,6 +110,7 @@ BAD_CRITERIA += [CRITERION | bad for bad in ({"id": 1}, {"criterion": ""}, {"cat
 BAD = {  # name of a type in records -> values that are not of it
     "ID": ["", None, 1.5, True, ["p1"]],
     "COUNT": [-1, 1.0, "1", True],
+    "BOOL": [None, 0, 1, "true"],
     "TEXT": [None, 3, ["a"]],
     "NUMBER": ["1", None, True, float("nan"), float("inf")],
     "MESSAGES": [[], "hello", [{"role": "user"}], [{"content": "x"}], ["x"], {}],

@@ -395,7 +395,10 @@ def test_a_last_message_of_the_assistants_is_continued_locally_and_by_a_server(w
     """ "1+2=?" with the beginning "1+": the model reads on after the plus, with neither an end
     token nor a new turn, and writes what is missing."""
     asked, begun = {"role": "user", "content": "1+2=?"}, {"role": "assistant", "content": "1+"}
-    prompts = dump(tmp_path / "p.jsonl", [{"id": "p", "messages": [asked, begun]}])
+    prompts = dump(
+        tmp_path / "p.jsonl",
+        [{"id": "p", "messages": [asked, begun], "continue_final_message": True}],
+    )
     flags = dict(prompts=prompts, slice=None, n=1, max_tokens=4)
     tokenizer = policies.load_tokenizer(str(world.base))
     (local,) = sample(world, tmp_path / "r.jsonl", **flags).values()

@@ -267,7 +267,7 @@ ROW = b'{"id": 1, "prompt": "2+2"}\r\n'
         (b"\xef\xbb\xbf" + ROW, None),
         (ROW.decode().encode("utf-16"), "UTF-16"),
         (gzip.compress(ROW), "gzip"),
-        (b"[" + ROW.strip() + b"]", "a JSON object a line, got \\["),
+        (b"[" + ROW.strip() + b"]", "a JSON object, got \\["),
         (b"[\n" + ROW + b"]\n", "JSON array"),
         (b'{\n "id": 1,\n "prompt": "2+2"\n}\n', "over several lines"),
         (b'id,prompt\n1,"2+2"\n', "a table"),
