@@ -518,12 +518,12 @@ def test_resume_from_other_inputs_changed_ones_or_without_the_sidecar_is_refused
     source, sidecar = begin(path), path.with_name("x.jsonl.run.json")
     other = write_lines(path.with_name("other.jsonl"), [reward(8), reward(9)])
 
-    def refused(inputs, words):
+    def refused(inputs, words=None):
         with pytest.raises(BadInput, match=words):
             write(path, settings=SETTINGS, inputs=inputs)
 
     for inputs in ([other], [source, other], []):
-        refused(inputs, "")
+        refused(inputs)
     text = source.read_text()
     for changed in (text.replace("0.5", "0.6", 1), text[:-1], ""):
         source.write_text(changed)
