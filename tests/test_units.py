@@ -19,7 +19,6 @@ from opd import policy as policies
 from opd import records
 
 
-
 def doubles(values):
     return torch.tensor(values, dtype=torch.float64)
 
