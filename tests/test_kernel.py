@@ -422,7 +422,7 @@ def test_slices_give_their_gradient_away_once_and_need_none_for_evaluation():
 
 
 @pytest.mark.parametrize("f", [recompute, slices])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, dict(temperature=0.7, vocabulary=290)])
 def test_an_equal_teacher_gives_zero_and_a_gradient_of_zero_to_the_bit(f, dtype, options):
     hidden, weight, ids = operands(20, 32, 300, dtype=dtype, scale=2.0)
@@ -625,14 +625,11 @@ def test_worked_examples():
     [
         dict(hidden=torch.zeros(3, 3)),
         dict(ids=torch.full((3, 1), 9)),
-        dict(ids=torch.full((3, 1), -1)),
         dict(ids=torch.zeros(2, 1, dtype=torch.int64)),
         dict(ids=torch.zeros(3, 1)),
         dict(temperature=0.0),
         dict(softcap=-1.0),
-        dict(scale=0.0),
-        dict(vocabulary=0),
-        dict(chunk=0),
+        *({name: 0} for name in ("scale", "vocabulary", "chunk")),
         dict(kernel="cuda"),
         dict(teacher=constant(2, 4, 9)),
         dict(teacher=(torch.zeros(3, 5), torch.zeros(9, 4), {})),
@@ -644,10 +641,3 @@ def test_what_does_not_fit_is_refused(bad):
     arguments = dict(hidden=hidden, weight=weight, ids=ids) | bad
     with pytest.raises(ValueError, match="linear_logp: expected"):
         linear_logp(**arguments)
-
-
-def test_triton_that_is_not_installed_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "opd.kernel_triton", None)
-    monkeypatch.delattr("opd.kernel_triton", raising=False)
-    with pytest.raises(ImportError, match="pip install triton"):
-        linear_logp(*operands(3, 4, 9), kernel="triton")
