@@ -51,6 +51,8 @@ END = "<|end|>"
 @pytest.mark.parametrize(
     "text, value",
     [
+        ("10-4-3", 3),
+        ("12/4/3", 1),
         ("2^3^2", 512),
         ("2**3", 8),
         ("-2^2", -4),
@@ -59,7 +61,7 @@ END = "<|end|>"
         ("2^255", 2**255),
     ],
 )
-def test_powers_by_hand(text, value):
+def test_arithmetic_by_hand(text, value):
     assert Expression(text).value() == value
 
 
