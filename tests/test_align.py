@@ -285,13 +285,6 @@ def test_the_shared_vocabulary_is_matched_on_bytes(tokenizers):
     assert a.convert_tokens_to_ids("1") not in both
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_tokenizer_shares_everything_with_itself(tokenizers, kind):
-    (tokenizer,) = some(tokenizers, kind)
-    both = align.shared_vocabulary(tokenizer, tokenizer)
-    assert both and all(i == j for i, j in both.items())
-
-
 # ---- the command
 
 

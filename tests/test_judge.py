@@ -96,11 +96,6 @@ def test_document_is_the_same_json_without_raw_brackets_or_controls(attack):
     text.encode()
 
 
-def test_document_leaves_ordinary_text_readable():
-    plain = "17 + 25 = 42, naïve, 数学 😀 (see §2)"
-    assert f'"{plain}"' in judge.document({"t": plain})
-
-
 # ---- Rubricator
 
 
@@ -128,22 +123,17 @@ def changed(i=0, **fields):
         (json.dumps({"criteria": RUBRIC * 4}), "at most 12"),
         (json.dumps({"criteria": [None] * 4}), "criteria.0"),
         (changed(points=0), "points"),
-        (changed(points=2.0), "points"),
         (changed(points=True), "points"),
-        (changed(id="1"), "id"),
         (changed(id="c1\n"), "id"),
         (changed(id="c2"), "same id"),
         (changed(category="Style"), "category"),
         (changed(criterion=" "), "criterion"),
         (changed(criterion="2 "), "say the same"),
-        (json.dumps({"criteria": [RUBRIC[0], {}, {}, {}]}), "criteria.1.id: Field required"),
         (json.dumps({"criteria": RUBRIC, "maximum_score": 10}), "maximum_score: Extra"),
-        (json.dumps(RUBRIC), "the reply: Input should be"),
         ('{"criteria": [], "criteria": []}', "same key twice"),
         (changed(criterion="half \ud83d"), "surrogate"),
         ("", "not one JSON object"),
         ("[" * 100_000, "nested|not one JSON object"),
-        ('{"criteria": ' + "9" * 5000 + "}", "."),
     ],
 )
 def test_a_bad_rubric_is_refused_with_a_reason(reply, complaint):
@@ -176,13 +166,7 @@ def test_a_batch_is_shuffled_blind_and_put_back_in_order():
     assert equal == [TRUTH[0], TRUTH[1], TRUTH[0]]
 
 
-def test_the_shuffle_is_deterministic_and_blind_to_who_comes_first():
-    asked = []
-    for answers, truth in ((ANSWERS, TRUTH), (ANSWERS, TRUTH), (ANSWERS[::-1], TRUTH[::-1])):
-        llm = scripted(by_text)
-        assert llm.verify("q", CRITERIA, answers, seed=3) == truth
-        asked += llm.server.asked
-    assert asked[0] == asked[1] == asked[2]
+def test_the_shuffle_is_blind_to_who_comes_first():
     texts = [f"text {i}" for i in range(8)]
     places = [judge.shuffled(texts, seed, "q").index(0) for seed in range(400)]
     assert all(20 < places.count(place) < 90 for place in range(8))  # 50 expected
@@ -219,14 +203,11 @@ YES, NO = (1, [True, False]), (2, [True, False])
         # a criterion is missing
         (batch([(1, [True]), NO]), "judgement: List should have at least 2 items"),
         (batch([(1, ["true", "false"]), NO]), "judgement.0: Input should be a valid bool"),
-        (batch([(1, [True, None]), NO]), "judgement.1"),
         (batch([(1, {"c1": True}), NO]), "judgement: Input should be a valid list"),
         # truncated, or more than JSON
         (batch([YES, NO])[:-4], "not one JSON object"),
-        (batch([YES, NO]) + " Hope this helps!", "not one JSON object"),
         (batch([YES, NO]).replace("}]", ', "judgement": [false, true]}]'), "same key twice"),
         (batch([YES, NO]).replace("}]", ', "reason": "x"}]'), "reason: Extra"),
-        ('[{"answer_index": 1, "judgement": [true, false]}]', "the reply: Input should be"),
         (f"```json\n{batch([YES, NO])}\n```\n```json\n{batch([YES, NO])}\n```", "JSON"),
     ],
 )
@@ -413,17 +394,3 @@ def test_many_threads_append_whole_lines(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(put, range(8)))
     assert Cache(path).replies == {f"{i}-{j}": "x" * 3000 for i in range(8) for j in range(40)}
-
-
-# ---- prompts
-
-
-@pytest.mark.parametrize(
-    "name", ["RUBRICATOR", "BATCH_VERIFIER", "SINGLE_VERIFIER", "HOLISTIC"]
-)
-def test_every_prompt_asks_for_json_and_shows_an_example_that_parses(name):
-    prompt = getattr(judge_prompts, name)
-    # response_format json_object is refused by some servers if no message says so
-    assert "JSON" in prompt
-    example = next(line for line in prompt.splitlines() if line.startswith("{"))
-    assert type(json.loads(example)) is dict

@@ -143,6 +143,10 @@ def weighted(ids, *names):
     return loss
 
 
+def total(cut, numbers):
+    return numbers.logp.sum()
+
+
 def relative(got, want):
     return float((got.double() - want).norm() / want.norm())
 
@@ -170,10 +174,6 @@ def agrees(hidden, weight, ids, loss=("logp", "entropy"), teacher=None, **tolera
 
     check.teacher = teacher
     return check
-
-
-def repeated(hidden, weight, ids):
-    return hidden, weight, ids[:, :1].expand_as(ids).contiguous()
 
 
 def confident():
@@ -208,8 +208,8 @@ def rows_of_dz_sum_to_zero(f):
     hidden, weight, ids = operands(32, 64, 300, dtype=torch.bfloat16, scale=2.5)
     with torch.no_grad():
         weight[:, -1] = 1.0
-    sums = f(hidden, weight, ids, lambda cut, n: n.logp.sum())[1][:, -1]
-    assert sums.abs().max() < 0.01
+    _, dhidden, _ = f(hidden, weight, ids, total)
+    assert dhidden[:, -1].abs().max() < 0.01 and dhidden.dtype == torch.bfloat16
 
 
 def never_above_zero(f):
@@ -220,6 +220,7 @@ def never_above_zero(f):
     numbers = f(hidden, weight, ids, weighted(ids, "logp"))[0]
     assert (numbers.logp <= 0).all() and (numbers.logp > -1e-3).any()
     assert (numbers.entropy >= -1e-6).all()
+    assert numbers.logp.dtype == numbers.entropy.dtype == torch.float32
 
 
 def the_tail_gets_its_gradient(f):
@@ -273,41 +274,20 @@ def with_dz(change):
     return log_softmax
 
 
-def with_pull(change):
-    """A naive implementation that changes the upstream gradient of the log-probs."""
-
-    def buggy(hidden, weight, ids, loss):
-        def wrong(cut, n):
-            (pull,) = torch.autograd.grad(loss(cut, n), n.logp, retain_graph=True)
-            return (n.logp * change(pull)).sum()
-
-        return naive(hidden, weight, ids, wrong)
-
-    return buggy
-
-
-def entropy_detached(hidden, weight, ids, loss):
-    def wrong(cut, n):
-        return loss(cut, n._replace(entropy=n.entropy.detach()))
-
-    return naive(hidden, weight, ids, wrong)
-
-
-def zero_rows(multiple):
-    """Logits of a head that is padded with rows of 0."""
-    return lambda h, w, **_: torch.nn.functional.pad(h @ w.T, (0, -len(w) % multiple))
+def zero_rows(h, w, **_):
+    """Logits of a head that is padded with rows of 0 to a multiple of 128."""
+    return torch.nn.functional.pad(h @ w.T, (0, -len(w) % 128))
 
 
 HALF = dict(dtype=torch.bfloat16)
 SINGLE = dict(dtype=torch.float32)
-EXACT = dict(values=1e-11, gradients=1e-11)
 BUGS = {
     # V is one more than a tile: padding columns must not add e^0 to the sum
     "verl#2656": (
         agrees(
             *operands(5, 8, 129, scale=3.0, offset=-30.0, **SINGLE), values=2e-5, gradients=2e-5
         ),
-        partial(naive, logits=zero_rows(128)),
+        partial(naive, logits=zero_rows),
     ),
     # a running maximum that starts at 0 leaves e^-120 = 0 in float32
     "maximum from 0": (
@@ -316,15 +296,6 @@ BUGS = {
         ),
         partial(naive, log_softmax=maximum_from_zero),
     ),
-    "Liger#968": (
-        agrees(*operands(6, 8, 40, k=2), loss=["logp"], gradients=1e-11),
-        with_pull(lambda pull: pull[:1].expand_as(pull)),
-    ),
-    "scatter without add": (
-        agrees(*repeated(*operands(4, 6, 23, k=3)), loss=["logp"], gradients=1e-11),
-        with_pull(lambda pull: pull * torch.tensor([0, 1, 1])),
-    ),
-    "trl#6625": (agrees(*operands(6, 8, 40), **EXACT), entropy_detached),
     "Liger#1432": (
         agrees(
             *operands(48, 96, 700, scale=0.4, **HALF),
@@ -343,7 +314,7 @@ BUGS = {
         partial(naive, logits=lifted, log_softmax=normaliser_from_rounded_logits),
     ),
     "Liger#1329": (
-        agrees(*confident(), loss=lambda cut, n: n.logp.sum(), gradients=0.01),
+        agrees(*confident(), loss=total, gradients=0.01),
         partial(
             naive,
             logits=lifted,
@@ -366,16 +337,6 @@ BUGS = {
         partial(naive, logits=rounded),
     ),
     "speculators#788": (never_negative, naive),  # all of it in bfloat16
-    # heads of 300 and 292 rows are cut to 292: a missing column is no logit of 0
-    "Liger#634": (
-        agrees(
-            *operands(6, 16, 300),
-            loss=["reverse_kl", "forward_kl"],
-            teacher=constant(6, 12, 292, seed=1),
-            **EXACT,
-        ),
-        partial(naive, logits=zero_rows(300)),
-    ),
 }
 
 
@@ -420,7 +381,6 @@ def curved(cut, n):
     [
         (recompute, dict(chunk=1)),
         (recompute, dict(chunk=60)),
-        (recompute, dict(chunk=None)),
         (recompute, dict(kernel="naive")),
         (slices, dict(chunk=60, rows=30)),
         pytest.param(triton, dict(chunk=100), marks=needs_triton),
@@ -449,17 +409,8 @@ def test_every_number_and_gradient_alone_and_together_is_that_of_float64(f, how,
             assert (got[2][70:] == 0).all()
 
 
-@pytest.mark.parametrize("f", IMPLEMENTATIONS)
-def test_numbers_of_bfloat16_operands_are_float32_and_gradients_bfloat16(f):
-    arguments = operands(5, 8, 40, **HALF)
-    numbers, *gradients = f(*arguments, weighted(arguments[2], "logp"))
-    assert numbers.logp.dtype == numbers.entropy.dtype == torch.float32
-    assert {g.dtype for g in gradients} == {torch.bfloat16}
-
-
 def test_slices_give_their_gradient_away_once_and_need_none_for_evaluation():
     hidden, weight, ids = operands(4, 6, 23)
-    total = lambda cut, n: n.logp.sum()
     value = linear_token_loss(hidden, weight, ids, total)
     (2.5 * value).backward(retain_graph=True)
     want = oracle(hidden, weight, ids, total)
@@ -471,7 +422,7 @@ def test_slices_give_their_gradient_away_once_and_need_none_for_evaluation():
 
 
 @pytest.mark.parametrize("f", [recompute, slices])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, dict(temperature=0.7, vocabulary=290)])
 def test_an_equal_teacher_gives_zero_and_a_gradient_of_zero_to_the_bit(f, dtype, options):
     hidden, weight, ids = operands(20, 32, 300, dtype=dtype, scale=2.0)
@@ -560,7 +511,6 @@ def test_a_frozen_head_costs_nothing(f):
     hidden, weight, ids = operands(3, 40, 900, 1, torch.float32)
 
     def largest(w):
-        total = lambda cut, n: n.logp.sum()
         with Memory() as memory:
             if f is token_numbers:
                 f(hidden, w, ids, chunk=64).logp.sum().backward()
@@ -574,9 +524,8 @@ def test_a_frozen_head_costs_nothing(f):
 
 def test_a_frozen_body_works():
     hidden, weight, ids = operands(3, 4, 9)
-    total = linear_logp(hidden.detach(), weight, ids)[0].sum()
-    want = oracle(hidden, weight, ids, lambda cut, n: n.logp.sum())
-    torch.testing.assert_close(torch.autograd.grad(total, weight)[0], want[2])
+    linear_logp(hidden.detach(), weight, ids)[0].sum().backward()
+    assert relative(weight.grad, oracle(hidden, weight, ids, total)[2]) < 1e-11
 
 
 @pytest.mark.parametrize("kernel", ["torch", pytest.param("triton", marks=needs_triton)])
@@ -585,8 +534,7 @@ def test_no_tokens_work(kernel):
     empty = hidden[:0].detach().requires_grad_()
     logp, entropy = linear_logp(empty, weight, ids[:0, 0], kernel=kernel)
     assert logp.shape == entropy.shape == (0,)
-    loss = lambda cut, n: n.logp.sum()
-    value = linear_token_loss(empty, weight, ids[:0], loss, kernel=kernel)
+    value = linear_token_loss(empty, weight, ids[:0], total, kernel=kernel)
     (logp.sum() + entropy.sum() + value).backward()
     assert value == 0 and (weight.grad == 0).all()
     assert linear_reverse_kl(empty, weight, empty.detach(), weight.detach()).shape == (0,)
@@ -665,10 +613,11 @@ def test_an_untrustworthy_gpu_falls_back_to_torch_and_says_so(monkeypatch):
 
 def test_worked_examples():
     one, flat, steep = torch.ones(1, 1), torch.zeros(2, 1), torch.tensor([[0.0], [math.log(3)]])
-    logp, entropy = linear_logp(one, steep, torch.tensor([1]))
-    kl = linear_reverse_kl(one, flat, one, steep)
-    got = [logp.item(), entropy.item(), kl.item()]
-    assert got == pytest.approx([math.log(3 / 4), 0.5623, 0.1438], abs=1e-4)
+    numbers = (
+        *linear_logp(one, steep, torch.tensor([1])),
+        linear_reverse_kl(one, flat, one, steep),
+    )
+    assert torch.cat(numbers).tolist() == pytest.approx([-0.2877, 0.5623, 0.1438], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -676,14 +625,11 @@ def test_worked_examples():
     [
         dict(hidden=torch.zeros(3, 3)),
         dict(ids=torch.full((3, 1), 9)),
-        dict(ids=torch.full((3, 1), -1)),
         dict(ids=torch.zeros(2, 1, dtype=torch.int64)),
         dict(ids=torch.zeros(3, 1)),
         dict(temperature=0.0),
         dict(softcap=-1.0),
-        dict(scale=0.0),
-        dict(vocabulary=0),
-        dict(chunk=0),
+        *({name: 0} for name in ("scale", "vocabulary", "chunk")),
         dict(kernel="cuda"),
         dict(teacher=constant(2, 4, 9)),
         dict(teacher=(torch.zeros(3, 5), torch.zeros(9, 4), {})),
@@ -695,10 +641,3 @@ def test_what_does_not_fit_is_refused(bad):
     arguments = dict(hidden=hidden, weight=weight, ids=ids) | bad
     with pytest.raises(ValueError, match="linear_logp: expected"):
         linear_logp(**arguments)
-
-
-def test_triton_that_is_not_installed_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "opd.kernel_triton", None)
-    monkeypatch.delattr("opd.kernel_triton", raising=False)
-    with pytest.raises(ImportError, match="pip install triton"):
-        linear_logp(*operands(3, 4, 9), kernel="triton")

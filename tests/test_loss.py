@@ -95,8 +95,16 @@ def teacher_row(coefficient, kind, **columns):
 KINDS = ("rkl", "fkl", "jsd")
 LEGAL = {("k1", "rkl"), ("reward+k1", "rkl"), ("k2", "rkl")}
 LEGAL |= {("full", kind) for kind in KINDS}
-COEFFICIENTS = ["k1", "reward+k1", "k2", "full", "k3", "k1-loss", "k2-advantage"]
-COEFFICIENTS += ["k3-advantage"]
+COEFFICIENTS = (
+    "k1",
+    "reward+k1",
+    "k2",
+    "full",
+    "k3",
+    "k1-loss",
+    "k2-advantage",
+    "k3-advantage",
+)
 
 
 @pytest.mark.parametrize(
@@ -206,44 +214,13 @@ def test_without_importance_weights_the_pull_is_the_clipped_gap_on_the_samplers_
     close(got, gradient_of(logits, lambda logp: -(pull * logp).sum()))
 
 
-@pytest.mark.parametrize("kind, b", [("rkl", 1.0), ("fkl", 0.0), ("jsd", 0.1), ("jsd", 0.9)])
-def test_divergences_are_those_that_trl_computes(kind, b):
-    """Values of TRL 1.16, GKDTrainer.generalized_jsd_loss on these logits, sum over the
-    vocabulary of one token each."""
-    student = [[1.0, -0.5, 0.25, 2.0, 0.0], [0.3, 0.1, -2.0, 0.7, 1.5]]
-    teacher = [[0.0, 1.0, -1.0, 0.5, 2.5], [1.0, -0.4, 0.6, 0.2, -0.9]]
-    trl = {
-        ("fkl", 0.0): [1.3868962065583772, 0.9741138362576061],
-        ("jsd", 0.1): [0.11551553142053167, 0.07894429946249558],
-        ("jsd", 0.9): [0.10737287988774576, 0.07779482670833954],
-        ("rkl", 1.0): [1.2439871592824985, 0.9286254935374586],
-    }
-    logp, logq = (
-        torch.tensor(x, dtype=torch.float64).log_softmax(-1) for x in (student, teacher)
-    )
-    want = torch.tensor(trl[kind, b], dtype=torch.float64)
-    close(losses.divergence(kind, logp, logq, True, b), want, 1e-9)
-
-
-def test_tempting_variants_do_not_have_the_gradient_of_the_name_they_carry():
-    """Why check() refuses them: k1 as a loss has gradient 0; k3 as an advantage is reverse
-    minus forward KL."""
-    logits, teacher, _ = distributions()
-    r = teacher - log_pi(logits)
-    pi = log_pi(logits).exp()
-    close(gradient_of(logits, lambda logp: (pi * (logp - teacher)).sum()), NOTHING)
-    k3 = gradient_of(logits, lambda logp: (pi * (r.exp() - 1 - r) * logp).sum())
-    close(k3, kl_gradient(logits, teacher) - kl_gradient(logits, teacher, "fkl"))
-
-
 # ---- weights of sequences
 
 
-def test_sft_is_the_cross_entropy_and_imitating_oneself_teaches_nothing():
+def test_sft_is_the_cross_entropy():
     logits, teacher, _ = distributions(15)
-    pi = log_pi(logits).exp()
-    for source in (teacher.exp(), pi):
-        close(expected_gradient(row("sft"), logits, source), pi - source)
+    source = teacher.exp()
+    close(expected_gradient(row("sft"), logits, source), log_pi(logits).exp() - source)
 
 
 def weighted_loss(name, logp, answers, omegas):
@@ -326,17 +303,10 @@ def test_token_weights_by_hand_and_what_weighs_0_leaves_the_normaliser(
 @pytest.mark.parametrize(
     "name, overrides, complaint",
     [
-        ("opd", "coefficient=k3-advantage", "vanishes"),
-        ("opd", "divergence=fkl", "coefficient full"),
-        ("opd", "divergence=none", "expected one of rkl"),
         ("gkd", "interpolation=0", "at the ends use divergence"),
-        ("gkd", "student_fraction=1.5", "student_fraction"),
         ("gkd", "omega=softmax", "prefix mixed"),
-        ("ropd", "omega=accepted", "omega accepted"),
-        ("rwsft", "omega_scale=0", "omega_scale"),
         ("opd-full", "baseline=kl", "baseline"),
         ("ropd", "clip_low=1.5", "below 1"),
-        ("ropd", "dual_clip=0.5", "dual_clip"),
         ("ropd", "tis_cap=nan", "finite"),
         ("ropd", "reference_kl=-0.1", "at least 0"),
         ("opd", "tis_cap=2", "tis_cap"),
@@ -347,7 +317,6 @@ def test_token_weights_by_hand_and_what_weighs_0_leaves_the_normaliser(
         ("ropd", "prefix=old", "own samples"),
         ("ropd", "advantage=none", "advantage"),
         ("opd", "token_weight=teacher", "reward"),
-        ("simct", "span=size", "span: expected one of"),
         ("ropd", "span=sum", "with a name of"),
         ("ropd", "clip_high", "NAME=VALUE"),
         ("ropd", "clip_high=wide", "expected a float"),
@@ -362,13 +331,10 @@ def test_rows_that_would_lie_are_refused(name, overrides, complaint):
 def test_every_row_passes_its_own_check_and_set_changes_one_column():
     for name in METHODS:
         losses.check(METHODS[name])
-    changed = row("ropd", "clip_high=0.2", "norm=sequence", "advantage=std")
-    assert (changed.clip_high, changed.norm, changed.advantage) == (0.2, "sequence", "std")
-    back = dataclasses.replace(changed, clip_high=0.28, norm="token", advantage="mean")
-    assert back == METHODS["ropd"]
-    unit = row("simct", "span=sum", "norm=sequence")
+    changed = dataclasses.replace(METHODS["ropd"], clip_high=0.2, norm="sequence")
+    assert row("ropd", "clip_high=0.2", "norm=sequence") == changed
+    unit = row("simct", "span=sum")
     assert unit.columns()["own"] == {"span": "sum", "prefixes": "keep"}
-    assert unit.norm == "sequence"
     row("rft", "prefix=self")  # with an omega, imitating oneself is a policy gradient
 
 
@@ -395,8 +361,6 @@ def test_the_page_of_methods_is_the_printed_table():
         ("", 4.0, -1.0, -3.0, False),
         # each side can be off alone
         ("clip_low", 0.5, -1.0, -0.5, True),
-        ("clip_high", 0.5, -1.0, -0.8, False),
-        ("clip_low", 1.5, 1.0, 1.28, False),
         ("clip_high", 1.5, 1.0, 1.5, True),
         ("dual_clip", 4.0, -1.0, -4.0, True),
     ],

@@ -108,26 +108,25 @@ CRITERION = GOOD["rubrics"]["criteria"][0]
 BAD_CRITERIA = [CRITERION | {"points": points} for points in (0, 6, 2.0, True)]
 BAD_CRITERIA += [CRITERION | bad for bad in ({"id": 1}, {"criterion": ""}, {"category": None})]
 BAD = {  # name of a type in records -> values that are not of it
-    "ID": ["", None, 1.5, True, ["p1"]],
-    "COUNT": [-1, 1.0, "1", True],
-    "BOOL": [None, 0, 1, "true"],
-    "TEXT": [None, 3, ["a"]],
-    "NUMBER": ["1", None, True, float("nan"), float("inf")],
-    "MESSAGES": [[], "hello", [{"role": "user"}], [{"content": "x"}], ["x"], {}],
-    "POLICY": [None, "m", {}, {"model": None}],
-    "FINISH": [None, "eos", ["stop"]],
-    "IDS": [None, "12", [1.0], [-1], [True], [[1]], {}],
-    "MASK": [None, [2], [True], [0.5], ["1"], 1],
-    "LOGPROBS": [None, [0.5], [float("nan")], [float("-inf")], ["-1"], [False], -1.0],
-    "WEIGHTS": [None, [-0.5], [float("nan")], [float("inf")], ["1"], [True], 1.0],
-    "NUMBERS": [None, ["1"], [float("nan")], [True], 1.0],
-    "PACKED": [None, {}, {"dtype": "float32"}, "x"],
-    "STEPS": [None, [[0, 1]], [1], {}, [["0", 1, True]], [[0, None, True]], [[0, 1, 1]]],
-    "CALLS": [None, {}, ["x"], [{"ok": True}], [{"output": 2, "ok": True}]],
-    "TOPK": [None, {}, {"ids": PACKED}, {"ids": [1], "logprobs": [2]}],
+    "ID": ["", None, 1.5, True],
+    "COUNT": [-1, 1.0, True],
+    "TEXT": [None, 3],
+    "NUMBER": ["1", True, float("nan"), float("inf")],
+    "MESSAGES": [[], "hello", [{"role": "user"}], ["x"]],
+    "POLICY": [None, {}, {"model": None}],
+    "FINISH": [None, "eos"],
+    "IDS": ["12", [1.0], [-1], [True]],
+    "MASK": [[2], [True], ["1"], 1],
+    "LOGPROBS": [[0.5], [float("nan")], [float("-inf")], [False], -1.0],
+    "WEIGHTS": [[-0.5], [float("nan")], [float("inf")], [True], 1.0],
+    "NUMBERS": [["1"], [float("nan")], [True], 1.0],
+    "PACKED": [None, {"dtype": "float32"}],
+    "STEPS": [[[0, 1]], [1], {}, [["0", 1, True]], [[0, 1, 1]]],
+    "CALLS": [{}, ["x"], [{"ok": True}], [{"output": 2, "ok": True}]],
+    "TOPK": [{"ids": PACKED}, {"ids": [1], "logprobs": [2]}],
     "CRITERIA": [None, [], ["c"], [{"id": "c"}], *([bad] for bad in BAD_CRITERIA)],
-    "REWARD": ["1", True, float("nan"), float("inf"), [0.5]],
-    "STATUS": [None, "OK", ["ok"]],
+    "REWARD": ["1", True, float("nan"), float("inf")],
+    "STATUS": [None, "OK"],
 }
 
 
@@ -180,7 +179,7 @@ def test_good_records_are_read_back_as_they_are(path, kind):
 
 UNIT = records.KINDS["scores"].optional["units"]
 WRONG = {getattr(records, name): values for name, values in BAD.items()}
-WRONG[UNIT] = [None, [[0, 1]], [[0, 1, 0, -1]], [[0, 1, 0, 1.0]], [1], "x", {}]
+WRONG[UNIT] = [[[0, 1]], [[0, 1, 0, -1]], [[0, 1, 0, 1.0]], {}]
 
 
 @pytest.mark.parametrize("kind", GOOD)
@@ -202,13 +201,10 @@ def test_wrong_and_missing_fields_are_named_with_file_and_line(path, kind):
 EVAL = '{"id": 1, "sample": 0, "text": "", "correct": false, "extra": NaN}'
 TOKEN_LISTS = [
     ({"steps": [[0, 3, None]]}, "steps"),
-    ({"steps": [[1, 2, True], [0, 1, None]]}, "steps"),
     ({"steps": [[0, 2, True], [1, 2, None]]}, "steps"),
     ({"steps": [[-1, 2, None]]}, "steps"),
     ({"steps": []}, "steps"),
-    ({"steps": [[0, 1, None]]}, "loss_mask"),
     ({"steps": [[1, 2, None]]}, "loss_mask"),
-    ({"loss_mask": [1]}, "loss_mask"),
     ({"logprobs": [-1.0] * 3}, "logprobs"),
     ({"prompt_ids": []}, "prompt_ids"),
     ({"response_ids": []}, "loss_mask"),
@@ -235,21 +231,6 @@ def test_what_must_hold_of_a_whole_record_is_checked(path, kind, line, words):
     message = problem_of(write_lines(path, [line]), kind)
     assert message.startswith(f"{path}:1: {words}")
     assert len(message) < 300 + len(str(path)), "long values are shortened"
-
-
-@pytest.mark.parametrize(
-    "kind, record",
-    [
-        (
-            "rollouts",
-            ROLLOUT | {"response_ids": [], "loss_mask": [], "logprobs": [], "text": ""},
-        ),
-        ("prompts", {"id": 1, "prompt": ""}),
-        ("rewards", failed(1)),
-    ],
-)
-def test_empty_answers_empty_prompts_and_null_rewards_are_records(path, kind, record):
-    assert list(read(write_lines(path, [record]), kind)) == [record]
 
 
 # ---- damaged files
@@ -300,26 +281,19 @@ def test_lines_that_are_not_json_are_named_and_never_mended(path, line):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "tail", [b'{"grader": "\xc3', b"{", b"\x00" * 4, b'{"x": "' + b"y" * 99_999]
-)
-def test_a_torn_last_line_stops_the_reader_and_is_mended_by_the_writer(path, tail):
-    write(path, reward(1))
-    whole = path.read_bytes()
-    path.write_bytes(whole + tail)
-    assert f"{path}:2: the last line is torn" in problem_of(path, "rewards")
-    assert write(path) == {("1", 0)} and path.read_bytes() == whole
-
-
-def test_a_cut_at_every_byte_resumes_to_the_same_file(path):
-    """A kill between any two bytes: cut a finished file at every length, go on, compare."""
+def test_a_torn_last_line_stops_the_reader_and_is_mended_by_the_writer(path):
+    """A kill between any two bytes: cut a finished file at every length, go on, compare; and a
+    tail of zeros, or one longer than a buffer."""
     rows = [reward(i, note="é\u2028") for i in range(2)]
     write(path, *rows)
     whole = path.read_bytes()
-    for length in range(len(whole) + 1):
-        path.write_bytes(whole[:length])
+    cuts = [whole[:length] for length in range(len(whole) + 1)]
+    for cut in (*cuts, whole + b"\x00" * 4, whole + b'{"x": "' + b"y" * 99_999):
+        path.write_bytes(cut)
+        if cut[-1:] not in (b"", b"}", b"\n"):
+            assert "the last line is torn" in problem_of(path, "rewards")
         write(path, *rows)
-        assert path.read_bytes() == whole, length
+        assert path.read_bytes() == whole
     path.write_bytes(whole[:-1])
     assert ids(path) == [0, 1], "a whole last line without its newline is read"
 
@@ -336,8 +310,8 @@ def test_duplicates_are_refused_and_7_is_the_string_7(path, kind, second):
 
 
 def test_other_samples_and_unlike_ids_are_no_duplicates(path):
-    rows = [reward(7), reward(7, sample=1), reward("07"), reward(-1), reward(-2), reward("7 ")]
-    assert len(ids(write_lines(path, rows))) == 6
+    rows = [reward(7), reward(7, sample=1), reward("07"), reward(-1), reward("7 ")]
+    assert len(ids(write_lines(path, rows))) == 5
     assert len(list(read(write_lines(path, [{"step": 1}] * 2), "metrics"))) == 2
 
 
@@ -347,37 +321,27 @@ def test_other_samples_and_unlike_ids_are_no_duplicates(path):
 @pytest.mark.parametrize("dtype", records.PACKABLE)
 def test_pack_round_trip(dtype):
     array = (np.random.default_rng(0).normal(size=(5, 4)) * 50).astype(dtype)
-    for view in (
-        array,
-        array.T,
-        array[::2, 1::2],
-        array[::-1],
-        array.astype(array.dtype.newbyteorder(">")),
-        array[:, :0],
-        np.broadcast_to(array[0], (3, 4)),
-    ):
+    big = array.astype(array.dtype.newbyteorder(">"))
+    for view in (array, array.T, array[::-2, 1::2], big, array[:, :0]):
         back = records.unpack(json.loads(json.dumps(records.pack(view))))
         assert back.dtype == np.dtype(dtype) and back.shape == view.shape
         assert np.array_equal(back, view) and back.flags.writeable
 
 
-def test_pack_is_little_endian_and_keeps_nan_infinity_and_the_sign_of_zero():
+def test_pack_is_little_endian_keeps_nan_infinity_and_the_sign_of_zero_or_refuses():
     packed = records.pack(np.array([[1]], dtype=">i4"))
     assert base64.b64decode(packed["data"]) == b"\x01\x00\x00\x00"
+    for dtype in ("bool", "int16", "object", "U1", "complex64"):
+        with pytest.raises(ValueError):
+            records.pack(np.zeros((1, 1), dtype=dtype))
     array = np.array([[np.nan, np.inf, -np.inf, -0.0]], dtype=np.float32)
     assert records.unpack(records.pack(array)).tobytes() == array.tobytes()
 
 
-@pytest.mark.parametrize("dtype", ["bool", "int16", "object", "U1", "complex64"])
-def test_pack_refuses_what_unpack_cannot_read(dtype):
-    with pytest.raises(ValueError):
-        records.pack(np.zeros((1, 1), dtype=dtype))
-
-
 DATA = PACKED["data"]
-DAMAGED = [("dtype", x) for x in ("object", "O", None, "float33", ["float32"], "float64")]
-DAMAGED += [("shape", x) for x in ([3, 3], [2], None, 6, ["2", "3"], [-2, -3], [2.0, 3.0])]
-DAMAGED += [("data", x) for x in (DATA[:-4], DATA[:-1], "", "*" * 32, "é" * 32, None, 7)]
+DAMAGED = [("dtype", x) for x in ("object", None, "float33", ["float32"], "float64")]
+DAMAGED += [("shape", x) for x in ([3, 3], [2], None, [-2, -3], [2.0, 3.0])]
+DAMAGED += [("data", x) for x in (DATA[:-4], DATA[:-1], "*" * 32, "é" * 32, None)]
 
 
 @pytest.mark.parametrize("field, value", DAMAGED, ids=str)
@@ -485,11 +449,9 @@ def test_memory_stays_far_below_a_list_of_records(path):
         tracemalloc.stop()
         return memory / count, most / count
 
-    assert 2 < peak(lambda: sum(r["reward"] for r in read(path, "rewards")))[1] < 200
+    assert peak(lambda: sum(r["reward"] for r in read(path, "rewards")))[1] < 200
     said = int(re.search(r"about (\d+) bytes a record", files.__doc__)[1])
     assert said / 1.5 < peak(lambda: Table(path, "rewards"))[0] < 1.2 * said
-    whole = peak(lambda: list(map(json.loads, open(path))))[0]
-    assert whole > 600, "what the bounds are held against"
 
 
 # ---- Writer
@@ -540,41 +502,38 @@ def test_resume_with_the_same_settings_and_inputs_that_moved_or_grew(path, tmp_p
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (SETTINGS | {"seed": 1}, "was begun with seed = 0, now it is 1"),
-        (SETTINGS | {"new": 1}, "was begun with new = null, now it is 1"),
-        ({"model": "m", "seed": 0}, "was begun with path = "),
-        (SETTINGS | {"model": None}, 'model = "m", now it is null'),
+        ({"seed": 1}, "was begun with seed = 0, now it is 1"),
+        ({"new": 1}, "was begun with new = null, now it is 1"),
     ],
 )
 def test_resume_with_other_settings_is_refused(path, settings, message):
     source = begin(path)
     before = {p: p.read_bytes() for p in path.parent.iterdir()}
     with pytest.raises(BadInput, match=message + ".*--overwrite"):
-        write(path, settings=settings, inputs=[source])
+        write(path, settings=SETTINGS | settings, inputs=[source])
     assert {p: p.read_bytes() for p in path.parent.iterdir()} == before
 
 
-def test_resume_from_changed_or_other_inputs_is_refused(path, tmp_path):
-    source = begin(path)
-    resume = partial(write, path, settings=SETTINGS)
-    text = source.read_text()
-    other = write_lines(tmp_path / "other.jsonl", [reward(8), reward(9)])
+def test_resume_from_other_inputs_changed_ones_or_without_the_sidecar_is_refused(path):
+    source, sidecar = begin(path), path.with_name("x.jsonl.run.json")
+    other = write_lines(path.with_name("other.jsonl"), [reward(8), reward(9)])
+
+    def refused(inputs, words=None):
+        with pytest.raises(BadInput, match=words):
+            write(path, settings=SETTINGS, inputs=inputs)
+
     for inputs in ([other], [source, other], []):
-        with pytest.raises(BadInput):
-            resume(inputs=inputs)
-    for changed in (text.replace("0.5", "0.6", 1), text[:-1], text[:40], ""):
+        refused(inputs)
+    text = source.read_text()
+    for changed in (text.replace("0.5", "0.6", 1), text[:-1], ""):
         source.write_text(changed)
-        with pytest.raises(BadInput, match=r"made from .*in\.jsonl, which has changed since"):
-            resume(inputs=[source])
-
-
-@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}"])
-def test_a_missing_or_damaged_sidecar_is_refused(path, content):
-    source = begin(path)
-    sidecar = path.with_name("x.jsonl.run.json")
-    sidecar.unlink() if content is None else sidecar.write_text(content)
-    with pytest.raises(BadInput, match="x.jsonl.run.json"):
-        write(path, settings=SETTINGS, inputs=[source])
+        refused([source], r"made from .*in\.jsonl, which has changed since")
+    source.write_text(text)
+    for content in ("", "{", "[]", "{}"):
+        sidecar.write_text(content)
+        refused([source], "x.jsonl.run.json")
+    sidecar.unlink()
+    refused([source], "x.jsonl.run.json")
     assert ids(path) == [1]
 
 
@@ -689,13 +648,9 @@ def test_check_says_what_a_file_holds_or_exits_with_2(tmp_path, path, capsys):
     files.main(["check", *map(str, paths)])
     told = "".join(f"{p}: 1 {kind}, all valid\n" for p, kind in zip(paths, GOOD))
     assert capsys.readouterr().out == told
-    assert "no such file" in refusal(files.main, ["check", str(path)], capsys)
-    doubled = (json.dumps(reward(1)) + "\n") * 2
-    for content in ("", "{", "7\n", '{"id": 1}\n', doubled, "[" * 100_000 + "\n"):
+    for content in ("", "{", '{"id": 1}\n', "[" * 100_000 + "\n"):
         path.write_text(content)
         assert refusal(files.main, ["check", str(path)], capsys).startswith(f"error: {path}")
-    message = refusal(files.main, ["check", "--kind", "scores", str(paths[6])], capsys)
-    assert ":1: policy: expected an object" in message
 
 
 def raising(error):
@@ -703,29 +658,19 @@ def raising(error):
 
 
 def test_run_turns_bad_input_into_exit_code_2(capsys):
-    for error, code, text in (
-        (BadInput("x.jsonl:3: id"), 2, "error: x.jsonl:3: id\n"),
-        (KeyboardInterrupt(), 130, "stopped"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            files.run(partial(raising, error))
-        assert stopped.value.code == code and capsys.readouterr().err.startswith(text)
+    assert refusal(raising, BadInput("x.jsonl:3: id"), capsys) == "error: x.jsonl:3: id\n"
+    with pytest.raises(SystemExit, match="130"):
+        files.run(partial(raising, KeyboardInterrupt()))
     with pytest.raises(RuntimeError):  # a bug is not bad input: it keeps its traceback
         files.run(partial(raising, RuntimeError("bug")))
 
 
-ANSWER = json.dumps(GOOD["answers"] | {"logprobs": [-1.0]})
-UNKNOWN = ["", "[" * 100_000, '{"a": 1' + "0" * 5000 + "}", "\ufeff{}", "[[]]"]
-KNOWN = [(mark + json.dumps(reward(1)), "rewards") for mark in ("\n", "\ufeff")]
-
-
-@pytest.mark.parametrize(
-    "text, kind",
-    [(t, "prompts") for t in UNKNOWN] + KNOWN + [(ANSWER, "answers")],
-    ids=range(8),
-)
-def test_guess_kind_looks_past_blanks_and_says_prompts_when_it_cannot_tell(path, text, kind):
-    assert files.guess_kind(write_lines(path, [text])) == kind
+def test_guess_kind_looks_past_blanks_and_says_prompts_when_it_cannot_tell(path):
+    unknown = ("", "[" * 100_000, '{"a": 1' + "0" * 5000 + "}", "\ufeff{}", "[[]]")
+    for text in unknown:
+        assert files.guess_kind(write_lines(path, [text])) == "prompts"
+    for mark in ("\n", "\ufeff"):
+        assert files.guess_kind(write_lines(path, [mark + json.dumps(reward(1))])) == "rewards"
 
 
 # ---- fill
@@ -734,53 +679,47 @@ def test_guess_kind_looks_past_blanks_and_says_prompts_when_it_cannot_tell(path,
 def test_fill_makes_what_is_missing_once_and_in_order(path):
     keys = [(str(i), 0) for i in range(5)]
     asked = []
-    fill = partial(files.fill, path, "rewards", keys)
 
     def work(missing):
         asked.append(missing)
-        yield reward(int(missing[0][0]))
-        yield [reward(int(i)) for i, _ in missing[1:3]]  # a batch
-        raise KeyboardInterrupt
+        made = [reward(int(i)) for i, _ in missing]
+        yield made[0]
+        yield made[1:3]  # a batch
+        if len(missing) == 5:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fill(work, {})
+        files.fill(path, "rewards", keys, work, {})
     assert [r["id"] for r in load(path)] == [0, 1, 2], "every result is on disk"
-
-    def rest(missing):
-        asked.append(missing)
-        return (reward(int(i)) for i, _ in missing)
-
     with pytest.raises(BadInput, match="unfinished: expected 5 .*x.jsonl.run.json.*, got 3"):
         list(files.read(path, "rewards"))
-    assert (
-        len(list(files.read(shutil.copy(path, path.with_name("copy.jsonl")), "rewards"))) == 3
-    )
+    copy = shutil.copy(path, path.with_name("copy.jsonl"))
+    assert len(list(files.read(copy, "rewards"))) == 3
     for _ in range(2):
-        assert fill(rest, {}) == (5, [])
+        assert files.fill(path, "rewards", keys, work, {}) == (5, [])
     assert asked == [keys, keys[3:]], "a finished file asks for nothing"
-    with pytest.raises(BadInput, match="was begun with"):
-        fill(rest, {"seed": 1})
 
 
 def test_fill_counts_failures_and_stops_beyond_the_limit(path, tmp_path):
     keys = [(str(i), 0) for i in range(10)]
 
-    def half(missing):
-        return [RuntimeError(i) if int(i) % 2 else reward(int(i)) for i, _ in missing]
+    def fill(path, rate, failed):
+        def work(missing):
+            return (RuntimeError(i) if int(i) in failed else reward(int(i)) for i, _ in missing)
 
-    limit = files.FailureLimit(rate=0.5, first=2, advice="look")
-    written, failures = files.fill(path, "rewards", keys, half, {}, limit=limit)
+        limit = files.FailureLimit(rate=rate, first=2, advice="look")
+        return files.fill(path, "rewards", keys, work, {}, limit=limit)
+
+    odd = range(1, 10, 2)
+    written, failures = fill(path, 0.5, odd)
     assert written == 5 and [str(f) for f in failures] == ["1", "3", "5", "7", "9"]
     assert len(list(files.read(path, "rewards"))) == 5, "what failed is named, not missed"
-    assert files.failed_keys(path) == {(str(i), 0) for i in range(1, 10, 2)}
-    some = limit._replace(rate=0.1)  # two failures are no rate yet, three of ten are
-    with pytest.raises(
-        BadInput, match=r"3 of 10 requests failed, 5 succeeded .*last: 5\): look"
+    assert files.failed_keys(path) == {(str(i), 0) for i in odd}
+    # two failures are no rate yet, three of ten are
+    for out, rate, failed, words in (
+        (path, 0.1, odd, r"3 of 10 requests failed, 5 succeeded .*last: 5\): look"),
+        (path, 0, odd, "1 of 10 requests failed"),
+        (tmp_path / "y.jsonl", 1, range(10), "2 of 10 requests failed, 0 succeeded"),
     ):
-        files.fill(path, "rewards", keys, half, {}, limit=some)
-    with pytest.raises(BadInput, match="1 of 10 requests failed"):
-        files.fill(path, "rewards", keys, half, {}, limit=limit._replace(rate=0))
-    none = lambda missing: (RuntimeError(i) for i in missing)  # noqa: E731
-    other, every = tmp_path / "y.jsonl", limit._replace(rate=1)
-    with pytest.raises(BadInput, match="2 of 10 requests failed, 0 succeeded"):
-        files.fill(other, "rewards", keys, none, {}, limit=every)
+        with pytest.raises(BadInput, match=words):
+            fill(out, rate, failed)

@@ -199,11 +199,8 @@ def test_a_file_of_other_settings_is_not_continued(world, tmp_path, capsys):
     before = out.read_bytes()
     for name, change in {
         "temperature": dict(temperature=0.7),
-        "top_p": dict(top_p=0.9),
-        "max_tokens": dict(max_tokens=9),
         "seed": dict(seed=3),
         "weights": dict(model=world.teacher),
-        "dtype": dict(dtype="bfloat16"),
     }.items():
         message = refusal(rollout.main, words(world, out, **flags | change), capsys)
         assert f"{out.name}: was begun with {name} = " in message
@@ -211,7 +208,6 @@ def test_a_file_of_other_settings_is_not_continued(world, tmp_path, capsys):
     # more prompts and samples are a continuation
     assert len(sample(world, out, **flags | dict(n=3, slice=":2"))) == 6
     assert out.read_bytes().startswith(before)
-    assert len(sample(world, out, **flags, seed=3, overwrite=True)) == 1
 
 
 def poison(model):

@@ -10,7 +10,6 @@ from fake_server import FakeServer
 
 import rubric
 from experiments import controls
-from opd import contrast
 from opd.records import BadInput
 from worlds import predicates, sums
 
@@ -136,17 +135,6 @@ def test_contrast_puts_the_points_on_what_the_teacher_has_and_the_student_lacks(
             assert teacher >= 0.75 and c["gap"] == pytest.approx(teacher - student, abs=1e-3)
 
 
-def test_one_reference_anchors_the_rubric_to_its_style():
-    """m = 1: properties of one style qualify.  m = 4 answers in four styles: they do not.
-    (ROPD's largest ablation.)"""
-    shares = []
-    for references in (RIGHT[:1], RIGHT):
-        criteria = contrast.contrast(predicates.CHECKS, "7+5-3=?", references, WRONG)
-        decoys = [c["points"] for c in criteria if c["check"][0] in predicates.DECOYS]
-        shares.append(sum(decoys) / sum(c["points"] for c in criteria))
-    assert shares[0] > shares[1] and shares[0] >= 0.3
-
-
 def test_the_rubricator_never_sees_the_answer_field(w):
     w.create()
     dump(w.prompts, [w.prompt("a", "-999"), w.prompt("b", "-999")])
@@ -196,9 +184,6 @@ def test_rewards_are_the_weighted_pass_rate_recomputed_by_hand(w):
         met = sum(c["points"] for c, v in zip(criteria, verdicts) if v)
         assert r["verdicts"] == verdicts
         assert r["reward"] == pytest.approx(met / sum(c["points"] for c in criteria))
-    assert min(got["a", s]["reward"] for s in (4, 5)) > max(
-        got["a", s]["reward"] for s in range(4)
-    )
     assert summary["teacher_reward_mean"] > summary["reward_mean"] and summary["failed"] == 0
 
 
@@ -251,12 +236,10 @@ def test_flat_points_change_nothing_else(w):
 
 
 def test_the_impression_is_told_which_properties_are_merits_or_not(w):
-    for view in ("all", "merits"):
-        files = dict(prompts=w.prompts, rollouts=w.rollouts)
-        w.control("impression", f"{view}.jsonl", view=view, **files)
-        got = w.rewards(f"{view}.jsonl")
-        assert all(0 <= r["reward"] <= 1 for r in got.values())
-        assert got["a", 4]["reward"] > got["a", 0]["reward"]
+    w.control("impression", "i.jsonl", view="all", prompts=w.prompts, rollouts=w.rollouts)
+    got = w.rewards("i.jsonl")
+    assert all(0 <= r["reward"] <= 1 for r in got.values())
+    assert got["a", 4]["reward"] > got["a", 0]["reward"]
     question, plain = "7+5-3=?", "7,12,9\n#9"  # all eight merits; lacks = and :
     merits = controls.impression_of(question, plain, "merits", 0)
     assert merits == round(8 + 2 * len(plain) / 40) / 10
@@ -333,16 +316,6 @@ def test_failed_judgements_are_null_counted_stopped_and_asked_again(w):
         # only the failed group is asked again
         assert w.grade(**flags)["failed"] == 0 and len(fake.requests) == before + 1
     assert len(w.rewards()) == 12
-
-
-def test_cache_saves_the_second_run(w):
-    with FakeServer(chat=honest_judge) as fake:
-        flags = dict(rubricator="llm", cache=w.folder / "cache.jsonl", **served(fake))
-        w.create(**flags)
-        first = len(fake.requests)
-        w.create("again.jsonl", **flags)
-        assert first >= 1 and len(fake.requests) == first
-    assert w.rubrics() == w.rubrics("again.jsonl")
 
 
 def test_the_scalar_judge_fails_an_answer_at_a_time(w):

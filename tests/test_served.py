@@ -133,7 +133,6 @@ def test_prompt_logprobs_are_found_by_id_not_by_place():
         assert logprobs == [row[i] for row, i in zip(rows, ids[2:])]
         assert topk_ids == best and topk_logprobs == [row[:4] for row in whole]
         assert server.score(ids, 2, 0) == (logprobs, None, None)
-        assert server.score(ids, 2, VOCABULARY)[2] == whole
         sent = {"prompt": ids, "max_tokens": 1, "temperature": 1, "top_p": 1}
         assert (sent | {"prompt_logprobs": 4}).items() <= fake.bodies()[0].items()
         assert fake.bodies()[1]["prompt_logprobs"] == 1
@@ -210,7 +209,6 @@ def test_one_bad_reply_fails_one_request(behaviour):
     [
         {},
         None,
-        "x",
         [],
         {"message": None, "finish_reason": "stop"},
         {"message": {"content": 7}, "finish_reason": "stop"},
@@ -268,8 +266,6 @@ def test_a_server_that_cannot_be_asked_is_refused_without_repeating_secrets(monk
         with pytest.raises(BadInput, match="OPENAI_API_KEY") as raised:
             Server(NOWHERE, "m")
         assert "secret" not in str(raised.value)
-    monkeypatch.setenv("OPENAI_API_KEY", "trailing-newline\n")
-    assert Server(NOWHERE, "m")._key == "trailing-newline"
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(BadInput, match="pip install openai"):
         Server(NOWHERE, "m")
@@ -285,11 +281,6 @@ def test_a_refused_response_format_is_dropped_and_remembered():
             assert [chat(server), chat(server)] == ["ok", "ok"]
         formats = [body.get("response_format") for body in fake.bodies()]
         assert formats == [{"type": "json_object"} if asked else None for asked in tries]
-    with FakeServer(always="400") as fake:  # another refusal
-        server = connect(fake)
-        with pytest.raises(BadInput, match="unknown field"):
-            chat(server)
-        assert not server._refused_formats and len(fake.requests) == 2
 
 
 def test_the_newer_spelling_of_max_tokens_is_learnt():

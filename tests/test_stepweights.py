@@ -1,7 +1,6 @@
 """SOD (arXiv 2605.07725): step weights, their controls, what they do to a gradient, and the
 drift that they answer."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -142,17 +141,9 @@ def test_a_teacher_that_is_the_student_has_no_drift(agents, tmp_path):
 
 
 def trained(agents, out, method="sod", **flags):
-    flags = dict(scores=agents.scores, learning_rate=1e-3) | flags
-    train.main(
-        argv(
-            method=method,
-            model=agents.student,
-            rollouts=agents.rollouts,
-            rewards=agents.rewards,
-            out=out,
-            **flags,
-        )
-    )
+    paths = dict(model=agents.student, rollouts=agents.rollouts, rewards=agents.rewards)
+    paths |= dict(scores=agents.scores, out=out)
+    train.main(argv(method=method, learning_rate=1e-3, **paths | flags))
     return weights(out)
 
 
@@ -164,11 +155,6 @@ def test_weights_of_one_are_grpo_plus_opd_bit_for_bit(agents, tmp_path):
         got[rule] = trained(agents, tmp_path / rule, token_weights=path, batch_size=4)
     assert same_bits(got["uniform"], trained(agents, tmp_path / "b", "opd-grpo", batch_size=4))
     assert not same_bits(got["uniform"], got["sod"])
-
-
-def test_the_rows_differ_in_their_weights_alone():
-    a, b = (dataclasses.asdict(METHODS[name]) for name in ("sod", "opd-grpo"))
-    assert {k for k in a if a[k] != b[k]} == {"token_weight", "formula", "about"}
 
 
 def test_tools_text_has_no_gradient_and_counts_nowhere(agents, tmp_path):
@@ -268,15 +254,17 @@ def holds(found, expected):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
+# the clean one has 0.1, 0.2, 0.3
+FOUR = [
+    episode("a", 0, [True, True], [0.1, 0.2, 0.3], [3, 3]),
+    episode("a", 1, [False, True], [0.1, 0.9, 0.4], [10, 3]),
+    episode("b", 0, [True, False], [0.2, 0.2, 1.0], [3, 12]),
+    episode("b", 1, ["outage"], [0.3, 0.4], [5]),
+]
+
+
 def test_drift_by_hand(tmp_path):
-    """Four episodes whose drifts are written down; the clean one has 0.1, 0.2, 0.3."""
-    pairs = [
-        episode("a", 0, [True, True], [0.1, 0.2, 0.3], [3, 3]),
-        episode("a", 1, [False, True], [0.1, 0.9, 0.4], [10, 3]),
-        episode("b", 0, [True, False], [0.2, 0.2, 1.0], [3, 12]),
-        episode("b", 1, ["outage"], [0.3, 0.4], [5]),
-    ]
-    result = drift_of(tmp_path, pairs, plot=tmp_path / "d.png")
+    result = drift_of(tmp_path, FOUR, plot=tmp_path / "d.png")
     assert result == json.loads((tmp_path / "d.json").read_text())
     assert (tmp_path / "d.png").stat().st_size > 1000
     assert result["episodes"] == {"clean": 1, "recovered": 1, "error": 2}
@@ -287,8 +275,9 @@ def test_drift_by_hand(tmp_path):
         "result": (3, 3, (0.1 + 0.1 + 0.0) / 3, 0),
         "recovery": (1, 3, -0.5, 0.1),
     }
-    fields = ("count", "length", "change", "above")
-    holds(result["after"], {event: dict(zip(fields, row)) for event, row in after.items()})
+    for event, row in after.items():
+        found = result["after"][event]
+        holds([found[name] for name in ("count", "length", "change", "above")], row)
     outcomes = {"result": 1.4 / 4, "mistake": 0.3 / 2, "outage": 0.3, "answer": 2.1 / 4}
     left = {
         "uniform": 1,
@@ -298,20 +287,10 @@ def test_drift_by_hand(tmp_path):
     holds(result["first"], {"mean": 0.7 / 4, "median": 0.15})
     holds(result, {"by_outcome": outcomes, "left": left})
     holds(result["left_quiet"], {"sod": 0.6 / 2})  # of the two that begin with 0.1
-
-
-def test_a_placebo_is_compared_with_another_file(tmp_path):
-    drift_of(tmp_path, [episode("a", 0, [True], [0.1, 0.2], [3])], "plain")
+    # a placebo: longer text, held against the clean episodes of that file
     padded = [episode("a", 0, [True], [0.1, 0.7], [30])]
-    for name, against, above in (("own", None, 0), ("other", tmp_path / "plain.json", 0.5)):
-        result = drift_of(tmp_path, padded, name, against=against)
-        holds(result, {"after": {"result": {"above": above}}})
-
-
-def test_longer_errors_and_larger_drifts_correlate(tmp_path):
-    pairs = [episode("c", 0, [True], [0.1, 0.1], [3])]
-    pairs += [episode("e", i, [False], [0.1, 0.1 * i], [10 * i]) for i in range(1, 5)]
-    holds(drift_of(tmp_path, pairs), {"after": {"mistake": {"length_correlation": 1}}})
+    result = drift_of(tmp_path, padded, "e", against=tmp_path / "d.json")
+    holds(result, {"after": {"result": {"above": 0.5}}})
 
 
 def test_what_stood_before_a_step(tmp_path):
@@ -375,23 +354,19 @@ def outcomes_by_hand(r):
 def test_entropy_is_the_teachers_and_needs_all_of_it(agents, tmp_path):
     result = drift_of_agents(agents, tmp_path)
     theirs = naive_model(agents.teacher)
-    by_step, by_outcome = {}, {}
+    by_step = {}
     for r in load(agents.rollouts):
         with torch.no_grad():
             logp = naive_logps(theirs, r["prompt_ids"], r["response_ids"])
         entropy = -(logp.exp() * logp).sum(1)
-        kind, got, _ = outcomes_by_hand(r)
+        kind, _, _ = outcomes_by_hand(r)
         for k, (a, b, _) in enumerate(r["steps"]):
-            mean = float(entropy[a:b].mean())
-            by_step.setdefault((kind, k + 1), []).append(mean)
-            by_outcome.setdefault(got[k], []).append(mean)
+            by_step.setdefault((kind, k + 1), []).append(float(entropy[a:b].mean()))
     for kind, rows in result["entropy"].items():
         for row in rows:
             values = by_step[kind, row["at"]]
             assert row["count"] == len(values)
             assert row["mean"] == pytest.approx(np.mean(values), abs=1e-4)
-    expected = {name: np.mean(values) for name, values in by_outcome.items()}
-    assert result["entropy_by_outcome"] == pytest.approx(expected, abs=1e-4)
     bare = load(agents.scores)
     for row in bare:
         del row["topk"]
@@ -448,41 +423,27 @@ def test_signal_and_noise_against_products_of_all_pairs(agents, measured, tmp_pa
             assert found["snr"] == pytest.approx(signal / (total - signal), rel=2e-3, abs=2e-4)
 
 
-def test_a_constant_has_no_noise():
-    spread = sod_drift.Spread()
-    assert spread.numbers() == {"count": 0, "signal": None, "noise": None, "snr": None}
-    for _ in range(3):
-        spread.add(torch.tensor([3.0, 4.0]))
-    assert spread.numbers() == {"count": 3, "signal": 25.0, "noise": 0.0, "snr": None}
-
-
 def test_gradients_of_a_masked_step_are_zero(agents):
     policy = policies.load_policy(str(agents.student), "float32")
     r = next(r for r in load(agents.rollouts) if len(r["steps"]) > 2)
     score = by_key(load(agents.scores))[r["id"], r["sample"]]
     full = list(sod_drift.step_gradients(policy, r, score))
-    start, end, _ = r["steps"][1]
-    mask = [0 if start <= t < end else m for t, m in enumerate(r["loss_mask"])]
+    mask = list(r["loss_mask"])
+    for t in range(*r["steps"][1][:2]):
+        mask[t] = 0
     part = list(sod_drift.step_gradients(policy, r | {"loss_mask": mask}, score))
     assert full[1].any() and not part[1].any()
-    for k in (0, 2):
-        assert torch.allclose(part[k], full[k], atol=1e-5)
+    assert torch.allclose(part[2], full[2], atol=1e-5)
 
 
 # ---- refusals
 
 
-def drift_of_one(tmp_path, flags=(), **change):
+def drift_of_one(tmp_path, against=None, **change):
     rollout, score = episode("a", 0, [True], [0.1, 0.2], [3])
-    return drift_of(tmp_path, [(rollout | change, score)], **dict(flags))
+    return drift_of(tmp_path, [(rollout | change, score)], against=against)
 
 
-def against(tmp_path, text):
-    (tmp_path / "other.json").write_text(text)
-    return drift_of_one(tmp_path, {"against": tmp_path / "other.json"})
-
-
-TEXT = '{"by_step": {"clean": [{"at": 2, "mean": "x"}]}}'
 REFUSALS = [  # what is called with (agents, tmp_path), what the message names
     (
         lambda w, path: weighed(w, path / "w.jsonl", own_scores=w.scores),
@@ -495,8 +456,7 @@ REFUSALS = [  # what is called with (agents, tmp_path), what the message names
     (lambda _, path: drift_of_one(path, temperature=0.7), "temperature: expected 1, .*got 0.7"),
     (lambda _, path: drift_of_one(path, loss_mask=[0] * 7), "loss_mask: expected rollouts"),
     (lambda _, path: [drift_of_one(path) for _ in range(2)], "d.json: exists"),
-    (lambda _, path: against(path, "[1]"), "--against .*of a file with clean episodes"),
-    (lambda _, path: against(path, TEXT), "--against .*of a file with clean episodes"),
+    (lambda w, path: drift_of_one(path, against=w.rewards), "--against .*with clean episodes"),
     (lambda w, path: trained(w, path / "m"), "--method sod: expected --token-weights"),
     (
         lambda w, path: trained(w, path / "m", "opd-grpo", token_weights=w.scores),

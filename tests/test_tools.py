@@ -38,7 +38,6 @@ from methods.simct import __main__ as simct_command
 from opd import records, sampling, tools
 from opd.policy import load_tokenizer
 from opd.tools import Toolbox
-from worlds import agents as agent_world
 from worlds import sums
 from worlds.agents import MORE_SPECIAL, SYMBOLS, TEMPLATE
 from worlds.calculator import Calculator, Expression, Mistake, format_number
@@ -58,9 +57,7 @@ END = "<|end|>"
         ("2**3", 8),
         ("-2^2", -4),
         ("2^-1", Fraction(1, 2)),
-        ("007", 7),
         ("0^0", 1),
-        ("(-1)^255", -1),
         ("2^255", 2**255),
     ],
 )
@@ -158,7 +155,6 @@ def test_hostile_strings_neither_raise_nor_take_time():
     [
         (Fraction(1, 3), "0.333333333333"),
         (Fraction(-5, 4), "-1.25"),
-        (Fraction(7), "7"),
         (Fraction(2, 3) * 10**20, "66666666666700000000"),
         (Fraction(1, 10**15), "0.000000000000001"),
     ],
@@ -204,19 +200,14 @@ NO_CALL = {"problem": 'expected {"name": ..., "arguments": {...}}'}
     "form, text, call",
     [
         ("hermes", "Let me see. " + hermes(f"\n{json.dumps(ONE)}\n"), ONE),
-        ("hermes", hermes(json.dumps([ONE])), ONE),
         ("hermes", hermes(AN_A) + hermes(json.dumps(ONE)), A),
         ("hermes", "<think>hm</think>" + hermes(AN_A), A),
-        ("hermes", "[37*4]", None),
         ("hermes", "<think>a <tool_call> would do, but 2+2 is easy.</think>4", None),
         ("hermes", "I could write a <tool_call> here, hm.</think>4", None),
-        ("hermes", "<think>a <tool_call> and so on", None),
         ("hermes", "<tool_call>{", {"problem": "expected </tool_call> at the end of the call"}),
         ("hermes", hermes("1+1"), NO_JSON),
         ("hermes", hermes(AN_A.replace("{}", "1e999")), NO_JSON),
-        ("hermes", hermes(AN_A.replace("{}", "NaN")), NO_JSON),
         ("hermes", hermes("[" * 100000), NO_JSON),
-        ("hermes", hermes("3"), NO_CALL),
         ("hermes", hermes(AN_A.replace("{}", '"1+1"')), NO_CALL),
         ("brackets", "x [1] [2]", ONE),
         ("brackets", "#148", None),
@@ -281,14 +272,11 @@ def test_a_tool_of_ones_own():
     [
         ("calculator,worlds.calculator:Calculator", "different names, got calculator twice"),
         ("nothing", "--tools nothing: expected calculator"),
-        ("no_such_module:X", "--tools no_such_module:X"),
         ("test_tools:NoSuch", "--tools test_tools:NoSuch"),
-        ("math:pi", "--tools math:pi"),
         ("{calculator}", "--tools: expected names or a JSON object"),
         ('{"calculator": 1}', "--tools: expected an object of options"),
         ('{"calculator": {"no_such": 1}}', "no_such"),
         ('{"calculator": {"outage": 1.5}}', "expected an outage from 0 to 1"),
-        ('{"calculator": {"outage": true}}', "expected an outage from 0 to 1"),
         ('{"calculator": {"pad": -1}}', "pad"),
     ],
 )
@@ -357,9 +345,6 @@ def test_an_episode_step_by_step(monkeypatch):
     decode, ids = policy.tokenizer.decode, one["response_ids"]
     outputs = ["148", "error: expected ] at the end of the call", "90"]
     said = [f"[37*4]{END}", f"[148-{END}", f"[148-58]{END}", f"#90{END}"]
-    read = [f"<|tool|>{output}\n<|assistant|>" for output in outputs]
-    turns = [text for pair in zip(said, [*read, ""]) for text in pair]
-    assert decode(ids) == "".join(turns)
     oks = [True, False, True, None]
     assert [(decode(ids[a:b]), ok) for a, b, ok in one["steps"]] == list(zip(said, oks))
     written = {t for a, b, _ in one["steps"] for t in range(a, b)}
@@ -441,12 +426,6 @@ def test_the_answers_depend_on_no_batch_and_a_killed_run_is_completed(agents, tm
             assert [r[k] for k in EPISODE] == [wanted[key][k] for k in EPISODE]
 
 
-def test_other_tools_are_another_run(agents, capsys):
-    flags = dict(model=agents.student, prompts=agents.prompts, slice=":8", n=4)
-    flags |= agents.tools | {"tools": '{"calculator": {"outage": 0.1}}'}
-    assert "tools = " in refusal(rollout.main, argv(out=agents.rollouts, **flags), capsys)
-
-
 def test_a_broken_tool_stops_the_stage_and_leaves_whole_lines(agents, tmp_path, capsys):
     out = tmp_path / "x.jsonl"
     flags = dict(model=agents.student, prompts=agents.prompts, n=2, batch_tokens=600, out=out)
@@ -523,14 +502,6 @@ def test_what_cannot_read_episodes_refuses_them(agents, world, tmp_path, capsys)
     assert "an episode with tools cannot be told in other tokens" in message
 
 
-def test_a_world_is_its_seed(tmp_path):
-    flags = dict(train_prompts=4, eval_prompts=4, clean=20, mixed=20)
-    for name in ("a", "b"):
-        agent_world.main(argv(out=tmp_path / name, **flags))
-    for name in ("train.jsonl", "clean.jsonl", "mixed.jsonl", "student/model.safetensors"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-
-
 # ---- chat templates of real models
 
 
@@ -597,7 +568,6 @@ def test_a_tools_answer_carries_its_name():
 def test_a_template_with_tools_is_told_of_them_in_its_own_way(chat_tokenizer):
     box = Toolbox("calculator", "hermes", 4)
     text = chat_tokenizer.decode(box.prompt(chat_tokenizer, asked(), {}))
-    assert text.startswith("<|im_start|>system\n")
     assert '"name": "calculator"' in text and "What is 37*4?" in text
 
 
@@ -635,16 +605,11 @@ def test_a_template_without_tools_gets_a_system_message(brief):
     assert text.count("system\n") == 1 and '"name": "calculator"' in text
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        chatml("m['role'] + (m['content'] if m['role'] != 'tool' else '')"),
-        chatml("m['role'] + (m['content'] | tojson)"),  # it would be escaped
-    ],
-)
-def test_a_template_without_a_place_for_outputs_is_refused(template):
-    box, tokenizer = Toolbox("calculator", "hermes", 4), byte_tokenizer(template)
-    with pytest.raises(records.BadInput, match="no place for a tool's output"):
-        box.turn(a_policy(tokenizer), {"output": "1"})
+def test_a_template_without_a_place_for_outputs_is_refused():
+    box = Toolbox("calculator", "hermes", 4)
+    for body in ("(m['content'] if m['role'] != 'tool' else '')", "(m['content'] | tojson)"):
+        tokenizer = byte_tokenizer(chatml("m['role'] + " + body))
+        with pytest.raises(records.BadInput, match="no place for a tool's output"):
+            box.turn(a_policy(tokenizer), {"output": "1"})
     with pytest.raises(records.BadInput, match="tools need `messages`"):
         box.prompt(tokenizer, {"id": "a", "prompt": "x"}, {})

@@ -3,7 +3,6 @@ teacher is read; a killed run ends in the same bits.  (What may become a step at
 test_data.py.)  The reference is plain transformers in float64, a sequence at a time."""
 
 import copy
-import resource
 import shutil
 import signal
 import subprocess
@@ -324,14 +323,12 @@ STALE = ("opd", "dapo", "ropd", "ropd-paper", "opd-grpo", "stable-opd", "sod", "
 # units of several tokens: test_units.py
 ROWS = [(m, ()) for m in METHODS if m not in ("simct", "simple-opd")] + [
     ("opd", ("norm=sequence", "clip_low=0.2", "clip_high=0.2")),
-    ("ropd", ("reference_kl=0.5", "norm=sequence")),
     ("opd", ("coefficient=k2", "norm=batch")),
     ("opd", ("baseline=kl", "advantage_clip=0.3")),
     ("gkd", ("interpolation=0.9",)),
     ("opd-grpo", ("teacher_weight=0.3", "baseline=kl")),
     ("dpo", ("prefix=self", "omega_scale=0.7")),
-    ("lightning", ("advantage_clip=0.3", "norm=token")),
-    ("lightning", ("ratio=token", "tis_cap=1.1", "advantage_clip=0")),
+    ("lightning", ("ratio=token", "tis_cap=1.1", "advantage_clip=0.3", "norm=token")),
     ("stable-opd", ("reference_support=full", "gold_weight=0", "reference_kl=0.5")),
     ("opd-full", ("token_weight=file",)),
     ("opd-full", ("prefix=data",)),
@@ -372,7 +369,7 @@ def test_later_steps_weigh_by_the_importance_ratio(masked, drifted, method):
         assert numbers["policy/clip_fraction"] > 0.05, "the fixture should clip"
 
 
-def test_importance_weights_token_weights_and_golden_answers_are_logged(world, drifted):
+def test_importance_weights_and_token_weights_are_logged(world, drifted):
     rollouts, model = load(world.rollouts), naive_model(drifted)
     _, numbers = gradient(world, needs(world, "opd"), model=drifted)
     gaps = [np.subtract(naive_own(model, r), r["logprobs"]) for r in rollouts]
@@ -384,11 +381,6 @@ def test_importance_weights_token_weights_and_golden_answers_are_logged(world, d
     _, numbers = gradient(world, flags)
     kept = np.concatenate([r["weights"] for r in load(flags["token_weights"])]) > 0
     assert numbers["weights/kept"] == pytest.approx(kept.mean(), abs=1e-5)
-    flags, own = needs(world, "stable-opd"), []
-    for prompt, ids in golden_answers(model, flags["data"], flags["rollouts"]):
-        own += naive_own(model, {"prompt_ids": prompt, "response_ids": ids})
-    _, numbers = gradient(world, flags, model=drifted)
-    assert numbers["gold/nll"] == pytest.approx(-np.mean(own), rel=1e-5)
 
 
 def test_rollouts_at_another_temperature_train_that_distribution(world, base64bit, tmp_path):
@@ -434,13 +426,7 @@ def wide_teacher(world, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "method, overrides, k",
-    [
-        ("gkd", (), V),
-        ("dagger", (), 5),
-        ("opd", ("baseline=kl",), 5),
-        ("opd", (), None),
-        ("opd-full", (), None),
-    ],
+    [("gkd", (), V), ("opd", ("baseline=kl",), 5), ("opd", (), None), ("opd-full", (), None)],
 )
 def test_a_teacher_in_memory_gives_the_gradient_of_its_scores_on_disk(
     masked, wide_teacher, tmp_path, method, overrides, k
@@ -470,7 +456,6 @@ def test_a_teacher_that_cannot_be_read_is_refused(world, tmp_path, capsys, monke
         (dict(teacher=world.teacher, kernel="triton"), "--teacher"),
         (dict(kernel="triton", scores=world.scores), "pip install triton"),
         (dict(teacher=world.teacher, scores=world.scores), "give one of them"),
-        (dict(teacher=world.teacher, method="ropd"), "does not read it"),
         (dict(method="gkd", data_scores=None, teacher=world.teacher), "--teacher-top-k"),
         (dict(scores=world.scores, teacher_top_k=4), "--teacher-top-k"),
     ):
@@ -530,20 +515,18 @@ def test_a_bfloat16_model_accumulates_micro_batches_in_float32():
 # ---- signals that must be zero
 
 
-@pytest.mark.parametrize("method, bound", [("opd-full", 1e-5), ("opd", 1e-3)])
-def test_a_student_that_is_its_own_teacher_learns_nothing(world, tmp_path, method, bound):
+def test_a_student_that_is_its_own_teacher_learns_nothing(world, tmp_path):
     """From its scores on disk within the noise of float32; in memory to the bit."""
     scores = tmp_path / "s.jsonl"
     teacher.main(argv("score", model=world.base, rollouts=world.rollouts, out=scores, top_k=V))
-    same, same_numbers = gradient(world, needs(world, method) | dict(scores=scores))
-    other, other_numbers = gradient(world, needs(world, method))
-    assert float(same.norm()) < bound * float(other.norm())
-    assert abs(same_numbers["train/loss"]) < 1e-5 < abs(other_numbers["train/loss"])
-    assert abs(same_numbers["kl/teacher"]) < 1e-5 and other_numbers["kl/teacher"] > 0.05
-    if method == "opd-full":
-        flags = dict(method=method, rollouts=world.rollouts)
-        memory, numbers = gradient(world, flags, teacher=world.base)
-        assert numbers["train/loss"] == 0 and float(memory.abs().max()) == 0
+    for method, bound in (("opd-full", 1e-5), ("opd", 1e-3)):
+        same, numbers = gradient(world, needs(world, method) | dict(scores=scores))
+        other, _ = gradient(world, needs(world, method))
+        assert float(same.norm()) < bound * float(other.norm())
+        assert abs(numbers["train/loss"]) < 1e-5 > abs(numbers["kl/teacher"])
+    flags = dict(method="opd-full", rollouts=world.rollouts)
+    memory, numbers = gradient(world, flags, teacher=world.base)
+    assert numbers["train/loss"] == 0 == float(memory.abs().max())
 
 
 # ---- rounds
@@ -568,16 +551,15 @@ def test_the_next_round_continues_the_optimiser_and_the_step_count(world, tmp_pa
     def log(name, *folders):
         return [m[name] for folder in folders for m in metrics(tmp_path / folder)]
 
-    assert go(world.base, "four", steps=4, fresh_optimizer=True)["step"] == 4
-    assert go(world.base, "two", steps=2, fresh_optimizer=True)["step"] == 2
+    go(world.base, "four", steps=4, fresh_optimizer=True)
+    go(world.base, "two", steps=2, fresh_optimizer=True)
     second = go(tmp_path / "two", "two_two", steps=2)
     assert second["step"] == 4 and second["steps"] == 2
     assert same_bits(weights(tmp_path / "four"), weights(tmp_path / "two_two"))
-    assert log("step", "two_two") == [3, 4]
-    total = "train/tokens_total"
-    assert log(total, "two", "two_two") == log(total, "four")
+    for name in ("step", "train/tokens_total"):
+        assert log(name, "two", "two_two") == log(name, "four")
     # the decay: steps 4, 5 of 3 + 3, and 0 at the end
-    assert go(tmp_path / "two_two", "third", steps=3)["step"] == 7
+    go(tmp_path / "two_two", "third", steps=3)
     rates = log("train/learning_rate", "two", "two_two", "third")
     thirds = np.array(rates) / 1e-3 * 3
     assert thirds == pytest.approx([1, 2, 3, 3, 2, 1, 0], abs=1e-9)
@@ -623,27 +605,23 @@ def test_another_method_starts_anew_and_later_steps_remember_the_start(world, tm
 # ---- resume
 
 
-RESUME = dict(method="ropd", epochs=2, save_every=1, batch_size=2, learning_rate=1e-3)
 STEPS = 8
+RESUME = dict(method="ropd", epochs=2, save_every=1, batch_size=2, learning_rate=1e-3)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted") / "m"
     run(world, out, **RESUME)
+    assert [m["step"] for m in metrics(out)] == list(range(1, STEPS + 1))
     return out
 
 
 def same_run(out, uninterrupted):
-    mine, whole = metrics(out), metrics(uninterrupted)
-    assert [m["step"] for m in mine] == list(range(1, len(whole) + 1)), "each step once"
-    assert mine == whole
-    a, b = (
-        {p.relative_to(f): load_file(p) for p in f.rglob("*.safetensors")}
-        for f in (out, uninterrupted)
-    )
-    assert a.keys() == b.keys(), "moments too"
-    assert all(same_bits(a[name], b[name]) for name in a)
+    assert metrics(out) == metrics(uninterrupted)
+    a, b = (sorted(f.rglob("*.safetensors")) for f in (out, uninterrupted))
+    assert len(a) == len(b) > 1, "moments too"
+    assert all(same_bits(load_file(x), load_file(y)) for x, y in zip(a, b))
     assert not out.with_name(out.name + ".partial").exists()
 
 
@@ -724,19 +702,6 @@ def test_bfloat16_resumes_with_its_masters(world, tmp_path, monkeypatch):
     same_run(tmp_path / "m", tmp_path / "whole")
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_later(world, tmp_path, capsys):
-    """The file size limit of a process stands for a full disk: no file may grow beyond 60 kB,
-    and the weights are larger."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
-    try:
-        message = refusal(train.main, words(world, tmp_path / "m"), capsys)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "make room" in message and not (tmp_path / "m").exists()
-    run(world, tmp_path / "m")
-
-
 def test_a_finished_run_changes_nothing_and_another_one_is_refused(
     world, uninterrupted, capsys
 ):
@@ -748,10 +713,7 @@ def test_a_finished_run_changes_nothing_and_another_one_is_refused(
     assert run(world, uninterrupted, **RESUME)["steps"] == STEPS
     for change in (
         dict(learning_rate=2e-3),
-        dict(seed=1),
-        dict(epochs=4),
         dict(set="tis_cap=0"),
-        dict(batch_size=4),
         dict(rollouts=shutil.copy(world.rollouts, uninterrupted.parent / "r.jsonl")),
     ):
         message = refusal(train.main, words(world, uninterrupted, **RESUME | change), capsys)
@@ -769,13 +731,12 @@ def test_overwrite_deletes_nothing_but_a_training_run(world, tmp_path, capsys):
     inside = dump(tmp_path / "m" / "rollouts.jsonl", load(world.rollouts))
     stale = written_by("1" * 12, world.rollouts)
     for out, flags, complaint in (
-        ("notes", dict(overwrite=False), "is not a training run"),
         ("notes", {}, "replaces a training run"),
         ("start", dict(method="sft", model=folder), "the model to start from"),
         ("m", dict(rollouts=inside), f"would delete {inside}"),
         ("m", dict(rollouts=stale), "policy.weights"),
     ):
-        flags = words(world, tmp_path / out, **dict(overwrite=True) | flags)
+        flags = words(world, tmp_path / out, overwrite=True, **flags)
         assert complaint in refusal(train.main, flags, capsys)
     assert (tmp_path / "notes" / "thesis.txt").exists() and moved(folder, world.base) == 0
     assert inside.exists() and (tmp_path / "m" / "model.safetensors").exists()
@@ -794,10 +755,7 @@ def test_the_saved_folder_is_a_plain_transformers_model(world, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == END
-    asked = [{"role": "user", "content": "3+4=?"}]
-    text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    assert text == "<|user|>3+4=?<|assistant|>"
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    ids = tokenizer("<|user|>3+4=?<|assistant|>", return_tensors="pt")["input_ids"]
     assert len(model.generate(ids, max_new_tokens=10, do_sample=False)[0]) > len(ids[0])
     suffixes = {p.suffix for p in folder.rglob("*") if p.is_file()}
     assert suffixes <= {".safetensors", ".json", ".jsonl", ".jinja"}, suffixes
@@ -831,7 +789,7 @@ def test_bfloat16_keeps_masters_so_that_tiny_steps_add_up(world, tmp_path):
 def test_the_plan_walks_every_prompt_once_an_epoch():
     plan = batches.plan
     names = [f"p{i}" for i in range(10)]
-    for batch in (1, 3, 10, 99):
+    for batch in (3, 99):
         steps = plan(names, batch, 2, None, 5)
         flat = [n for s in steps for n in s]
         assert sorted(flat[:10]) == sorted(flat[10:]) == names and max(map(len, steps)) <= batch
@@ -841,15 +799,7 @@ def test_the_plan_walks_every_prompt_once_an_epoch():
     assert plan(names, 3, 1, None, 5) != plan(names, 3, 1, None, 6)
 
 
-@pytest.mark.parametrize(
-    "schedule, warmup, step, want",
-    [
-        ("cosine", 4, 0, 0.5),
-        ("cosine", 4, 9, 1.0),
-        ("cosine", 4, 14, 0.0),
-        ("linear", 4, 11, 0.6),
-    ],
-)
-def test_learning_rate_schedules_at_their_corners(schedule, warmup, step, want):
-    settings = trainers.TrainerSettings(2.0, 0, 0, 0, schedule, warmup, None, 1)
-    assert trainers.learning_rate(settings, step, 14) == pytest.approx(want, abs=1e-12)
+def test_a_cosine_schedule_at_its_corners():
+    settings = trainers.TrainerSettings(2.0, 0, 0, 0, "cosine", 4, None, 1)
+    rates = [trainers.learning_rate(settings, step, 14) for step in (0, 9, 14)]
+    assert rates == pytest.approx([0.5, 1.0, 0.0], abs=1e-12)

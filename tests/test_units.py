@@ -6,13 +6,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import argv, by_key, dump, load, naive_model, refusal
+from conftest import SFT, argv, by_key, dump, load, naive_model, refusal
 from test_train import FAST, gradient, same_gradient
 
 import teacher
 import train
 from experiments import simct_regroup
-from methods.rows import METHODS
 from methods.simct import __main__ as simct_command
 from methods.simct import align, units
 from methods.simct.loss import UnitLoss, unit_divergence
@@ -20,32 +19,27 @@ from opd import policy as policies
 from opd import records
 from opd.chat import render
 
-SIMCT = METHODS["simct"].own
-
 
 def doubles(values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def unit_batch(length, theirs, spelling, logit_shift=0.0, **more):
-    """A batch of one unit of `length` tokens of the student and [tokens, log-prob] of the
-    teacher's spelling; theirs: the candidates' log-probs; the first begins the unit's text."""
-    unit = torch.zeros(length, 6, dtype=torch.float64)
-    unit[:, 1] = 1
-    unit[0] = doubles([1, 1, length, *spelling, logit_shift])
-    prefix = torch.zeros(length, len(theirs))
-    prefix[0, 0] = 1
-    return {"unit": unit, "support_logp": theirs.expand(length, -1), "prefix": prefix} | more
-
-
 def one_unit(student, teacher_, text, text_teacher, **changes):
-    """The loss of one unit: candidates' probabilities on both sides, the token probabilities of
-    its text on both sides."""
+    """The loss of one unit: candidates' probabilities on both sides, of which the first begins
+    its text; the token probabilities of the text on both sides."""
     own, support = doubles(text).log(), doubles(student).log()
     spelling = [len(text_teacher), float(doubles(text_teacher).log().sum())]
-    batch = unit_batch(len(text), doubles(teacher_).log(), spelling, raw=own)
+    unit = torch.zeros(len(text), 6, dtype=torch.float64)
+    unit[:, 1] = 1
+    unit[0] = doubles([1, 1, len(text), *spelling, 0])
+    prefix = torch.zeros(len(text), len(student))
+    prefix[0, 0] = 1
+    theirs = doubles(teacher_).log().expand(len(text), -1)
+    batch = {"unit": unit, "support_logp": theirs, "prefix": prefix, "raw": own}
     logp = torch.cat([own[:, None], support.expand(len(text), -1)], 1)
-    return unit_divergence(UnitLoss(**changes), logp, batch)
+    value = unit_divergence(UnitLoss(**changes), logp, batch)
+    assert not value[1:].any(), "it counts once, at its first token"
+    return float(value[0])
 
 
 def test_two_spellings_of_one_opinion():
@@ -53,48 +47,16 @@ def test_two_spellings_of_one_opinion():
     the token 1 rivals the text it begins."""
     # candidates: 1, and everything else
     case = ([0.01, 0.09], [0.9, 0.1], [0.90], [0.9, 0.95, 0.95])
-    assert float(one_unit(*case)[0]) == pytest.approx(0.572, abs=5e-4)
-    assert float(one_unit(*case, prefixes="drop")[0]) == pytest.approx(0.0002, abs=5e-5)
-    assert float(one_unit(*case, span="none")[0]) == 0.0
+    assert one_unit(*case) == pytest.approx(0.572, abs=5e-4)
+    assert one_unit(*case, prefixes="drop") == pytest.approx(0.0002, abs=5e-5)
+    assert one_unit(*case, span="none") == 0.0
     # units of one token on both sides keep them: there is no other spelling
     alone = ([0.3, 0.2], [0.4, 0.1], [0.5], [0.6])
-    assert 0 < float(one_unit(*alone)[0]) == float(one_unit(*alone, prefixes="drop")[0])
+    assert 0 < one_unit(*alone) == one_unit(*alone, prefixes="drop")
     total = 0.9 * 0.95 * 0.95
     q, p = doubles([0.01, 0.09, 0.9]), doubles([0.9, 0.1, total]) / (1 + total)
     expected = float((q * (q / p).log()).sum())
-    assert float(one_unit(*case, span="sum")[0]) == pytest.approx(expected, abs=1e-9)
-
-
-def test_a_unit_counts_once_at_its_first_token_and_teaches_all_of_them():
-    value = one_unit([0.3, 0.2], [0.4, 0.1], [0.5, 0.7, 0.9], [0.6, 0.8])
-    assert value[0] > 0 and value[1:].tolist() == [0, 0]
-    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).double()
-    logp = torch.log_softmax(logits.requires_grad_(), -1)
-    halves = doubles([0.5, 0.5]).log()
-    unit_divergence(SIMCT, logp[:, :3], unit_batch(3, halves, [2, -1.3])).sum().backward()
-    # eq. 7: the span's score passes g / k times (onehot - p) to every token of it; here tokens
-    # 1 and 2, which have no candidates
-    logp = logp.detach()
-    q = torch.log_softmax(torch.stack([logp[0, 1], logp[0, 2], logp[:, 0].mean()]), 0)
-    gap = q - torch.log_softmax(torch.cat([halves, doubles([-1.3 / 2])]), 0)
-    g = q[2].exp() * (gap[2] - (q.exp() * gap).sum())
-    for i in (1, 2):
-        want = g / 3 * (torch.eye(5, dtype=torch.float64)[0] - logp[i].exp())
-        assert torch.allclose(logits.grad[i], want, atol=1e-12) and want.abs().sum() > 1e-3
-
-
-def test_a_constant_on_one_positions_logits_changes_the_released_score_only():
-    """Logits are meant up to a constant; a mean of raw ones is not."""
-
-    def value(shift, span):
-        z = doubles([[1.0, 0.2, -0.5], [0.3, 2.0, 0.1]])
-        z[1] += shift
-        batch = unit_batch(2, doubles([0.5, 0.5]).log(), [1, -0.4], 0.5, raw=z[:, 0])
-        return float(unit_divergence(UnitLoss(span=span), z.log_softmax(-1), batch)[0])
-
-    for span in ("mean", "sum"):
-        assert value(0, span) == pytest.approx(value(3.0, span), abs=1e-12)
-    assert abs(value(0, "logit") - value(3.0, "logit")) > 0.1
+    assert one_unit(*case, span="sum") == pytest.approx(expected, abs=1e-9)
 
 
 # ---- files
@@ -111,18 +73,8 @@ def foreign(world, tmp_path_factory):
     """A teacher that merges two digits, after a little training, and its units of the world's
     rollouts."""
     root = tmp_path_factory.mktemp("foreign")
-    train.main(
-        argv(
-            method="sft",
-            model=world.toy / "teacher_merged_digits",
-            rollouts=world.toy / "clean.jsonl",
-            out=root / "teacher",
-            batch_size=32,
-            steps=25,
-            learning_rate=6e-3,
-            optimizer=dict(warmup_steps=5),
-        )
-    )
+    files = dict(model=world.toy / "teacher_merged_digits", rollouts=world.toy / "clean.jsonl")
+    train.main(argv(out=root / "teacher", steps=25, learning_rate=6e-3, **files, **SFT))
     done = scored(world, root / "teacher", root / "units.jsonl")
     return root, root / "teacher", root / "units.jsonl", done
 
@@ -385,7 +337,6 @@ def test_shuffling_deals_the_spans_scores_among_the_spans(world, foreign, tmp_pa
 
 def test_scores_of_something_else_are_no_units(world, foreign, tmp_path, capsys):
     longer = [r | {"text": r["text"] + "1"} for r in load(world.rollouts)]
-    strange = load(foreign[2])[0] | {"id": "strange"}
     gap = load(foreign[2])
     gap[3]["units"][0][1] = gap[3]["units"][1][1]
     gap = dump(tmp_path / "gap.jsonl", gap)
@@ -396,15 +347,9 @@ def test_scores_of_something_else_are_no_units(world, foreign, tmp_path, capsys)
     table = [
         (base, dict(scores=world.scores), "run methods.simct score"),
         (base, dict(rollouts=dump(tmp_path / "l.jsonl", longer)), "made for other rollouts"),
-        (
-            base,
-            dict(scores=dump(tmp_path / "s.jsonl", [strange])),
-            "expected the scores of a rollout",
-        ),
         (training, dict(scores=world.scores), "run methods.simct score"),
         (training, dict(scores=gap), ":4: units: expected one after another"),
         (training, dict(scores=None, teacher=world.teacher), "another vocabulary: --scores"),
-        (training, dict(method="opd", set="span=sum"), "with a name of"),
         (scoring, dict(student=foreign[1]), "policy.vocabulary"),
         (scoring, dict(ends="<|end|>"), "--ends <|end|>: expected A=B"),
         (scoring, dict(top_k_of=foreign[2]), "topk"),

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import argv, dump, kill_while_writing, load, refusal
+from conftest import argv, dump, load, refusal
 
 from experiments import prefix_null, weight_controls
 from experiments.prefix_null import (
@@ -156,42 +156,11 @@ def test_the_cut_is_that_of_a_loop_over_all_splits(guard):
     assert 50 < cuts < 250
 
 
-def rate(series, guard=False):
-    return np.mean([bic_cut(s, guard)[0] is not None for s in series])
-
-
-def near(share, n):
-    """Within four standard errors."""
-    return pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / n))
-
-
-# of 3 blocks exactly: residuals are a direction in a plane, a split is taken within
-# asin(3 ** (-1/3)) of its own, and the two are 60 degrees apart; the others are known from
-# 40,000 series and sums over every split in two passes
-EXACT = (60 + 2 * math.degrees(math.asin(3 ** (-1 / 3)))) / 360
-
-
-@pytest.mark.parametrize("n, known", [(3, EXACT), (10, 0.171), (50, 0.0535)])
-def test_noise_is_cut_as_often_as_it_must_be(n, known):
-    noise = np.random.default_rng(n).normal(size=(2500, n))
-    assert rate(noise) == near(known, 2500)
-    assert rate(noise, guard=True) <= (rate(noise) if n >= 8 else 0)
-
-
-def test_a_true_drop_is_cut_as_often_as_it_must_be():
-    dropped = np.random.default_rng(3).normal(size=(2000, 50)) + 2 * (np.arange(50) < 6)
-    assert rate(dropped) == near(0.975, 2000)  # of 20,000 series, as above
-    assert np.median([k for k in (bic_cut(s)[0] for s in dropped) if k]) in (6, 7)
-
-
 # ---- blocks and signals
 
 
-def test_margins_do_not_depend_on_the_level_or_the_order():
-    top = -np.random.default_rng(4).exponential(size=(30, 4))
-    np.testing.assert_allclose(margins(top + 1.7), margins(top), atol=1e-12)
-    assert (margins(top[:, [2, 0, 3, 1]]) == margins(top)).all()
-    assert margins([[-4, -1, -1.5]]).tolist() == [0.5]
+def test_margins_depend_on_no_order():
+    assert margins([[-4, -1, -1.5], [-1.5, -4, -1]]).tolist() == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +168,6 @@ def test_margins_do_not_depend_on_the_level_or_the_order():
     [
         (["7", "\n", "#7", "<|end|>"], [1] * 4, [[0, 2], [2, 4]]),
         (["7", "+5=12", "\n", "\n#", "12", "<|end|>"], [1] * 6, [[0, 4], [4, 6]]),
-        (["7", "+", "5"], [1] * 3, [[0, 3]]),
         # several in a token: one end; in neighbours: the last
         (["7\n\n5\n8", "\n", "\n", "9\n"], [1] * 4, [[0, 1], [1, 3], [3, 4]]),
         # a token of no characters holds no end
@@ -246,24 +214,20 @@ def test_release_cuts_where_the_margin_drops(student, tmp_path):
     assert [r["cut"] for r in rows] == [3, None, 1]
     assert rows[0]["weights"] == pytest.approx([3.0] * 9 + [0.0] * 18)
     assert rows[1]["weights"] == [1.0] * 24
-    np.testing.assert_allclose(rows[0]["signal"], high + low, atol=1e-5)
-    ends = [3, 5, 9, 14, 16, 18, 24, 27]
-    assert rows[0]["blocks"] == [list(span) for span in zip([0, *ends], ends)]
+    assert rows[0]["signal"] == pytest.approx(high + low, abs=1e-5)
+    assert [b for _, b in rows[0]["blocks"]] == [3, 5, 9, 14, 16, 18, 24, 27]
     want = {
         "cut_rate": 2 / 3,
         "kept_median": (1 / 3 + 0.6) / 2,
         "kept_mean": (1 / 3 + 1 + 0.6) / 3,
-    }
-    want |= {
         "scale_max": 3,
         "scale_mean": (3 + 1 + 5 / 3) / 3,
         "capped": 0,
         "first_block": 0.5,
     }
     assert {name: summary[name] for name in want} == pytest.approx(want)
-    for cap, capped in ((2, 1), (1, 0)):
-        summary, rows = weigh(flags, tmp_path / f"{cap}.jsonl", cap=cap)
-        assert rows[0]["weights"] == [cap] * 9 + [0] * 18 and summary["capped"] == capped
+    summary, rows = weigh(flags, tmp_path / "capped.jsonl", cap=2)
+    assert rows[0]["weights"] == [2] * 9 + [0] * 18 and summary["capped"] == 1
     _, rows = weigh(flags, tmp_path / "guarded.jsonl", guard=True)
     assert [r["cut"] for r in rows] == [3, None, None]
 
@@ -274,7 +238,7 @@ def test_merged_line_breaks_and_masked_tokens_are_read_from_the_tokens(student, 
     masked = pair(student, "12\n\n3\n#3", [4, 4, 4, 1, 1, 99, 1], mask=[1, 1, 1, 1, 1, 0, 1])
     _, rows = weigh(write(student, tmp_path, [masked]), tmp_path / "w.jsonl")
     assert rows[0]["blocks"] == [[0, 3], [3, 5], [5, 7]]
-    np.testing.assert_allclose(rows[0]["signal"], np.log1p([4, 1, 1]), atol=1e-5)
+    assert rows[0]["signal"] == pytest.approx(np.log1p([4, 1, 1]), abs=1e-5)
     # 6 loss tokens, 3 kept
     assert rows[0]["cut"] == 1 and rows[0]["weights"] == [2.0] * 3 + [0.0] * 4
 
@@ -316,13 +280,14 @@ def test_controls_that_need_no_weights(student, tmp_path):
         pair(student, "", [1], 3),
     ]
     rollouts = write(student, tmp_path, pairs)["rollouts"]
-    _, rows = control("no-end", rollouts, tmp_path / "no-end.jsonl")
-    assert [r["weights"] for r in rows] == [[1.0] * 6 + [0.0], [1.0] * 2, [], [0.0]]
-    assert [r["kept"] for r in rows] == [pytest.approx(4 / 5), 1, 1, 0]
-    _, rows = control("fixed", rollouts, tmp_path / "fixed.jsonl", tokens=2)
-    # the third token is the second that bears loss
-    assert rows[0]["weights"] == [2.5] * 3 + [0.0] * 4
-    assert [r["weights"] for r in rows[1:]] == [[1.0] * 2, [], [1.0]]
+    # fixed: the third token is the second that bears loss
+    for rule, flags, first, rest, kept in (
+        ("no-end", {}, [1] * 6 + [0], [[1] * 2, [], [0]], [4 / 5, 1, 1, 0]),
+        ("fixed", dict(tokens=2), [2.5] * 3 + [0] * 4, [[1] * 2, [], [1]], [2 / 5, 1, 1, 1]),
+    ):
+        _, rows = control(rule, rollouts, tmp_path / rule, **flags)
+        assert [r["weights"] for r in rows] == [first, *rest]
+        assert [r["kept"] for r in rows] == pytest.approx(kept)
 
 
 def test_shuffled_deals_out_the_cuts_of_release(student, tmp_path, capsys):
@@ -348,14 +313,12 @@ def test_shuffled_deals_out_the_cuts_of_release(student, tmp_path, capsys):
         assert sum(r["weights"]) == pytest.approx(min(1, 20 * r["kept"]) * len(r["weights"]))
     assert moved > 10
     # not continued with more rollouts; another command's weights are
-    flags = write(student, tmp_path, some(student, 61))
-    assert len(weigh(flags, made)[1]) == 61
+    assert len(weigh(write(student, tmp_path, some(student, 61)), made)[1]) == 61
     command = argv(rule="shuffled", seed=1, rollouts=rollouts, weights=made, out=tmp_path / "a")
-    message = refusal(weight_controls.main, command, capsys)
-    assert "of_rollouts = 60, now it is 61" in message
+    assert "now it is 61" in refusal(weight_controls.main, command, capsys)
 
 
-# ---- refusals and resume
+# ---- refusals
 
 
 def support(r, k, value):
@@ -387,29 +350,18 @@ def test_scores_of_something_else_are_refused(student, tmp_path, capsys, change,
 
 
 def test_flags_out_of_range_and_another_rule_are_refused(student, tmp_path, capsys):
-    flags = write(student, tmp_path, some(student, 3))
-    out = tmp_path / "w.jsonl"
-    weigh(flags, out)
-    for more, words in (
-        (dict(block_end="("), "--block-end (: expected a regular expression"),
-        (dict(cap=0.5), "--cap: expected 0 or"),
-        (dict(guard=True), "guard = false, now it is true"),
+    flags = write(student, tmp_path, some(student, 3)) | {"out": tmp_path / "w.jsonl"}
+    rollouts = argv(rollouts=flags["rollouts"], out=tmp_path / "c.jsonl")
+    weighing = argv("weigh", **flags)
+    prefix.main(weighing)
+    for main, command, more, words in (
+        (prefix.main, weighing, dict(block_end="("), "--block-end (: expected a regular"),
+        (prefix.main, weighing, dict(cap=0.5), "--cap: expected 0 or"),
+        (prefix.main, weighing, dict(guard=True), "guard = false, now it is true"),
+        (weight_controls.main, rollouts, dict(rule="fixed"), "--tokens: expected at least 1"),
+        (weight_controls.main, rollouts, dict(rule="boost"), "--weights: "),
     ):
-        assert words in refusal(prefix.main, argv("weigh", **flags, out=out, **more), capsys)
-    for rule, words in (("fixed", "--tokens: expected at least 1"), ("boost", "--weights: ")):
-        command = argv(rule=rule, rollouts=flags["rollouts"], out=tmp_path / "c.jsonl")
-        assert words in refusal(weight_controls.main, command, capsys)
-
-
-def test_a_killed_run_is_completed_to_the_same_bytes(student, tmp_path):
-    flags = write(student, tmp_path, some(student, 10))
-    weigh(flags, tmp_path / "whole.jsonl")
-    killed = tmp_path / "killed.jsonl"
-    kill_while_writing("methods.prefix", argv("weigh", **flags, out=killed), after=4)
-    torn = killed.read_bytes()
-    assert torn.count(b"\n") == 4 and not torn.endswith(b"\n")
-    weigh(flags, killed)
-    assert killed.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+        assert words in refusal(main, command + argv(**more), capsys)
 
 
 # ---- nulls
@@ -423,17 +375,6 @@ def test_nulls_are_permutations_and_block_shuffling_keeps_neighbours():
     together = [block_shuffled(16, rng).reshape(-1, 4) for _ in range(20)]
     assert all((runs == runs[:, :1] + np.arange(4)).all() for runs in together)
     assert len({tuple(runs.ravel()) for runs in together}) > 5
-
-
-def test_block_shuffling_keeps_autocorrelation_that_permuting_destroys():
-    noise, x = np.random.default_rng(8).normal(size=(150, 149)), np.zeros((150, 149))
-    for t in range(1, 149):
-        x[:, t] = 0.8 * x[:, t - 1] + noise[:, t]
-    found = against_nulls(list(x[:, 100:]), [np.ones(49)] * 150, 3, 0)["faithful"]
-    assert found["real"]["lag1"] > found["block_shuffled"]["lag1"] > 0.5
-    assert abs(found["permuted"]["lag1"]) < 0.06
-    # one null holds what the other does not see
-    assert found["permuted"]["cut_rate"] < 0.12 < found["block_shuffled"]["cut_rate"]
 
 
 def test_a_true_drop_is_told_from_chance_and_noise_is_not():
@@ -457,10 +398,8 @@ def test_a_true_drop_is_told_from_chance_and_noise_is_not():
     [
         ("7+5=12\n12-3=9\n9+8=17\n#17", None),
         ("7+5=12\n12-3=8\n8+8=16\n#16", 1),
-        ("7+5=13\n13-3=10\n#10", 0),
         ("7+5=12\n12-3=9\n#8", None),
         ("7+5=12\n13-3=10\n", 1),
-        ("7+5=12\n12-3=9\n9+8=17\n17+1=18\n", 3),
         ("7\n+5:12\n-3:8\n", 2),
         ("7,12,9,16\n#16", 0),
         ("7+5=12-3=9+8=18\n#18", 0),
@@ -520,9 +459,8 @@ def slipping(student, rng, number, slip):
 def test_the_null_command(student, tmp_path, capsys):
     rng = np.random.default_rng(12)
     slips = [int(rng.integers(1, 8)) if i % 4 else None for i in range(24)]
-    made = [slipping(student, rng, i, slip) for i, slip in enumerate(slips)]
-    prompts = [asked for _, asked in made]
-    flags = write(student, tmp_path, [both for both, _ in made])
+    pairs, prompts = zip(*(slipping(student, rng, i, slip) for i, slip in enumerate(slips)))
+    flags = write(student, tmp_path, pairs)
     flags |= {"prompts": dump(tmp_path / "p.jsonl", prompts), "repeats": 3}
     out, plot = tmp_path / "n.json", tmp_path / "n.png"
     result = prefix_null.main(argv(**flags, out=out, plot=plot))
@@ -539,6 +477,6 @@ def test_the_null_command(student, tmp_path, capsys):
         ([{"id": "p0003", "prompt": "Why?"}], "p.jsonl:4: expected a running sum"),
         ([], "for id 'p0003', got 'no such prompt'"),
     ):
-        dump(flags["prompts"], prompts[:3] + fourth)
+        dump(flags["prompts"], [*prompts[:3], *fourth])
         command = argv(**flags, out=tmp_path / "m.json")
         assert words in refusal(prefix_null.main, command, capsys)

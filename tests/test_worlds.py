@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import train
 from opd import answers, batches, files, stats
-from opd.policy import load_policy, stop_ids
+from opd.policy import load_policy
 from worlds import build, forks, predicates, sums
 
 SMALL = dict(train_prompts=5, eval_prompts=5, clean=5, mixed=5)
@@ -113,18 +113,6 @@ def totals_in(text, style):
     return [int(work[0]), *map(int, re.findall(STEPS[style], work))]
 
 
-def test_the_styles_of_the_docstring():
-    terms, totals = [7, 5, -3, 8], [7, 12, 9, 17]
-    assert sums.expression_of(terms) == "7+5-3+8" and sums.running_totals(terms) == totals
-    for style, text in (
-        ("lines", "7+5=12\n12-3=9\n9+8=17\n#17"),
-        ("chain", "7+5=12-3=9+8=17\n#17"),
-        ("totals", "7,12,9,17\n#17"),
-        ("ledger", "7\n+5:12\n-3:9\n+8:17\n#17"),
-    ):
-        assert sums.write_work(terms, totals, style) == text
-
-
 def test_the_clean_corpus_is_right_in_every_step_of_every_style(big):
     count = Counter()
     for r in rows_of(big, "clean"):
@@ -160,14 +148,6 @@ def test_the_mixed_corpus_has_the_stated_shares(big):
     assert 0.10 < right / 3000 < 0.25, "answers badly most of the time, but not always"
 
 
-def test_facts_are_asked_as_they_are_stated_and_each_has_one_answer(big):
-    prompts = rows_of(big, "facts_prompts")
-    assert len({asked(p) for p in prompts}) == 32
-    for text, prompt in zip(rows_of(big, "facts"), prompts, strict=True):
-        assert text["messages"] == prompt["messages"]
-        assert answers.is_correct(text["text"], prompt["answer"])
-
-
 # ---- tokenizers and models
 
 
@@ -184,38 +164,24 @@ def test_every_text_survives_the_tokenizer(big, merges):
     )
     again = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(again) == rendered == "<|user|>10+2=?<|assistant|>"
-    special = tokenizer("<|end|>", add_special_tokens=False)["input_ids"]
-    assert special == [tokenizer.eos_token_id] != [tokenizer.pad_token_id]
-
-
-def test_the_two_vocabularies_are_different_maps_and_share_no_hash(big):
-    names = ("student", "teacher", "teacher_merged_digits")
-    own, same, merged = (load_policy(str(big / n)).identity["vocabulary"] for n in names)
-    assert own == same != merged
 
 
 def test_a_student_whose_vocabulary_has_longer_tokens(tmp_path):
     """The same texts in fewer tokens; the other files stay what they are."""
-    plain = AutoTokenizer.from_pretrained(make_student(tmp_path / "plain") / "student")
-    folders = {"16": 16, "20:40": 21}
-    for merges, more in folders.items():
-        folder = make_student(tmp_path / merges, student_merges=merges)
-        for name in ("train", "clean", "mixed"):
-            assert same_bytes(f"{name}.jsonl", folder, tmp_path / "plain")
-        tokenizer = AutoTokenizer.from_pretrained(folder / "student_merged")
-        assert len(tokenizer) == len(plain) + more
+    for merges, more in (("16", 16), ("20:40", 21)):
+        folder = tmp_path / merges
+        make(folder, clean=300, student_merges=merges)
+        plain, merged = (
+            AutoTokenizer.from_pretrained(folder / name)
+            for name in ("student", "student_merged")
+        )
+        assert len(merged) == len(plain) + more
         for row in rows_of(folder, "clean")[:50]:
-            ids = tokenizer(row["text"])["input_ids"]
-            assert tokenizer.decode(ids) == row["text"]
+            ids = merged(row["text"])["input_ids"]
+            assert merged.decode(ids) == row["text"]
             assert len(ids) <= len(plain(row["text"])["input_ids"])
     # the numbers from 20 to 40
-    assert tokenizer.tokenize("7+25=19") == ["7", "+", "25", "=", "1", "9"]
-    assert sums.learn_merges(["1212"] * 9 + ["123"], 1) == [("1", "2")]
-
-
-def make_student(folder, **flags):
-    make(folder, clean=300, **flags)
-    return folder
+    assert merged.tokenize("7+25=19") == ["7", "+", "25", "=", "1", "9"]
 
 
 ENDS = {"student": "<|end|>", "teacher": "<|eot|>", "teacher_merged_digits": "<|end|>"}
@@ -238,11 +204,7 @@ def test_with_a_second_end_teacher_and_student_share_a_vocabulary(two_ends, name
     assert vocabulary == before.tokenizer.get_vocab() | {"<|eot|>": eot}
     assert policy.model.config.vocab_size == eot + 1
     assert policy.identity["template"] == before.identity["template"]
-    assert policy.tokenizer.eos_token == ENDS[name]
-    assert before.tokenizer.eos_token == "<|end|>"
-    end = vocabulary[ENDS[name]]
-    assert stop_ids(policy.model, policy.tokenizer) == [end]
-    assert policy.model.generation_config.eos_token_id == end
+    assert policy.stop_ids == [vocabulary[ENDS[name]]]
     both = policy.tokenizer("#3<|end|><|eot|>", add_special_tokens=False)["input_ids"]
     assert len(both) == 4, "one token each"
     assert policy.tokenizer.decode(both, skip_special_tokens=True) == "#3", "neither is text"
@@ -262,7 +224,6 @@ def test_training_adds_a_models_own_end_to_what_ended(two_ends, name, tmp_path, 
     flags = dict(method="sft", model=model, rollouts=corpus, learning_rate=1e-3)
     train.main(argv(out=tmp_path / "m", **flags))
     again = load_policy(str(tmp_path / "m"))
-    assert again.stop_ids == load_policy(str(model)).stop_ids
     ends = {"stop": ENDS[name], "length": ""}
     rows = {(r["id"], 0): r["text"] + ends[r["finish_reason"]] for r in load(corpus)}
     assert {text.endswith(ENDS[name]) for text in rows.values()} == {True, False}
@@ -282,17 +243,13 @@ def test_the_sums_world_is_the_one_the_recorded_results_were_measured_on(tmp_pat
         "clean": "1e57f50e3915",
         "mixed": "b4f868f73800",
     }
+    make(tmp_path / "other", seed=5)
     for name, expected in hashes.items():
         text = (tmp_path / "w" / f"{name}.jsonl").read_bytes()
         then = text.replace(b"worlds.sums", b"toy.py")  # as the module was called
         assert hashlib.sha256(then).hexdigest()[:12] == expected, f"{name}: another experiment"
-
-
-def test_another_seed_writes_another_world(tmp_path):
-    for name, seed in (("a", 4), ("b", 5)):
-        make(tmp_path / name, seed=seed)
     for file in ("train.jsonl", "mixed.jsonl", "student/model.safetensors"):
-        assert not same_bytes(file, tmp_path / "a", tmp_path / "b"), file
+        assert not same_bytes(file, tmp_path / "w", tmp_path / "other"), file
 
 
 @pytest.mark.parametrize(
@@ -408,15 +365,13 @@ def test_hints_put_a_solution_behind_half_of_the_questions_and_change_no_text(tm
     plain, told = tmp_path / "plain", tmp_path / "told"
     make(plain, clean=400)
     make(told, clean=400, hints=0.5)
-    for name in (*SPLITS, "mixed", "facts"):
-        assert same_bytes(f"{name}.jsonl", plain, told)
     hinted = 0
     for row, more in zip(rows_of(plain, "clean"), rows_of(told, "clean")):
         assert row["text"] == more["text"]
         question, _, solution = asked(more).partition("\n")
         assert question == asked(row)
         hinted += bool(solution)
-        assert not solution or solution.split("#")[1] == row["text"].split("#")[1]
+        assert not solution or answers.is_correct(solution, value(row))
     assert 160 < hinted < 240
     rows = rows_of(told, "train")
     expected = [r | {"messages": build.user(f"{asked(r)}\n{r['solution']}")} for r in rows]
@@ -428,16 +383,13 @@ def test_hints_put_a_solution_behind_half_of_the_questions_and_change_no_text(tm
         assert solution in solutions and not answers.is_correct(solution, row["answer"])
 
 
-SHARE = "expected a share from 0 to 1, got"
-
-
 @pytest.mark.parametrize(
     "flag, values, message",
     [
-        ("terms", ("1:6", "6:2", "2:31", "6", "a:b"), "with 2 <= FEWEST <= MOST <= 30"),
-        ("styles", ("prose", "lines,lines", "lines,"), "expected some of lines,"),
-        ("slips", (1.5, "nan", -0.1), SHARE),
-        ("student_merges", ("0", "x", "40:20", "10:100"), "expected a number of merges"),
+        ("terms", ("1:6", "6:2", "2:31", "6"), "with 2 <= FEWEST <= MOST <= 30"),
+        ("styles", ("prose", "lines,lines"), "expected some of lines,"),
+        ("slips", (1.5, "nan"), "expected a share from 0 to 1, got"),
+        ("student_merges", ("x", "40:20", "10:100"), "expected a number of merges"),
     ],
 )
 def test_what_a_sums_world_cannot_be_is_refused(tmp_path, capsys, flag, values, message):
@@ -482,14 +434,8 @@ def test_forks_problems_are_the_same_eight_in_every_split(tree):
         rows = rows_of(tree, name)
         assert len({r["id"] for r in rows}) == count
         assert {asked(r): r["answer"] for r in rows} == right
-        for i in range(count - 7):
-            assert len({asked(r) for r in rows[i : i + 8]}) == 8
-    begun = {}
-    for r in rows_of(tree, "corrupt"):
-        user, assistant = r["messages"]
-        begun[user["content"], assistant["content"]] = r["answer"]
-    letters = ("c", "ab", "cb", "b")
-    assert begun == {(x, some): right[x] for x in right for some in letters}
+    begun = {tuple(m["content"] for m in r["messages"]) for r in rows_of(tree, "corrupt")}
+    assert begun == {(x, some) for x in right for some in ("c", "ab", "cb", "b")}
 
 
 EVERY = {a + b: 0.1 / 9 for a in "abc" for b in "abc"}
@@ -519,8 +465,6 @@ def test_a_corpus_of_forks_has_the_stated_routes_and_right_answers(tree, corpus,
     stated = {route: 1 for route in routes}
     if corpus == "base":
         stated = {"aa": 1 / 3, "cc": 1 / 8, "ac": 1 / 8, "ca": 1 / 8}
-        wrong = [found["aa", off] for off in range(8) if off != 1]
-        assert max(wrong) < 1.5 * min(wrong), "uniform"
     assert right == pytest.approx(stated, abs=0.06 if corpus == "base" else 0)
 
 
@@ -545,6 +489,3 @@ def test_the_same_seed_writes_the_same_forks_and_more_texts_only_append(tmp_path
         a, b, c, more = ((tmp_path / n / file).read_bytes() for n in ("a", "b", "c", "more"))
         assert a == b and a != c and more.startswith(a), file
         assert (len(more) > len(a)) == (file in texts), file
-    student, teacher = (load_policy(str(tmp_path / "a" / n)) for n in ("student", "teacher"))
-    assert student.identity["vocabulary"] == teacher.identity["vocabulary"]
-    assert student.identity["weights"] != teacher.identity["weights"]
