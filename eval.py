@@ -31,7 +31,7 @@ import numpy as np
 from opd import files, records
 from opd.answers import add_equality_flag, equal, equality_named, is_correct, read_answerable
 from opd.records import BadInput
-from opd.sampling import add_sampling_flags, fill_from_flags
+from opd.sampling import EVAL_STREAM, add_sampling_flags, fill_from_flags
 from opd.stats import auc, interval, mean_or_none, pass_at_k, repetition_ratio, shown
 from opd.tools import call_use
 
@@ -45,7 +45,7 @@ def sample(model, prompts, out, overwrite, flags):
     words = ["--model", model, "--prompts", prompts, "--out", out, *flags]
     if overwrite:
         words.append("--overwrite")
-    fill_from_flags(p.parse_args(words), "rollouts", need_tokens=True)
+    fill_from_flags(p.parse_args(words), "rollouts", EVAL_STREAM)
 
 
 def read_answers(path, prompts, partial):

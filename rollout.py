@@ -26,7 +26,7 @@ episode reads its whole context anew.
 import numpy as np
 
 from opd import files, records
-from opd.sampling import add_sampling_flags, fill_from_flags
+from opd.sampling import ROLLOUT_STREAM, add_sampling_flags, fill_from_flags
 from opd.tools import call_use
 
 
@@ -52,7 +52,7 @@ def main(argv=None):
     add_sampling_flags(p, n=8)
     args = p.parse_args(argv)
 
-    written, failures = fill_from_flags(args, "rollouts", need_tokens=True)
+    written, failures = fill_from_flags(args, "rollouts", ROLLOUT_STREAM)
 
     summary, use = summarise(args.out)
     summary |= {"out": args.out, "records": written, "failed": len(failures)}

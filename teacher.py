@@ -36,7 +36,7 @@ from opd.policy import (
     vocabulary_size,
 )
 from opd.records import BadInput
-from opd.sampling import add_sampling_flags, fill_from_flags
+from opd.sampling import ANSWER_STREAM, add_sampling_flags, fill_from_flags
 from opd.scoring import Scorer
 
 # ---- answer
@@ -57,7 +57,7 @@ def answer(argv):
     p = files.parser(__doc__)
     add_sampling_flags(p, n=4)
     args = p.parse_args(argv)
-    written, failures = fill_from_flags(args, "answers", need_tokens=False)
+    written, failures = fill_from_flags(args, "answers", ANSWER_STREAM)
     prompts, distinct, tokens = count_answers(args.out)
     summary = {
         "out": args.out,

@@ -284,7 +284,7 @@ def fine_tune(run, seed, name):
     for i, teacher in enumerate(teachers):
         out = f"seed{seed}/answers/{teachers}-{teacher}.jsonl"
         how = dict(slice=part(i, s.sft_prompts // len(teachers)), n=s.sft_n)
-        tokens += run.answers(f"world/teacher-{teacher}", out, 10**6 + seed, **how)
+        tokens += run.answers(f"world/teacher-{teacher}", out, seed, **how)
         parts.append(run.out / out)
     texts = parts[0]
     if len(parts) > 1:

@@ -224,7 +224,7 @@ class Trial(study.Trial):
         """The teacher's answers to the problems of all rounds, sampled once a seed: (file,
         tokens)."""
         s, out = self.settings, f"seed{self.seed}/answers/{number}.jsonl"
-        seed = 10**6 + 1000 * self.seed + number
+        seed = 1000 * self.seed + number
         how = dict(slice=f":{s.prompts * s.rounds}", n=s.n)
         tokens = self.run.answers("world/teacher", out, seed, **how)
         return self.run.out / out, tokens

@@ -268,7 +268,7 @@ def prepare(run, seed):
             prompts=run.world / "toy/dev.jsonl",
             n=8,
             max_tokens=run.settings.max_tokens,
-            seed=3 * 10**6 + seed,
+            seed=10**6 + seed,
             out=start / "dev.jsonl",
         )
         check_start(done["accuracy"], "dev", seed)
@@ -427,7 +427,7 @@ class SparseTrial(Trial):
             slice=f"0:{s.labels // 2}" if self.how.get("part") == "first" else None,
             n=s.cached_n,
             max_tokens=s.max_tokens,
-            seed=10**6 + self.seed,
+            seed=self.seed,
             out=answers,
         )
         self.cost["generated_tokens"] += done["generated_tokens"]

@@ -499,7 +499,7 @@ class Trial:
 
     def evaluate(self, prompts, n, **options):
         """eval.py on the model of the moment; returns its summary."""
-        common = self.generation() | {"seed": 2 * 10**6 + self.seed}
+        common = self.generation() | {"seed": self.seed}
         common |= dict(out=self.place / "eval.jsonl", overwrite=True)
         asked = dict(model=self.model, prompts=prompts, n=n)
         return self.run.stage("eval.py", **asked, **(common | options))

@@ -345,7 +345,7 @@ class UnifiedTrial(Trial):
     def given(self, turn, name):
         """The teacher's answers."""
         problems = part(turn.at, self.settings.prompts)
-        seed = 10**6 + self.seed * 1000 + turn.number
+        seed = self.seed * 1000 + turn.number
         return self.answer(name, slice=problems, seed=seed)
 
     def beside_own(self, turn, rollouts):

@@ -1,6 +1,6 @@
 """Samples answers, in one piece or in steps with tools, from weights here or from a server.
 
-Every sample draws its own random numbers from (seed, prompt id, sample number).  So the answers
+Every sample draws its own random numbers from (stage, seed, prompt id, sample number).  So the answers
 do not depend on batching, slicing, or on how often a run was interrupted (up to the last bit of
 a batched matrix product).
 """
@@ -377,6 +377,12 @@ class ServedSampler:
 
 # ---- what the stages that sample share
 
+# Added to --seed, so that under one seed a teacher does not draw the numbers of the rollouts,
+# nor an evaluation those that were trained on.
+ROLLOUT_STREAM = 0
+ANSWER_STREAM = 10**6
+EVAL_STREAM = 2 * 10**6
+
 
 def add_sampling_flags(p, n):
     p.add_argument(
@@ -409,7 +415,7 @@ def add_sampling_flags(p, n):
         "--seed",
         type=int,
         default=0,
-        help="with the prompt id and sample number, fixes every answer",
+        help="with the stage, the prompt id and the sample number, fixes every answer",
     )
     p.add_argument(
         "--batch-tokens",
@@ -448,13 +454,13 @@ def toolbox_from_flags(args):
     return Toolbox(args.tools, options.call_format, options.max_calls)
 
 
-def sampler_from_flags(args, need_tokens):
+def sampler_from_flags(args, need_tokens, stream):
     """(sampler, settings that determine its answers)."""
     settings = Sampling(
         max_tokens=args.max_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
-        seed=args.seed,
+        seed=args.seed + stream,
         batch_tokens=args.batch_tokens,
     )
     toolbox = toolbox_from_flags(args)
@@ -486,7 +492,7 @@ def sampler_from_flags(args, need_tokens):
         "temperature": args.temperature,
         "top_p": args.top_p,
         "max_tokens": args.max_tokens,
-        "seed": args.seed,
+        "seed": settings.seed,
         "dtype": args.dtype,
         "served": bool(args.base_url),
     }
@@ -497,11 +503,11 @@ def sampler_from_flags(args, need_tokens):
     return sampler, determined_by
 
 
-def fill_from_flags(args, kind, need_tokens):
+def fill_from_flags(args, kind, stream):
     """Completes the file --out with --n answers to each prompt: what rollout.py, teacher.py
     answer and eval.py --model do.  Returns (records in the file, failures)."""
     jobs = jobs_by_key(files.read(args.prompts, "prompts"), args.n)
-    sampler, settings = sampler_from_flags(args, need_tokens)
+    sampler, settings = sampler_from_flags(args, kind == "rollouts", stream)
 
     def work(missing):
         sampler.begun = begun_prompts(args.out, kind, {prompt_id for prompt_id, _ in missing})
