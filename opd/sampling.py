@@ -1,8 +1,8 @@
 """Samples answers, in one piece or in steps with tools, from weights here or from a server.
 
-Every sample draws its own random numbers from (stage, seed, prompt id, sample number).  So the answers
-do not depend on batching, slicing, or on how often a run was interrupted (up to the last bit of
-a batched matrix product).
+Every sample draws its own random numbers from (stage, seed, prompt id, sample number).  So the
+answers do not depend on batching, on which prompts are asked, or on how often a run was
+interrupted (up to the last bit of a batched matrix product).
 """
 
 import hashlib
