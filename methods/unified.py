@@ -43,7 +43,7 @@ from opd.answers import is_correct, read_answerable
 from opd.chat import render
 from opd.kernel import all_logits
 from opd.pictures import refuse_existing
-from opd.policy import load_policy
+from opd.policy import lasting_identity, load_policy
 from opd.records import BadInput
 from opd.stats import shown
 
@@ -392,8 +392,8 @@ def support(argv):
     numbers, at_eps = compare(listings, right, weight, limits, args.eps)
     first = {
         "mode": "exact",
-        "before": policies[0].identity,
-        "after": policies[1].identity,
+        "before": lasting_identity(policies[0].identity),
+        "after": lasting_identity(policies[1].identity),
         "max_tokens": limits.max_tokens,
         "floor": limits.floor,
     }

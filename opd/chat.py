@@ -24,8 +24,6 @@ def naming(prompt):
     surrogate pair) as BadInput with the prompt's id."""
     try:
         yield
-    except BadInput:
-        raise
     except Exception as error:
         raise BadInput(
             f"prompt {prompt['id']!r}: could not be rendered ({type(error).__name__}: {error})"
@@ -148,18 +146,19 @@ def given_ids(policy, text):
     return plain_ids(tokenizer, text, token_names(tokenizer, spared))
 
 
-def around_answer(policy, prompt, shown):
-    """(opening, closing): what the chat template writes between the prompt and an answer, and
-    behind it.  Where the turn does not begin as the prompt ends, the opening is empty."""
+def around_answer(policy, prompt):
+    """(shown, opening, closing): the prompt as text, what the chat template writes between it
+    and an answer, and behind it.  Where the turn does not begin as the prompt ends, the opening
+    is empty."""
     if "messages" not in prompt:
-        return "", ""
+        return prompt["prompt"], "", ""
+    shown = chat_text(policy.tokenizer, prompt, policy.template_options)
     whole = chat_text(policy.tokenizer, prompt, policy.template_options, ANSWER)
     before, found, closing = whole.rpartition(ANSWER)
     if not found:
-        raise BadInput(
-            f"prompt {prompt['id']!r}: the chat template has no place for an assistant's answer"
-        )
-    return before.removeprefix(shown) if before.startswith(shown) else "", closing
+        raise LookupError("the chat template has no place for an assistant's answer")
+    opening = before[len(shown) :] if before.startswith(shown) else ""
+    return shown, opening, closing
 
 
 def place(text, shown, opening):
@@ -196,16 +195,12 @@ def turn_ids(policy, prompt, answer):
     tokenizer = policy.tokenizer
     prompt_ids = render(tokenizer, prompt, policy.template_options)
     with naming(prompt):
-        if "messages" in prompt:
-            shown = chat_text(tokenizer, prompt, policy.template_options)
-        else:
-            shown = prompt["prompt"]
-        opening, closing = around_answer(policy, prompt, shown)
+        shown, opening, closing = around_answer(policy, prompt)
         opening, text = place(answer["text"], shown, opening)
         ids = tokenizer(opening, add_special_tokens=False)["input_ids"]
         ids += given_ids(policy, text)
-        if answer["finish_reason"] == "stop":
-            ids.append(end_id(policy, closing))
+    if answer["finish_reason"] == "stop":
+        ids.append(end_id(policy, closing))
     return prompt_ids, ids
 
 

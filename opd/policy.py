@@ -380,8 +380,15 @@ def served_policy(model, tokenizer=None, template_options=None):
     return loaded, identity_of(model, weights, loaded, template_options or {})
 
 
+def lasting_identity(identity):
+    """The identity without what its template renders, which the date may change."""
+    return {name: value for name, value in identity.items() if name != "renders"}
+
+
 def resume_identity(identity):
     """What must not change while a file is completed: the weights where they are known,
     whatever path they were loaded from."""
-    left_out = ["renders"] + ["model"] * (identity["weights"] is not None)
-    return {name: value for name, value in identity.items() if name not in left_out}
+    kept = lasting_identity(identity)
+    if kept["weights"] is None:
+        return kept
+    return {name: value for name, value in kept.items() if name != "model"}

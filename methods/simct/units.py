@@ -56,6 +56,7 @@ from opd.policy import (
     check_tokens,
     hidden_at,
     identity_of,
+    lasting_identity,
     likeliest,
     load_policy,
     load_tokenizer,
@@ -346,7 +347,7 @@ def main(argv=None):
         check_sources(rollout, where, prompts, proposals, rollouts)
         lengths[key] = len(rollout["prompt_ids"]) + 2 * len(rollout["response_ids"])
     settings = {
-        "policy": pair.teacher.identity,
+        "policy": lasting_identity(pair.teacher.identity),
         "student": identity["vocabulary"],
         "ends": pair.ends,
         "sorted": args.sorted,
