@@ -166,9 +166,9 @@ def normal_form(character):
 
 
 def next_places(a, b, i, j):
-    """Where two lists of characters agree again behind a[:i] and b[:j], as far as can be told;
-    else their ends."""
-    if i < len(a) and j < len(b) and normal_form(a[i]) == normal_form(b[j]):
+    """Where two lists of normal forms agree again behind a[:i] and b[:j], as far as can be
+    told; else their ends."""
+    if a[i : i + 1] == b[j : j + 1]:
         return i + 1, j + 1
     for skipped in range(1, FURTHEST):
         for here in range(i, i + skipped + 1):
@@ -184,11 +184,12 @@ def paired_parts(a, b):
     "10\u2126.", "10\u03a9." -> "1" "1", "0" "0", "\u2126" "\u03a9", "." "." as bytes"""
     a = CHARACTER.findall(a)
     b = CHARACTER.findall(b)
+    forms = [[normal_form(character) for character in text] for text in (a, b)]
     pairs = []
     i = 0
     j = 0
     while i < len(a) or j < len(b):
-        here, there = next_places(a, b, i, j)
+        here, there = next_places(*forms, i, j)
         parts = ("".join(a[i:here]), "".join(b[j:there]))
         pairs.append([part.encode(errors="surrogateescape") for part in parts])
         i = here
@@ -220,8 +221,8 @@ def aligned_units(student_ends, teacher_ends):
     """[(s0, s1, t0, t1)]: student tokens s0..s1-1 stand for what teacher tokens t0..t1-1 stand
     for; in order, without gaps.
 
-    ends: places at which the tokens end, never falling.  A token without bytes joins the
-    unit before it, or the first.
+    ends: places at which the tokens end, never falling.  A token without bytes joins the unit
+    before it, or the first.
 
     aligned_units([3, 5, 7, 9], [2, 5, 8, 9]) -> [(0, 2, 0, 2), (2, 4, 2, 4)]"""
     units = []
@@ -278,7 +279,7 @@ def align(student, teacher, student_ids, ends=None):
         teacher_pieces[0] = teacher_pieces[0][1:]  # the tokenizer's own
     teacher_spelt = b"".join(teacher_pieces).decode(errors="surrogateescape")
     offset_of = places(paired_parts(spelt, teacher_spelt))
-    teacher_ends = [offset_of[end] for end in accumulate(map(len, teacher_pieces))]
+    teacher_ends = [offset_of[e] for e in accumulate(map(len, teacher_pieces))]
     stretches = aligned_units(list(accumulate(map(len, pieces))), teacher_ends)
 
     units = []
@@ -295,7 +296,7 @@ def align(student, teacher, student_ids, ends=None):
     complete = s_last == len(body) and t_last == len(teacher_ids)
     # an end token means the same only after the whole text
     if ended and complete and teacher_end is not None:
-        units = units + [(s_last, s_last + 1, t_last, t_last + 1)]
+        units.append((s_last, s_last + 1, t_last, t_last + 1))
         teacher_ids = teacher_ids + [teacher_end]
     return Alignment(teacher_ids, units, text, len(raw), covered, strict)
 
