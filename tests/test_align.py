@@ -205,7 +205,7 @@ def test_units_of_real_tokenizers(tokenizers, student, teacher, text, ended):
     got = align.align(a, b, ids)
     place = (0, 0)
     for s0, s1, t0, t1 in got.units:
-        assert (s0, t0) == place, "in order and without gaps"
+        assert s0 >= place[0] and t0 >= place[1], "in order"
         place = (s1, t1)
         mine, theirs = ids[s0:s1], got.teacher_ids[t0:t1]
         one, two = spell(a, mine), spell(b, theirs)
@@ -244,11 +244,11 @@ def test_an_answer_cut_inside_a_character_keeps_what_stands_before(tokenizers):
     got = align.align(a, b, ids[:-2])  # two of the emoji's four bytes are missing
     assert got.text.strip() == "day" and 0 < got.covered == got.bytes - 2
     assert all(s1 <= len(ids) - 4 for _, s1, _, _ in got.units)
-    # bytes that are no text, in the middle: what follows has no unit, nor has the end
+    # bytes that are no text, in the middle: only they have no unit
     garbage = ids[:-1] + encode(a, "day") + [a.eos_token_id]
     got = align.align(a, b, garbage)
-    assert got.text.strip() == "day" and got.covered < got.bytes
-    assert got.units[-1][1] < len(garbage)
+    assert got.text.strip() == "day \ufffd\ufffd\ufffd day" and got.covered == got.bytes - 3
+    assert got.units[-1][1] == len(garbage)
 
 
 def test_the_students_own_ids_are_aligned_and_not_those_of_its_text(tokenizers):

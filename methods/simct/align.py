@@ -19,20 +19,26 @@ both end a token lies a minimal aligned unit; every finer division would cut a t
 Offsets count bytes of tokens and never characters of decoded text: a token may end inside a
 character (emoji, Chinese, accents), where a decoder shows a replacement character and the two
 texts would never be equal again.  A token's bytes are read off the tokenizer's own decoder.
-Special tokens have none.  A space that a tokenizer adds before a text is not part of the text.
+Special tokens have none, and text that looks like one is text.  A space that a tokenizer adds
+before a text is not part of the text.
+
+A teacher's tokenizer may spell a character differently: Qwen's writes a composed accent for a
+decomposed one, an omega for the ohm sign.  A sampled byte that is no text reaches the teacher
+as U+FFFD.  Such characters lie in no unit; the text before and after them is aligned as ever.
 
 The student's ids are those that it sampled; only the teacher's ids are computed here.  If the
 answer ended, the student's end token and the teacher's form the last unit.
 """
 
 import json
-import os
 import re
+import unicodedata
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
+import regex
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from opd import files
@@ -142,15 +148,81 @@ def shared_vocabulary(student, teacher):
     return {i: theirs[piece] for piece, i in ids_of_bytes(student).items() if piece in theirs}
 
 
+# ---- the same characters in two texts
+
+# bytes that are no text, as errors="surrogateescape" decodes them
+NO_TEXT = re.compile("[\udc80-\udcff]")
+CUT_CHARACTER = re.compile("[\udc80-\udcff]+\\Z")
+CHARACTER = regex.compile(r"\X")  # with its accents, an emoji with all its parts
+AGREE = 8  # so many equal characters, or the ends of both texts, show that two places agree
+FURTHEST = 32  # characters to skip in search of such places
+
+
+@lru_cache(maxsize=4096)
+def normal_form(character):
+    """The same for all spellings of a character, in both cases: U+2126 and U+03A9 -> U+03C9."""
+    shown = NO_TEXT.sub("\ufffd", character)
+    return unicodedata.normalize("NFKD", shown).casefold()
+
+
+def next_places(a, b, i, j):
+    """Where two lists of normal forms agree again behind a[:i] and b[:j], as far as can be
+    told; else their ends."""
+    if a[i : i + 1] == b[j : j + 1]:
+        return i + 1, j + 1
+    for skipped in range(1, FURTHEST):
+        for here in range(i, i + skipped + 1):
+            there = i + j + skipped - here
+            if a[here : here + AGREE] == b[there : there + AGREE]:
+                return here, there
+    return len(a), len(b)
+
+
+def paired_parts(a, b):
+    """Two texts cut into as many parts, equal where their characters are: [(bytes, bytes)].
+
+    "10\u2126.", "10\u03a9." -> "1" "1", "0" "0", "\u2126" "\u03a9", "." "." as bytes"""
+    a = CHARACTER.findall(a)
+    b = CHARACTER.findall(b)
+    forms = [[normal_form(character) for character in text] for text in (a, b)]
+    pairs = []
+    i = 0
+    j = 0
+    while i < len(a) or j < len(b):
+        here, there = next_places(*forms, i, j)
+        parts = ("".join(a[i:here]), "".join(b[j:there]))
+        pairs.append([part.encode(errors="surrogateescape") for part in parts])
+        i = here
+        j = there
+    return pairs
+
+
+def places(pairs):
+    """The offset in the first text of every byte offset of the second; inside of a part that
+    differs half a byte after its beginning, where no token of the first text ends.
+
+    places([(b"ab", b"ab"), (b"cd", b"xyz")]) -> [0, 1, 2, 2.5, 2.5, 4]"""
+    found = [0]
+    start = 0
+    for x, y in pairs:
+        end = start + len(x)
+        if x == y:
+            found += range(start + 1, end + 1)
+        elif y:
+            found += [min(start + 0.5, end)] * (len(y) - 1) + [end]
+        start = end
+    return found
+
+
 # ---- alignment
 
 
 def aligned_units(student_ends, teacher_ends):
-    """[(s0, s1, t0, t1)]: student tokens s0..s1-1 spell what teacher tokens t0..t1-1 spell; in
-    order, without gaps.
+    """[(s0, s1, t0, t1)]: student tokens s0..s1-1 stand for what teacher tokens t0..t1-1 stand
+    for; in order, without gaps.
 
-    ends: byte offsets at which the tokens end, never falling.  A token without bytes joins the
-    unit before it, or the first.
+    ends: places at which the tokens end, never falling.  A token without bytes joins the unit
+    before it, or the first.
 
     aligned_units([3, 5, 7, 9], [2, 5, 8, 9]) -> [(0, 2, 0, 2), (2, 4, 2, 4)]"""
     units = []
@@ -170,24 +242,15 @@ class Alignment:
     """One answer in both tokenizations."""
 
     teacher_ids: list  # with an end token iff the student's is in a unit
-    units: list  # (s0, s1, t0, t1) into the student's ids and teacher_ids
-    text: str  # what the teacher's tokens spell
+    units: list  # (s0, s1, t0, t1) into the student's ids and teacher_ids, of the same bytes
+    text: str  # what the teacher reads
     bytes: int  # of the student's answer
     covered: int  # of these, in units
     strict: int  # of these, in units of one token on either side
 
 
-def longest_text(raw):
-    """The longest beginning of some bytes that is valid UTF-8."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        return raw[: error.start].decode()
-
-
-def common_length(a, b):
-    """How many bytes at the beginning are the same."""
-    return len(os.path.commonprefix([a, b]))
+def leading_spaces(raw):
+    return len(raw) - len(raw.lstrip(b" "))
 
 
 def one_to_one(unit):
@@ -206,28 +269,34 @@ def align(student, teacher, student_ids, ends=None):
     body = student_ids[:-1] if ended else student_ids
     pieces = pieces_of(student, body)
     raw = b"".join(pieces)
-    text = longest_text(raw)
-    teacher_ids = teacher(text, add_special_tokens=False)["input_ids"] if text else []
+    spelt = raw.decode(errors="surrogateescape")
+    # an answer that is cut inside a character ends before it
+    text = NO_TEXT.sub("\ufffd", CUT_CHARACTER.sub("", spelt))
+    encoding = teacher(text, add_special_tokens=False, split_special_tokens=True)
+    teacher_ids = encoding["input_ids"] if text else []
     teacher_pieces = pieces_of(teacher, teacher_ids)
-    teacher_raw = b"".join(teacher_pieces)
-    added_space = 0
-    if teacher_raw[:1] == b" ":
-        without = common_length(raw, teacher_raw[1:])
-        added_space = int(without > common_length(raw, teacher_raw))
-    same = common_length(raw, teacher_raw[added_space:])
-    student_ends = [e for e in accumulate(map(len, pieces)) if e <= same]
-    shifted = [max(0, e - added_space) for e in accumulate(map(len, teacher_pieces))]
-    teacher_ends = [e for e in shifted if e <= same]
-    units = aligned_units(student_ends, teacher_ends)
+    if leading_spaces(b"".join(teacher_pieces)) > leading_spaces(raw):
+        teacher_pieces[0] = teacher_pieces[0][1:]  # the tokenizer's own
+    teacher_spelt = b"".join(teacher_pieces).decode(errors="surrogateescape")
+    offset_of = places(paired_parts(spelt, teacher_spelt))
+    teacher_ends = [offset_of[e] for e in accumulate(map(len, teacher_pieces))]
+    stretches = aligned_units(list(accumulate(map(len, pieces))), teacher_ends)
 
-    offsets = [0, *accumulate(map(len, pieces))]
-    _, s_last, _, t_last = units[-1] if units else (0, 0, 0, 0)
-    covered = offsets[s_last]
-    strict = sum(offsets[u[1]] - offsets[u[0]] for u in units if one_to_one(u))
+    units = []
+    covered = 0
+    strict = 0
+    for unit in stretches:
+        s0, s1, t0, t1 = unit
+        spelling = b"".join(pieces[s0:s1])
+        if spelling == b"".join(teacher_pieces[t0:t1]):
+            units.append(unit)
+            covered += len(spelling)
+            strict += len(spelling) * one_to_one(unit)
+    _, s_last, _, t_last = stretches[-1] if stretches else (0, 0, 0, 0)
     complete = s_last == len(body) and t_last == len(teacher_ids)
-    # an end token means the same only after the same text
+    # an end token means the same only after the whole text
     if ended and complete and teacher_end is not None:
-        units = units + [(s_last, s_last + 1, t_last, t_last + 1)]
+        units.append((s_last, s_last + 1, t_last, t_last + 1))
         teacher_ids = teacher_ids + [teacher_end]
     return Alignment(teacher_ids, units, text, len(raw), covered, strict)
 
@@ -281,7 +350,8 @@ def main(argv=None):
     if args.rollouts:
         answers = [r["response_ids"] for r in files.read(args.rollouts, "rollouts")]
     else:
-        answers = [student(args.text, add_special_tokens=False)["input_ids"]]
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        answers = [student(args.text, **options)["input_ids"]]
     alignments = [align(student, teacher, ids) for ids in answers]
     if not args.rollouts:
         print(describe_units(student, alignments[0].units, answers[0]))
