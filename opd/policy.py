@@ -33,9 +33,6 @@ class Policy:
         # a tokenizer may know tokens that the model has no row for
         rows = len(model.get_input_embeddings().weight)
         self.vocabulary = min(vocabulary_size(tokenizer), rows)
-        config = model.config.get_text_config()
-        self.positions = getattr(config, "max_position_embeddings", None) or math.inf
-        self.attends = set(getattr(config, "layer_types", None) or []) != {"linear_attention"}
         self.stop_ids = [i for i in stop_ids(model, tokenizer) if i < self.vocabulary]
         options = head_options(model, self.vocabulary)
         self.head_options = {"vocabulary": self.vocabulary} | options
@@ -51,6 +48,18 @@ class Policy:
         number) are no tokens: they take no probability, in sampling, scoring and training
         alike."""
         return self.model.get_output_embeddings().weight
+
+    @property
+    def positions(self):
+        """How many tokens a sequence may have, its prompt included."""
+        config = self.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None) or math.inf
+
+    @property
+    def attends(self):
+        """Whether a layer looks back at other tokens; Mamba's all keep a state in their place."""
+        config = self.model.config.get_text_config()
+        return set(getattr(config, "layer_types", None) or []) != {"linear_attention"}
 
     def check_length(self, tokens, where):
         """Raises BadInput for a sequence of more tokens than the model has positions: beyond
