@@ -9,11 +9,13 @@ import random
 import unicodedata
 
 import pytest
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from methods.simct import align
+from methods.simct.loss import UnitLoss, unit_divergence
 
 HOW_MANY = int(os.environ.get("OPD_HOSTILE_TEXTS", 150))
 SPECIAL = ["<|im_end|>", "<|endoftext|>", "<|user|>"]
@@ -123,6 +125,32 @@ def test_text_that_looks_like_a_special_token_is_text():
     assert ended.units == [*got.units, (31, 32, len(got.teacher_ids), len(got.teacher_ids) + 1)]
 
 
+def test_a_token_without_bytes_is_in_no_unit():
+    user = BYTES.convert_tokens_to_ids("<|user|>")
+    a, b, c = byte_ids(b"abc")
+    got = align.align(BYTES, BYTES, [a, b, user, c])
+    assert got.units == [(0, 1, 0, 1), (3, 4, 2, 3)] and got.covered == 2
+    core = Tokenizer(models.BPE(vocab={"?": 0, "a": 1}, merges=[], unk_token="?"))
+    core.decoder = decoders.ByteLevel()
+    teacher = PreTrainedTokenizerFast(tokenizer_object=core)
+    got = align.align(BYTES, teacher, [a, a, b, a, a])
+    assert got.teacher_ids == [1, 1, 0, 1, 1] and got.units == [(0, 1, 0, 1), (4, 5, 4, 5)]
+
+
+def test_in_a_unit_it_would_be_made_likelier():
+    """The loss of a unit "b" + <|user|> that the teacher likes falls as <|user|> gains."""
+    user = torch.tensor(-3.0, requires_grad=True)
+    logp = torch.stack([torch.tensor([-1.0, -2.0]), torch.stack([user, user * 0])])
+    unit = torch.tensor([[1, 1, 2, 1, -0.1, 0], [0, 1, 0, 0, 0, 0]])
+    batch = {
+        "unit": unit,
+        "support_logp": torch.full((2, 1), -3.0),
+        "prefix": torch.zeros(2, 1),
+    }
+    unit_divergence(UnitLoss(), logp, batch).sum().backward()
+    assert user.grad < -0.01
+
+
 # ---- a seeded lot
 
 WORDS = ["The", " voltage", " is", " 12.5", ", so", " isn't", " caf\u00e9", "\n\n", "  ", "\t"]
@@ -192,6 +220,7 @@ def check(student, teacher, ids, normal_form):
         if unit == end and ids[s0] == student.eos_token_id:
             assert got.teacher_ids[t0] == teacher.eos_token_id
             continue
+        assert all(pieces[s0:s1]) and all(theirs[t0:t1])
         assert b"".join(pieces[s0:s1]) == b"".join(theirs[t0:t1])
         sizes.append((len(b"".join(pieces[s0:s1])), align.one_to_one(unit)))
         if normal_form:

@@ -25,6 +25,8 @@ before a text is not part of the text.
 A teacher's tokenizer may spell a character differently: Qwen's writes a composed accent for a
 decomposed one, an omega for the ohm sign.  A sampled byte that is no text reaches the teacher
 as U+FFFD.  Such characters lie in no unit; the text before and after them is aligned as ever.
+Nor does a token without bytes, with the text whose unit it would join: the loss raises the
+log-probs of all tokens of a unit where the teacher likes its text.
 
 The student's ids are those that it sampled; only the teacher's ids are computed here.  If the
 answer ended, the student's end token and the teacher's form the last unit.
@@ -288,7 +290,10 @@ def align(student, teacher, student_ids, ends=None):
     for unit in stretches:
         s0, s1, t0, t1 = unit
         spelling = b"".join(pieces[s0:s1])
-        if spelling == b"".join(teacher_pieces[t0:t1]):
+        # a token without bytes would be made likelier for the text that stands beside it; only
+        # the teacher's first may be one: the tokenizer's own space
+        spelt_by_all = all(pieces[s0:s1]) and all(teacher_pieces[max(t0, 1) : t1])
+        if spelt_by_all and spelling == b"".join(teacher_pieces[t0:t1]):
             units.append(unit)
             covered += len(spelling)
             strict += len(spelling) * one_to_one(unit)
