@@ -296,8 +296,7 @@ def load_given(inputs, method, policy, teacher, data):
         given = Data(inputs, METHODS["sft"], policy)
     else:
         given = Data(inputs, dataclasses.replace(method, prefix="data"), policy, teacher)
-    lacking = data.groups.keys() - given.groups.keys()
-    data.leave_out(lacking, f"{inputs.rollouts} has no answer to them")
+    data.keep_answered(given)
     return given
 
 

@@ -332,7 +332,7 @@ def train(argv=None):
     )
     own = Data(Inputs(args.rollouts, prompts=args.prompts), TEXTS, scorer)
     given = Data(Inputs(args.data, prompts=args.prompts), TEXTS, scorer)
-    given.check_answers_all(own)
+    own.keep_answered(given)
     steps = plan(own.groups, args.batch_size, args.epochs, None, args.seed)
     trainer = Trainer(scorer, trainer_settings(args))
     run.begin(trainer, args.fresh_optimizer)

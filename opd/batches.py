@@ -259,6 +259,11 @@ class Data:
         self.left_out |= self.groups.keys() - kept.keys()
         self.groups = kept
 
+    def keep_answered(self, given):
+        """Goes on without the prompts to which the Data `given` has no answer."""
+        lacking = self.groups.keys() - given.groups.keys()
+        self.leave_out(lacking, f"{given.rollouts.path} has no answer to them")
+
     def _weigh(self):
         """Group advantages and weights of all rollouts.  Groups with a failed judgement are
         dropped and counted, rollouts of weight 0 leave the data, and with them groups of which

@@ -57,7 +57,7 @@ class Policy:
 
     @property
     def attends(self):
-        """Whether a layer looks back at other tokens; Mamba's all keep a state in their place."""
+        """Whether a layer looks back at other tokens; Mamba's keep a state instead."""
         config = self.model.config.get_text_config()
         return set(getattr(config, "layer_types", None) or []) != {"linear_attention"}
 
