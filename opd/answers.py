@@ -18,6 +18,7 @@ def final_answer(text):
     final_answer("7+5=12\\n#12") -> "12";   final_answer("... so \\\\boxed{\\\\frac{1}{2}}") ->
                                             "\\\\frac{1}{2}";   final_answer("12") -> None.
     The text is an answer without thoughts (records.final_text)."""
+    text = text.strip()
     start = len(text)
     while (start := text.rfind("\\boxed{", 0, start)) >= 0:
         depth = 0
