@@ -75,6 +75,7 @@ def final_answer(text):
     final_answer("7+5=12\\n#12") -> "12";   final_answer("... so \\\\boxed{\\\\frac{1}{2}}") ->
                                             "\\\\frac{1}{2}";   final_answer("12") -> None.
     The text is an answer without thoughts (records.final_text)."""
+    text = text.strip()
     return last_boxed(text) or last_marked(text) or last_stated(text) or None
 
 

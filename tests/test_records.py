@@ -109,6 +109,7 @@ BAD_CRITERIA = [CRITERION | {"points": points} for points in (0, 6, 2.0, True)]
 BAD_CRITERIA += [CRITERION | bad for bad in ({"id": 1}, {"criterion": ""}, {"category": None})]
 BAD = {  # name of a type in records -> values that are not of it
     "ID": ["", None, 1.5, True],
+    "BOOL": [None, 0, 1, "true"],
     "COUNT": [-1, 1.0, True],
     "TEXT": [None, 3],
     "NUMBER": ["1", True, float("nan"), float("inf")],
