@@ -29,8 +29,6 @@ format from merit, so the paper's cap of 1 point on cosmetic criteria is not app
 
 from functools import partial
 
-import numpy as np
-
 from opd import files, judge, records, rewards, served
 from opd.answers import (
     add_equality_flag,
@@ -40,7 +38,7 @@ from opd.answers import (
     question_of,
     read_answerable,
 )
-from opd.contrast import check_verdicts, contrast, load_library
+from opd.contrast import check_verdicts, contrast, load_library, summarise
 from opd.records import BadInput
 from opd.rewards import Reward
 
@@ -109,19 +107,6 @@ def rubric_record(prompt, criteria, rubricator, answers, attempts):
         "criteria": criteria,
         "rubricator": rubricator,
         "drawn_from": drawn_from,
-    }
-
-
-def summarise_rubrics(path):
-    """Criteria a rubric, the share with a decisive one, and distinct teacher answers behind
-    one."""
-    rubrics = list(files.read(path, "rubrics"))
-    decisive = [max(c["points"] for c in r["criteria"]) >= 4 for r in rubrics]
-    distinct = [len(set(r["drawn_from"]["answers"])) for r in rubrics]
-    return {
-        "criteria_mean": float(np.mean([len(r["criteria"]) for r in rubrics])),
-        "decisive": float(np.mean(decisive)),
-        "distinct_answers": float(np.mean(distinct)),
     }
 
 
@@ -203,7 +188,7 @@ def create(argv):
         f"{judge.describe_spent(summary)}"
     )
     if made:
-        summary |= summarise_rubrics(args.out)
+        summary |= summarise(args.out)
         print(
             f"{summary['criteria_mean']:.1f} criteria each, {summary['decisive']:.0%} with a "
             f"decisive one, from {summary['distinct_answers']:.1f} distinct answers each"
@@ -347,7 +332,7 @@ def grade_missing(missing, groups, table, grade_group, llm, name):
     todo = [prompt_id for prompt_id, keys in groups.items() if missing & set(keys)]
     for prompt_id, given in for_each(llm, grade_group, todo):
         yield [
-            rewards.reward_record(table[key], reward, name)
+            rewards.reward_record(table[key], rewards.paid(table[key], reward), name)
             for key, reward in zip(groups[prompt_id], given)
             if key in missing
         ]

@@ -13,6 +13,7 @@ import importlib
 
 import numpy as np
 
+from opd import files
 from opd.records import BadInput
 
 
@@ -86,3 +87,16 @@ def check_verdicts(question, criteria, answers, library):
         [bool(library[name].test(question, text, *arguments)) for name, *arguments in checks]
         for text in answers
     ]
+
+
+def summarise(path):
+    """Criteria a rubric, the share with a decisive one, and distinct teacher answers behind
+    one."""
+    rubrics = list(files.read(path, "rubrics"))
+    decisive = [max(c["points"] for c in r["criteria"]) >= 4 for r in rubrics]
+    distinct = [len(set(r["drawn_from"]["answers"])) for r in rubrics]
+    return {
+        "criteria_mean": float(np.mean([len(r["criteria"]) for r in rubrics])),
+        "decisive": float(np.mean(decisive)),
+        "distinct_answers": float(np.mean(distinct)),
+    }

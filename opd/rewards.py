@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from opd import files
-from opd.records import fingerprint
+from opd.records import final_text, fingerprint
 
 
 class Reward(NamedTuple):
@@ -70,6 +70,13 @@ def reward_record(rollout, reward, grader):
     if reward.repeats is not None:
         record["repeats"] = reward.repeats
     return record
+
+
+def paid(rollout, reward):
+    """The reward, or 0 for an answer that is all thought, cut before it ended: whatever a judge
+    says of an empty text."""
+    all_thought = rollout["text"] != "" == final_text(rollout)
+    return Reward(0.0) if all_thought and reward.value else reward
 
 
 def failure_of(record):

@@ -14,6 +14,7 @@ from opd import chat, files, records, sampling
 from opd.batches import Solutions
 from opd.policy import identity_of, load_policy, same_template
 from opd.records import BadInput
+from opd.rewards import Reward, paid
 from worlds.build import SYMBOLS, build_tokenizer
 
 LETTERS = "".join(sorted({*"abcdefghijklmnopqrstuvwxyz<>/|_[]THINKT .?!{}\\"} - set(SYMBOLS)))
@@ -186,6 +187,9 @@ def test_graders_read_the_final_text(world, tmp_path):
         assert load(flags["out"])[0]["reward"] == reward
     (short,) = rubric.by_prompt(tmp_path / "r.jsonl", "rollouts").values()
     assert rubric.texts(short) == ["#999999"]
+    for final, value in (("", 0.0), ("#9", 0.9), (None, 0.9)):  # of a judge that likes all
+        answer = row if final is None else row | {"final": final}
+        assert paid(answer, Reward(0.9)).value == value
 
 
 # ---- prompts
