@@ -270,7 +270,7 @@ ROW = b'{"id": 1, "prompt": "2+2"}\r\n'
     [
         (b"\xef\xbb\xbf" + ROW, None),
         (ROW.decode().encode("utf-16"), "UTF-16"),
-        (gzip.compress(ROW), "gzip"),
+        (gzip.compress(ROW, mtime=0), "gzip"),
         (b"[" + ROW.strip() + b"]", "a JSON object, got \\["),
         (b"[\n" + ROW + b"]\n", "JSON array"),
         (b'{\n "id": 1,\n "prompt": "2+2"\n}\n', "over several lines"),
