@@ -154,6 +154,21 @@ def test_rewards_that_teach_nothing_are_said(world, tmp_path, capsys):
         assert "expected at least 2 rollouts of a prompt" in message
 
 
+def test_one_seed_draws_other_numbers_in_every_stage(world, tmp_path):
+    """Else a model that is its own teacher would copy its rollouts, and an evaluation would
+    repeat what was trained on."""
+    few = dump(tmp_path / "p.jsonl", load(world.prompts)[:6])
+    flags = dict(model=world.base, prompts=few, n=4, max_tokens=12, seed=7)
+    rollout.main(argv(out=tmp_path / "r.jsonl", **flags))
+    teacher.main(argv("answer", out=tmp_path / "a.jsonl", **flags))
+    evaluation.main(argv(out=tmp_path / "e.jsonl", **flags))
+    names = ("r.jsonl", "a.jsonl", "e.rollouts.jsonl")
+    drawn = [by_key(load(tmp_path / name)) for name in names]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        same = [drawn[a][key]["text"] == drawn[b][key]["text"] for key in drawn[a]]
+        assert sum(same) < len(same) / 2
+
+
 # ---- models
 
 
