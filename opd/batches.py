@@ -101,6 +101,8 @@ class Data:
         self.scorers = {}
         self.left_out = set()
         self._top_k = {}
+        tables = [self.rewards, self.scores, self.reference, self.weights]
+        lacking = {table: set() for table in tables if table is not None}
         trained = set()  # prompts of which an answer has a token to train on
         for rollout in self.rollouts:  # found out now, not after half of the updates
             key = records.key_of(rollout, "rollouts")
@@ -112,16 +114,15 @@ class Data:
             # a text may be tokenized later, but one too long for the model is named now
             if 2 * len(rollout["text"]) > self.policy.positions:
                 self._in_our_tokens(rollout, key)
-        tables = [self.rewards, self.scores, self.reference, self.weights]
-        tables = [table for table in tables if table is not None]
-        for table in tables:
-            lacking = {key[0] for key in self._keys() if key not in table}
-            self.leave_out(lacking, f"{table.path} has not all {table.kind} of them")
+            missing = [table for table in lacking if key not in table]
+            for table in missing:
+                lacking[table].add(key[0])
+            if not missing:
+                self._check_partners(rollout, key)
+        for table, prompts in lacking.items():
+            self.leave_out(prompts, f"{table.path} has not all {table.kind} of them")
         empty = self.groups.keys() - trained
         self.leave_out(empty, f"no answer to them in {inputs.rollouts} has a token to train on")
-        if tables:
-            for key in self._keys():
-                self._check_partners(self.rollouts[key], key)
         self._weigh()
 
     def _open_rollouts(self, path):
@@ -249,9 +250,6 @@ class Data:
             )
 
     # ---- groups
-
-    def _keys(self):
-        return [key for keys in self.groups.values() for key in keys]
 
     def leave_out(self, prompts, reason):
         """Goes on without these prompts, and names them; BadInput if none is left."""

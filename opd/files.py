@@ -124,22 +124,26 @@ def sidecar_of(path):
     return Path(path).with_name(Path(path).name + ".run.json")
 
 
-def failed_keys(path):
-    """Keys of the records that a stage could not make, as its sidecar names them."""
+def wanted_and_failed(path):
+    """(how many records a file shall hold, the keys of those that a stage could not make), as
+    its sidecar says; (0, none) of a file from elsewhere, or of an earlier version."""
     try:
-        return {tuple(key) for key in json.loads(sidecar_of(path).read_text())["failed"]}
+        state = json.loads(sidecar_of(path).read_text())
+        return int(state["wanted"]), {tuple(key) for key in state["failed"]}
     except (OSError, ValueError, KeyError, TypeError):
-        return set()  # a file from elsewhere, or of an earlier version
+        return 0, set()
+
+
+def failed_keys(path):
+    """Keys of the records that a stage could not make."""
+    return wanted_and_failed(path)[1]
 
 
 def check_finished(path, kind, found):
     """Refuses a file with fewer records than its writer was asked for, those left out that
     failed by name."""
-    try:
-        wanted = int(json.loads(sidecar_of(path).read_text())["wanted"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if found + len(failed_keys(path)) < wanted:
+    wanted, failed = wanted_and_failed(path)
+    if found + len(failed) < wanted:
         raise BadInput(
             f"{path}: unfinished: expected {wanted} records of {kind} "
             f"({sidecar_of(path).name}), got {found}: run the stage that writes it again, or "

@@ -55,6 +55,11 @@ def is_number(x):
     return type(x) in (int, float) and -sys.float_info.max <= x <= sys.float_info.max
 
 
+def is_logprob(x):
+    """A finite number <= 0; a float32 log-prob of a certain token can lie a rounding above."""
+    return is_number(x) and x <= 1e-4
+
+
 def list_of(test):
     return lambda x: type(x) is list and all(map(test, x))
 
@@ -90,8 +95,7 @@ NUMBER = Type("a finite number", is_number)
 NUMBERS = Type("a list of finite numbers", list_of(is_number))
 IDS = Type("a list of integers >= 0", list_of(is_count))
 MASK = Type("a list of 0 and 1", list_of(lambda x: is_int(x) and x in (0, 1)))
-# a float32 log-prob of a certain token can lie a rounding above 0
-LOGPROBS = Type("a list of finite numbers <= 0", list_of(lambda x: is_number(x) and x <= 1e-4))
+LOGPROBS = Type("a list of finite numbers <= 0", list_of(is_logprob))
 WEIGHTS = Type("a list of finite numbers >= 0", list_of(lambda x: is_number(x) and x >= 0))
 PACKED = Type("a packed array", is_packed)
 TOPK = Type(

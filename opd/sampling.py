@@ -210,17 +210,17 @@ def sample_episodes(policy, prompts, draws, toolbox, names, *, max_tokens, tempe
 # ---- records
 
 
-def rollout_record(prompt, sample, identity, settings, answer):
-    """A rollouts record.  answer: the fields of an Answer or Episode with `text`, `final` and
-    `prompt_ids`, or a server's reply, which may hold neither ids nor log-probs."""
+def rollout_record(prompt, sample, identity, distribution, answer):
+    """A rollouts record.  distribution: the temperature and top_p that it claims; answer: the
+    fields of an Answer or Episode with `text`, `final` and `prompt_ids`, or a server's reply,
+    which may hold neither ids nor log-probs."""
     record = {
         "id": prompt["id"],
         "sample": sample,
         "policy": identity,
         "text": answer["text"],
         "finish_reason": answer["finish_reason"],
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
+        **distribution,
     }
     if "response_ids" in answer:
         record |= {
@@ -314,7 +314,7 @@ class LocalSampler:
             text = self.policy.tokenizer.decode(ids, skip_special_tokens=True)
             final = final_text(self.policy.tokenizer, prompt_ids, ids)
             fields = {"prompt_ids": prompt_ids, "text": text, "final": final} | vars(answer)
-            made.append(rollout_record(prompt, sample, self.identity, s, fields))
+            made.append(rollout_record(prompt, sample, self.identity, s.distribution(), fields))
         return made
 
 
@@ -342,14 +342,9 @@ class ServedSampler:
                 self.check_prompt(prompt, answer["prompt_ids"])
                 ids = answer["prompt_ids"], answer["response_ids"]
                 answer["final"] = final_text(self.tokenizer, *ids)
-            yield self.record(prompt, sample, answer)
-
-    def record(self, prompt, sample, answer):
-        """A record that claims no temperature or top_p but those that the server was sent."""
-        record = rollout_record(prompt, sample, self.identity, self.settings, answer)
-        for name in self.settings.distribution():
-            del record[name]
-        return record | self.server.sent(**self.settings.distribution())
+            # --request-json may leave out a temperature: then none is claimed
+            sent = self.server.sent(**self.settings.distribution())
+            yield rollout_record(prompt, sample, self.identity, sent, answer)
 
     def ask(self, job):
         prompt, sample = job
@@ -531,8 +526,12 @@ def begun_prompts(path, kind, wanted):
     that writes the date would show a later sample another prompt."""
     if not Path(path).stat().st_size:
         return {}
-    found = {str(r["id"]): r.get("prompt_ids") for r in files.read(path, kind, unfinished=True)}
-    return {prompt_id: ids for prompt_id, ids in found.items() if ids and prompt_id in wanted}
+    found = {}
+    for record in files.read(path, kind, unfinished=True):
+        prompt_id = str(record["id"])
+        if prompt_id in wanted and record.get("prompt_ids"):
+            found[prompt_id] = record["prompt_ids"]
+    return found
 
 
 def jobs_by_key(prompts, n):

@@ -5,10 +5,9 @@ requests.
 """
 
 import json
-import math
 from dataclasses import dataclass
 
-from opd.records import BadInput
+from opd.records import IDS, LOGPROBS, BadInput, is_logprob
 
 # of a refusal that is not everybody's
 TOO_LONG = (
@@ -190,7 +189,7 @@ class Reply:
                 f"--generation-config vllm --logprobs-mode processed_logprobs"
             )
         for name, given in (("token_ids", ids), ("prompt_token_ids", self.prompt_ids)):
-            if not _are_ids(given):
+            if not given or not IDS.test(given):
                 raise ServedFailure(f"{name}: expected integers >= 0, got {str(given)[:80]}")
         counted = self.usage.get("completion_tokens") if type(self.usage) is dict else None
         if counted not in (None, len(ids)):
@@ -205,7 +204,7 @@ class Reply:
                 f"{got}: start the server with --logprobs-mode processed_logprobs and without "
                 f"anything that strips log-probs (a proxy)"
             )
-        if not all(map(_is_logprob, self.logprobs)):
+        if not LOGPROBS.test(self.logprobs):
             raise ServedFailure(
                 f"logprobs: expected finite numbers <= 0, got {str(self.logprobs)[:80]}"
             )
@@ -224,7 +223,7 @@ def entry_of(entries, position, token, top_k, server):
             f"{where}: expected log-probs that include token {token}, got "
             f"{str(entries[position])[:80]}: {SCORE_ADVICE}"
         )
-    if not all(map(_is_logprob, here.values())):
+    if not all(map(is_logprob, here.values())):
         raise ServedFailure(
             f"{where}: expected finite log-probs <= 0, got {str(entries[position])[:80]}"
         )
@@ -234,15 +233,6 @@ def entry_of(entries, position, token, top_k, server):
             f"with a larger --max-logprobs, or ask for fewer"
         )
     return here
-
-
-def _are_ids(ids):
-    return bool(ids) and all(type(i) is int and i >= 0 for i in ids)
-
-
-def _is_logprob(value):
-    # a rounding above 0 is a certain token
-    return type(value) in (int, float) and math.isfinite(value) and value <= 1e-4
 
 
 @dataclass

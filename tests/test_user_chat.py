@@ -156,7 +156,7 @@ def test_what_is_thought_is_decided_from_ids_and_recorded(prompt, response, text
     assert chat.final_text(tokenizer, prompt_ids, ids) == final
     fields = {"prompt_ids": prompt_ids, "text": text, "final": final, "logprobs": []}
     fields |= {"response_ids": ids, "finish_reason": "stop", "loss_mask": []}
-    record = sampling.rollout_record({"id": 1}, 0, {}, sampling.Sampling(), fields)
+    record = sampling.rollout_record({"id": 1}, 0, {}, {}, fields)
     assert ("final" in record) == (final != text) and records.final_text(record) == final
 
 
