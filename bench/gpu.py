@@ -13,10 +13,16 @@ the others still run, and the exit code is 1:
               operands and the head's gradient, ratio to this card's three matrix products, and
               the error against float64 on the same operands
     step      one train.py update on the device and on the CPU: largest difference of a weight
+    round     rollout.py and train.py --method opd-full in bfloat16 at a real size: seconds of
+              each, tokens a second, peak GiB, and the trainer's log-probs of the sampled tokens
+              beside the sampler's. --model names the folder; one that holds config and
+              tokenizer but no weights gets random ones (a 0.5B shape is enough to time)
     main_job  python -m experiments.ropd on the device: its accuracies
 """
 
 import argparse
+import contextlib
+import io
 import json
 import platform
 import statistics
@@ -27,8 +33,11 @@ import time
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file
 
+import rollout
+import train
 from bench import kernel as bench_kernel
 from opd.kernel import linear_logp
 
@@ -75,7 +84,7 @@ def triton_results(device, options, kernel, dtype):
     return logp.detach(), entropy.detach(), *torch.autograd.grad(loss, (hidden, weight))
 
 
-def check_triton(device, smoke):
+def check_triton(device, args):
     """A line for each dtype and option: the largest relative error of Triton against torch."""
     if device != "cuda":
         yield {"skipped": "Triton kernels need a GPU; tests/test_kernel.py interprets them"}
@@ -148,9 +157,9 @@ def measure_contender(contender, data, wanted, gemm_seconds, device):
     }
 
 
-def check_kernel(device, smoke):
+def check_kernel(device, args):
     """Lines for every shape, first the bare products, then each contender of the log-probs."""
-    for shape in SMOKE_SHAPES if smoke else SHAPES:
+    for shape in SMOKE_SHAPES if args.smoke else SHAPES:
         data = bench_kernel.operands(shape, torch.bfloat16, device=device)
         work = three_products(*data[:2])
         gemm_seconds = seconds_of(work, device)
@@ -164,7 +173,7 @@ def check_kernel(device, smoke):
                 continue
             try:
                 row = measure_contender(contender, data, wanted, gemm_seconds, device)
-            except (RuntimeError, TypeError, ImportError) as error:  # a peer may not fit here
+            except Exception as error:  # a peer may not fit this card, or this torch
                 row = {"error": f"{type(error).__name__}: {error}"[:300]}
                 if name.startswith("ours"):
                     row["ok"] = False
@@ -174,7 +183,7 @@ def check_kernel(device, smoke):
             torch.cuda.empty_cache()
 
 
-# ---- step and main_job: the stages themselves
+# ---- step, round and main_job: the stages themselves
 
 
 def run_module(*words):
@@ -187,7 +196,7 @@ def run_module(*words):
     return done.stdout
 
 
-def check_step(device, smoke):
+def check_step(device, args):
     """The same supervised update on the device and on the CPU."""
     with tempfile.TemporaryDirectory() as folder:
         world = Path(folder) / "world"
@@ -220,15 +229,88 @@ def check_step(device, smoke):
         }
 
 
-def check_main_job(device, smoke):
+def model_folder(args, folder, device):
+    """--model if it holds weights; else its shape and tokenizer with random weights."""
+    if args.model and (args.model / "model.safetensors").exists():
+        return args.model
+    if args.model:
+        config = transformers.AutoConfig.from_pretrained(args.model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        torch.manual_seed(0)
+        with torch.device(device):  # initialising on a CPU takes longer than the round
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        return folder / "model"
+    run_module("-m", "worlds.sums", "--out", folder, "--clean", 4, "--mixed", 4)
+    return folder / "student"
+
+
+def clocked(device, stage, words):
+    """(seconds, peak GiB or None) of a stage's main in this process, its progress unheard."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        stage.main([str(word) for word in words])
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() / GIB if device == "cuda" else None
+    return round(seconds, 2), peak
+
+
+def check_round(device, args):
+    """Two rounds of 32 prompts x 8 answers of at most 256 tokens under exact reverse KL to the
+    model itself; the first warms up, the second is the one to quote."""
+    prompts, n, length = (4, 2, 8) if args.smoke else (32, 8, 256)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        model = model_folder(args, folder, device)
+        with open(folder / "prompts.jsonl", "w", encoding="utf-8") as f:
+            for i in range(prompts):
+                row = {"id": f"p{i}", "messages": [{"role": "user", "content": f"{i}+{i}="}]}
+                f.write(json.dumps(row) + "\n")
+        common = {"model": args.model.name if args.model else "toy"}
+        common["random_weights"] = model != args.model
+        for turn in range(2):
+            rollouts, out = folder / f"rollouts{turn}.jsonl", folder / f"out{turn}"
+            # fmt: off
+            seconds, peak = clocked(device, rollout, [
+                "--model", model, "--prompts", folder / "prompts.jsonl", "--n", n,
+                "--max-tokens", length, "--batch-tokens", 1 << 18, "--seed", turn,
+                "--dtype", "bfloat16", "--device", device, "--out", rollouts,
+            ])
+            # fmt: on
+            tokens = sum(len(json.loads(line)["response_ids"]) for line in open(rollouts))
+            row = common | {"stage": "rollout", "turn": turn, "tokens": tokens}
+            row |= {"seconds": seconds, "tokens_a_second": round(tokens / seconds)}
+            yield row | {"peak_gib": peak}
+            # fmt: off
+            seconds, peak = clocked(device, train, [
+                "--method", "opd-full", "--model", model, "--teacher", model,
+                "--teacher-dtype", "bfloat16", "--dtype", "bfloat16", "--rollouts", rollouts,
+                "--batch-size", prompts, "--micro-batch-tokens", 1 << 14,
+                "--device", device, "--out", out,
+            ])
+            # fmt: on
+            metrics = [json.loads(line) for line in open(out / "metrics.jsonl")][-1]
+            row |= {"stage": "train", "seconds": seconds, "peak_gib": peak}
+            row["tokens_a_second"] = round(tokens / seconds)
+            row |= {f"gap_{k}": metrics[f"rollout/logprob_gap_{k}"] for k in ("mean", "max")}
+            yield row | {"ok": row["gap_mean"] < 0.02}
+
+
+def check_main_job(device, args):
     """experiments.ropd as a person runs it; it takes the GPU that it finds."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        run_module("-m", "experiments.ropd", "--out", folder, *(["--smoke"] if smoke else []))
+        run_module(
+            "-m", "experiments.ropd", "--out", folder, *(["--smoke"] if args.smoke else [])
+        )
         rows = [json.loads(line) for line in open(Path(folder) / "results.jsonl")]
         final = {row["arm"]: row["accuracy"] for row in rows if row["final"]}
         line = {"accuracy": final, "seconds": round(time.perf_counter() - start, 1)}
-        if not smoke:
+        if not args.smoke:
             line["ok"] = final["ropd"] > final["before"] + 0.2 > final["shuffled"]
         yield line
 
@@ -237,6 +319,7 @@ SECTIONS = {
     "triton": check_triton,
     "kernel": check_kernel,
     "step": check_step,
+    "round": check_round,
     "main_job": check_main_job,
 }
 
@@ -274,6 +357,7 @@ def main(argv=None):
     )
     p.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     p.add_argument("--smoke", action="store_true", help="tiny shapes; runs on a CPU as well")
+    p.add_argument("--model", type=Path, help="section round: model folder (default: a toy)")
     p.add_argument("--out", help="also append the lines here")
     args = p.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -286,14 +370,14 @@ def main(argv=None):
     rows = []
     for section in args.sections:
         start = time.perf_counter()
-        lines = SECTIONS[section](device, args.smoke)
+        lines = SECTIONS[section](device, args)
         try:
             for line in lines:
                 rows.append(
                     {"section": section, "device": card} | line | {"versions": versions}
                 )
                 print(json.dumps(rows[-1]), flush=True)
-        except (RuntimeError, OSError, KeyError) as error:
+        except (Exception, SystemExit) as error:  # the other sections still run
             text = f"{type(error).__name__}: {error}"[:500]
             rows.append({"section": section, "device": card, "error": text, "ok": False})
             print(json.dumps(rows[-1]), flush=True)

@@ -20,9 +20,10 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# before triton is imported: without a GPU its kernels run in the interpreter
-if not Path("/dev/nvidia0").exists():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+# the tests are of CPU numbers, bit by bit, and fork; `python -m bench.gpu` is what checks a GPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# before triton is imported: its kernels run in the interpreter
+os.environ.setdefault("TRITON_INTERPRET", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
