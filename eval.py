@@ -39,13 +39,14 @@ from opd.tools import call_use
 
 
 def sample(model, prompts, out, overwrite, flags):
-    """Samples answers of a model into the file `out`, with flags as of rollout.py."""
+    """Samples answers of a model into the file `out`, with flags as of rollout.py; returns how
+    many failed."""
     p = files.parser("The flags that eval.py --model takes beside its own.")
     add_sampling_flags(p, n=16)
     words = ["--model", model, "--prompts", prompts, "--out", out, *flags]
     if overwrite:
         words.append("--overwrite")
-    fill_from_flags(p.parse_args(words), "rollouts", EVAL_STREAM)
+    return len(fill_from_flags(p.parse_args(words), "rollouts", EVAL_STREAM)[1])
 
 
 def read_answers(path, prompts, partial):
@@ -250,9 +251,10 @@ def main(argv=None):
     same = equality_named(args.equality)
     prompts = read_answerable(args.prompts)
     source = args.rollouts
+    failed = 0
     if args.model:
         source = args.out.removesuffix(".jsonl") + ".rollouts.jsonl"
-        sample(args.model, args.prompts, source, args.overwrite, sampling)
+        failed = sample(args.model, args.prompts, source, args.overwrite, sampling)
     answers = read_answers(source, prompts, args.partial)
 
     def work(missing):
@@ -267,7 +269,7 @@ def main(argv=None):
         rewards = files.Table(args.rewards, "rewards")
         summary |= reward_quality(rewards, files.read(args.out, "evals"), answers)
     tell(args.out, summary, len(prompts))
-    return {"out": args.out} | summary
+    return {"out": args.out, "failed": failed} | summary
 
 
 if __name__ == "__main__":

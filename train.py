@@ -337,6 +337,14 @@ def train_steps(trainer, run, steps, data, given, settings, seed, old):
         run.log(metrics | data.signals)
 
 
+def tell(method, dropped, summary):
+    text = f", {dropped} groups dropped for failed judgements" if dropped else ""
+    print(
+        f"train.py: {summary['out']}: {method}, {summary['steps']} steps, "
+        f"{summary['trained_tokens']} tokens, loss {summary['loss']:.4f}{text}"
+    )
+
+
 def main(argv=None):
     args = parse(argv)
     method = losses.settings(METHODS, args.method, args.set)
@@ -355,42 +363,40 @@ def main(argv=None):
         teacher=hash_weights(find_folder(args.teacher)) if args.teacher else None,
     )
     reads = [*inputs, source, *filter(None, [args.teacher])]
-    run = Run(args.out, identity, source, reads, args.overwrite)
-    if run.finished:
-        print(f"train.py: {args.out}: complete already, {run.finished['steps']} steps")
-        return run.finished
+    with Run(args.out, identity, source, reads, args.overwrite) as run:
+        if run.finished:
+            print(f"train.py: {args.out}: complete already, {run.finished['steps']} steps")
+            return run.finished
 
-    policy = load_policy(args.model, args.dtype, args.device, args.template_options, weights)
-    teacher = None
-    if args.teacher:
-        teacher = load_teacher(
-            args.teacher,
-            policy,
-            args.teacher_dtype,
-            args.device,
-            args.template_options,
-            identity["teacher"],
-            "template" in args.allow,
+        policy = load_policy(
+            args.model, args.dtype, args.device, args.template_options, weights
         )
-    data = Data(own_files, method, policy, teacher, "stale" in args.allow)
-    given = load_given(given_files, method, policy, teacher, data)
-    if "teacher" not in args.allow:
-        check_teacher(source, method, data)
-    steps = plan(data.groups, args.batch_size, args.epochs or 1, args.steps, args.seed)
-    data.check_signal(steps)
-    several = method.on_policy and len(steps) > 1
-    old = starting_logps(policy, data, settings) if several else {}
+        teacher = None
+        if args.teacher:
+            teacher = load_teacher(
+                args.teacher,
+                policy,
+                args.teacher_dtype,
+                args.device,
+                args.template_options,
+                identity["teacher"],
+                "template" in args.allow,
+            )
+        data = Data(own_files, method, policy, teacher, "stale" in args.allow)
+        given = load_given(given_files, method, policy, teacher, data)
+        if "teacher" not in args.allow:
+            check_teacher(source, method, data)
+        steps = plan(data.groups, args.batch_size, args.epochs or 1, args.steps, args.seed)
+        data.check_signal(steps)
+        several = method.on_policy and len(steps) > 1
+        old = starting_logps(policy, data, settings) if several else {}
 
-    trainer = Trainer(policy, trainer_settings(args))
-    run.begin(trainer, args.fresh_optimizer)
-    train_steps(trainer, run, steps, data, given, settings, args.seed, old)
-    summary = run.finish(data.counts(), taught_by(source, method, data))
-    dropped = f", {data.dropped} groups dropped for failed judgements" if data.dropped else ""
-    print(
-        f"train.py: {args.out}: {args.method}, {len(steps)} steps, {summary['trained_tokens']} "
-        f"tokens, loss {summary['loss']:.4f}{dropped}"
-    )
-    return summary
+        trainer = Trainer(policy, trainer_settings(args))
+        run.begin(trainer, args.fresh_optimizer)
+        train_steps(trainer, run, steps, data, given, settings, args.seed, old)
+        summary = run.finish(data.counts(), taught_by(source, method, data))
+        tell(args.method, data.dropped, summary)
+        return summary
 
 
 if __name__ == "__main__":

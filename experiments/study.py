@@ -271,6 +271,7 @@ class Run:
         Path(self.results).parent.mkdir(parents=True, exist_ok=True)
         with open(self.results, "ab", buffering=0) as f:
             files.append_whole(f, json.dumps(row).encode() + b"\n")
+        files.sync(self.results)
 
 
 def versions():

@@ -316,35 +316,35 @@ def train(argv=None):
     # the name under which older folders know it
     flags = vars(args) | {"method": "discriminator"}
     identity = run_identity(flags, weights, inputs)
-    run = Run(args.out, identity, source, [*inputs, source], args.overwrite)
-    if run.finished:
-        print(f"methods.gad train: {args.out}: complete already")
-        return run.finished
+    with Run(args.out, identity, source, [*inputs, source], args.overwrite) as run:
+        if run.finished:
+            print(f"methods.gad train: {args.out}: complete already")
+            return run.finished
 
-    scorer = load_scorer(
-        args.model,
-        args.dtype,
-        args.device,
-        args.template_options,
-        weights,
-        args.seed,
-        args.view,
-    )
-    own = Data(Inputs(args.rollouts, prompts=args.prompts), TEXTS, scorer)
-    given = Data(Inputs(args.data, prompts=args.prompts), TEXTS, scorer)
-    own.keep_answered(given)
-    steps = plan(own.groups, args.batch_size, args.epochs, None, args.seed)
-    trainer = Trainer(scorer, trainer_settings(args))
-    run.begin(trainer, args.fresh_optimizer)
-    for index, _ in run.steps(len(steps)):
-        answers = own.items(steps[index]), given.items(steps[index])
-        run.log(optimise(trainer, *answers, args.loss, args.micro_batch_tokens))
-    summary = run.finish({})
-    print(
-        f"methods.gad train: {args.out}: {len(steps)} steps, {summary['trained_tokens']} "
-        f"tokens, loss {summary['loss']:.4f}"
-    )
-    return summary
+        scorer = load_scorer(
+            args.model,
+            args.dtype,
+            args.device,
+            args.template_options,
+            weights,
+            args.seed,
+            args.view,
+        )
+        own = Data(Inputs(args.rollouts, prompts=args.prompts), TEXTS, scorer)
+        given = Data(Inputs(args.data, prompts=args.prompts), TEXTS, scorer)
+        own.keep_answered(given)
+        steps = plan(own.groups, args.batch_size, args.epochs, None, args.seed)
+        trainer = Trainer(scorer, trainer_settings(args))
+        run.begin(trainer, args.fresh_optimizer)
+        for index, _ in run.steps(len(steps)):
+            answers = own.items(steps[index]), given.items(steps[index])
+            run.log(optimise(trainer, *answers, args.loss, args.micro_batch_tokens))
+        summary = run.finish({})
+        print(
+            f"methods.gad train: {args.out}: {len(steps)} steps, {summary['trained_tokens']} "
+            f"tokens, loss {summary['loss']:.4f}"
+        )
+        return summary
 
 
 # ---- grading

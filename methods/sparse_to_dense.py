@@ -76,6 +76,7 @@ def spend(ledger, prompts, purpose, again=False):
             )
             earlier[purpose] = None
         files.append_whole(file, b"".join(json.dumps(line).encode() + b"\n" for line in fresh))
+        files.sync(path)
     return {
         "labels": len({question_hash(p) for p in prompts}),
         "labels_new": len(known) - before,

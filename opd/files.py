@@ -5,8 +5,8 @@
 Four rules keep data safe:
 1. A reader validates every line and stops with `file:line: field: expected ..., got ...`, exit
    code 2.
-2. A writer appends whole lines.  A killed stage, run again, drops a torn last line and makes
-   only the records that are missing.
+2. A writer appends whole lines, and puts them on the disk every few seconds and in the end.  A
+   killed stage, run again, drops a torn last line and makes only the records that are missing.
 3. A resumed file must have been begun with the same settings, from the same inputs: the writer
    keeps both in `FILE.run.json` and refuses a mixture.  An input may have grown since; it may
    not have changed.  How many records are wanted stands there too, and which of them failed: a
@@ -18,12 +18,16 @@ Files are walked, not loaded.  A `Table` keeps about 300 bytes a record: its key
 """
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
+import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -245,7 +249,7 @@ class Writer:
         # one file may be given for two flags
         inputs = list({Path(p).resolve(): p for p in inputs}.values())
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
         except OSError as error:
             raise BadInput(
                 f"{path}: cannot be written: {self.path.parent}: {error.strerror}"
@@ -255,6 +259,8 @@ class Writer:
         try:
             if overwrite:
                 self._file.truncate(0)
+                # or a power cut could leave the old records beside the new settings
+                os.fsync(self._file.fileno())
             self._resume(settings, inputs, retry)
         except BaseException:
             self._file.close()
@@ -275,20 +281,15 @@ class Writer:
 
     def _open(self):
         try:
-            self._file = open(self.path, "ab", buffering=0)
-        except OSError as error:
-            raise BadInput(f"{self.path}: cannot be written: {error.strerror}") from None
-        try:
-            if fcntl:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file = open_locked(self.path)
         except BlockingIOError:
-            self._file.close()
             raise BadInput(
                 f"{self.path}: another process is writing this file: wait for it, or give "
                 f"another --out"
             ) from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            raise BadInput(f"{self.path}: cannot be written: {error.strerror}") from None
+        self._synced = time.monotonic()
 
     def _resume(self, settings, inputs, retry):
         if self.path.stat().st_size:
@@ -306,6 +307,7 @@ class Writer:
     def finish(self, failed):
         """Says in the sidecar which records could not be made (keys): a reader goes on without
         them."""
+        os.fsync(self._file.fileno())
         self.state["failed"] = sorted(failed)
         self._keep_state()
 
@@ -370,12 +372,16 @@ class Writer:
             raise ValueError(f"{self.path}: refusing to write a key twice: {keys}")
         append_whole(self._file, lines)
         self.done.update(keys)
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._file.close()
+        with self._file:
+            os.fsync(self._file.fileno())
 
 
 FEW = 2  # failures that are no rate yet: one of eight says nothing of the others
@@ -499,8 +505,8 @@ def append_whole(file, lines):
 
 
 def cut_torn_line(path):
-    """A kill can leave half a line at the end of a JSONL file: cut it off (its record is made
-    again)."""
+    """A kill can leave half a line at the end of a JSONL file, and a power cut zeros in place
+    of lines that were not on the disk yet: cut it off (its records are made again)."""
     with open(path, "r+b") as f:
         whole = sum(len(line) for line in f if line.endswith(b"\n"))
         f.truncate(whole)
@@ -546,22 +552,90 @@ def hash_file(path, limit=None):
     return {"bytes": total, "sha256": digest.hexdigest()}
 
 
+# ---- on the disk
+
+SYNC_SECONDS = 5  # as much of its work a stage may lose when the power goes
+
+
+def sync(path):
+    """Puts the bytes of a file, or the names in a folder, on the disk.  Until then a power cut
+    may take them, or leave zeros in their place."""
+    if not fcntl:  # Windows cannot do it to a folder
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder):
+    """Puts a folder with all that is in it on the disk."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(os.path.join(place, name))
+        sync(place)
+
+
+def make_folder(path):
+    """Makes a folder and its parents, and puts their names on the disk."""
+    path = Path(path)
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        sync(folder.parent)
+
+
+def rename_durably(old, new):
+    """Moves a file or folder whose content is on the disk, so that the move is, too."""
+    os.replace(old, new)
+    for folder in {Path(new).parent, Path(old).parent}:
+        sync(folder)
+
+
 def write_atomically(path, text):
     """Writes a small file (a string, or an iterable of strings) so that a reader sees the old
-    one or the new one."""
+    one or the new one, even after a power cut."""
     temporary = Path(path).with_name(Path(path).name + ".tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as f:
             f.writelines([text] if isinstance(text, str) else text)
             f.flush()
             os.fsync(f.fileno())
+        rename_durably(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a name that is too long is none to delete either
+            temporary.unlink(missing_ok=True)
         raise BadInput(
-            f"{path}: could not write ({error.strerror}): make room and run the same command "
-            f"again"
+            f"{path}: could not write ({error.strerror}): {advice_on_error(error)}"
         ) from None
-    os.replace(temporary, path)
+
+
+def open_locked(path):
+    """The file, open to append, with a lock that ends with this process or its close().  Raises
+    BlockingIOError where another process has it."""
+    while True:
+        file = open(path, "ab", buffering=0)
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError:
+            pass  # a file system without locks
+        # who had the lock before may have replaced or removed the file meanwhile
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()
+
+
+def advice_on_error(error):
+    """What to do about an OSError."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "make room and run the same command again"
+    return "give another --out, or change what stands in its way and run again"
 
 
 # ---- command lines
@@ -587,17 +661,62 @@ def parser(doc):
     return _Parser(description=doc)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a machine that is shut down, or a time limit.  Handled as Ctrl-C is."""
+
+
+def _terminate(*_):
+    raise Terminated
+
+
+# faults of the place a stage runs in, not bugs: no traceback
+ENVIRONMENT = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.EPERM,
+    errno.EROFS,
+)
+
+
 def run(main):
-    """Runs a stage's `main()` as a program: BadInput becomes one line on stderr and exit code
-    2."""
+    """Runs a stage's `main()` as a program, and exits with its code:
+
+    0  done             2  BadInput, or a disk that cannot be written: one line on stderr
+    3  done, but for records that could not be made ("failed" in the summary)
+    130, 143  Ctrl-C, SIGTERM        141  nobody reads what it prints"""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.stdout.reconfigure(errors="backslashreplace")  # ASCII where the locale has no more
     try:
-        main()
+        try:
+            summary = main()
+        finally:
+            sys.stdout.flush()
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+        stop(2, f"error: {error}")
+    except KeyboardInterrupt as error:
+        code = 143 if isinstance(error, Terminated) else 130
+        stop(code, "stopped; run the same command again to go on")
+    except BrokenPipeError:
+        # what is left in the buffer goes nowhere, or Python would complain at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        stop(141, "stopped: nobody reads the output any more; run the same command again")
+    except OSError as error:
+        if error.errno not in ENVIRONMENT:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        stop(2, f"error: {where}{error.strerror}: {advice_on_error(error)}")
+    if isinstance(summary, dict) and summary.get("failed"):
+        sys.exit(3)
+
+
+def stop(code, message):
+    print(message, file=sys.stderr)
+    sys.exit(code)
 
 
 def dispatch(doc, commands, argv):

@@ -2,19 +2,25 @@
 that a killed run continues from, ending in the same bits.
 
     trainer = Trainer(policy, settings)         masters, optimiser
-    run = Run(out, identity, ...)               refuses a folder that holds something else
-    run.begin(trainer, fresh)                   or goes on from its last checkpoint
-    for index, step in run.steps(count):        backward passes; trainer.collect() after each
-        trainer.update()
-        run.log(metrics)
-    run.finish(summary)                         OUT.partial becomes OUT
+    with Run(out, identity, ...) as run:        refuses a folder that holds something else
+        run.begin(trainer, fresh)               or goes on from its last checkpoint
+        for index, step in run.steps(count):    backward passes; trainer.collect() after each
+            trainer.update()
+            run.log(metrics)
+        run.finish(summary)                     OUT.partial becomes OUT
 
 OUT is a complete model folder.  Its subfolder trainer/ has moments and master weights as
 safetensors and the rest as JSON: a subfolder, because loaders take every *.safetensors beside
-config.json for weights of the model.  OUT.partial/LATEST names the last checkpoint."""
+config.json for weights of the model.  OUT.partial/LATEST names the last checkpoint; the one
+before is kept, too.  A folder is on the disk, with the sizes and hashes of its files in
+trainer/files.json, before LATEST or its last name point at it: after a power cut it is whole,
+or known to be damaged."""
 
+import contextlib
+import itertools
 import json
 import math
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -26,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from opd import files
 from opd.metrics import collapsed
-from opd.records import BadInput
+from opd.records import BadInput, show
 
 
 @dataclass(frozen=True)
@@ -177,32 +183,39 @@ class Trainer:
         names = [name for name, _ in self.policy.model.named_parameters()]
         return zip(names, self.parameters, self.masters)
 
-    def save(self, folder, state):
-        """Writes a complete model folder; `state` is the JSON part of trainer/."""
+    def save(self, folder, state, texts):
+        """Writes a complete model folder and puts it on the disk.  state: the JSON part of
+        trainer/;  texts: {name: content} of other files."""
         tensors = {}
         for name, p, master in self.named():
             for key, value in self.optimiser.state.get(master, {}).items():
                 tensors[f"{key}/{name}"] = value.contiguous()
             if master is not p:
                 tensors[f"master/{name}"] = master.detach()
-        inner = folder / "trainer"
-        inner.mkdir(parents=True, exist_ok=True)
         try:
+            remove(folder)  # what a killed run has left of it
+            (folder / "trainer").mkdir(parents=True)
             self.policy.model.save_pretrained(folder)
             self.policy.tokenizer.save_pretrained(folder)
-            save_file(tensors, inner / "optimizer.safetensors")
+            save_file(tensors, folder / MOMENTS)
+            text = json.dumps(state, indent=1, default=str)
+            for name, text in {STATE: text + "\n", **texts}.items():
+                (folder / name).write_text(text, encoding="utf-8")
+            seal(folder)
         except (OSError, SafetensorError) as error:
             raise BadInput(
                 f"{folder}: could not be written ({error}): make room and run the same command "
                 f"again, it goes on from its last checkpoint"
             ) from None
-        text = json.dumps(state, indent=1, default=str)
-        files.write_atomically(inner / "state.json", text + "\n")
 
     def load_optimiser(self, folder, moments=True):
         """Puts master weights and moments back.  A fresh optimiser has no moments, but what
         was learnt below the precision of the weights stays learnt."""
-        tensors = load_file(folder / "trainer" / "optimizer.safetensors")
+        path = folder / MOMENTS
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise BadInput(f"{path}: could not be loaded: {error}") from None
         for name, parameter, master in self.named():
             if f"master/{name}" in tensors:
                 self._restore(master, parameter, tensors[f"master/{name}"], folder, name)
@@ -241,6 +254,7 @@ def run_identity(flags, weights, inputs, **more):
     """What determines the result of a run, as JSON.  flags: {name: value}, of which those are
     left out that change memory and speed alone;  inputs: paths."""
     without = ("overwrite", "save_every", "micro_batch_tokens", "device", "kernel")
+    flags = flags | {"out": str(Path(flags["out"]))}  # M/ is M
     return {
         "flags": {name: value for name, value in flags.items() if name not in without},
         "weights": weights,
@@ -249,57 +263,174 @@ def run_identity(flags, weights, inputs, **more):
     }
 
 
+# ---- a model folder on the disk
+
+STATE = "trainer/state.json"
+MOMENTS = "trainer/optimizer.safetensors"
+LIST = "trainer/files.json"  # the last file of a folder: sizes and hashes of the others
+CHANGED = "damaged or changed since it was saved"
+
+
+def seal(folder):
+    """Puts a folder on the disk, then the list of its files."""
+    files.sync_tree(folder)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    listed = {path.relative_to(folder).as_posix(): files.hash_file(path) for path in paths}
+    files.write_atomically(folder / LIST, json.dumps(listed, indent=1) + "\n")
+    files.sync(folder.parent)
+
+
+def damage(folder, spared=()):
+    """The first file of a sealed folder that is not as it was written, in words, or None.  A
+    folder of an earlier version has no list, and is taken as it is.  spared: names of files
+    that somebody may have removed."""
+    if (folder / LIST).exists() and not read_json(folder / LIST):
+        return f"{LIST}: expected a list of files"
+    for name, listed in read_json(folder / LIST).items():
+        path = folder / name
+        if name in spared and not path.exists():
+            continue
+        found = files.hash_file(path) if path.is_file() else None
+        if found != listed:
+            return f"{name}: expected {show(listed)}, got {show(found)}"
+    if not read_json(folder / STATE):
+        return f"{STATE}: expected a JSON object"
+    return None
+
+
+def read_json(path):
+    """The JSON object in a file; {} if there is none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def remove(folder):
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
 class Run:
-    """A training run's folder.  `identity` is whatever determines its result, as JSON: a folder
-    of another identity is refused.  `finished`: the summary of a run that is complete
-    already."""
+    """A training run's folder, locked while the run is open.  `identity` is whatever determines
+    its result, as JSON: a folder of another identity is refused.  `finished`: the summary of a
+    run that is complete already."""
 
     def __init__(self, out, identity, source, reads, overwrite):
         """source: the folder it starts from;  reads: paths that --overwrite may not delete."""
         self.out = Path(out)
-        self.partial = Path(f"{out}.partial")
+        if not self.out.name:
+            raise BadInput(f"--out {out}: expected the name of a folder")
+        self.partial = self.out.with_name(self.out.name + ".partial")
         self.identity = identity
         self.source = source
         self.overwrite = overwrite
         self.finished = None
         if self.out.exists() and self.out.samefile(source):
             raise BadInput(f"--out {out}: is the model to start from: give another --out")
-        if overwrite:
-            self._check_overwrite(reads)
-        else:
-            self._check_identity()
+        self._lock()
+        try:
+            if overwrite:
+                self._check_overwrite(reads)
+            else:
+                self._check_identity()
+        except BaseException:
+            self.close()
+            raise
+
+    def _lock(self):
+        path = self.out.with_name(self.out.name + ".lock")
+        try:
+            files.make_folder(path.parent)
+            self.lock = files.open_locked(path)
+        except BlockingIOError:
+            raise BadInput(
+                f"{self.out}: another process is training into this folder: wait for it, or "
+                f"give another --out"
+            ) from None
+        except OSError:
+            self.lock = None  # nobody can write there; a finished run can still say so
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        if self.lock:
+            with self.lock, contextlib.suppress(OSError):  # Windows removes no open file
+                os.unlink(self.lock.name)
 
     def _check_overwrite(self, reads):
         """Only a training run is replaced, and none that this run reads."""
         out = self.out
         filled = out.exists() and (not out.is_dir() or any(out.iterdir()))
-        if filled and not (out / "trainer" / "state.json").exists():
+        if filled and not (out / STATE).exists():
             raise BadInput(
                 f"--overwrite: replaces a training run, and {out} is none: give another --out"
             )
         for path in reads:
-            if out.resolve() in Path(path).resolve().parents:
+            inside = {out.resolve(), self.partial.resolve()} & {*Path(path).resolve().parents}
+            for folder in inside:
                 raise BadInput(
-                    f"--overwrite: would delete {path}, which this run reads, with {out}: give "
-                    f"another --out"
+                    f"--overwrite: would delete {path}, which this run reads, with {folder}: "
+                    f"give another --out"
                 )
 
     def _check_identity(self):
-        complete = self.out / "trainer" / "state.json"
-        for path in (complete, self.partial / "run.json"):
-            before = read_json(path).get("run") if path.exists() else self.identity
-            if difference := files.first_difference(before, self.identity):
+        """The finished folder, the unfinished one and each of its checkpoints are of this
+        run."""
+        states = [folder / STATE for folder in self._checkpoints()]
+        for path in (self.out / STATE, self.partial / "run.json", *states):
+            before = read_json(path)
+            difference = files.first_difference(before.get("run"), self.identity)
+            if before and difference:
                 raise BadInput(
                     f"{path}: holds another training run ({difference}): give another --out, "
                     f"or --overwrite"
                 )
-        if complete.exists():
-            self.finished = read_json(complete)["summary"]
-        elif self.out.exists():
+        if not self.out.exists():
+            return
+        if not (self.out / STATE).exists():
             raise BadInput(
                 f"{self.out}: exists and is not a training run of this stage: give another "
                 f"--out"
             )
+        wrong = damage(self.out, spared=[MOMENTS])
+        if not wrong and "summary" not in read_json(self.out / STATE):
+            wrong = f"{STATE}: expected the summary of a finished run"
+        if not wrong:
+            self.finished = read_json(self.out / STATE)["summary"]
+            shutil.rmtree(self.partial, ignore_errors=True)  # a kill has left it
+        elif not self._last_checkpoint():
+            raise BadInput(f"{self.out}/{wrong}: {CHANGED}: --overwrite trains it again")
+        else:
+            print(f"{self.out}/{wrong}: {CHANGED}: its last steps are trained again")
+
+    def _checkpoints(self):
+        """The folders step-N, newest first."""
+        found = [p for p in self.partial.glob("step-*") if p.name[5:].isdigit()]
+        return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+
+    def _last_checkpoint(self):
+        """(folder, its state, the log up to it) of the newest checkpoint that is whole, or
+        None.  One without a list of its files was half written, but for that of an earlier
+        version which LATEST names."""
+        latest = self.partial / "LATEST"
+        latest = latest.read_text(errors="replace") if latest.exists() else ""
+        logged = whole_lines(self.partial / "metrics.jsonl")
+        for folder in self._checkpoints():
+            state = read_json(folder / STATE)
+            wrong = damage(folder)
+            if not wrong and len(logged) < state["done"]:
+                wrong = f"../metrics.jsonl: expected {state['done']} lines, got {len(logged)}"
+            if not wrong and (folder.name == latest or (folder / LIST).exists()):
+                return folder, state, logged[: state["done"]]
+            if folder.name == latest:
+                print(f"{folder}/{wrong}: {CHANGED}: goes on from an earlier checkpoint")
+        return None
 
     def begin(self, trainer, fresh):
         """Goes on from the last checkpoint, or else with the starting folder's master weights,
@@ -311,26 +442,30 @@ class Run:
         self.truncated = 0.0
         self.alarms = 0
         if self.overwrite:  # only now, when the new run's inputs are known to be good
-            shutil.rmtree(self.out, ignore_errors=True)
-            shutil.rmtree(self.partial, ignore_errors=True)
-        metrics = self.partial / "metrics.jsonl"
-        if (self.partial / "LATEST").exists():
-            folder = self.partial / (self.partial / "LATEST").read_text()
-            state = read_json(folder / "trainer" / "state.json")
-            trainer.load_weights(folder)
-            trainer.load_optimiser(folder)
-            self.done = state["done"]
-            self.before = state["before"]
-            self.tokens = state["tokens"]
-            lines = metrics.read_text().splitlines(keepends=True)
-            files.write_atomically(metrics, lines[: self.done])
+            remove(self.partial)
+        if saved := self._last_checkpoint():
+            self._resume(*saved)
         else:
-            self.partial.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self.partial)
             text = json.dumps({"run": self.identity}, indent=1)
             files.write_atomically(self.partial / "run.json", text + "\n")
-            metrics.unlink(missing_ok=True)
+            (self.partial / "metrics.jsonl").unlink(missing_ok=True)
             self._continue_optimiser(fresh)
             self.tokens = self.before["tokens"]
+        if self.out.exists():  # aside, and away with OUT.partial when this run is finished
+            remove(self.partial / "replaced")
+            files.rename_durably(self.out, self.partial / "replaced")
+
+    def _resume(self, folder, state, logged):
+        self.trainer.load_weights(folder)
+        self.trainer.load_optimiser(folder)
+        self.done = state["done"]
+        self.before = state["before"]
+        self.tokens = state["tokens"]
+        files.write_atomically(self.partial / "metrics.jsonl", logged)
+        for metrics in map(json.loads, logged):
+            self.truncated = metrics["rollout/truncated"]
+            self.alarms += metrics["alarm/collapse"]
 
     def _continue_optimiser(self, fresh):
         path = self.source / "trainer" / "state.json"
@@ -344,6 +479,11 @@ class Run:
                 f"is none: give --fresh-optimizer to start without its moments"
             )
         state = read_json(path)
+        if not state:
+            raise BadInput(
+                f"{path}: expected a JSON object: it is damaged; remove the folder's trainer/ "
+                f"to start without its moments"
+            )
         same = state["run"]["flags"]["method"] == self.identity["flags"]["method"]
         self.trainer.load_optimiser(self.source, moments=same and not fresh)
         if same and not fresh:
@@ -383,8 +523,9 @@ class Run:
         files.append_whole(self.file, line.encode() + b"\n")
 
     def _checkpoint(self, done):
-        """Writes OUT.partial/step-N, then points LATEST at it: a kill at any moment leaves one
-        complete checkpoint."""
+        """Writes OUT.partial/step-N, then points LATEST at it: a kill or a power cut at any
+        moment leaves a complete checkpoint.  The one before stays."""
+        os.fsync(self.file.fileno())
         state = {
             "run": self.identity,
             "done": done,
@@ -393,11 +534,11 @@ class Run:
             "tokens": self.tokens,
         }
         name = f"step-{done}"
-        self.trainer.save(self.partial / name, state)
+        self.trainer.save(self.partial / name, state, {})
         files.write_atomically(self.partial / "LATEST", name)
-        for old in self.partial.glob("step-*"):
-            if old.name != name:
-                shutil.rmtree(old)
+        reached = [p for p in self._checkpoints() if int(p.name[5:]) <= done]
+        for old in {*self._checkpoints()} - {*reached[:2]}:
+            shutil.rmtree(old)
 
     def finish(self, extra, taught=None):
         """Moves the model into place and returns the summary, with `extra`.  taught: kept as
@@ -412,23 +553,22 @@ class Run:
             **extra,
             "seconds": round(time.time() - self.started, 2),
         }
-        final = self.partial / "final"
-        shutil.rmtree(final, ignore_errors=True)
         state = {
             "run": self.identity,
             "step": step,
             "tokens": self.tokens,
             "summary": summary,
         }
-        self.trainer.save(final, state)
-        shutil.copy(self.partial / "metrics.jsonl", final / "metrics.jsonl")
+        texts = {"metrics.jsonl": (self.partial / "metrics.jsonl").read_text()}
         if taught:
-            files.write_atomically(final / "sft_teacher.json", json.dumps(taught) + "\n")
-        final.rename(self.out)
+            texts["sft_teacher.json"] = json.dumps(taught) + "\n"
+        final = self.partial / "final"
+        self.trainer.save(final, state, texts)
+        files.rename_durably(final, self.out)
         shutil.rmtree(self.partial)
         if self.alarms:
             print(
-                f"{self.out}: WARNING: in {self.alarms:.0f} of {self.count - self.done} steps "
+                f"{self.out}: WARNING: in {self.alarms:.0f} of {self.count} steps "
                 f"at least 5 % of the texts were repetitive, or more than 90 % cut at their "
                 f"longest twice in a row: length inflation (rollout/repetition, "
                 f"rollout/truncated)"
@@ -436,5 +576,16 @@ class Run:
         return summary
 
 
-def read_json(path):
-    return json.loads(path.read_text())
+def whole_lines(path):
+    """The lines of a log up to the first that a kill or a power cut has spoilt."""
+    if not path.exists():
+        return []
+
+    def whole(line):
+        try:
+            return line.endswith("\n") and bool(json.loads(line))
+        except ValueError:
+            return False
+
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    return list(itertools.takewhile(whole, lines))

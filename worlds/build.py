@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from opd.files import parser, write_atomically
+from opd.files import parser, rename_durably, sync_tree, write_atomically
 from opd.records import BadInput
 
 # width, layers, heads
@@ -100,8 +100,9 @@ def new_folder(out, overwrite):
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     unfinished.mkdir(parents=True)
     yield unfinished
+    sync_tree(unfinished)
     shutil.rmtree(out, ignore_errors=True)
-    unfinished.rename(out)
+    rename_durably(unfinished, out)
 
 
 def write_rows(path, rows):
