@@ -24,6 +24,10 @@ Simplifications:
    and 10.  A shorter answer is never counted, so the rate is a lower bound, as in the paper.
 """
 
+import opd.quiet  # noqa: F401
+
+# isort: split
+
 from collections import Counter
 
 import numpy as np

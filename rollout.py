@@ -23,6 +23,10 @@ speculative decoding: serve large models with vLLM and use --base-url; 3. every 
 episode reads its whole context anew.
 """
 
+import opd.quiet  # noqa: F401
+
+# isort: split
+
 import numpy as np
 
 from opd import files, records

@@ -27,6 +27,10 @@ Simplifications: 1. rubrics are shared by a group, never per rollout; 2. `contra
 format from merit, so the paper's cap of 1 point on cosmetic criteria is not applied.
 """
 
+import opd.quiet  # noqa: F401
+
+# isort: split
+
 from functools import partial
 
 from opd import files, judge, records, rewards, served

@@ -22,6 +22,10 @@ the rollouts.  Another vocabulary is refused, another template unless it is mean
 Simplifications: 1. one teacher a file; 2. no sequence packing.
 """
 
+import opd.quiet  # noqa: F401
+
+# isort: split
+
 import numpy as np
 
 from opd import files, records, served

@@ -25,6 +25,10 @@ and `support` are empty.
 Simplifications: 1. one device; 2. models run in evaluation mode (no dropout), so no random
 state needs saving; 3. rows of a micro-batch are padded, not packed; 4. no LoRA."""
 
+import opd.quiet  # noqa: F401
+
+# isort: split
+
 import dataclasses
 from importlib.util import find_spec
 

@@ -6,3 +6,5 @@
 A study computes nothing itself: study.py runs its stage commands, claims.py judges its result
 lines, report.py makes tables and pictures of them.  Controls are file-to-file scripts beside
 them."""
+
+import opd.quiet  # noqa: F401

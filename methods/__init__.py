@@ -1,0 +1,1 @@
+import opd.quiet  # noqa: F401

@@ -2,14 +2,20 @@
 to: nothing is lost, doubled, mixed or taken for finished."""
 
 import json
+import os
+import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
-from conftest import argv, load, refusal
+from conftest import ROOT, argv, load, refusal
 
 import train
 from bench.power_cut import Recorder
-from opd import files, trainer
+from opd import files, judge, trainer
 from opd.records import BadInput
 
 STEPS = 5
@@ -234,3 +240,104 @@ def test_warnings_and_alarms_after_a_resume_are_those_of_an_undisturbed_run(
     train.main(flags(world, tmp_path / "cut"))
     assert whole == told() and "in 2 of 5 steps" in whole[0]
     assert content(tmp_path / "whole") == content(tmp_path / "cut")
+
+
+# ---- the ends of a program
+
+
+def test_left_over_failures_are_exit_code_3():
+    for summary in ({"failed": 0}, {}, None):
+        files.run(lambda: summary)
+    with pytest.raises(SystemExit) as end:
+        files.run(lambda: {"failed": 2})
+    assert end.value.code == 3
+
+
+def started(code, **more):
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = [sys.executable, *(code if isinstance(code, list) else ["-c", code])]
+    return subprocess.Popen(words, cwd=ROOT, **pipes, **more)
+
+
+TALK = """
+import time
+from opd import files
+def main():
+    for i in range(100_000):
+        print("é", i, flush=True)
+        time.sleep(0.001)
+files.run(main)
+"""
+
+
+@pytest.mark.parametrize("code, number", [(130, signal.SIGINT), (143, signal.SIGTERM)])
+def test_a_signal_says_how_to_go_on(code, number):
+    with started(TALK) as process:
+        process.stdout.readline()
+        process.send_signal(number)
+        errors = process.stderr.read()
+    assert process.returncode == code
+    assert errors == "stopped; run the same command again to go on\n"
+
+
+def test_a_closed_pipe_and_an_ascii_terminal_are_no_traceback():
+    with started(TALK, env=os.environ | {"PYTHONIOENCODING": "ascii"}) as process:
+        assert process.stdout.readline() == "\\xe9 0\n"
+        process.stdout.close()  # | head -1
+        errors = process.stderr.read()
+    assert process.returncode == 141
+    assert errors.count("\n") == 1 and errors.startswith("stopped: nobody reads"), errors
+
+
+def test_ctrl_c_while_a_stage_is_loading_is_no_traceback():
+    with started(["train.py", "--help"]) as process:
+        maps = f"/proc/{process.pid}/maps"
+        while process.poll() is None and "libtorch" not in open(maps).read():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+    assert process.returncode == -signal.SIGINT
+    assert errors == "stopped before anything began\n"
+
+
+WRITERS = {
+    "train": lambda out, words: train.main(words),
+    "writer": lambda out, words: files.Writer(out, "rewards", {}),
+    "cache": lambda out, words: judge.Cache(out).put("key", "reply"),
+}
+
+
+# not even root makes a file in /sys; 250: longer than a name may be with what stands beside it
+@pytest.mark.parametrize("place", ["/sys/m", "x" * 250, "x" * 500])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_place_that_cannot_be_written_is_one_line(world, tmp_path, capsys, name, place):
+    out = tmp_path / place
+    if (name, len(place)) != ("cache", 250):
+        refusal(lambda words: WRITERS[name](out, words), flags(world, out), capsys)
+
+
+def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(
+    world, interrupted, undisturbed, tmp_path
+):
+    """A file may not grow beyond a limit: the same failure as a full disk."""
+    words = flags(world, interrupted)
+    for limit in (1000, 3000, 30_000):
+        log = tmp_path / "stderr"
+        child = os.fork()
+        if not child:
+            with open(log, "w") as file:
+                os.dup2(file.fileno(), 2)
+                sys.stderr = file
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+                try:
+                    files.run(lambda: train.main(words))
+                except SystemExit as end:
+                    file.flush()
+                    os._exit(end.code)
+                finally:
+                    os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+        assert log.read_text().startswith("error: ") and log.read_text().count("\n") == 1
+    train.main(words)
+    assert content(interrupted) == undisturbed
