@@ -284,7 +284,7 @@ def row_of(world, fault, command, injected, counts, ended, begun):
 
 def kills(world, trials, draw):
     """Up to five kills of a command, one after the other, then it may end."""
-    shares = {"opd.files.fill": 0.5, "train.py": 0.14, "methods.gad train": 0.06}
+    shares = {"opd.files.fill": 0.7, "train.py": 0.1, "methods.gad train": 0.05}
     for command in COMMANDS:
         begun = time.time()
         reference = world.reference(command)
@@ -295,7 +295,7 @@ def kills(world, trials, draw):
         started = time.time()
         Process(world, command, world.new_case()).wait()
         lasts = time.time() - started
-        wanted = max(2, round(trials * shares.get(command, 0.06)))
+        wanted = max(1, round(trials * shares.get(command, 0.03)))
         ended = []
         counts = []
         killed = 0
@@ -329,7 +329,7 @@ def power_cuts(world, trials, draw):
         out = world.new_case()
         kept = world.folder / "cuts"
         shutil.rmtree(kept, ignore_errors=True)
-        cuts = max(2, round(trials * shares.get(command, 0.1)))
+        cuts = max(1, round(trials * shares.get(command, 0.1)))
         promised = record_cuts(world, command, out, kept, cuts, draw.random())
         ended = []
         counts = []
@@ -371,7 +371,7 @@ def races(world, trials, draw):
         lasts = 0.02 if command == "opd.files.fill" else 0.5
         ended = []
         counts = []
-        rounds = max(2, round(trials * (0.4 if command == "train.py" else 0.2)))
+        rounds = max(1, round(trials * (0.4 if command == "train.py" else 0.2)))
         references = [world.reference(command, seed) for seed in (0, 1)]
         for number in range(rounds):
             out = world.new_case()
@@ -397,7 +397,7 @@ def full_disks(world, trials, draw):
         largest = max(p.stat().st_size for p in world.case.rglob("*") if p.is_file())
         ended = []
         counts = []
-        injected = max(2, round(trials * (0.3 if command == "train.py" else 0.1)))
+        injected = max(1, round(trials * (0.3 if command == "train.py" else 0.1)))
         for _ in range(injected):
             out = world.new_case()
             limit = draw.randint(1, largest)
@@ -436,7 +436,7 @@ def full_file_systems(world, trials, draw):
     place.mkdir(exist_ok=True)
     ended = []
     counts = []
-    injected = max(2, trials // 5)
+    injected = max(1, trials // 5)
     for _ in range(injected):
         size = f"size={draw.randint(20, 1500)}k"
         mounted = subprocess.run(
@@ -457,10 +457,10 @@ def full_file_systems(world, trials, draw):
 
 # name: (function, trials, trials with --short)
 SECTIONS = {
-    "kills": (kills, 1200, 16),
-    "power": (power_cuts, 120, 8),
-    "races": (races, 80, 5),
-    "disk": (full_disks, 60, 4),
+    "kills": (kills, 1000, 8),
+    "power": (power_cuts, 64, 6),
+    "races": (races, 52, 3),
+    "disk": (full_disks, 30, 3),
 }
 
 

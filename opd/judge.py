@@ -128,6 +128,7 @@ class Cache:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with open(self.path, "ab", buffering=0) as file:
                     files.append_whole(file, line)
+                files.sync(self.path)
 
 
 def cache_key(server, messages, **sampling):

@@ -4,6 +4,7 @@ import json
 
 from conftest import argv, load, run_program
 
+import bench.faults
 import bench.gpu
 
 
@@ -50,3 +51,14 @@ def test_the_gpu_checks_run_in_miniature_where_there_is_no_gpu(tmp_path, capsys)
     ours = [row for row in rows if row.get("contender", "").startswith("ours_s")]
     assert ours[0]["error_logp"] < 1e-4
     assert "| 64x16x512 | ours_slices |" in capsys.readouterr().out
+
+
+def test_a_few_faults_are_survived(tmp_path, capsys):
+    out = tmp_path / "faults.jsonl"
+    assert (
+        bench.faults.main(["--short", "--sections", "kills", "races", "--out", str(out)]) == 0
+    )
+    rows = load(out)
+    assert {row["fault"] for row in rows} == {"kill", "race of two"}
+    assert all(row["survived"] == row["injected"] > 0 for row in rows)
+    assert "| kill | opd.files.fill, rollout.py," in capsys.readouterr().out

@@ -161,6 +161,25 @@ def test_a_damaged_checkpoint_falls_back_to_an_older_one(
     assert content(interrupted) == undisturbed
 
 
+def test_folders_of_an_earlier_version_have_no_list_and_are_gone_on_from(
+    world, interrupted, undisturbed, monkeypatch, capsys
+):
+    resumed = []
+
+    def note(run, folder, *rest, real=trainer.Run._resume):
+        resumed.append(folder.name)
+        real(run, folder, *rest)
+
+    monkeypatch.setattr(trainer.Run, "_resume", note)
+    for path in interrupted.with_name("m.partial").glob("*/trainer/files.json"):
+        path.unlink()
+    train.main(flags(world, interrupted))
+    assert resumed == ["step-4"] and content(interrupted) == undisturbed
+    (interrupted / "trainer" / "files.json").unlink()
+    train.main(flags(world, interrupted))
+    assert "complete already" in capsys.readouterr().out
+
+
 def test_a_finished_model_that_is_damaged_is_not_complete(
     world, interrupted, undisturbed, capsys, tmp_path
 ):
