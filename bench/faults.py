@@ -506,9 +506,9 @@ def main(argv=None):
                 for row in section(world, short if args.short else full, draw):
                     rows.append({"section": name} | row)
                     print(json.dumps(rows[-1]), flush=True)
-    if args.out:
-        with open(args.out, "a", encoding="utf-8") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
+                    if args.out:
+                        with open(args.out, "a", encoding="utf-8") as f:
+                            f.write(json.dumps(rows[-1]) + "\n")
     print(table(rows))
     return int(any(row.get("survived") != row.get("injected") for row in rows))
 

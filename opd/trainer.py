@@ -254,7 +254,7 @@ def run_identity(flags, weights, inputs, **more):
     """What determines the result of a run, as JSON.  flags: {name: value}, of which those are
     left out that change memory and speed alone;  inputs: paths."""
     without = ("overwrite", "save_every", "micro_batch_tokens", "device", "kernel")
-    flags = flags | {"out": str(Path(flags["out"]))}  # M/ is M
+    flags = flags | {"out": flags["out"].rstrip("/")}  # M/ is M
     return {
         "flags": {name: value for name, value in flags.items() if name not in without},
         "weights": weights,
@@ -327,10 +327,10 @@ class Run:
         self.source = source
         self.overwrite = overwrite
         self.finished = None
-        if self.out.exists() and self.out.samefile(source):
-            raise BadInput(f"--out {out}: is the model to start from: give another --out")
         self._lock()
         try:
+            if self.out.exists() and self.out.samefile(source):
+                raise BadInput(f"--out {out}: is the model to start from: give another --out")
             if overwrite:
                 self._check_overwrite(reads)
             else:
@@ -424,10 +424,11 @@ class Run:
         for folder in self._checkpoints():
             state = read_json(folder / STATE)
             wrong = damage(folder)
-            if not wrong and len(logged) < state["done"]:
-                wrong = f"../metrics.jsonl: expected {state['done']} lines, got {len(logged)}"
+            done = state.get("done", math.inf)
+            if not wrong and len(logged) < done:
+                wrong = f"../metrics.jsonl: expected {done} lines, got {len(logged)}"
             if not wrong and (folder.name == latest or (folder / LIST).exists()):
-                return folder, state, logged[: state["done"]]
+                return folder, state, logged[:done]
             if folder.name == latest:
                 print(f"{folder}/{wrong}: {CHANGED}: goes on from an earlier checkpoint")
         return None
