@@ -39,6 +39,7 @@ from opd.records import (
     show,
     validate,
 )
+from opd.redact import printable
 
 try:
     import fcntl
@@ -478,7 +479,7 @@ def named(keys, most=3):
     """The first keys in brackets, for messages:  [("t7", 0)] -> " [t7 0]"."""
     if not keys:
         return ""
-    shown = ", ".join(" ".join(map(str, key)) for key in keys[:most])
+    shown = printable(", ".join(" ".join(map(str, key)) for key in keys[:most]))
     return f" [{shown}{', ...' if len(keys) > most else ''}]"
 
 
@@ -593,7 +594,7 @@ def run(main):
     try:
         main()
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)

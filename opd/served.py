@@ -195,9 +195,14 @@ class Server:
         self.vocabulary = math.inf  # token ids of a reply are below it
         self.usage = Usage()
         self._openai = openai
-        # retries are ours: a stream can break off after the client has handed it over
+        # retries are ours: a stream can break off after the client has handed it over; and a
+        # prompt goes to no other place than the one that was given
         self._client = openai.OpenAI(
-            base_url=self.base_url, api_key=key, max_retries=0, timeout=timeout
+            base_url=self.base_url,
+            api_key=key,
+            max_retries=0,
+            timeout=timeout,
+            http_client=openai.DefaultHttpxClient(follow_redirects=False),
         )
         # httpx or its successor: while a body is read, its errors come as they are
         transport = sys.modules[openai.DefaultHttpxClient.__base__.__module__.split(".")[0]]
@@ -485,6 +490,12 @@ class Server:
         words += f" ({error.code})" if error.code else ""
         said = shown(" ".join(words.split()))[:300]
         # the server's own words can quote parts of the key: leave them out
+        if 300 <= status < 400:
+            to = shown(error.response.headers.get("location", "nowhere"))[:200]
+            return BadInput(
+                f"{self.base_url}: {status}, it sends us to {to}: redirects are not followed: "
+                f"give the right --base-url"
+            )
         if status in (401, 403):
             return BadInput(
                 f"{self.base_url}: {status}, the key in $OPENAI_API_KEY is not accepted for "
@@ -523,7 +534,10 @@ def check_address(base_url):
     """Refuses what is no address of a server, without repeating secrets that may be in it."""
     try:
         parts = urlsplit(base_url)
-        parts.port  # raises ValueError
+        parts.port  # raises ValueError, as does a host that no name can be
+        (parts.hostname or "").encode("idna")
+        if not (base_url.isascii() and base_url.isprintable()):
+            raise ValueError
     except ValueError:
         raise BadInput(
             "--base-url: expected an address, got one with a bad host or port"

@@ -196,8 +196,8 @@ class Reply:
         if self.finish is None or self.pieces is None and not self.token_ids:
             raise ServedFailure("the reply is no whole JSON with choices and finish_reason")
         self.text = without_key("".join(self.pieces or ()))  # whose events may hold a part each
-        if self.refusal:
-            raise ServedFailure(f"the model refuses to answer: {self.refusal[:200]}")
+        if refusal := without_key(self.refusal):
+            raise ServedFailure(f"the model refuses to answer: {refusal[:200]}")
         silent = not (self.text or self.token_ids or self.prompt_logprobs)
         if silent and self.finish == "length":
             raise Cut("no text before --max-tokens: spent on reasoning? raise --max-tokens")

@@ -119,6 +119,7 @@ class FakeServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # or a body waits 40 ms behind its headers
 
             def do_POST(self):
                 fake._serve(self)
