@@ -522,7 +522,9 @@ def first_difference(before, now):
     first_difference({"lr": 1, "flags": {"n": 2}}, {"lr": 1, "flags": {"n": 4}}) -> "n = 2, now
     it is 4"."""
     before, now = (json.loads(json.dumps(x, default=str)) or {} for x in (before, now))
-    for name in sorted(before.keys() | now.keys()):
+    # an earlier version did not write a model's config
+    unknown = {"config"} - before.keys()
+    for name in sorted((before.keys() | now.keys()) - unknown):
         old = before.get(name)
         new = now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):

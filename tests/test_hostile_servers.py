@@ -260,7 +260,8 @@ def test_every_stage_survives_servers_that_fail_lie_die_and_return():
     counted = 0
     for row in faults_server.run(short=True):
         counted += row["injected"]
-        assert not any(row[n] for n in ("lost", "doubled", "mixed", "tracebacks")), row
+        bad = {n: row[n] for n in ("lost", "doubled", "mixed", "tracebacks") if row[n]}
+        assert not bad, f"{bad} of {row}"
         assert row["survived"] == row["injected"]
     assert counted > 20
 
