@@ -16,6 +16,11 @@ from itertools import groupby
 
 from opd.records import THOUGHTS, BadInput, visible
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 # stands for an answer where the template's words around it are wanted
 ANSWER = "(the answer)"
 
@@ -89,9 +94,7 @@ def try_out(call):
 
 def limit_memory():
     """This process, in which a template is tried, gets MEMORY more than it has (Linux)."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
+    with contextlib.suppress(AttributeError, OSError, ValueError):
         with open("/proc/self/statm") as f:
             now = int(f.read().split()[0]) * resource.getpagesize()
         _, most = resource.getrlimit(resource.RLIMIT_AS)

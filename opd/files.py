@@ -522,9 +522,10 @@ def first_difference(before, now):
     first_difference({"lr": 1, "flags": {"n": 2}}, {"lr": 1, "flags": {"n": 4}}) -> "n = 2, now
     it is 4"."""
     before, now = (json.loads(json.dumps(x, default=str)) or {} for x in (before, now))
-    # an earlier version did not write a model's config
-    unknown = {"config"} - before.keys()
-    for name in sorted((before.keys() | now.keys()) - unknown):
+    names = sorted((before.keys() | now.keys()) - {"config"})
+    if "config" in before:  # a model's, which an earlier version did not write
+        names.append("config")
+    for name in names:
         old = before.get(name)
         new = now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
