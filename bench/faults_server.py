@@ -136,7 +136,7 @@ class Stages:
         """Runs one stage once; `more`: the server's flags."""
         main, given, _, in_tokens = self.plan(out)[name]
         fake.tokenizer = self.tokenizer if in_tokens else None
-        flags = {"base-url": fake.base_url, "timeout": 0.3, "max-failure-rate": 0.3} | more
+        flags = {"base-url": fake.base_url, "timeout": 30, "max-failure-rate": 0.3} | more
         out.mkdir(exist_ok=True)
         with contextlib.redirect_stdout(io.StringIO()):
             main([*given, *words(out=out / f"{name}.jsonl", **flags)])
@@ -282,7 +282,9 @@ def run(short=False, rate=0.2, seed=0):
             script = counted(faults(stages.plan(folder)[name][2], rate, seed + number), seen)
             out = stages.folder / "faulty"
             with stages.fake(script=script) as fake:
-                done = until_complete(stages, name, out, fake, **{"max-retries": 1})
+                done = until_complete(
+                    stages, name, out, fake, **{"max-retries": 1, "timeout": 1}
+                )
             yield result(stages, name, out, f"{rate:.0%} of replies", len(seen), *done)
         for name in names:
             out = stages.folder / "dying"
