@@ -299,6 +299,7 @@ def scorer_from_flags(args):
         scorer.proposer = check_proposals(scorer.proposals, rollouts)
     if args.base_url:
         scorer.server = served.Server.from_flags(args)
+        scorer.server.vocabulary = vocabulary
     scorer.same = [token_pair(text, tokenizer) for text in args.same_token]
     return scorer
 

@@ -12,6 +12,7 @@ until it ends; what it has written then is compared with what an undisturbed run
     races    two processes write one folder or file, with the same settings or with others, or
              with --overwrite
     disk     no room: a file may not grow beyond a limit; a file system (tmpfs) is full
+    server   a fifth of a server's replies fail or lie; a server that dies and returns
 
 A fault is `survived` if nothing is `lost` (a record that is missing), `doubled` (a key that
 stands twice) or `mixed` (a record, or weights, that no undisturbed run makes), and no process
@@ -45,6 +46,7 @@ import rollout
 import rubric
 import teacher
 import train
+from bench import faults_server
 from bench.power_cut import CHANGES, Recorder
 from methods import gad
 from opd import files
@@ -455,12 +457,18 @@ def full_file_systems(world, trials, draw):
     yield row_of(world, "full tmpfs", "train.py", injected, counts, ended, begun)
 
 
+def servers(world, trials, draw):
+    """Every stage that asks a server, against one that fails or dies."""
+    yield from faults_server.run(short=trials < 60, seed=draw.randrange(1000))
+
+
 # name: (function, trials, trials with --short)
 SECTIONS = {
     "kills": (kills, 1000, 8),
     "power": (power_cuts, 64, 6),
     "races": (races, 52, 3),
     "disk": (full_disks, 30, 3),
+    "server": (servers, 60, 4),
 }
 
 

@@ -40,6 +40,7 @@ import rollout
 import train
 from bench import kernel as bench_kernel
 from opd.kernel import linear_logp
+from opd.policy import load_config, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ((8192, 2048, 151936), (16384, 4096, 128256))  # tokens, width, vocabulary
@@ -234,8 +235,8 @@ def model_folder(args, folder, device):
     if args.model and (args.model / "model.safetensors").exists():
         return args.model
     if args.model:
-        config = transformers.AutoConfig.from_pretrained(args.model)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        config = load_config(args.model, args.model)
+        tokenizer = load_tokenizer(args.model)
         torch.manual_seed(0)
         with torch.device(device):  # initialising on a CPU takes longer than the round
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -43,6 +43,7 @@ from opd.policy import (
     hash_weights,
     hidden_at,
     identity_of,
+    load_config,
     load_tokenizer,
     load_weights,
     token_batches,
@@ -123,7 +124,7 @@ def load_scorer(
 
     view: what it is to see; a folder that was trained with another view is refused."""
     folder = find_folder(name)
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = load_config(name, folder)
     trained = any("SequenceClassification" in a for a in config.architectures or ())
     if not trained and seed is None:
         raise BadInput(

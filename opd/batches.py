@@ -145,6 +145,7 @@ class Data:
                     f"{ours['model']}, got {writer}: the method is on-policy; run rollout.py "
                     f"with this model (or --allow stale)"
                 )
+            self._check_config(rollout["policy"], where)
             self._check_sampling(rollout, where)
         if self.prefix == "teacher":
             self._check_teachers_answer(writer, where)
@@ -159,6 +160,17 @@ class Data:
         if self._has_our_tokens(rollout):
             length = len(rollout["prompt_ids"]) + len(rollout["response_ids"])
             self.policy.check_length(length, where)
+
+    def _check_config(self, writer, where):
+        """The same weights under another config are another model."""
+        ours = self.policy.identity
+        known = writer.get("weights") == ours["weights"] and "config" in writer
+        if known and writer["config"] != ours.get("config") and not self.allow_stale:
+            raise BadInput(
+                f"{where}: policy.config: expected {ours.get('config')}, that of "
+                f"{ours['model']}, got {writer['config']}: its config or tokenizer files have "
+                f"been changed since: run rollout.py again (or --allow stale)"
+            )
 
     def _check_sampling(self, rollout, where):
         """The recorded log-probs are those of the distribution that was sampled from."""

@@ -6,14 +6,100 @@ end of turn that is not the tokenizer's end token.  A given answer is placed as 
 places an assistant's message.  What is thought is decided once, when an answer is sampled."""
 
 import contextlib
+import json
+import os
 import re
-from functools import lru_cache
+import signal
+import time
+from functools import lru_cache, partial
 from itertools import groupby
 
 from opd.records import THOUGHTS, BadInput, visible
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 # stands for an answer where the template's words around it are wanted
 ANSWER = "(the answer)"
+
+# a template is a program of the model's folder: it gets these seconds, this memory in bytes
+# and this many characters
+SECONDS = 10.0
+MEMORY = 1 << 30
+LONGEST = 1 << 26
+
+# ---- templates
+
+
+class Unbounded(BadInput):
+    """A chat template that does not end, or writes without end."""
+
+
+@lru_cache(maxsize=None)
+def tried():
+    """What `apply` has called before."""
+    return set()
+
+
+def apply(tokenizer, messages, **options):
+    """tokenizer.apply_chat_template as text.  A template that meets roles or options for the
+    first time is tried in a process of its own: no loop or power in it can be interrupted
+    here."""
+    call = partial(tokenizer.apply_chat_template, messages, tokenize=False, **options)
+    roles = [message["role"] for message in messages]
+    shape = json.dumps([tokenizer.chat_template, roles, options], default=str)
+    if shape not in tried():
+        try_out(call)
+        tried().add(shape)
+    text = call()
+    if len(text) > LONGEST:
+        raise Unbounded(f"the chat template writes more than {LONGEST} characters")
+    return text
+
+
+def try_out(call):
+    """Raises Unbounded if call() takes too long or too much memory.  Whatever else it raises
+    is for the caller to see.  Without fork (Windows) nothing is tried."""
+    if not hasattr(os, "fork"):
+        return
+    child = os.fork()
+    if not child:
+        ended = 1
+        try:
+            limit_memory()
+            call()
+            ended = 0
+        except Exception as error:
+            ended = int(isinstance(error, MemoryError))
+        finally:
+            os._exit(ended)
+    deadline = time.monotonic() + SECONDS
+    pause = 0.0005
+    done, status = os.waitpid(child, os.WNOHANG)
+    while not done and time.monotonic() < deadline:
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+        done, status = os.waitpid(child, os.WNOHANG)
+    if not done:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    if not done or status:
+        raise Unbounded(
+            f"the model's chat template does not end within {SECONDS:g} s and "
+            f"{MEMORY >> 20} MiB: mend its chat_template.jinja or tokenizer_config.json"
+        )
+
+
+def limit_memory():
+    """This process, in which a template is tried, gets MEMORY more than it has (Linux)."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        with open("/proc/self/statm") as f:
+            now = int(f.read().split()[0]) * resource.getpagesize()
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, most))
+
 
 # ---- prompts
 
@@ -24,6 +110,8 @@ def naming(prompt):
     surrogate pair) as BadInput with the prompt's id."""
     try:
         yield
+    except Unbounded:
+        raise
     except Exception as error:
         raise BadInput(
             f"prompt {prompt['id']!r}: could not be rendered ({type(error).__name__}: {error})"
@@ -38,14 +126,14 @@ def chat_text(tokenizer, prompt, template_options=None, answer=None):
     stops (and the rollout holds what it adds)."""
     messages = prompt["messages"]
     begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
-    how = {"tokenize": False, **(template_options or {})}
+    how = template_options or {}
     if answer is not None:
         asked = messages if begun is None else messages[:-1]
         said = {"role": "assistant", "content": (begun or "") + answer}
-        return tokenizer.apply_chat_template([*asked, said], **how)
+        return apply(tokenizer, [*asked, said], **how)
     if begun is None:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **how)
-    return tokenizer.apply_chat_template(messages, continue_final_message=True, **how)
+        return apply(tokenizer, messages, add_generation_prompt=True, **how)
+    return apply(tokenizer, messages, continue_final_message=True, **how)
 
 
 def text_prompt_ids(tokenizer, text):
@@ -221,6 +309,8 @@ def probe(tokenizer, template_options):
             asked = {"id": "probe", "messages": messages}
             whole = chat_text(tokenizer, asked, template_options, ANSWER)
             found.append([render(tokenizer, asked, template_options), whole])
+        except Unbounded:
+            raise
         except Exception:  # no template, no system's turn: templates raise what they like
             found.append(None)
     return found

@@ -43,6 +43,7 @@ from opd.records import (
     show,
     validate,
 )
+from opd.redact import printable
 
 try:
     import fcntl
@@ -484,7 +485,7 @@ def named(keys, most=3):
     """The first keys in brackets, for messages:  [("t7", 0)] -> " [t7 0]"."""
     if not keys:
         return ""
-    shown = ", ".join(" ".join(map(str, key)) for key in keys[:most])
+    shown = printable(", ".join(" ".join(map(str, key)) for key in keys[:most]))
     return f" [{shown}{', ...' if len(keys) > most else ''}]"
 
 
@@ -527,7 +528,10 @@ def first_difference(before, now):
     first_difference({"lr": 1, "flags": {"n": 2}}, {"lr": 1, "flags": {"n": 4}}) -> "n = 2, now
     it is 4"."""
     before, now = (json.loads(json.dumps(x, default=str)) or {} for x in (before, now))
-    for name in sorted(before.keys() | now.keys()):
+    names = sorted((before.keys() | now.keys()) - {"config"})
+    if "config" in before:  # a model's, which an earlier version did not write
+        names.append("config")
+    for name in names:
         old = before.get(name)
         new = now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
@@ -697,7 +701,7 @@ def run(main):
         finally:
             sys.stdout.flush()
     except BadInput as error:
-        stop(2, f"error: {error}")
+        stop(2, f"error: {printable(str(error))}")
     except KeyboardInterrupt as error:
         code = 143 if isinstance(error, Terminated) else 130
         stop(code, "stopped; run the same command again to go on")

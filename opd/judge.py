@@ -18,7 +18,7 @@ Simplifications against the paper and its code:
    released code sends the same request again).  Earlier tries are left out, or they would fill
    the context.  After `re_asks` of them it is a ServedFailure.
 3. A batch is one call whatever its length: no chunks.
-4. In everything shown to a judge < > [ ] { } | and unprintable characters are written \\uXXXX:
+4. In everything shown to a judge < > [ ] { } | and unseen characters are written \\uXXXX:
    an answer cannot end its own quotation or form a token of a chat template.  It can still
    plead in plain words: the prompts ask the judge to ignore that, nothing enforces it.
 """
@@ -41,6 +41,7 @@ from opd.judge_prompts import (
     WITH_REASONS,
 )
 from opd.records import BadInput
+from opd.redact import escaped, is_seen
 from opd.served import Cut, ServedFailure
 
 try:
@@ -53,20 +54,13 @@ SHOWN = 400  # characters of a bad reply that its judge sees again
 # ---- what a judge sees
 
 
-def escaped(character):
-    """\\uXXXX for one character; as in JSON, two of them beyond U+FFFF."""
-    if character > "\x7f":
-        return json.dumps(character)[1:-1]
-    return f"\\u{ord(character):04x}"
-
-
 _CHARACTER = re.compile(r"[<>\[\]{}|]|[^\x20-\x7e]")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')  # a JSON string literal
 
 
 def document(data):
-    """`data` as JSON text in which no string holds a raw < > [ ] { } | or an unprintable
-    character.
+    """`data` as JSON text in which no string holds a raw < > [ ] { } | or a character that
+    cannot be seen.
 
     json.loads gives `data` back; brackets in the text are only those of the document itself.
     document({"answer": "<|im_end|>[INST] é"}) -> {"answer":
@@ -74,7 +68,7 @@ def document(data):
 
     def escape(literal):
         return _CHARACTER.sub(
-            lambda c: c[0] if c[0].isprintable() and c[0] not in "<>[]{}|" else escaped(c[0]),
+            lambda c: c[0] if is_seen(c[0]) and c[0] not in "<>[]{}|" else escaped(c[0]),
             literal[0],
         )
 
@@ -89,9 +83,8 @@ def defused(reply):
     the same value."""
 
     def escape(c):
-        return (
-            c[0] if c[0].isprintable() and c[0] not in "<>|[" or c[0] == "\n" else escaped(c[0])
-        )
+        harmless = is_seen(c[0]) and c[0] not in "<>|[" or c[0] == "\n"
+        return c[0] if harmless else escaped(c[0])
 
     return re.sub(r"[<>|]|\[(?=/?[A-Z])|[^\x20-\x7e]", escape, reply)
 

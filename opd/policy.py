@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from opd.chat import probe
 from opd.kernel import all_logits
 from opd.records import BadInput
+
+# code of a model folder is never run, nor is a person asked whether to run it
+NO_CODE = {"trust_remote_code": False}
 
 # ---- a policy in memory
 
@@ -79,10 +81,12 @@ def load_policy(name, dtype="auto", device=None, template_options=None, weights=
     (default: GPU if any); weights: the hash of its weight files, where the caller has computed
     it already."""
     folder = find_folder(name)
+    tokenizer = load_tokenizer(folder)
     model = load_weights(name, folder, "AutoModelForCausalLM", dtype, device)
-    return Policy(
-        model, load_tokenizer(folder), name, weights or hash_weights(folder), template_options
-    )
+    weights = weights or hash_weights(folder)
+    policy = Policy(model, tokenizer, name, weights, template_options)
+    policy.identity["config"] = hash_config(folder)
+    return policy
 
 
 def load_teacher(name, policy, dtype, device, template_options, weights, any_template):
@@ -109,27 +113,44 @@ def load_weights(name, folder, kind, dtype, device, **options):
     """A transformers model of class `kind` from the safetensors of a folder, in evaluation
     mode; `name` is what an error calls it."""
     transformers.utils.logging.disable_progress_bar()
-    if not list(folder.glob("*.safetensors")):
+    if not weight_files(folder):
         raise BadInput(
             f"--model {name}: expected safetensors weights in {folder}, found none (pickled "
             f"weights are never loaded)"
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"dtype": dtype, "use_safetensors": True} | options
+    options = {"dtype": dtype, "use_safetensors": True} | NO_CODE | options
     try:
         model = getattr(transformers, kind).from_pretrained(folder, **options)
         return model.to(device).eval()
-    # truncated or foreign files, no such device
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BadInput(f"--model {name}: could not be loaded: {error}") from None
+    # truncated or foreign files, no such device, a config of nonsense
+    except Exception as error:
+        raise unloadable(f"--model {name}", error) from None
 
 
 def load_tokenizer(name):
     """The tokenizer of a folder or Hugging Face id."""
     try:
-        return AutoTokenizer.from_pretrained(find_folder(name))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"tokenizer of {name}: could not be loaded: {error}") from None
+        return AutoTokenizer.from_pretrained(find_folder(name), **NO_CODE)
+    except BadInput:
+        raise
+    except Exception as error:  # files of nonsense
+        raise unloadable(f"tokenizer of {name}", error) from None
+
+
+def load_config(name, folder):
+    """transformers' config of a folder; `name` is what an error calls it."""
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, **NO_CODE)
+    except Exception as error:
+        raise unloadable(f"--model {name}", error) from None
+
+
+def unloadable(what, error):
+    said = " ".join(str(error).split())[:300]
+    if "trust_remote_code" in said:
+        said = "its classes are Python files of its own, which are never run"
+    return BadInput(f"{what}: could not be loaded ({type(error).__name__}): {said}")
 
 
 def find_folder(name):
@@ -152,13 +173,76 @@ def find_folder(name):
         ) from None
 
 
+def weight_files(folder):
+    """The files that transformers loads the weights of a folder from, sorted: one, or the
+    shards that its index names; [] if there is neither.  Other files are neither loaded nor
+    hashed."""
+    folder = Path(folder)
+    if (folder / "adapter_config.json").exists():
+        raise BadInput(
+            f"{folder}: expected a whole model, got an adapter (adapter_config.json): merge it"
+        )
+    if "transformers_weights" in json_object(folder / "config.json"):
+        raise BadInput(
+            f"{folder}/config.json: transformers_weights: expected no such field: weights are "
+            f"in model.safetensors or the files of its index"
+        )
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return []
+    shards = json_object(index).get("weight_map")
+    shards = sorted(set(map(str, shards.values()))) if type(shards) is dict else []
+    for shard in shards or ["no weight_map"]:
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise BadInput(
+                f"{index}: expected names of safetensors files in this folder, got {shard!r}"
+            )
+        if not (folder / shard).is_file():
+            raise BadInput(f"{index}: expected {shard}, which it names, but there is none")
+    return [folder / shard for shard in shards]
+
+
+def json_object(path):
+    """The object in a small JSON file of a model folder; {} if there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        value = None
+    if type(value) is not dict:
+        raise BadInput(f"{path}: expected a JSON object, got something else")
+    return value
+
+
 def hash_weights(folder):
     """Short sha256 over the weight files of a model folder."""
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in weight_files(folder):
         with open(path, "rb") as f:
             while block := f.read(1 << 22):
                 digest.update(block)
+    return digest.hexdigest()[:12]
+
+
+# of config.json: what changes nothing that is computed, or is recorded elsewhere (dtype)
+IDLE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
+
+
+def hash_config(folder):
+    """Short sha256 over what else decides what a model folder computes: config.json, the
+    tokens that end an answer, and the files that cut text into tokens.  Equal weights may have
+    different ones."""
+    config = json_object(Path(folder) / "config.json")
+    ends = json_object(Path(folder) / "generation_config.json").get("eos_token_id")
+    kept = {name: value for name, value in config.items() if name not in IDLE}
+    digest = hashlib.sha256(json.dumps([kept, ends], sort_keys=True).encode())
+    for name in TOKENIZER_FILES:
+        if (Path(folder) / name).is_file():
+            digest.update(name.encode() + (Path(folder) / name).read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -385,8 +469,9 @@ def served_policy(model, tokenizer=None, template_options=None):
         return None, {"model": model} | unknown
     folder = find_folder(name)
     loaded = load_tokenizer(name)
-    weights = hash_weights(folder) if list(folder.glob("*.safetensors")) else None
-    return loaded, identity_of(model, weights, loaded, template_options or {})
+    weights = hash_weights(folder) if weight_files(folder) else None
+    identity = identity_of(model, weights, loaded, template_options or {})
+    return loaded, identity | {"config": hash_config(folder)}
 
 
 def lasting_identity(identity):

@@ -23,6 +23,7 @@ from opd.policy import (
     resume_identity,
     served_policy,
     token_batches,
+    vocabulary_size,
 )
 from opd.records import BadInput
 from opd.tools import Episode, Toolbox, ToolOptions
@@ -335,11 +336,12 @@ class ServedSampler:
 
     def __call__(self, jobs):
         for (prompt, sample), answer in self.server.map(self.ask, jobs):
+            if self.tokenizer is not None and isinstance(answer, dict):
+                answer = self.mismatch(prompt, answer) or answer
             if isinstance(answer, served.ServedFailure):
                 yield answer
                 continue
             if self.tokenizer is not None:
-                self.check_prompt(prompt, answer["prompt_ids"])
                 ids = answer["prompt_ids"], answer["response_ids"]
                 answer["final"] = final_text(self.tokenizer, *ids)
             # --request-json may leave out a temperature: then none is claimed
@@ -359,15 +361,30 @@ class ServedSampler:
             **self.settings.distribution(),
         )
 
-    def check_prompt(self, prompt, got):
+    def mismatch(self, prompt, answer):
+        """The ServedFailure of an answer whose ids are not what was asked, or not its text."""
+        got = answer["prompt_ids"]
         expected = self.begun.get(str(prompt["id"]))
         expected = expected or render(self.tokenizer, prompt, self.template_options)
         if got != expected:
-            raise BadInput(
+            return served.ServedFailure(
                 f"prompt {prompt['id']!r}: the server was given {len(got)} tokens, but the "
                 f"template of {self.identity['model']} renders {len(expected)} others: it "
                 f"serves another tokenizer or chat template, or needs other --template-options"
             )
+        text = self.tokenizer.decode(answer["response_ids"], skip_special_tokens=True)
+        if letters(text) != letters(answer["text"]):
+            return served.ServedFailure(
+                f"text: expected what token_ids spell, {text[:60]!r}, got "
+                f"{answer['text'][:60]!r}: it serves another tokenizer, or cuts texts (`stop`, "
+                f"--reasoning-parser)"
+            )
+        return None
+
+
+def letters(text):
+    """A text without spaces and cut characters, on which tokenizers and servers disagree."""
+    return "".join(text.replace("\ufffd", "").split())
 
 
 # ---- what the stages that sample share
@@ -472,8 +489,11 @@ def sampler_from_flags(args, need_tokens, stream):
                 f"a vocabulary and template cannot be trained on "
                 f"(texts alone: teacher.py answer)"
             )
+        server = served.Server.from_flags(args)
+        if need_tokens:
+            server.vocabulary = vocabulary_size(tokenizer)
         sampler = ServedSampler(
-            served.Server.from_flags(args),
+            server,
             settings,
             identity,
             tokenizer if need_tokens else None,

@@ -24,7 +24,7 @@ Simplifications:
 
 import itertools
 import json
-import os
+import math
 import queue
 import random
 import re
@@ -35,6 +35,7 @@ from urllib.parse import urlsplit
 
 from opd import files
 from opd.records import BadInput, is_number
+from opd.redact import api_key, printable, without_key
 from opd.served_reply import (
     SCORE_ADVICE,
     Cut,
@@ -171,37 +172,37 @@ class Server:
             raise BadInput(
                 "a server (--base-url) needs the openai package: pip install openai"
             ) from None
-        parts = urlsplit(base_url or "")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise BadInput(
-                f"--base-url: expected an address like http://localhost:8000/v1, got "
-                f"{base_url!r}"
-            )
-        # the address is written into run files; a key in it would be too
-        if "@" in parts.netloc or parts.query:
-            raise BadInput(
-                "--base-url: expected an address without user, password or query: give the "
-                "key in $OPENAI_API_KEY"
-            )
+        check_address(base_url or "")
+        # what is written into run files; a key in it would be too
+        kept = {"--base-url": base_url, "--model": model, "--request-json": fields or {}}
+        for flag, value in kept.items():
+            if without_key(json.dumps(value)) != json.dumps(value):
+                raise BadInput(f"{flag}: expected no key in it: $OPENAI_API_KEY holds the key")
         if concurrency < 1 or max_retries < 0 or not timeout > 0:
             raise BadInput(
                 f"expected --concurrency of at least 1, --max-retries of at least 0 and more "
                 f"than 0 seconds of --timeout, got {concurrency}, {max_retries} and {timeout}"
             )
         # local servers accept any key, but want one
-        self._key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
-        if not self._key.isascii() or not self._key.isprintable() or " " in self._key:
+        key = api_key() or "EMPTY"
+        if not key.isascii() or not key.isprintable() or " " in key:
             raise BadInput("$OPENAI_API_KEY: expected a key of printable ASCII characters")
         self.base_url = base_url.rstrip("/")
         self.model = model
         self.concurrency = concurrency
         self.max_retries = max_retries
         self.fields = fields or {}
+        self.vocabulary = math.inf  # token ids of a reply are below it
         self.usage = Usage()
         self._openai = openai
-        # retries are ours: a stream can break off after the client has handed it over
+        # retries are ours: a stream can break off after the client has handed it over; and a
+        # prompt goes to no other place than the one that was given
         self._client = openai.OpenAI(
-            base_url=self.base_url, api_key=self._key, max_retries=0, timeout=timeout
+            base_url=self.base_url,
+            api_key=key,
+            max_retries=0,
+            timeout=timeout,
+            http_client=openai.DefaultHttpxClient(follow_redirects=False),
         )
         # httpx or its successor: while a body is read, its errors come as they are
         transport = sys.modules[openai.DefaultHttpxClient.__base__.__module__.split(".")[0]]
@@ -299,7 +300,7 @@ class Server:
                 request |= {"add_generation_prompt": False, "continue_final_message": True}
             reply = self._chat(request | {"messages": prompt}, max_tokens)
         answer = {"text": reply.text, "finish_reason": reply.finish}
-        return answer | reply.tokens(self.base_url) if need_tokens else answer
+        return answer | reply.tokens(self.vocabulary) if need_tokens else answer
 
     def _check_distribution(self):
         """Log-probs are of the distribution that a record names: nothing may change it."""
@@ -333,13 +334,12 @@ class Server:
         entries = self._call("completions", PLAIN | one | scored).prompt_logprobs
         if type(entries) is not list or len(entries) != len(ids):
             got = len(entries) if type(entries) is list else "none"
-            raise BadInput(
-                f"{self.base_url}: expected {len(ids)} prompt_logprobs, one per token, got "
-                f"{got}: {SCORE_ADVICE}"
+            raise ServedFailure(
+                f"expected {len(ids)} prompt_logprobs, one per token, got {got}: {SCORE_ADVICE}"
             )
         logprobs, top = [], []
         for position in range(prompt_length, len(ids)):
-            here = entry_of(entries, position, ids[position], top_k, self.base_url)
+            here = entry_of(entries, position, ids[position], top_k, self.vocabulary)
             logprobs.append(here[ids[position]])
             top.append(sorted(here.items(), key=lambda pair: (-pair[1], pair[0]))[:top_k])
         if not top_k:
@@ -394,8 +394,8 @@ class Server:
         return self._persist(kind, request)
 
     def _persist(self, kind, request):
-        """Sends a request again while its trouble may pass, at most max_retries times.  No
-        exception that leaves here holds the key."""
+        """Sends a request again while its trouble may pass, at most max_retries times.  The
+        words of a server that an exception quotes have no key and no unseen character."""
         body = {k: v for k, v in (request | self.fields).items() if v is not None}
         for tries in itertools.count(1):
             try:
@@ -403,10 +403,10 @@ class Server:
             except _Passing as trouble:
                 if tries > self.max_retries:
                     said = f"{trouble}, {tries} times: {trouble.advice}"
-                    raise trouble.final(self._without_key(said)) from None
+                    raise trouble.final(shown(said)) from None
                 time.sleep(pause(tries, trouble.after))
             except (BadInput, ServedFailure) as error:
-                error.args = (self._without_key(str(error)),)
+                error.args = (shown(str(error)),)
                 raise error from None
 
     def _once(self, kind, body):
@@ -431,16 +431,18 @@ class Server:
             ) from None
 
     def _read(self, response):
-        """The Reply in an HTTP response; a stream that breaks off may be whole next time."""
+        """The Reply in an HTTP response; a body that breaks off may be whole next time."""
         reply = Reply()
+        broken = "the stream broke off" if is_stream(response) else "the reply is no whole JSON"
+        trouble = _Passing(broken, "look at the server's log")
         try:
             for event in events_of(response):
                 self._check_event(event)
                 reply.add(event)
         except (ValueError, RecursionError):
-            reply.finish = None
+            raise trouble from None
         if reply.finish is None and is_stream(response):
-            raise _Passing("the stream broke off", "look at the server's log")
+            raise trouble
         with self._lock:
             self.usage.add(reply.usage)
         reply.check()
@@ -454,7 +456,7 @@ class Server:
         if not error:
             return
         code, words = error
-        said = f"error in a reply: {self._without_key(words)[:300]}"
+        said = f"error in a reply: {shown(words)[:300]}"
         # a gateway without a code passes on its provider's trouble
         if passes(int(code) if code.isdecimal() else 503):
             raise _Passing(said, "a lower --concurrency may help")
@@ -486,8 +488,14 @@ class Server:
         if " - " not in words:
             words = f"{words} - {error.response.text}"
         words += f" ({error.code})" if error.code else ""
-        said = self._without_key(" ".join(words.split()))[:300]
+        said = shown(" ".join(words.split()))[:300]
         # the server's own words can quote parts of the key: leave them out
+        if 300 <= status < 400:
+            to = shown(error.response.headers.get("location", "nowhere"))[:200]
+            return BadInput(
+                f"{self.base_url}: {status}, it sends us to {to}: redirects are not followed: "
+                f"give the right --base-url"
+            )
         if status in (401, 403):
             return BadInput(
                 f"{self.base_url}: {status}, the key in $OPENAI_API_KEY is not accepted for "
@@ -516,8 +524,35 @@ class Server:
         refused.words = words
         return refused
 
-    def _without_key(self, text):
-        return text.replace(self._key, "***")
+
+def shown(words):
+    """What a server says, for a message.  To be cut only then: half a key is one, too."""
+    return printable(without_key(words))
+
+
+def check_address(base_url):
+    """Refuses what is no address of a server, without repeating secrets that may be in it."""
+    try:
+        parts = urlsplit(base_url)
+        parts.port  # raises ValueError, as does a host that no name can be
+        (parts.hostname or "").encode("idna")
+        if not (base_url.isascii() and base_url.isprintable()):
+            raise ValueError
+    except ValueError:
+        raise BadInput(
+            "--base-url: expected an address, got one with a bad host or port"
+        ) from None
+    # the address is written into run files
+    if "@" in base_url or parts.query or parts.fragment:
+        raise BadInput(
+            "--base-url: expected an address without user, password, query or fragment: give "
+            "the key in $OPENAI_API_KEY"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise BadInput(
+            f"--base-url: expected an address like http://localhost:8000/v1, got "
+            f"{shown(base_url)!r}"
+        )
 
 
 def response_formats(schema):

@@ -7,7 +7,8 @@ requests.
 import json
 from dataclasses import dataclass
 
-from opd.records import IDS, LOGPROBS, BadInput, is_logprob
+from opd.records import IDS, LOGPROBS, is_count, is_logprob
+from opd.redact import without_key
 
 # of a refusal that is not everybody's
 TOO_LONG = (
@@ -25,6 +26,7 @@ FINISH = {
 
 
 SCORE_ADVICE = "score with a recent vllm serve MODEL, or locally without --base-url"
+LARGEST = 1 << 28  # bytes of a reply
 
 
 class ServedFailure(Exception):
@@ -55,27 +57,45 @@ def is_stream(response):
 def events_of(response):
     """The JSON values of a body: one of a plain reply, many of a stream of server-sent
     events."""
+    pieces = bounded(response.iter_bytes())
     if not is_stream(response):
-        yield json.loads(response.read())
+        yield json_of(b"".join(pieces))
         return
-    for line in lines_of(response.iter_bytes()):
+    for line in lines_of(pieces):
         if not line.startswith(b"data:"):
             continue  # a comment that keeps the connection alive, or an event's name
         data = line[5:].strip()
         if data == b"[DONE]":
             return
         if data:
-            yield json.loads(data)
+            yield json_of(data)
+
+
+def json_of(data):
+    return json.loads(without_key(data.decode("utf-8-sig")))
+
+
+def bounded(pieces):
+    """The pieces of a body, as long as they fit into memory together."""
+    total = 0
+    for piece in pieces:
+        total += len(piece)
+        if total > LARGEST:
+            raise ServedFailure(f"the reply is longer than {LARGEST >> 20} MiB")
+        yield piece
 
 
 def lines_of(pieces):
     """The lines of a body that comes in pieces.  A text's splitlines would also cut at U+2028,
     which a JSON string may hold."""
-    rest = b""
+    line = []
     for piece in pieces:
-        *lines, rest = (rest + piece).split(b"\n")
-        yield from lines
-    yield rest
+        first, *others = piece.split(b"\n")
+        line.append(first)
+        for other in others:
+            yield b"".join(line)
+            line = [other]
+    yield b"".join(line)
 
 
 def text_of(content):
@@ -119,7 +139,8 @@ class Reply:
     {"choices": [{"delta": {}, "finish_reason": "eos"}]}
     -> text "4", finish "stop", token_ids [19]"""
 
-    text: str | None = None
+    text: str = ""  # once the reply is checked
+    pieces: list | None = None
     refusal: str = ""
     finish: str | None = None
     token_ids: list | None = None
@@ -133,7 +154,10 @@ class Reply:
         try:
             self.usage = event.get("usage") or self.usage
             self.prompt_ids = event.get("prompt_token_ids") or self.prompt_ids
-            for choice in event.get("choices") or ():  # none beside the usage
+            choices = event.get("choices") or ()  # none beside the usage
+            if len(choices) > 1:
+                raise ServedFailure(f"expected one choice, got {len(choices)}")
+            for choice in choices:
                 self.add_choice(choice)
         except (AttributeError, KeyError, TypeError):
             raise ServedFailure(
@@ -145,15 +169,18 @@ class Reply:
         message = choice.get("delta") or choice.get("message")
         if message or "text" in choice:
             message = message or {"content": choice["text"]}
-            self.text = (self.text or "") + text_of(message.get("content"))
+            self.pieces = self.pieces or []
+            self.pieces.append(text_of(message.get("content")))
             self.refusal += message.get("refusal") or ""
         self.prompt_ids = choice.get("prompt_token_ids") or self.prompt_ids
         self.prompt_logprobs = choice.get("prompt_logprobs") or self.prompt_logprobs
         if choice.get("token_ids") is not None:
-            self.token_ids = (self.token_ids or []) + choice["token_ids"]
+            self.token_ids = self.token_ids or []
+            self.token_ids += choice["token_ids"]
         logprobs = logprobs_of(choice.get("logprobs"))
         if logprobs is not None:
-            self.logprobs = (self.logprobs or []) + logprobs
+            self.logprobs = self.logprobs or []
+            self.logprobs += logprobs
         finish = choice.get("finish_reason")
         if not finish:
             return
@@ -166,11 +193,11 @@ class Reply:
 
     def check(self):
         """Raises ServedFailure unless this is an answer.  Null that ends by itself is one."""
-        if self.finish is None or self.text is None and not self.token_ids:
+        if self.finish is None or self.pieces is None and not self.token_ids:
             raise ServedFailure("the reply is no whole JSON with choices and finish_reason")
-        self.text = self.text or ""
-        if self.refusal:
-            raise ServedFailure(f"the model refuses to answer: {self.refusal[:200]}")
+        self.text = without_key("".join(self.pieces or ()))  # whose events may hold a part each
+        if refusal := without_key(self.refusal):
+            raise ServedFailure(f"the model refuses to answer: {refusal[:200]}")
         silent = not (self.text or self.token_ids or self.prompt_logprobs)
         if silent and self.finish == "length":
             raise Cut("no text before --max-tokens: spent on reasoning? raise --max-tokens")
@@ -179,18 +206,21 @@ class Reply:
                 "the text holds half of a surrogate pair, which no file can carry"
             )
 
-    def tokens(self, where):
-        """The token ids and log-probs of a sampled answer.  where: the server, for errors."""
+    def tokens(self, vocabulary):
+        """The token ids and log-probs of a sampled answer.  vocabulary: ids are below it."""
         ids = self.token_ids
         if ids is None or self.prompt_ids is None:
-            raise BadInput(
-                f"{where} returns no token ids: training needs the sampled ids, not "
-                f"a re-tokenised text. Start a recent server: vllm serve MODEL "
-                f"--generation-config vllm --logprobs-mode processed_logprobs"
+            raise ServedFailure(
+                "no token ids: training needs the sampled ids, not a re-tokenised text. Start "
+                "a recent server: vllm serve MODEL --generation-config vllm --logprobs-mode "
+                "processed_logprobs"
             )
         for name, given in (("token_ids", ids), ("prompt_token_ids", self.prompt_ids)):
-            if not given or not IDS.test(given):
-                raise ServedFailure(f"{name}: expected integers >= 0, got {str(given)[:80]}")
+            if not given or not IDS.test(given) or max(given) >= vocabulary:
+                raise ServedFailure(
+                    f"{name}: expected integers from 0 to below {vocabulary}, the vocabulary, "
+                    f"got {str(given)[:80]}"
+                )
         counted = self.usage.get("completion_tokens") if type(self.usage) is dict else None
         if counted not in (None, len(ids)):
             raise ServedFailure(
@@ -199,10 +229,10 @@ class Reply:
             )
         got = "none" if self.logprobs is None else len(self.logprobs)
         if got != len(ids):
-            raise BadInput(
-                f"{where}: expected {len(ids)} log-probs, one per response token, got "
-                f"{got}: start the server with --logprobs-mode processed_logprobs and without "
-                f"anything that strips log-probs (a proxy)"
+            raise ServedFailure(
+                f"expected {len(ids)} log-probs, one per response token, got {got}: start the "
+                f"server with --logprobs-mode processed_logprobs and without anything that "
+                f"strips log-probs (a proxy)"
             )
         if not LOGPROBS.test(self.logprobs):
             raise ServedFailure(
@@ -211,24 +241,26 @@ class Reply:
         return {"prompt_ids": self.prompt_ids, "response_ids": ids, "logprobs": self.logprobs}
 
 
-def entry_of(entries, position, token, top_k, server):
+def entry_of(entries, position, token, top_k, vocabulary):
     """{token id: log-prob} at one position of prompt_logprobs, found by id."""
-    where = f"{server}: prompt_logprobs[{position}]"
+    where = f"prompt_logprobs[{position}]"
+    got = f"got {str(entries[position])[:80]}"
     try:
         here = {int(i): value["logprob"] for i, value in entries[position].items()}
     except (AttributeError, KeyError, TypeError, ValueError):
         here = {}
     if token not in here:
-        raise BadInput(
-            f"{where}: expected log-probs that include token {token}, got "
-            f"{str(entries[position])[:80]}: {SCORE_ADVICE}"
+        raise ServedFailure(
+            f"{where}: expected log-probs that include token {token}, {got}: {SCORE_ADVICE}"
         )
     if not all(map(is_logprob, here.values())):
+        raise ServedFailure(f"{where}: expected finite log-probs <= 0, {got}")
+    if min(here) < 0 or max(here) >= vocabulary:
         raise ServedFailure(
-            f"{where}: expected finite log-probs <= 0, got {str(entries[position])[:80]}"
+            f"{where}: expected ids from 0 to below {vocabulary}, the vocabulary, {got}"
         )
     if len(here) < top_k:
-        raise BadInput(
+        raise ServedFailure(
             f"{where}: expected --top-k {top_k} tokens, got {len(here)}: start the server "
             f"with a larger --max-logprobs, or ask for fewer"
         )
@@ -254,7 +286,7 @@ class Usage:
         usage = usage if type(usage) is dict else {}
         prompt = usage.get("prompt_tokens")
         completion = usage.get("completion_tokens")
-        if type(prompt) is not int or type(completion) is not int:
+        if not is_count(prompt) or not is_count(completion):
             self.unreported += 1
             return
         self.prompt_tokens += prompt

@@ -33,7 +33,7 @@ import importlib
 import json
 from dataclasses import dataclass, field
 
-from opd.chat import plain_ids, render, token_names
+from opd.chat import apply, plain_ids, render, token_names
 from opd.records import BadInput
 
 MOST_OUTPUT = 1000
@@ -317,9 +317,9 @@ def frame(policy, name):
         {"role": "tool", "name": name, "content": output},
     ]
     tokenizer = policy.tokenizer
-    options = {"add_generation_prompt": True, "tokenize": False} | policy.template_options
+    options = {"add_generation_prompt": True} | policy.template_options
     try:
-        text = tokenizer.apply_chat_template(messages, **options)
+        text = apply(tokenizer, messages, **options)
         before, after = text.split(said)[1].split(output)
     except Exception as error:  # templates raise what they like
         raise BadInput(

@@ -246,7 +246,8 @@ class Trainer:
     def load_weights(self, folder):
         """Puts the weights of a checkpoint back."""
         model = self.policy.model
-        saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+        how = {"dtype": model.dtype, "use_safetensors": True, "trust_remote_code": False}
+        saved = type(model).from_pretrained(folder, **how)
         model.load_state_dict(saved.state_dict())
 
 

@@ -18,12 +18,13 @@ What a script entry does to one request: "normal"; "429", "500", "400", "401", "
 answer before the server closes); "cut" (a shorter body than its JSON); "torn" (a shorter body
 than its Content-Length); "not_json"; "array"; "no_choices"; "filtered"; "null_text";
 "few_logprobs"; "no_logprobs"; "no_token_ids"; "no_prompt_logprobs"; "short_prompt_logprobs";
-"wrong_prompt_logprobs". "no_response_format" and "no_max_tokens" refuse that one field.
-`always` does the same to every request.
+"wrong_prompt_logprobs"; "high_logprobs" (above 0); "unknown_ids"; "other_text" (than the ids
+spell); "broken_stream" (it ends in the middle of an event). "no_response_format" and
+"no_max_tokens" refuse that one field.  `always` does the same to every request.
 
 A request for a stream gets one, a token an event, if it is served as "normal".  raw(body): what
 is sent instead of all that, pieces of server-sent events (bytes) with pauses (seconds) between,
-or a reply (a dict, or (status, dict)).
+or a reply (a dict or bytes, or (status, these), or (status, these, {header: value})).
 """
 
 import hashlib
@@ -99,14 +100,16 @@ class FakeServer:
         retry_after="0.01",
         tokenizer=None,
         raw=None,
+        port=0,
     ):
         self.raw = raw
         self.chat, self.script, self.always, self.distribution = (
             chat,
-            list(script),
+            iter(script),
             always,
             distribution,
         )
+        self.port = port
         self.retry_after, self.tokenizer = retry_after, tokenizer
         self.requests, self.in_flight, self.most_in_flight = [], 0, 0
         self._lock, self._closing = threading.Lock(), threading.Event()
@@ -116,6 +119,7 @@ class FakeServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # or a body waits 40 ms behind its headers
 
             def do_POST(self):
                 fake._serve(self)
@@ -123,7 +127,7 @@ class FakeServer:
             def log_message(self, *_):
                 pass
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self._http.daemon_threads, self._http.block_on_close = True, False
         self.base_url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
         threading.Thread(
@@ -149,7 +153,7 @@ class FakeServer:
                     "headers": {k.lower(): v for k, v in handler.headers.items()},
                 }
             )
-            behaviour = self.always or (self.script.pop(0) if self.script else "normal")
+            behaviour = self.always or next(self.script, "normal")
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
@@ -158,12 +162,16 @@ class FakeServer:
                 handler.close_connection = True
                 return
             status, reply = 200, self.raw(body) if self.raw else None
+            headers = {}
             if isinstance(reply, tuple):
-                status, reply = reply
+                status, reply, *more = reply
+                headers = dict(*more)
             if reply is None:
                 status, reply = self._reply(handler.path, body, behaviour)
                 if body.get("stream") and behaviour == "normal" and status == 200:
                     reply = events(reply)
+                if behaviour == "broken_stream":
+                    reply = (b"".join(events(reply))[:-200],)
             if not isinstance(reply, (dict, list, bytes)):
                 return self._stream(handler, reply)
             data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
@@ -174,7 +182,9 @@ class FakeServer:
             handler.send_header(
                 "Content-Length", str(len(data) + (100 if behaviour == "torn" else 0))
             )
-            if status in (429, 500) and self.retry_after:
+            for name, value in headers.items():
+                handler.send_header(name, value)
+            if status in (429, 500) and self.retry_after and not headers:
                 handler.send_header("Retry-After", self.retry_after)
             handler.end_headers()
             handler.wfile.write(data)
@@ -239,7 +249,13 @@ class FakeServer:
                     continue_final_message=body.get("continue_final_message", False),
                 )
             prompt_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if behaviour == "unknown_ids":
+            ids = [10**9 + i for i in ids]
+        if behaviour == "other_text":
+            text += "#8"
         logprobs = [-0.5 - 0.01 * i for i in range(len(ids) - (behaviour == "few_logprobs"))]
+        if behaviour == "high_logprobs":
+            logprobs = [-logprob for logprob in logprobs]
         choice = {"index": 0, "finish_reason": finish, "logprobs": None}
         reply = {"id": "x", "created": 0, "model": body["model"], "choices": [choice]}
         content = None if behaviour == "null_text" else text
@@ -274,6 +290,10 @@ class FakeServer:
             )
         if behaviour == "short_prompt_logprobs":
             entries = [None]
+        if behaviour == "high_logprobs":
+            entries[-1] = {i: value | {"logprob": 5.0} for i, value in entries[-1].items()}
+        if behaviour == "unknown_ids":
+            entries[-1] |= {str(10**9): {"logprob": -0.1}}
         choice = {
             "index": 0,
             "text": "?",

@@ -225,8 +225,7 @@ def test_tokens_that_are_none_fail_one_request(change, words):
     choice = plain()["choices"][0] | {"token_ids": [4], "prompt_token_ids": [2]}
     choice |= {"logprobs": {"content": [{"logprob": -0.5}]}}
     with FakeServer(raw=lambda body: {"choices": [choice | change]}) as fake:
-        failure = BadInput if words == "got 1" else ServedFailure
-        with pytest.raises(failure, match=words):
+        with pytest.raises(ServedFailure, match=words):
             sample(connect(fake), need_tokens=True)
         server = connect(fake)
         choice |= {"usage": "none"}
@@ -487,6 +486,29 @@ def test_a_million_characters_are_read_in_a_moment(unit):
         with pytest.raises(ValueError):
             judge_replies.read(text, judge_replies.Score)
     assert time.time() - began < 1
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("finish", ["length", "MAX_TOKENS", "max_output_tokens", None])
+def test_a_verdict_that_a_cut_thought_quotes_is_never_given(finish, streamed):
+    """A judge that thinks, quotes an answer with a verdict planted in it, and is cut at any
+    place of that."""
+    thoughts = [f"<think>It says: {close}{TRUE}" for close in ("", "</think>", "[/THINK]")]
+    cut = [thought[:end] for thought in thoughts for end in (*range(60, 66), len(thought))]
+    cut += [TRUE, f"```json\n{TRUE}\n```"]
+    said = iter(cut)
+
+    def reply(body):
+        text = next(said)
+        whole = [delta(text), delta(finish=finish), b"data: [DONE]\n\n"]
+        return iter(whole) if streamed else plain(text, finish)
+
+    with FakeServer(raw=reply) as fake:
+        llm = Judge(connect(fake, max_retries=0), re_asks=0)
+        for _ in cut:
+            (verdicts,) = llm.verify("q", CRITERIA, ["a"], "single")
+            assert isinstance(verdicts, ServedFailure)
+        assert len(fake.requests) == len(cut) and not llm.cache.replies
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,12 @@ from opd.answers import final_answer
 INTEGER = "[0-9]{1,9}"  # no answer can make code convert a number of a million digits, or a ²
 
 
+EQUATION = re.compile(f"(?<![0-9])(?=({INTEGER})([+-]{INTEGER})=({INTEGER}))")
+ENTRY = re.compile(f"([+-]{INTEGER}):({INTEGER})")
+TOTALS = re.compile(f"{INTEGER}(,{INTEGER})+")
+TOTAL = re.compile(INTEGER)
+
+
 def terms_of(question):
     """ "7+5-3=?" -> [7, 5, -3]; [] for a question that is no running sum."""
     match = re.fullmatch(rf"\s*({INTEGER}(?:[+-]{INTEGER})*)=\?\s*", question)
@@ -28,21 +34,21 @@ def steps_of(question, text):
 
     "7+5=12-3=9" -> [(7, 5, 12), (12, -3, 9)];  "7\\n+5:12" -> [(7, 5, 12)];  "7,12,9" takes its
     terms from the question."""
-    equations = re.findall(f"(?<![0-9])(?=({INTEGER})([+-]{INTEGER})=({INTEGER}))", text)
+    equations = EQUATION.findall(text)
     if equations:
         return [tuple(map(int, e)) for e in equations]
     steps, total, terms = [], None, terms_of(question)
-    for line in text.split("\n"):
-        if entry := re.fullmatch(f"([+-]{INTEGER}):({INTEGER})", line):
+    for line in filter(None, text.split("\n")):
+        if entry := ENTRY.fullmatch(line):
             steps.append((total, int(entry[1]), int(entry[2])))
             total = int(entry[2])
-        elif re.fullmatch(f"{INTEGER}(,{INTEGER})+", line):
+        elif TOTALS.fullmatch(line):
             totals = list(map(int, line.split(",")))
             steps += [
                 (a, terms[i] if i < len(terms) else None, b)
                 for i, (a, b) in enumerate(zip(totals, totals[1:]), 1)
             ]
-        elif re.fullmatch(INTEGER, line):
+        elif TOTAL.fullmatch(line):
             total = int(line)
     return steps
 
