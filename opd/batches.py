@@ -17,7 +17,7 @@ import numpy as np
 
 from opd import loss as losses
 from opd import records
-from opd.chat import turn_ids
+from opd.chat import check_text, turn_ids
 from opd.files import Table, guess_kind, record_for, without
 from opd.policy import check_ids, check_tokens, same_template
 from opd.records import BadInput
@@ -157,8 +157,10 @@ class Data:
         if self.prefix == "self" or self.scores or self.reference:
             check_tokens(rollout, where, ours, self.policy.vocabulary)
         if self._has_our_tokens(rollout):
-            length = len(rollout["prompt_ids"]) + len(rollout["response_ids"])
-            self.policy.check_length(length, where)
+            ids = rollout["prompt_ids"] + rollout["response_ids"]
+            check_ids(ids, where, self.policy.vocabulary, ours)
+            check_text(self.policy.tokenizer, rollout, where)
+            self.policy.check_length(len(ids), where)
 
     def _check_sampling(self, rollout, where):
         """The recorded log-probs are those of the distribution that was sampled from."""
@@ -241,6 +243,11 @@ class Data:
             raise BadInput(
                 f"{where}: topk: expected the {whose}'s distribution, but the field is "
                 f"missing: run teacher.py score with --top-k"
+            )
+        largest = records.unpack(score["topk"]["ids"]).max(initial=0)
+        if largest >= self.policy.vocabulary:
+            raise BadInput(
+                f"{where}: topk: expected ids in [0, {self.policy.vocabulary}), got {largest}"
             )
         size = score["topk"]["ids"]["shape"][1]
         if self._top_k.setdefault(whose, size) != size:
@@ -400,26 +407,20 @@ class Data:
                 vocabulary = self.policy.vocabulary
                 arrays |= self.method.own.fields(score, where, item["mask"], vocabulary)
             elif self.method.support:
-                arrays |= self._support(score, where, "support")
+                arrays |= self._support(score, "support")
         if self.reference is not None:
             score = record_for(self.reference, rollout, self.rollouts)
             arrays["reference_logp"] = as_float32(score["logprobs"])
             if self.method.reference_support == "full":
-                where = self.reference.where(key)
-                arrays |= self._support(score, where, "reference_support")
+                arrays |= self._support(score, "reference_support")
         if self.weights is not None:
             record = record_for(self.weights, rollout, self.rollouts)
             arrays["token_weight"] = as_float32(record["weights"])
         return arrays
 
-    def _support(self, score, where, name):
+    def _support(self, score, name):
         """{NAME_ids: [T, K], NAME_logp: [T, K]} of a score's distribution."""
         ids = records.unpack(score["topk"]["ids"])
-        if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.policy.vocabulary:
-            raise BadInput(
-                f"{where}: topk: expected ids in [0, {self.policy.vocabulary}), got "
-                f"{ids.min()} to {ids.max()}"
-            )
         return {f"{name}_ids": ids, f"{name}_logp": records.unpack(score["topk"]["logprobs"])}
 
     def _tokenize(self, answer, key):
@@ -463,6 +464,8 @@ def answer_ids(policy, answer):
     vocabulary, else those of its text after a short question."""
     vocabulary = answer["policy"].get("vocabulary")
     if "response_ids" in answer and vocabulary == policy.identity["vocabulary"]:
+        where = f"answer to {answer['id']!r}"
+        check_ids(answer["response_ids"], where, policy.vocabulary, policy.identity)
         return answer["response_ids"]
     asked = {"prompt": "?"}
     if policy.tokenizer.chat_template:

@@ -22,6 +22,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import sys
 import threading
 from pathlib import Path
@@ -48,10 +49,36 @@ except ImportError:  # Windows: no lock, two writers of one file are not noticed
 # ---- reading
 
 
+def _object(pairs):
+    """A JSON object; ValueError where a name stands twice, of which one value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {show(twice)} stands twice in one object")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+# an escape of half a character beyond U+FFFF
+_HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def _is_text(value):
+    """Whether UTF-8 can hold a JSON value."""
+    try:
+        return bool(json.dumps(value, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _parse(line, place):
     """One line as a JSON value, or BadInput."""
     try:
-        return json.loads(line)
+        record = _DECODER.decode(line.decode("utf-8-sig"))
+        if _HALF_PAIR.search(line) and not _is_text(record):
+            raise ValueError("half a surrogate pair is no text")
+        return record
     # not JSON, not UTF-8, too deep, a number of 5000 digits
     except (ValueError, RecursionError) as error:
         foreign = foreign_format(line)
@@ -75,6 +102,15 @@ def _problem(line, record, kind):
     return f"expected JSON, which has no {constants[0]}" if constants else None
 
 
+def _asked(record):
+    """64 bits that tell what a record answers from other prompts, or None where it does not
+    say."""
+    if "prompt_ids" in record:
+        return hash(tuple(record["prompt_ids"]))
+    asked = record.get("messages") or record.get("prompt")
+    return hash(str(asked)) if asked else None
+
+
 def _lines(path, kind, unfinished=False):
     """Yields (line number, byte offset, validated record); the shared walk of `read` and
     `Table`.  unfinished: a file that lacks records is read all the same."""
@@ -82,6 +118,7 @@ def _lines(path, kind, unfinished=False):
     if not path.is_file():
         raise BadInput(f"{path}: expected a JSONL file of {kind}, but there is no such file")
     seen = set()
+    asked = {}  # prompt id: what was asked under it
     end = 0
     found = 0
     with open(path, "rb") as f:
@@ -103,6 +140,13 @@ def _lines(path, kind, unfinished=False):
                         f"{place}: duplicate key: {shown} stands on an earlier line too"
                     )
                 seen.add(key)
+            if "sample" in record and (question := _asked(record)):
+                if asked.setdefault(hash(str(record["id"])), question) != question:
+                    field = "prompt_ids" if "prompt_ids" in record else "messages"
+                    raise BadInput(
+                        f"{place}: {field}: expected one prompt for the id {record['id']!r}, "
+                        f"got another than on an earlier line"
+                    )
             found += 1
             yield number, start, record
     if not found:
@@ -173,6 +217,10 @@ class Table:
         return key in self._place
 
     def __getitem__(self, key):
+        if key not in self._place:
+            raise BadInput(
+                f"{self.path}: expected a record of{named([key])}, but there is none"
+            )
         with self._lock:  # worker threads share the file's position
             self._file.seek(self._place[key][1])
             line = self._file.readline()
@@ -213,12 +261,6 @@ def record_for(table, rollout, rollouts):
         raise BadInput(
             f"{where}: {field}: expected {length} values, one per response token, got "
             f"{len(record[field])}"
-        )
-    shapes = [packed["shape"] for packed in record.get("topk", {}).values()]
-    if any(len(shape) != 2 or shape != shapes[0] or shape[0] != length for shape in shapes):
-        raise BadInput(
-            f"{where}: topk: expected {length} rows, one per response token, of as many ids as "
-            f"log-probs, got {' and '.join(map(str, shapes))}"
         )
     return record
 
@@ -508,11 +550,7 @@ def cut_torn_line(path):
 
 def _dump(record):
     text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-    try:
-        return text.encode() + b"\n"
-    # half a surrogate pair, which UTF-8 cannot hold and JSON's escapes can
-    except UnicodeEncodeError:
-        return json.dumps(record, allow_nan=False).encode() + b"\n"
+    return text.encode("utf-8", "replace") + b"\n"  # half a surrogate pair is no text
 
 
 def first_difference(before, now):
@@ -587,13 +625,18 @@ def parser(doc):
     return _Parser(description=doc)
 
 
+def one_line(text):
+    """A message that may quote a file, with escapes for what does not print."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def run(main):
     """Runs a stage's `main()` as a program: BadInput becomes one line on stderr and exit code
     2."""
     try:
         main()
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
