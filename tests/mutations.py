@@ -1,7 +1,7 @@
 """One line of a valid file, changed in every way that it can be wrong, against every command
 that reads such a file.
 
-    python -m tests.mutations --lines 100000        # at length; tests/test_mutations.py: seconds
+    python -m tests.mutations --lines 100000 --world W   # at length
 
 A changed line is either refused, by `opd.files.read` or by name in the stage, or the stage goes
 on with it and every number that it prints is finite and of a sane size.  Everything else is
