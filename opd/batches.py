@@ -75,6 +75,7 @@ class Data:
 
     groups        {prompt id: [keys of its rollouts]}
     temperature   that of the rollouts, where it matters, or None
+    advantages, given_rewards, omegas   [rollouts of the file], in its order
     signals       metrics of the whole file, where there are rewards
     dropped       groups that left for a failed judgement;  silent: for weights of 0
     left_out      prompts that left because a file has no record of them
@@ -104,8 +105,8 @@ class Data:
         tables = [self.rewards, self.scores, self.reference, self.weights]
         lacking = {table: set() for table in tables if table is not None}
         trained = set()  # prompts of which an answer has a token to train on
-        for rollout in self.rollouts:  # found out now, not after half of the updates
-            key = records.key_of(rollout, "rollouts")
+        for key in self.rollouts.keys():  # found out now, not after half of the updates
+            rollout = self.rollouts[key]
             self._check_source(rollout, self.rollouts.where(key))
             self.writers[rollout["policy"].get("weights")] = rollout["policy"]["model"]
             self.groups.setdefault(key[0], []).append(key)
@@ -273,8 +274,9 @@ class Data:
         """Group advantages and weights of all rollouts.  Groups with a failed judgement are
         dropped and counted, rollouts of weight 0 leave the data, and with them groups of which
         none is left."""
-        self.advantages = {}
-        self.omegas = {}
+        self.advantages = np.zeros(len(self.rollouts))
+        self.given_rewards = np.zeros(len(self.rollouts))
+        self.omegas = np.ones(len(self.rollouts))
         self.signals = {}
         self.dropped = 0
         self.silent = 0
@@ -291,9 +293,12 @@ class Data:
                 del self.groups[prompt]
                 continue
             flat += max(rewards) == min(rewards)
-            self.advantages.update(zip(keys, zip(advantages, rewards)))
-            self.omegas.update(zip(keys, losses.sequence_weights(self.method, rewards)))
-            self.groups[prompt] = [key for key in keys if self.omegas[key]]
+            rows = [self.rollouts.row(key) for key in keys]
+            omegas = losses.sequence_weights(self.method, rewards)
+            self.advantages[rows] = advantages
+            self.given_rewards[rows] = rewards
+            self.omegas[rows] = omegas
+            self.groups[prompt] = [key for key, omega in zip(keys, omegas) if omega]
             if not self.groups[prompt]:
                 self.silent += 1
                 del self.groups[prompt]
@@ -322,7 +327,7 @@ class Data:
         flat = 0
         for step in steps:
             keys = [key for prompt in step for key in self.groups[prompt]]
-            flat += not any(self.advantages[key][0] for key in keys)
+            flat += not self.advantages[[self.rollouts.row(key) for key in keys]].any()
         if flat:
             print(
                 f"WARNING: in {flat} of {len(steps)} steps every advantage is 0, for all "
@@ -366,6 +371,7 @@ class Data:
 
     def _sequence(self, key, rollout):
         mask = rollout["loss_mask"]
+        row = self.rollouts.row(key)
         item = {
             "key": key,
             "prompt_ids": rollout["prompt_ids"],
@@ -373,7 +379,7 @@ class Data:
             "mask": mask,
             "length": sum(mask),
             "truncated": rollout["finish_reason"] == "length",
-            "omega": self.omegas.get(key, 1.0),
+            "omega": float(self.omegas[row]),
             "own": rollout["policy"].get("weights") == self.policy.identity["weights"],
         }
         if "calls" in rollout:
@@ -381,8 +387,9 @@ class Data:
             item["limited"] = rollout["finish_reason"] == "tool_limit"
         if "end_mass" in rollout:
             item["student_end_mass"] = rollout["end_mass"]
-        if key in self.advantages:
-            item["advantage"], item["reward"] = self.advantages[key]
+        if self.rewards is not None:
+            item["advantage"] = float(self.advantages[row])
+            item["reward"] = float(self.given_rewards[row])
         if self.prefix == "self":
             text = records.searched_for_loops(rollout)
             ratio = repetition_ratio(text, TAIL)

@@ -14,7 +14,8 @@ Four rules keep data safe:
 4. Rewards, scores and weights carry the fingerprint of the rollout they belong to, so that
    those of another round with the same ids can never be joined by mistake.
 
-Files are walked, not loaded.  A `Table` keeps about 300 bytes a record: its key and its place.
+Files are walked, not loaded.  A `Table` keeps the place of every record, 40 bytes, and the ids
+of prompts: about 110 bytes a record where each has a prompt of its own.
 """
 
 import argparse
@@ -25,9 +26,13 @@ import os
 import re
 import sys
 import threading
+from array import array
+from bisect import bisect_left
+from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from opd.records import (
@@ -204,36 +209,82 @@ class Table:
     def __init__(self, path, kind):
         self.path = Path(path)
         self.kind = kind
-        self._place = {}
+        names = {}  # of prompts: their place among them
+        hashes = array("q")
+        self._name = array("I")  # of every record
+        self._sample = array("q")
+        self._line = array("I")
+        self._offset = array("q")
         for number, offset, record in _lines(path, kind):
-            self._place[key_of(record, kind)] = (number, offset)
+            key = key_of(record, kind)
+            hashes.append(hash(key))
+            self._name.append(names.setdefault(key[0], len(names)))
+            self._sample.append(key[-1] if len(key) > 1 else 0)
+            self._line.append(number)
+            self._offset.append(offset)
+        self._names = list(names)
+        order = np.argsort(hashes, kind="stable")
+        self._hashes = array("q", np.asarray(hashes)[order].tobytes())
+        self._order = array("q", order.tobytes())
         self._file = open(self.path, "rb")
         self._lock = threading.Lock()
 
     def __len__(self):
-        return len(self._place)
+        return len(self._line)
 
     def __contains__(self, key):
-        return key in self._place
+        place = bisect_left(self._hashes, hash(key))
+        return place < len(self) and self._hashes[place] == hash(key)
 
-    def __getitem__(self, key):
-        if key not in self._place:
+    def row(self, key):
+        """The place of a record among all, from 0; for arrays that stand beside the table."""
+        if key not in self:
             raise BadInput(
                 f"{self.path}: expected a record of{named([key])}, but there is none"
             )
+        return self._order[bisect_left(self._hashes, hash(key))]
+
+    def __getitem__(self, key):
+        return self._read(self.row(key))
+
+    def _read(self, row):
         with self._lock:  # worker threads share the file's position
-            self._file.seek(self._place[key][1])
+            self._file.seek(self._offset[row])
             line = self._file.readline()
         return json.loads(line)
 
     def __iter__(self):
-        return (self[key] for key in self._place)
+        return map(self._read, range(len(self)))
 
     def keys(self):
-        return self._place.keys()
+        return Keys(self)
+
+    def key(self, row):
+        name = self._names[self._name[row]]
+        return (name, self._sample[row]) if len(KINDS[self.kind].key) > 1 else (name,)
 
     def where(self, key):
-        return f"{self.path}:{self._place[key][0]}"
+        return f"{self.path}:{self._line[self.row(key)]}"
+
+
+class Keys(Set):
+    """The keys of a Table in its order; every walk makes them anew."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def __len__(self):
+        return len(self.table)
+
+    def __contains__(self, key):
+        return key in self.table
+
+    def __iter__(self):
+        return map(self.table.key, range(len(self.table)))
+
+    @classmethod
+    def _from_iterable(cls, keys):
+        return set(keys)
 
 
 def record_for(table, rollout, rollouts):

@@ -460,8 +460,10 @@ def show(value):
 
 
 def key_of(record, kind):
-    """The record's key as a tuple; ids 7 and "7" are the same prompt."""
-    return tuple(str(record[f]) if f == "id" else record[f] for f in KINDS[kind].key)
+    """The record's key as a tuple; ids 7 and "7" are the same prompt.  Its records share one
+    string."""
+    fields = KINDS[kind].key
+    return tuple(sys.intern(str(record[f])) if f == "id" else record[f] for f in fields)
 
 
 # ---- small values
