@@ -116,13 +116,39 @@ def _asked(record):
     return hash(str(asked)) if asked else None
 
 
+class KeySet:
+    """A set of keys that can only grow.  A number holds 64 samples of a prompt, a bit each:
+    about 20 bytes a key where a prompt has 8."""
+
+    def __init__(self):
+        self.bits = {}
+        self.count = 0
+
+    @staticmethod
+    def _place(key):
+        name, sample = key if len(key) > 1 else (*key, 0)
+        return hash((name, sample >> 6)), 1 << (sample & 63)
+
+    def __len__(self):
+        return self.count
+
+    def __contains__(self, key):
+        block, bit = self._place(key)
+        return bool(self.bits.get(block, 0) & bit)
+
+    def add(self, key):
+        block, bit = self._place(key)
+        self.count += key not in self
+        self.bits[block] = self.bits.get(block, 0) | bit
+
+
 def _lines(path, kind, unfinished=False):
     """Yields (line number, byte offset, validated record); the shared walk of `read` and
     `Table`.  unfinished: a file that lacks records is read all the same."""
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: expected a JSONL file of {kind}, but there is no such file")
-    seen = set()
+    seen = KeySet()
     asked = {}  # prompt id: what was asked under it
     end = 0
     found = 0
@@ -138,7 +164,7 @@ def _lines(path, kind, unfinished=False):
             if problem:
                 raise BadInput(f"{place}: {problem}")
             if KINDS[kind].key:
-                key = hash(key_of(record, kind))  # 64 bits each: a set of ints, not of tuples
+                key = key_of(record, kind)
                 if key in seen:
                     shown = ", ".join(f"{f} {record[f]!r}" for f in KINDS[kind].key)
                     raise BadInput(
@@ -334,7 +360,7 @@ class Writer:
         self.path = Path(path)
         self.kind = kind
         self.state = {"settings": settings, "inputs": inputs, "wanted": wanted, "failed": []}
-        self.done = set()
+        self.done = KeySet()
         # one file may be given for two flags
         inputs = list({Path(p).resolve(): p for p in inputs}.values())
         try:
@@ -459,10 +485,11 @@ class Writer:
                 raise ValueError(f"{self.path}: refusing to write a bad record: {problem}")
             lines += _dump(record)
         keys = [key_of(r, self.kind) for r in records] if KINDS[self.kind].key else []
-        if len({*keys} - self.done) < len(keys):
+        if len({*keys}) < len(keys) or any(key in self.done for key in keys):
             raise ValueError(f"{self.path}: refusing to write a key twice: {keys}")
         append_whole(self._file, lines)
-        self.done.update(keys)
+        for key in keys:
+            self.done.add(key)
 
     def __enter__(self):
         return self
