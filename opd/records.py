@@ -106,6 +106,12 @@ def is_step(x):
     return is_int(start) and is_int(end) and (ok is None or is_bool(ok))
 
 
+def is_policy(x):
+    if type(x) is not dict or type(x.get("model")) is not str:
+        return False
+    return all(type(x.get(name, "")) in (str, type(None)) for name in HASHES)
+
+
 def or_none(test):
     return lambda x: x is None or test(x)
 
@@ -120,7 +126,6 @@ def is_packed(x):
 
 
 is_message = has(role=is_text, content=is_text)
-is_policy = has(model=is_text, **dict.fromkeys(HASHES, or_none(is_text)))
 is_criterion = has(
     id=is_name,
     category=is_name,
@@ -434,11 +439,10 @@ def problem_of_logprobs(name, logprobs):
     if logprobs.dtype.kind != "f":
         return f"{name}: expected log-probs as floats, got {logprobs.dtype}"
     known = logprobs[logprobs != -np.inf]
-    if not ((known >= LOWEST) & (known <= ROUNDING)).all():
-        return (
-            f"{name}: expected log-probs in [{LOWEST:g}, 0], or -inf, got "
-            f"{known.min()} to {known.max()}"
-        )
+    low = known.min(initial=0)
+    high = known.max(initial=0)
+    if not LOWEST <= low <= high <= ROUNDING:  # false for a NaN too
+        return f"{name}: expected log-probs in [{LOWEST:g}, 0], or -inf, got {low} to {high}"
     mass = np.exp(logprobs, dtype=np.float64).sum(-1).max(initial=0)
     if mass > 1 + MASS_ROUNDING:
         return f"{name}: expected rows that add up to 1 at most, got {mass:.4f}"

@@ -477,7 +477,7 @@ def outcome(world, reader, name, line, row, place):
     metrics = out / "metrics.jsonl"
     if metrics.exists():
         found += numbers(load(metrics))
-    wild = [x for x in found if not math.isfinite(x) or abs(x) > 1e6]
+    wild = [x for x in found if not math.isfinite(x) or abs(x) > 1e7]
     return f"absurd: {wild[:3]}" if wild else "works"
 
 
