@@ -174,7 +174,7 @@ REPEATS = Type(
     "a non-empty list of lists of true or false",
     lambda x: bool(x) and list_of(list_of(is_bool))(x),
 )
-LENGTH = Type("an integer >= 0 or null", or_none(is_count))
+LENGTH = Type("an integer in [0, 10^7] or null", or_none(lambda x: is_count(x) and x <= 10**7))
 DRAWN_FROM = Type(
     'an object with lists of fingerprints, "answers" and "rollouts"',
     has(answers=list_of(is_text), rollouts=list_of(is_text)),

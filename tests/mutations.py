@@ -477,7 +477,7 @@ def outcome(world, reader, name, line, row, place):
     metrics = out / "metrics.jsonl"
     if metrics.exists():
         found += numbers(load(metrics))
-    wild = [x for x in found if not math.isfinite(x) or abs(x) > 1e7]
+    wild = [x for x in found if not math.isfinite(x) or abs(x) > 1e8]
     return f"absurd: {wild[:3]}" if wild else "works"
 
 
@@ -579,6 +579,8 @@ def main(args=None):
         for i in range(left):
             name = names[i % len(names)]
             how, line = next(sources[name])
+            if i % 5000 == 0:
+                print(i, f"{time.time() - begun:.0f} s", dict(trial.counts), flush=True)
             taken = trial.check(name, line)
             if taken or i % 100 == 0:
                 trial.run(rng.choice(trial.of(name)), name, how, line)

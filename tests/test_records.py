@@ -144,7 +144,7 @@ BAD = {  # name of a type in records -> values that are not of it
     "TEMPERATURE": [None, -1, 1e-320, 1e9, True, float("nan")],
     "BOOLS": [None, [1], True],
     "REPEATS": [None, [], [1], [[None]]],
-    "LENGTH": [-1, 0.5, True],
+    "LENGTH": [-1, 0.5, True, 2**31],
     "DRAWN_FROM": [None, {}, {"answers": []}, {"answers": [1], "rollouts": []}],
     "PACKED": [None, {"dtype": "float32"}],
     "STEPS": [[[0, 1]], [1], {}, [["0", 1, True]], [[0, 1, 1]]],
