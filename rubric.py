@@ -59,10 +59,6 @@ def in_one_piece(rollout, path):
     return rollout
 
 
-def prompts_by_id(path):
-    return {str(record["id"]): record for record in files.read(path, "prompts")}
-
-
 def by_prompt(path, kind, most=None):
     """{prompt id: text and fingerprint of its records in sample order}, at most `most` a
     prompt."""
@@ -145,11 +141,11 @@ def create_parser():
 
 def create(argv):
     args = create_parser().parse_args(argv)
-    prompts = prompts_by_id(args.prompts)
+    prompts = files.Table(args.prompts, "prompts")
     answers = by_prompt(args.answers, "answers", args.m)
     attempts = by_prompt(args.rollouts, "rollouts")
     for key in attempts:
-        if key not in prompts:
+        if (key,) not in prompts:
             raise BadInput(
                 f"{args.prompts}: expected a prompt with id {key!r}, of which "
                 f"{args.rollouts} has rollouts, but there is none"
@@ -164,7 +160,7 @@ def create(argv):
     propose = llm.propose_rubric if llm else partial(contrast, load_library(args.predicates))
 
     def propose_for(key):
-        return propose(question_of(prompts[key]), texts(answers[key]), texts(attempts[key]))
+        return propose(question_of(prompts[key,]), texts(answers[key]), texts(attempts[key]))
 
     def work(missing):
         for key, criteria in for_each(llm, propose_for, [key for (key,) in missing]):
@@ -173,7 +169,7 @@ def create(argv):
             elif isinstance(criteria, Exception):
                 yield criteria
             else:
-                yield rubric_record(prompts[key], criteria, name, answers[key], attempts[key])
+                yield rubric_record(prompts[key,], criteria, name, answers[key], attempts[key])
 
     made, failures = files.fill(
         args.out,
@@ -207,7 +203,7 @@ def rubric_rewards(prompt, responses, rubrics, verify):
     """The weighted pass rate of the prompt's rubric for every answer.
     verify(question, criteria, texts) gives its verdicts, a list for each time it was asked;
     failures stand in the place of lists."""
-    criteria = rubrics[str(prompt["id"])]["criteria"]
+    criteria = rubrics[str(prompt["id"]),]["criteria"]
     points = [criterion["points"] for criterion in criteria]
     tries = verify(question_of(prompt), criteria, texts(responses))
     return [rewards.rubric_reward(points, each) for each in tries]
@@ -231,7 +227,7 @@ def read_groups(table, prompts, path, grader):
     groups = {}
     for key in table.keys():
         prompt_id = key[0]
-        if prompt_id not in prompts:
+        if (prompt_id,) not in prompts:
             raise BadInput(
                 f"{table.where(key)}: id: expected one of the ids in {path}, got {prompt_id!r}"
             )
@@ -242,12 +238,14 @@ def read_groups(table, prompts, path, grader):
 
 
 def read_rubrics(path, groups, table, frozen):
-    """{prompt id: rubric}; unless `frozen`, raises BadInput where one was drawn from other
+    """The Table of rubrics; unless `frozen`, raises BadInput where one was drawn from other
     rollouts than its group: ROPD draws a new one for every prompt at every step."""
-    rubrics = {str(r["id"]): r for r in files.read(path, "rubrics")}
+    rubrics = files.Table(path, "rubrics")
     for prompt_id, keys in groups.items():
-        made_for = rubrics.get(prompt_id, {}).get("drawn_from", {}).get("rollouts")
-        if frozen or made_for is None:
+        if frozen or (prompt_id,) not in rubrics:
+            continue
+        made_for = rubrics[prompt_id,].get("drawn_from", {}).get("rollouts")
+        if made_for is None:
             continue
         if set(made_for) != {records.fingerprint(table[key]) for key in keys}:
             raise BadInput(
@@ -359,7 +357,7 @@ def grade(argv):
         raise BadInput(
             "--repeats, --reason: expected --grader judge, the only one to read them"
         )
-    prompts = prompts_by_id(args.prompts)
+    prompts = files.Table(args.prompts, "prompts")
     table = files.Table(args.rollouts, "rollouts")
     groups = read_groups(table, prompts, args.prompts, args.grader)
     served_judge = args.grader in ("judge", "scalar")
@@ -369,7 +367,7 @@ def grade(argv):
         if not args.rubrics:
             raise BadInput(f"--grader {args.grader}: expected --rubrics FILE")
         rubrics = read_rubrics(args.rubrics, groups, table, args.frozen_rubrics)
-        unmade = groups.keys() - rubrics.keys()
+        unmade = {prompt_id for prompt_id in groups if (prompt_id,) not in rubrics}
         groups = files.without(groups, unmade, f"{args.rubrics} has no rubric for them")
         references = by_prompt(args.answers, "answers") if args.answers else {}
     grader = grader_from_flags(args, llm, rubrics)
@@ -380,9 +378,10 @@ def grade(argv):
 
     def grade_group(prompt_id):
         rollouts = [table[key] for key in groups[prompt_id]]
-        given = grader(prompts[prompt_id], rollouts + references.get(prompt_id, []))
+        given = grader(prompts[prompt_id,], rollouts + references.get(prompt_id, []))
         students, teachers = given[: len(rollouts)], given[len(rollouts) :]
-        pools.append((students, teachers))
+        if teachers:
+            pools.append((students, teachers))
         return students
 
     files.fill(

@@ -29,7 +29,7 @@ import opd.quiet  # noqa: F401
 import numpy as np
 
 from opd import files, records, served
-from opd.chat import render
+from opd.chat import check_text, render
 from opd.policy import (
     add_model_flags,
     check_tokens,
@@ -129,11 +129,12 @@ def read_other_prompts(path, hint, tokenizer, template_options, rollouts):
     return found
 
 
-def check_rollouts(rollouts, identity, vocabulary, allow_template_mismatch):
+def check_rollouts(rollouts, tokenizer, identity, vocabulary, allow_template_mismatch):
     """Raises BadInput unless the teacher reads the rollouts' ids as the tokens they are."""
     for rollout in rollouts:
         where = rollouts.where(records.key_of(rollout, "rollouts"))
         check_tokens(rollout, where, identity, vocabulary, ("vocabulary",))
+        check_text(tokenizer, rollout, where)
         template = rollout["policy"].get("template")
         same = same_template(rollout["policy"], identity, "calls" in rollout)
         if not (same or allow_template_mismatch):
@@ -285,7 +286,7 @@ def scorer_from_flags(args):
         tokenizer = policy.tokenizer
         identity = policy.identity
     vocabulary = policy.vocabulary if policy else vocabulary_size(tokenizer)
-    check_rollouts(rollouts, identity, vocabulary, args.allow_template_mismatch)
+    check_rollouts(rollouts, tokenizer, identity, vocabulary, args.allow_template_mismatch)
     scorer = Scorer(
         rollouts, identity, policy, top_k=args.top_k, batch_tokens=args.batch_tokens
     )

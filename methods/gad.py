@@ -33,6 +33,7 @@ import transformers
 
 from opd import files, rewards
 from opd.batches import Data, Inputs, answer_ids, plan
+from opd.chat import check_text
 from opd.loss import PPO, Method
 from opd.metrics import sequence_metrics
 from opd.policy import (
@@ -380,6 +381,7 @@ def grade(argv=None):
     groups, given, seen = {}, {}, []
     for key in table.keys():
         check_tokens(table[key], table.where(key), scorer.identity, scorer.vocabulary)
+        check_text(scorer.tokenizer, table[key], table.where(key))
         groups.setdefault(key[0], []).append(key)
     for answer in files.read(args.answers, "answers") if args.answers else ():
         given.setdefault(str(answer["id"]), []).append(answer)

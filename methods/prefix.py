@@ -43,7 +43,18 @@ import numpy as np
 from opd import files, records
 from opd.loss import Method
 from opd.policy import check_tokens, identity_of, load_tokenizer, vocabulary_size
-from opd.records import BadInput
+from opd.records import (
+    LARGEST,
+    NUMBERS,
+    SHARE,
+    BadInput,
+    Type,
+    declare,
+    is_count,
+    list_of,
+    number_in,
+    or_none,
+)
 from opd.stats import mean_or_none, shown
 
 ROWS = {
@@ -56,6 +67,30 @@ ROWS = {
         "methods.prefix weigh (arXiv 2605.13643)",
     )
 }
+KNOWN = Type("a finite number or null", or_none(number_in(-LARGEST, LARGEST)))
+
+
+def check_shares(record):
+    """`kept` and `scale`, which `summarise` reads, stand in every record of the rule; what is
+    missing, or None."""
+    missing = [name for name in ("kept", "scale") if name not in record]
+    if not missing or len(missing) == 2 and record["rule"] != "release":
+        return None
+    return f"{missing[0]}: expected a number, but the field is missing"
+
+
+declare(
+    "weights",
+    check_shares,
+    kept=SHARE,
+    scale=Type("a number above 0", number_in(1e-9, LARGEST)),
+    blocks=Type("a list of [start, end]", list_of(list_of(is_count))),
+    cut=Type("an integer >= 1 or null", or_none(number_in(1, LARGEST))),
+    signal=NUMBERS,
+    bic0=KNOWN,
+    bic1=KNOWN,
+    gain=KNOWN,
+)
 STRONG = 6.0  # a BIC gain that is commonly called strong; the paper counts these
 
 # ---- blocks and their signal

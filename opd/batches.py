@@ -17,7 +17,7 @@ import numpy as np
 
 from opd import loss as losses
 from opd import records
-from opd.chat import turn_ids
+from opd.chat import check_text, turn_ids
 from opd.files import Table, guess_kind, record_for, without
 from opd.policy import check_ids, check_tokens, same_template
 from opd.records import BadInput
@@ -75,6 +75,7 @@ class Data:
 
     groups        {prompt id: [keys of its rollouts]}
     temperature   that of the rollouts, where it matters, or None
+    advantages, given_rewards, omegas   [rollouts of the file], in its order
     signals       metrics of the whole file, where there are rewards
     dropped       groups that left for a failed judgement;  silent: for weights of 0
     left_out      prompts that left because a file has no record of them
@@ -104,8 +105,8 @@ class Data:
         tables = [self.rewards, self.scores, self.reference, self.weights]
         lacking = {table: set() for table in tables if table is not None}
         trained = set()  # prompts of which an answer has a token to train on
-        for rollout in self.rollouts:  # found out now, not after half of the updates
-            key = records.key_of(rollout, "rollouts")
+        for key in self.rollouts.keys():  # found out now, not after half of the updates
+            rollout = self.rollouts[key]
             self._check_source(rollout, self.rollouts.where(key))
             self.writers[rollout["policy"].get("weights")] = rollout["policy"]["model"]
             self.groups.setdefault(key[0], []).append(key)
@@ -158,8 +159,10 @@ class Data:
         if self.prefix == "self" or self.scores or self.reference:
             check_tokens(rollout, where, ours, self.policy.vocabulary)
         if self._has_our_tokens(rollout):
-            length = len(rollout["prompt_ids"]) + len(rollout["response_ids"])
-            self.policy.check_length(length, where)
+            ids = rollout["prompt_ids"] + rollout["response_ids"]
+            check_ids(ids, where, self.policy.vocabulary, ours)
+            check_text(self.policy.tokenizer, rollout, where)
+            self.policy.check_length(len(ids), where)
 
     def _check_config(self, writer, where):
         """The same weights under another config are another model."""
@@ -254,6 +257,11 @@ class Data:
                 f"{where}: topk: expected the {whose}'s distribution, but the field is "
                 f"missing: run teacher.py score with --top-k"
             )
+        largest = records.unpack(score["topk"]["ids"]).max(initial=0)
+        if largest >= self.policy.vocabulary:
+            raise BadInput(
+                f"{where}: topk: expected ids in [0, {self.policy.vocabulary}), got {largest}"
+            )
         size = score["topk"]["ids"]["shape"][1]
         if self._top_k.setdefault(whose, size) != size:
             raise BadInput(
@@ -278,8 +286,9 @@ class Data:
         """Group advantages and weights of all rollouts.  Groups with a failed judgement are
         dropped and counted, rollouts of weight 0 leave the data, and with them groups of which
         none is left."""
-        self.advantages = {}
-        self.omegas = {}
+        self.advantages = np.zeros(len(self.rollouts))
+        self.given_rewards = np.zeros(len(self.rollouts))
+        self.omegas = np.ones(len(self.rollouts))
         self.signals = {}
         self.dropped = 0
         self.silent = 0
@@ -296,9 +305,12 @@ class Data:
                 del self.groups[prompt]
                 continue
             flat += max(rewards) == min(rewards)
-            self.advantages.update(zip(keys, zip(advantages, rewards)))
-            self.omegas.update(zip(keys, losses.sequence_weights(self.method, rewards)))
-            self.groups[prompt] = [key for key in keys if self.omegas[key]]
+            rows = [self.rollouts.row(key) for key in keys]
+            omegas = losses.sequence_weights(self.method, rewards)
+            self.advantages[rows] = advantages
+            self.given_rewards[rows] = rewards
+            self.omegas[rows] = omegas
+            self.groups[prompt] = [key for key, omega in zip(keys, omegas) if omega]
             if not self.groups[prompt]:
                 self.silent += 1
                 del self.groups[prompt]
@@ -327,7 +339,7 @@ class Data:
         flat = 0
         for step in steps:
             keys = [key for prompt in step for key in self.groups[prompt]]
-            flat += not any(self.advantages[key][0] for key in keys)
+            flat += not self.advantages[[self.rollouts.row(key) for key in keys]].any()
         if flat:
             print(
                 f"WARNING: in {flat} of {len(steps)} steps every advantage is 0, for all "
@@ -371,6 +383,7 @@ class Data:
 
     def _sequence(self, key, rollout):
         mask = rollout["loss_mask"]
+        row = self.rollouts.row(key)
         item = {
             "key": key,
             "prompt_ids": rollout["prompt_ids"],
@@ -378,7 +391,7 @@ class Data:
             "mask": mask,
             "length": sum(mask),
             "truncated": rollout["finish_reason"] == "length",
-            "omega": self.omegas.get(key, 1.0),
+            "omega": float(self.omegas[row]),
             "own": rollout["policy"].get("weights") == self.policy.identity["weights"],
         }
         if "calls" in rollout:
@@ -386,8 +399,9 @@ class Data:
             item["limited"] = rollout["finish_reason"] == "tool_limit"
         if "end_mass" in rollout:
             item["student_end_mass"] = rollout["end_mass"]
-        if key in self.advantages:
-            item["advantage"], item["reward"] = self.advantages[key]
+        if self.rewards is not None:
+            item["advantage"] = float(self.advantages[row])
+            item["reward"] = float(self.given_rewards[row])
         if self.prefix == "self":
             text = records.searched_for_loops(rollout)
             ratio = repetition_ratio(text, TAIL)
@@ -412,26 +426,20 @@ class Data:
                 vocabulary = self.policy.vocabulary
                 arrays |= self.method.own.fields(score, where, item["mask"], vocabulary)
             elif self.method.support:
-                arrays |= self._support(score, where, "support")
+                arrays |= self._support(score, "support")
         if self.reference is not None:
             score = record_for(self.reference, rollout, self.rollouts)
             arrays["reference_logp"] = as_float32(score["logprobs"])
             if self.method.reference_support == "full":
-                where = self.reference.where(key)
-                arrays |= self._support(score, where, "reference_support")
+                arrays |= self._support(score, "reference_support")
         if self.weights is not None:
             record = record_for(self.weights, rollout, self.rollouts)
             arrays["token_weight"] = as_float32(record["weights"])
         return arrays
 
-    def _support(self, score, where, name):
+    def _support(self, score, name):
         """{NAME_ids: [T, K], NAME_logp: [T, K]} of a score's distribution."""
         ids = records.unpack(score["topk"]["ids"])
-        if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.policy.vocabulary:
-            raise BadInput(
-                f"{where}: topk: expected ids in [0, {self.policy.vocabulary}), got "
-                f"{ids.min()} to {ids.max()}"
-            )
         return {f"{name}_ids": ids, f"{name}_logp": records.unpack(score["topk"]["logprobs"])}
 
     def _tokenize(self, answer, key):
@@ -475,6 +483,8 @@ def answer_ids(policy, answer):
     vocabulary, else those of its text after a short question."""
     vocabulary = answer["policy"].get("vocabulary")
     if "response_ids" in answer and vocabulary == policy.identity["vocabulary"]:
+        where = f"answer to {answer['id']!r}"
+        check_ids(answer["response_ids"], where, policy.vocabulary, policy.identity)
         return answer["response_ids"]
     asked = {"prompt": "?"}
     if policy.tokenizer.chat_template:

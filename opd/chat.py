@@ -14,7 +14,7 @@ import time
 from functools import lru_cache, partial
 from itertools import groupby
 
-from opd.records import THOUGHTS, BadInput, visible
+from opd.records import THOUGHTS, BadInput, show, visible
 
 try:
     import resource
@@ -199,6 +199,30 @@ def final_text(tokenizer, prompt_ids, response_ids):
         for marks, ids in groupby(response_ids, is_mark)
     ]
     return visible(opening + "".join(pieces))
+
+
+def bare(text):
+    """A text without white space and cut characters, which decoders treat differently."""
+    return "".join(text.split()).replace("\ufffd", "")
+
+
+def check_text(tokenizer, rollout, where):
+    """Raises BadInput unless a sampled answer's text, which graders read, is what its ids say,
+    which are trained: special tokens, white space and thoughts aside."""
+    ids = rollout["response_ids"]
+    text = rollout["text"]
+    final = rollout.get("final", text)
+    said = tokenizer.decode(ids, skip_special_tokens=True)
+    if text == said and final in said:
+        return
+    answer = final_text(tokenizer, rollout["prompt_ids"], ids)
+    forms = [bare(form) for form in (said, tokenizer.decode(ids), answer)]
+    if bare(text) not in forms or not any(bare(final) in form for form in forms):
+        field = "final" if bare(text) in forms else "text"
+        raise BadInput(
+            f"{where}: {field}: expected what `response_ids` say, {show(said)}, got "
+            f"{show(rollout[field])}: one answer would be graded, and another trained"
+        )
 
 
 # ---- given answers

@@ -13,7 +13,7 @@ import importlib
 
 import numpy as np
 
-from opd import files
+from opd import files, records
 from opd.records import BadInput
 
 
@@ -75,7 +75,7 @@ def contrast(library, question, references, attempts, most=8):
 def check_verdicts(question, criteria, answers, library):
     """Verdicts by the predicates that the criteria name; one list of booleans an answer."""
     for criterion in criteria:
-        name = criterion.get("check", [None])[0]
+        name = (criterion.get("check") or [None])[0]
         if name not in library:
             raise BadInput(
                 f"criterion {criterion['criterion']!r}: check: expected a predicate of "
@@ -83,10 +83,20 @@ def check_verdicts(question, criteria, answers, library):
                 f"is graded with --grader judge"
             )
     checks = [criterion["check"] for criterion in criteria]
-    return [
-        [bool(library[name].test(question, text, *arguments)) for name, *arguments in checks]
-        for text in answers
-    ]
+    return [[holds(library, check, question, text) for check in checks] for text in answers]
+
+
+def holds(library, check, question, text):
+    """The verdict of one predicate, [name, its arguments ...]; BadInput where it cannot take
+    them."""
+    name, *arguments = check
+    try:
+        return bool(library[name].test(question, text, *arguments))
+    except Exception as error:  # whatever somebody's predicate makes of a strange argument
+        raise BadInput(
+            f"check: expected arguments that the predicate {name} takes, got "
+            f"{records.show(arguments)} ({type(error).__name__}: {error})"
+        ) from None
 
 
 def summarise(path):

@@ -14,7 +14,8 @@ Four rules keep data safe:
 4. Rewards, scores and weights carry the fingerprint of the rollout they belong to, so that
    those of another round with the same ids can never be joined by mistake.
 
-Files are walked, not loaded.  A `Table` keeps about 300 bytes a record: its key and its place.
+Files are walked, not loaded.  A `Table` keeps the place of every record, 40 bytes, and the ids
+of prompts: about 110 bytes a record where each has a prompt of its own.
 """
 
 import argparse
@@ -24,13 +25,18 @@ import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
 import time
+from array import array
+from bisect import bisect_left
+from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from opd.records import (
@@ -53,10 +59,36 @@ except ImportError:  # Windows: no lock, two writers of one file are not noticed
 # ---- reading
 
 
+def _object(pairs):
+    """A JSON object; ValueError where a name stands twice, of which one value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {show(twice)} stands twice in one object")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+# an escape of half a character beyond U+FFFF
+_HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def _is_text(value):
+    """Whether UTF-8 can hold a JSON value."""
+    try:
+        return bool(json.dumps(value, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _parse(line, place):
     """One line as a JSON value, or BadInput."""
     try:
-        return json.loads(line)
+        record = _DECODER.decode(line.decode("utf-8-sig"))
+        if _HALF_PAIR.search(line) and not _is_text(record):
+            raise ValueError("half a surrogate pair is no text")
+        return record
     # not JSON, not UTF-8, too deep, a number of 5000 digits
     except (ValueError, RecursionError) as error:
         foreign = foreign_format(line)
@@ -80,13 +112,49 @@ def _problem(line, record, kind):
     return f"expected JSON, which has no {constants[0]}" if constants else None
 
 
+def _asked(record):
+    """64 bits that tell what a record answers from other prompts, or None where it does not
+    say."""
+    if "prompt_ids" in record:
+        return hash(tuple(record["prompt_ids"]))
+    asked = record.get("messages") or record.get("prompt")
+    return hash(str(asked)) if asked else None
+
+
+class KeySet:
+    """A set of keys that can only grow.  A number holds 64 samples of a prompt, a bit each:
+    about 20 bytes a key where a prompt has 8."""
+
+    def __init__(self):
+        self.bits = {}
+        self.count = 0
+
+    @staticmethod
+    def _place(key):
+        name, sample = key if len(key) > 1 else (*key, 0)
+        return hash((name, sample >> 6)), 1 << (sample & 63)
+
+    def __len__(self):
+        return self.count
+
+    def __contains__(self, key):
+        block, bit = self._place(key)
+        return bool(self.bits.get(block, 0) & bit)
+
+    def add(self, key):
+        block, bit = self._place(key)
+        self.count += key not in self
+        self.bits[block] = self.bits.get(block, 0) | bit
+
+
 def _lines(path, kind, unfinished=False):
     """Yields (line number, byte offset, validated record); the shared walk of `read` and
     `Table`.  unfinished: a file that lacks records is read all the same."""
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: expected a JSONL file of {kind}, but there is no such file")
-    seen = set()
+    seen = KeySet()
+    asked = {}  # prompt id: what was asked under it
     end = 0
     found = 0
     with open(path, "rb") as f:
@@ -101,13 +169,20 @@ def _lines(path, kind, unfinished=False):
             if problem:
                 raise BadInput(f"{place}: {problem}")
             if KINDS[kind].key:
-                key = hash(key_of(record, kind))  # 64 bits each: a set of ints, not of tuples
+                key = key_of(record, kind)
                 if key in seen:
                     shown = ", ".join(f"{f} {record[f]!r}" for f in KINDS[kind].key)
                     raise BadInput(
                         f"{place}: duplicate key: {shown} stands on an earlier line too"
                     )
                 seen.add(key)
+            if "sample" in record and (question := _asked(record)):
+                if asked.setdefault(hash(str(record["id"])), question) != question:
+                    field = "prompt_ids" if "prompt_ids" in record else "messages"
+                    raise BadInput(
+                        f"{place}: {field}: expected one prompt for the id {record['id']!r}, "
+                        f"got another than on an earlier line"
+                    )
             found += 1
             yield number, start, record
     if not found:
@@ -165,32 +240,82 @@ class Table:
     def __init__(self, path, kind):
         self.path = Path(path)
         self.kind = kind
-        self._place = {}
+        names = {}  # of prompts: their place among them
+        hashes = array("q")
+        self._name = array("I")  # of every record
+        self._sample = array("q")
+        self._line = array("I")
+        self._offset = array("q")
         for number, offset, record in _lines(path, kind):
-            self._place[key_of(record, kind)] = (number, offset)
+            key = key_of(record, kind)
+            hashes.append(hash(key))
+            self._name.append(names.setdefault(key[0], len(names)))
+            self._sample.append(key[-1] if len(key) > 1 else 0)
+            self._line.append(number)
+            self._offset.append(offset)
+        self._names = list(names)
+        order = np.argsort(hashes, kind="stable")
+        self._hashes = array("q", np.asarray(hashes)[order].tobytes())
+        self._order = array("q", order.tobytes())
         self._file = open(self.path, "rb")
         self._lock = threading.Lock()
 
     def __len__(self):
-        return len(self._place)
+        return len(self._line)
 
     def __contains__(self, key):
-        return key in self._place
+        place = bisect_left(self._hashes, hash(key))
+        return place < len(self) and self._hashes[place] == hash(key)
+
+    def row(self, key):
+        """The place of a record among all, from 0; for arrays that stand beside the table."""
+        if key not in self:
+            raise BadInput(
+                f"{self.path}: expected a record of{named([key])}, but there is none"
+            )
+        return self._order[bisect_left(self._hashes, hash(key))]
 
     def __getitem__(self, key):
+        return self._read(self.row(key))
+
+    def _read(self, row):
         with self._lock:  # worker threads share the file's position
-            self._file.seek(self._place[key][1])
+            self._file.seek(self._offset[row])
             line = self._file.readline()
         return json.loads(line)
 
     def __iter__(self):
-        return (self[key] for key in self._place)
+        return map(self._read, range(len(self)))
 
     def keys(self):
-        return self._place.keys()
+        return Keys(self)
+
+    def key(self, row):
+        name = self._names[self._name[row]]
+        return (name, self._sample[row]) if len(KINDS[self.kind].key) > 1 else (name,)
 
     def where(self, key):
-        return f"{self.path}:{self._place[key][0]}"
+        return f"{self.path}:{self._line[self.row(key)]}"
+
+
+class Keys(Set):
+    """The keys of a Table in its order; every walk makes them anew."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def __len__(self):
+        return len(self.table)
+
+    def __contains__(self, key):
+        return key in self.table
+
+    def __iter__(self):
+        return map(self.table.key, range(len(self.table)))
+
+    @classmethod
+    def _from_iterable(cls, keys):
+        return set(keys)
 
 
 def record_for(table, rollout, rollouts):
@@ -219,12 +344,6 @@ def record_for(table, rollout, rollouts):
             f"{where}: {field}: expected {length} values, one per response token, got "
             f"{len(record[field])}"
         )
-    shapes = [packed["shape"] for packed in record.get("topk", {}).values()]
-    if any(len(shape) != 2 or shape != shapes[0] or shape[0] != length for shape in shapes):
-        raise BadInput(
-            f"{where}: topk: expected {length} rows, one per response token, of as many ids as "
-            f"log-probs, got {' and '.join(map(str, shapes))}"
-        )
     return record
 
 
@@ -246,7 +365,7 @@ class Writer:
         self.path = Path(path)
         self.kind = kind
         self.state = {"settings": settings, "inputs": inputs, "wanted": wanted, "failed": []}
-        self.done = set()
+        self.done = KeySet()
         # one file may be given for two flags
         inputs = list({Path(p).resolve(): p for p in inputs}.values())
         try:
@@ -369,10 +488,11 @@ class Writer:
                 raise ValueError(f"{self.path}: refusing to write a bad record: {problem}")
             lines += _dump(record)
         keys = [key_of(r, self.kind) for r in records] if KINDS[self.kind].key else []
-        if len({*keys} - self.done) < len(keys):
+        if len({*keys}) < len(keys) or any(key in self.done for key in keys):
             raise ValueError(f"{self.path}: refusing to write a key twice: {keys}")
         append_whole(self._file, lines)
-        self.done.update(keys)
+        for key in keys:
+            self.done.add(key)
         if time.monotonic() - self._synced > SYNC_SECONDS:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
@@ -515,11 +635,7 @@ def cut_torn_line(path):
 
 def _dump(record):
     text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-    try:
-        return text.encode() + b"\n"
-    # half a surrogate pair, which UTF-8 cannot hold and JSON's escapes can
-    except UnicodeEncodeError:
-        return json.dumps(record, allow_nan=False).encode() + b"\n"
+    return text.encode("utf-8", "replace") + b"\n"  # half a surrogate pair is no text
 
 
 def first_difference(before, now):

@@ -295,7 +295,7 @@ def check_tokens(rollout, where, identity, vocabulary, fields=("vocabulary", "te
 
 def check_ids(ids, where, vocabulary, identity):
     """Raises BadInput for a token id that the model has no row for."""
-    if max(ids) >= vocabulary:
+    if max(ids, default=0) >= vocabulary:
         raise BadInput(
             f"{where}: expected token ids below {vocabulary}, the vocabulary of "
             f"{identity['model']}, got {max(ids)}"

@@ -24,10 +24,23 @@ class BadInput(ValueError):
 
 # ---- field types
 
+HASHES = ("weights", "template", "vocabulary", "renders")
+
 
 class Type(NamedTuple):
     expected: str  # what an error message calls it
     test: Callable
+
+
+# a larger integer is no longer exact where it meets a float
+LARGEST_INT = 2**53
+LARGEST_ID = 2**31 - 1
+# numbers that are trained on become float32, and their squares must do so as well
+LARGEST = 1e6
+# of a log-prob; below it lie stand-ins for "not known"
+LOWEST = -1e5
+ROUNDING = 1e-4  # a float32 log-prob of a certain token can lie a rounding above 0
+MASS_ROUNDING = 0.01  # of the sum of a whole vocabulary's float16 probabilities
 
 
 def is_int(x):
@@ -35,7 +48,7 @@ def is_int(x):
 
 
 def is_count(x):
-    return type(x) is int and x >= 0
+    return type(x) is int and 0 <= x < LARGEST_INT
 
 
 def is_bool(x):
@@ -55,9 +68,25 @@ def is_number(x):
     return type(x) in (int, float) and -sys.float_info.max <= x <= sys.float_info.max
 
 
-def is_logprob(x):
-    """A finite number <= 0; a float32 log-prob of a certain token can lie a rounding above."""
-    return is_number(x) and x <= 1e-4
+def number_in(low, high):
+    return lambda x: type(x) in (int, float) and low <= x <= high
+
+
+is_logprob = number_in(LOWEST, ROUNDING)
+
+
+def numbers_in(low, high, *types):
+    """A test for a list of numbers of these types in [low, high].  It walks long lists without
+    a Python call an element."""
+    types = frozenset(types or (int, float))
+
+    def test(x):
+        if type(x) is not list or not types.issuperset(map(type, x)):
+            return False
+        # comparisons pass over a NaN, a sum does not
+        return not x or low <= min(x) and max(x) <= high and not math.isnan(sum(x))
+
+    return test
 
 
 def list_of(test):
@@ -77,13 +106,32 @@ def is_step(x):
     return is_int(start) and is_int(end) and (ok is None or is_bool(ok))
 
 
+def is_policy(x):
+    if type(x) is not dict or type(x.get("model")) is not str:
+        return False
+    return all(type(x.get(name, "")) in (str, type(None)) for name in HASHES)
+
+
+def or_none(test):
+    return lambda x: x is None or test(x)
+
+
+def is_packed(x):
+    """Whether `unpack` takes it."""
+    try:
+        unpack(x)
+    except BadInput:
+        return False
+    return True
+
+
 is_message = has(role=is_text, content=is_text)
-is_packed = has(dtype=is_text, data=is_text, shape=list_of(is_int))
 is_criterion = has(
     id=is_name,
     category=is_name,
     criterion=is_name,
     points=lambda x: is_int(x) and 1 <= x <= 5,
+    check=lambda x: x is None or type(x) is list and x != [] and is_name(x[0]),
 )
 
 ANY = Type("any value", lambda x: True)
@@ -92,16 +140,23 @@ COUNT = Type("an integer >= 0", is_count)
 TEXT = Type("a string", is_text)
 BOOL = Type("true or false", is_bool)
 NUMBER = Type("a finite number", is_number)
-NUMBERS = Type("a list of finite numbers", list_of(is_number))
-IDS = Type("a list of integers >= 0", list_of(is_count))
-MASK = Type("a list of 0 and 1", list_of(lambda x: is_int(x) and x in (0, 1)))
-LOGPROBS = Type("a list of finite numbers <= 0", list_of(is_logprob))
-WEIGHTS = Type("a list of finite numbers >= 0", list_of(lambda x: is_number(x) and x >= 0))
-PACKED = Type("a packed array", is_packed)
+SHARE = Type("a number in [0, 1]", number_in(0, 1 + ROUNDING))
+TEMPERATURE = Type(
+    "0 or a number in [0.001, 1000]",
+    lambda x: number_in(0.001, 1000)(x) or is_number(x) and x == 0,
+)
+NUMBERS = Type(f"a list of numbers up to {LARGEST:g}", numbers_in(-LARGEST, LARGEST))
+IDS = Type("a list of integers >= 0 (of 31 bits)", numbers_in(0, LARGEST_ID, int))
+MASK = Type("a list of 0 and 1", numbers_in(0, 1, int))
+LOGPROBS = Type(f"a list of numbers in [{LOWEST:g}, 0]", numbers_in(LOWEST, ROUNDING))
+WEIGHTS = Type(f"a list of numbers in [0, {LARGEST:g}]", numbers_in(0, LARGEST))
+PACKED = Type('a packed array of "dtype", "shape" and as many bytes of "data"', is_packed)
 TOPK = Type(
     'an object with packed "ids" and "logprobs"', has(ids=is_packed, logprobs=is_packed)
 )
-POLICY = Type('an object with a string "model"', has(model=is_text))
+POLICY = Type(
+    f'an object with a string "model", and strings for {", ".join(HASHES)}', is_policy
+)
 MESSAGES = Type(
     'a non-empty list of {"role", "content": a string} objects',
     lambda x: bool(x) and list_of(is_message)(x),
@@ -114,11 +169,22 @@ CALLS = Type(
     'a list of {..., "output": text, "ok": true or false}',
     list_of(has(output=is_text, ok=is_bool)),
 )
+BOOLS = Type("a list of true or false", list_of(is_bool))
+REPEATS = Type(
+    "a non-empty list of lists of true or false",
+    lambda x: bool(x) and list_of(list_of(is_bool))(x),
+)
+LENGTH = Type("an integer in [0, 10^7] or null", or_none(lambda x: is_count(x) and x <= 10**7))
+DRAWN_FROM = Type(
+    'an object with lists of fingerprints, "answers" and "rollouts"',
+    has(answers=list_of(is_text), rollouts=list_of(is_text)),
+)
 CRITERIA = Type(
-    'a non-empty list of {"id", "category", "criterion", "points" (integer 1-5)}',
+    'a non-empty list of {"id", "category", "criterion", "points" (integer 1-5)} and, where '
+    'there is one, "check" (a predicate\'s name and arguments)',
     lambda x: bool(x) and list_of(is_criterion)(x),
 )
-REWARD = Type("a finite number or null", lambda x: x is None or is_number(x))
+REWARD = Type(f"a number up to {LARGEST:g} or null", or_none(number_in(-LARGEST, LARGEST)))
 STATUS = Type('"ok" or "failed"', lambda x: x in ("ok", "failed"))
 
 
@@ -140,18 +206,26 @@ TOKENS = {
     "response_ids": IDS,
     "loss_mask": MASK,
     "logprobs": LOGPROBS,
-    "temperature": NUMBER,
-    "top_p": NUMBER,
+    "temperature": TEMPERATURE,
+    "top_p": SHARE,
 }
-EPISODE = {"steps": STEPS, "calls": CALLS, "final": TEXT}
+EPISODE = {"steps": STEPS, "calls": CALLS, "final": TEXT, "end_mass": SHARE}
 SCORE = SAMPLE | {"policy": POLICY, "rollout": TEXT, "logprobs": LOGPROBS}
-SCORE_MORE = {"topk": TOPK, "topk_of": TEXT, "context": TEXT, "end_mass": NUMBER}
+SCORE_MORE = {"topk": TOPK, "topk_of": TEXT, "context": TEXT, "end_mass": SHARE}
 RUBRIC = {"id": ID, "criteria": CRITERIA, "rubricator": TEXT}
 GRADE = SAMPLE | {"reward": REWARD, "status": STATUS, "rollout": TEXT, "grader": TEXT}
 WEIGHT = SAMPLE | {"rollout": TEXT, "rule": TEXT, "weights": WEIGHTS}
-EVAL = SAMPLE | {"text": TEXT, "correct": ANY}
+GRADE_MORE = {"verdicts": ANY, "discriminator": TEXT, "reason": TEXT, "repeats": REPEATS}
+EVAL = SAMPLE | {
+    "text": TEXT,
+    "correct": BOOL,
+    "length": LENGTH,
+    "truncated": BOOL,
+    "repetition": NUMBER,
+}
+EVAL_MORE = {"calls": BOOLS, "tool_limit": BOOL}
 LABEL = {"id": ID, "question": TEXT, "spent_on": TEXT, "again": ANY}
-RESULT = {"arm": TEXT, "seed": COUNT, "step": COUNT, "accuracy": NUMBER}
+RESULT = {"arm": TEXT, "seed": COUNT, "step": COUNT, "accuracy": SHARE}
 QUESTION = {
     "messages": MESSAGES,
     "prompt": TEXT,
@@ -162,11 +236,9 @@ QUESTION = {
 
 KINDS = {
     "rollouts": Kind(("id", "sample"), "loss_mask", ANSWER | TOKENS, EPISODE),
-    "rubrics": Kind(("id",), "criteria", RUBRIC, {}),
-    "rewards": Kind(
-        ("id", "sample"), "reward", GRADE, {"verdicts": ANY, "discriminator": TEXT}
-    ),
-    "evals": Kind(("id", "sample"), "correct", EVAL, {}),
+    "rubrics": Kind(("id",), "criteria", RUBRIC, {"drawn_from": DRAWN_FROM}),
+    "rewards": Kind(("id", "sample"), "reward", GRADE, GRADE_MORE),
+    "evals": Kind(("id", "sample"), "correct", EVAL, EVAL_MORE),
     "results": Kind((), "arm", RESULT, {}),
     "labels": Kind((), "spent_on", LABEL, {}),
     "weights": Kind(("id", "sample"), "weights", WEIGHT, {}),
@@ -229,9 +301,12 @@ def kind_of(record):
     return next((kind for kind, k in KINDS.items() if k.mark in record), "prompts")
 
 
-def declare(kind, **fields):
-    """Optional fields that a method adds to a kind: they are checked wherever they stand."""
+def declare(kind, *rules, **fields):
+    """Optional fields that a method adds to a kind: they are checked wherever they stand.
+    rules: functions of a record whose fields are right one by one that return what is wrong
+    between them, or None."""
     KINDS[kind].optional.update(fields)
+    RULES[kind] += rules
 
 
 def validate(record, kind):
@@ -262,11 +337,9 @@ def validate(record, kind):
                 'go on with it and the record says "continue_final_message": true; a golden '
                 "answer is called `solution`"
             )
-    if kind == "rollouts" and not record["prompt_ids"]:
+    if "prompt_ids" in fields and record.get("prompt_ids") == []:
         return "prompt_ids: expected at least one token, got an empty list"
-    if kind == "rewards":
-        return _validate_reward(record)
-    return _validate_tokens(record) if "response_ids" in record else None
+    return next(filter(None, (rule(record) for rule in RULES[kind])), None)
 
 
 def _validate_messages(messages):
@@ -305,6 +378,8 @@ def _validate_reward(record):
 
 def _validate_tokens(record):
     """What must hold between the fields of a response with token ids."""
+    if "response_ids" not in record:
+        return None
     for field in ("prompt_ids", "loss_mask"):
         if field not in record:
             return f"{field}: expected it beside `response_ids`, but the field is missing"
@@ -334,6 +409,54 @@ def _validate_tokens(record):
     return None
 
 
+def _validate_topk(record):
+    if "topk" not in record:
+        return None
+    return problem_of_topk("topk", record["topk"], len(record["logprobs"]))
+
+
+def problem_of_topk(name, topk, rows):
+    """What is wrong with the field `name`, log-probs of a few tokens at `rows` places, or
+    None.  -inf is the log-prob of what cannot be."""
+    ids = unpack(topk["ids"])
+    logprobs = unpack(topk["logprobs"])
+    if ids.ndim != 2 or ids.shape != logprobs.shape or len(ids) != rows:
+        got = " and ".join(str(list(a.shape)) for a in (ids, logprobs))
+        return (
+            f"{name}: expected {rows} rows, one per response token or unit, of as many ids as "
+            f"log-probs, got {got}"
+        )
+    if ids.dtype.kind not in "iu" or ids.min(initial=0) < 0 or ids.max(initial=0) > LARGEST_ID:
+        return f"{name}: expected ids as integers >= 0, got {ids.dtype} {ids[:1].tolist()}"
+    ordered = np.sort(ids, 1)
+    if (ordered[:, 1:] == ordered[:, :-1]).any():
+        return f"{name}: expected every id of a row once, got one twice"
+    return problem_of_logprobs(name, logprobs)
+
+
+def problem_of_logprobs(name, logprobs):
+    """What is wrong with the field `name`, rows [T, K] of log-probs of different tokens."""
+    if logprobs.dtype.kind != "f":
+        return f"{name}: expected log-probs as floats, got {logprobs.dtype}"
+    known = logprobs[logprobs != -np.inf]
+    low = known.min(initial=0)
+    high = known.max(initial=0)
+    if not LOWEST <= low <= high <= ROUNDING:  # false for a NaN too
+        return f"{name}: expected log-probs in [{LOWEST:g}, 0], or -inf, got {low} to {high}"
+    mass = np.exp(logprobs, dtype=np.float64).sum(-1).max(initial=0)
+    if mass > 1 + MASS_ROUNDING:
+        return f"{name}: expected rows that add up to 1 at most, got {mass:.4f}"
+    return None
+
+
+# between the fields of a record; a method adds its own with `declare`
+RULES = {kind: [] for kind in KINDS}
+RULES["rollouts"] += [_validate_tokens]
+RULES["answers"] += [_validate_tokens]
+RULES["rewards"] += [_validate_reward]
+RULES["scores"] += [_validate_topk]
+
+
 def show(value):
     """A value as short JSON, for messages."""
     text = json.dumps(value, ensure_ascii=False)
@@ -341,8 +464,10 @@ def show(value):
 
 
 def key_of(record, kind):
-    """The record's key as a tuple; ids 7 and "7" are the same prompt."""
-    return tuple(str(record[f]) if f == "id" else record[f] for f in KINDS[kind].key)
+    """The record's key as a tuple; ids 7 and "7" are the same prompt.  Its records share one
+    string."""
+    fields = KINDS[kind].key
+    return tuple(sys.intern(str(record[f])) if f == "id" else record[f] for f in fields)
 
 
 # ---- small values
@@ -428,21 +553,21 @@ def pack(array):
 
 def unpack(packed):
     """The array that `pack` packed (a writable copy)."""
-    if packed.get("dtype") not in PACKABLE:
+    if type(packed) is not dict or packed.get("dtype") not in PACKABLE:
         raise BadInput(
-            f"packed array: dtype: expected one of {', '.join(PACKABLE)}, got "
-            f"{show(packed.get('dtype'))}"
+            f"packed array: dtype: expected one of {', '.join(PACKABLE)}, got {show(packed)}"
         )
-    shape, dtype = packed["shape"], np.dtype(packed["dtype"]).newbyteorder("<")
-    if not IDS.test(shape):
+    shape = packed.get("shape")
+    dtype = np.dtype(packed["dtype"]).newbyteorder("<")
+    if not IDS.test(shape) or len(shape) > 2:
         raise BadInput(
-            f"packed array: shape: expected a list of integers >= 0, got {show(shape)}"
+            f"packed array: shape: expected one or two integers >= 0, got {show(shape)}"
         )
     try:
-        data = base64.b64decode(packed["data"], validate=True)
+        data = base64.b64decode(packed.get("data"), validate=True)
     except (TypeError, ValueError) as error:
         raise BadInput(
-            f"packed array: data: expected base64, got {show(packed['data'])} ({error})"
+            f"packed array: data: expected base64, got {show(packed.get('data'))} ({error})"
         ) from None
     if len(data) != dtype.itemsize * math.prod(shape):
         raise BadInput(

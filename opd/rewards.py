@@ -6,6 +6,7 @@
 A judgement that failed has reward null, status "failed" and a `reason`: never a zero.
 """
 
+from array import array
 from typing import NamedTuple
 
 import numpy as np
@@ -94,7 +95,7 @@ def summarise(path):
         if record["reward"] is None:
             failed += 1
         else:
-            groups.setdefault(str(record["id"]), []).append(record["reward"])
+            groups.setdefault(str(record["id"]), array("d")).append(record["reward"])
             repeats += [record["repeats"]] if "repeats" in record else []
     rewards = [reward for group in groups.values() for reward in group]
     flat = sum(max(group) == min(group) for group in groups.values())

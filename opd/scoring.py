@@ -1,6 +1,7 @@
 """Scores: a model's log-probs of rollouts that another model wrote, at temperature 1."""
 
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -125,7 +126,7 @@ class Scorer:
     def self_test(self):
         """The noise floor: on the shortest of the first eight rollouts, with those that fit
         into a batch beside it."""
-        lengths = {key: self.length(key) for key in list(self.rollouts.keys())[:8]}
+        lengths = {key: self.length(key) for key in islice(self.rollouts.keys(), 8)}
         few = []
         for key in sorted(lengths, key=lengths.get):
             if not few or (len(few) + 1) * lengths[key] <= self.batch_tokens:

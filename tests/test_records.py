@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, load, refusal
 
-import methods.simct  # noqa: F401  declares fields
+import methods.prefix  # noqa: F401  declares fields
+import methods.simct  # noqa: F401
+import methods.sod.weights  # noqa: F401
 import methods.sparse_to_dense  # noqa: F401  declares a kind
 from opd import files, records
 from opd.files import Table, Writer, read
@@ -26,6 +28,11 @@ from opd.records import BadInput
 
 POLICY = {"model": "m", "weights": "abc"}
 PACKED = records.pack(np.zeros((2, 3), dtype=np.float32))
+TOPK = {
+    "ids": records.pack(np.int32([[0, 1, 2], [9, 7, 8]])),
+    "logprobs": records.pack(np.float32([[-1, -2, -3], [-1, -np.inf, -5]])),
+}
+UNIT_TOPK = {name: records.pack(records.unpack(p)[:1]) for name, p in TOPK.items()}
 ROLLOUT = {
     "id": "p1",
     "sample": 0,
@@ -52,6 +59,7 @@ GOOD = {
         "steps": [[0, 1, True], [1, 2, None]],
         "calls": [{"name": "calculator", "output": "2", "ok": True}],
         "final": "#2",
+        "end_mass": 0,
     },
     "scores": {
         "id": "p1",
@@ -59,16 +67,16 @@ GOOD = {
         "policy": POLICY,
         "rollout": "0123456789ab",
         "logprobs": [-1, -2.5],
-        "topk": {"ids": PACKED, "logprobs": PACKED},
+        "topk": TOPK,
         "topk_of": "abc",
         "end_mass": 0.5,
         "units": [[0, 2, 0, 1]],
         "unit_logprobs": [-2.0],
         "unit_logits": [3.5],
         "unit_logz": [5],
-        "unit_topk": {"ids": PACKED, "logprobs": PACKED},
-        "prefixes": PACKED,
-        "sorted": PACKED,
+        "unit_topk": UNIT_TOPK,
+        "prefixes": UNIT_TOPK["ids"],
+        "sorted": TOPK["logprobs"],
         "bytes": [3, 3, 0],
     },
     "weights": {
@@ -77,6 +85,8 @@ GOOD = {
         "rollout": "0123456789ab",
         "rule": "release",
         "weights": [2.5, 0],
+        "kept": 0.5,
+        "scale": 2.5,
     },
     "rubrics": {
         "id": "p1",
@@ -100,33 +110,48 @@ GOOD = {
         "spent_on": "teacher-rl",
         "again": False,
     },
-    "evals": {"id": "p1", "sample": 0, "text": "#2", "correct": True},
+    "evals": {
+        "id": "p1",
+        "sample": 0,
+        "text": "#2",
+        "correct": True,
+        "length": None,
+        "truncated": False,
+        "repetition": 1.5,
+    },
     "metrics": {"step": 0, "train/loss": 1.5},
     "results": {"arm": "ropd", "seed": 0, "step": 40, "accuracy": 0.5},
 }
 CRITERION = GOOD["rubrics"]["criteria"][0]
 BAD_CRITERIA = [CRITERION | {"points": points} for points in (0, 6, 2.0, True)]
 BAD_CRITERIA += [CRITERION | bad for bad in ({"id": 1}, {"criterion": ""}, {"category": None})]
+BAD_CRITERIA += [CRITERION | {"check": check} for check in ("ends", [], [1], [["ends"]])]
 BAD = {  # name of a type in records -> values that are not of it
     "ID": ["", None, 1.5, True],
     "BOOL": [None, 0, 1, "true"],
-    "COUNT": [-1, 1.0, True],
+    "COUNT": [-1, 1.0, True, 2**60],
     "TEXT": [None, 3],
     "NUMBER": ["1", True, float("nan"), float("inf")],
     "MESSAGES": [[], "hello", [{"role": "user"}], ["x"]],
-    "POLICY": [None, {}, {"model": None}],
+    "POLICY": [None, {}, {"model": None}, {"model": "m", "weights": {}}],
     "FINISH": [None, "eos"],
-    "IDS": ["12", [1.0], [-1], [True]],
+    "IDS": ["12", [1.0], [-1], [True], [2**31], [[1]]],
     "MASK": [[2], [True], ["1"], 1],
-    "LOGPROBS": [[0.5], [float("nan")], [float("-inf")], [False], -1.0],
-    "WEIGHTS": [[-0.5], [float("nan")], [float("inf")], [True], 1.0],
-    "NUMBERS": [["1"], [float("nan")], [True], 1.0],
+    "LOGPROBS": [[0.5], [-1, float("nan"), -2], [float("-inf")], [False], -1.0, [-1e30]],
+    "WEIGHTS": [[-0.5], [float("nan")], [float("inf")], [True], 1.0, [1e30]],
+    "NUMBERS": [["1"], [float("nan")], [True], 1.0, [1e308]],
+    "SHARE": [None, -0.5, 1.5, True, float("nan")],
+    "TEMPERATURE": [None, -1, 1e-320, 1e9, True, float("nan")],
+    "BOOLS": [None, [1], True],
+    "REPEATS": [None, [], [1], [[None]]],
+    "LENGTH": [-1, 0.5, True, 2**31],
+    "DRAWN_FROM": [None, {}, {"answers": []}, {"answers": [1], "rollouts": []}],
     "PACKED": [None, {"dtype": "float32"}],
     "STEPS": [[[0, 1]], [1], {}, [["0", 1, True]], [[0, 1, 1]]],
     "CALLS": [{}, ["x"], [{"ok": True}], [{"output": 2, "ok": True}]],
-    "TOPK": [{"ids": PACKED}, {"ids": [1], "logprobs": [2]}],
+    "TOPK": [None, {"ids": PACKED}, {"ids": [1], "logprobs": [2]}],
     "CRITERIA": [None, [], ["c"], [{"id": "c"}], *([bad] for bad in BAD_CRITERIA)],
-    "REWARD": ["1", True, float("nan"), float("inf")],
+    "REWARD": ["1", True, float("nan"), float("inf"), -1e30],
     "STATUS": [None, "OK"],
 }
 
@@ -181,6 +206,17 @@ def test_good_records_are_read_back_as_they_are(path, kind):
 UNIT = records.KINDS["scores"].optional["units"]
 WRONG = {getattr(records, name): values for name, values in BAD.items()}
 WRONG[UNIT] = [[[0, 1]], [[0, 1, 0, -1]], [[0, 1, 0, 1.0]], {}]
+WRONG[records.KINDS["scores"].optional["bytes"]] = [[1, 2], [1, 2, -3], "123"]
+WRONG |= {
+    records.KINDS["weights"].optional[name]: values
+    for name, values in {
+        "scale": [None, 0, True],
+        "blocks": [None, [1], [[-1, 2]]],
+        "cut": [0, "1"],
+        "gain": ["1", float("nan")],
+        "d": [None, [-1], ["1"]],
+    }.items()
+}
 
 
 @pytest.mark.parametrize("kind", GOOD)
@@ -199,7 +235,7 @@ def test_wrong_and_missing_fields_are_named_with_file_and_line(path, kind):
             assert problem_of(path, kind).startswith(wanted), value
 
 
-EVAL = '{"id": 1, "sample": 0, "text": "", "correct": false, "extra": NaN}'
+EVAL = json.dumps(GOOD["evals"] | {"extra": float("nan")})
 TOKEN_LISTS = [
     ({"steps": [[0, 3, None]]}, "steps"),
     ({"steps": [[0, 2, True], [1, 2, None]]}, "steps"),
@@ -211,6 +247,40 @@ TOKEN_LISTS = [
     ({"response_ids": []}, "loss_mask"),
     ({"text": ["x" * 100_000]}, "text"),
 ]
+
+
+def topk(ids=None, logprobs=None):
+    """A score with another distribution."""
+    given = {"ids": ids, "logprobs": logprobs}
+    packed = {name: records.pack(array) for name, array in given.items() if array is not None}
+    return GOOD["scores"] | {"topk": TOPK | packed}
+
+
+IDS = records.unpack(TOPK["ids"])
+LOGPS = records.unpack(TOPK["logprobs"])
+NAN = np.where(IDS == 1, np.nan, LOGPS)
+TOPKS = [
+    topk(IDS.astype(np.float32)),
+    topk(IDS - 1),
+    topk(IDS * 0),
+    topk(IDS[:1], LOGPS[:1]),
+    topk(IDS[:, :2]),
+    topk(IDS[0], LOGPS[0]),
+    topk(logprobs=np.zeros((2, 3), np.int32)),
+    topk(logprobs=LOGPS + 5),
+    topk(logprobs=NAN),
+    topk(logprobs=np.full_like(LOGPS, -1e30)),
+    topk(logprobs=np.zeros_like(LOGPS)),  # three tokens, all of them certain
+]
+UNITS = [
+    ({"units": [[0, 2, 0, 0]]}, "units"),
+    ({"units": [[1, 3, 0, 1]]}, "units"),
+    ({"unit_logz": [1, 2]}, "unit_logz"),
+    ({"unit_topk": TOPK}, "prefixes"),
+    ({"unit_topk": TOPK, "prefixes": TOPK["ids"]}, "unit_topk"),
+    ({"sorted": UNIT_TOPK["ids"]}, "sorted"),
+    ({"sorted": records.pack(LOGPS + 5)}, "sorted"),
+]
 MESSAGES = "messages: expected exactly one of `messages` and `prompt`"
 NULL = "reward: expected null exactly when"
 
@@ -219,6 +289,9 @@ NULL = "reward: expected null exactly when"
     "kind, line, words",
     [("metrics", line, "expected a JSON object, got ") for line in ("[]", "7", "null", "[{}]")]
     + [("rollouts", ROLLOUT | change, field + ": expected ") for change, field in TOKEN_LISTS]
+    + [("scores", line, "topk: expected ") for line in TOPKS]
+    + [("scores", GOOD["scores"] | line, f"{field}: expected ") for line, field in UNITS]
+    + [("weights", GOOD["weights"] | {"d": [1]}, "w: expected ")]
     + [("prompts", line, MESSAGES) for line in ({"id": 1}, GOOD["prompts"] | {"prompt": "x"})]
     + [("rewards", reward(1, reward=None), NULL), ("rewards", reward(1, status="failed"), NULL)]
     # a reader that lets NaN in hands it to a writer that cannot write it
@@ -262,6 +335,10 @@ BROKEN = {
     "quotes": b"{'id': 1}",
     "comma": b'{"id": 1,}',
     "two": b'{"id": 1} {"id": 2}',
+    "twice": b'{"id": 1, "deep": {"id": 2, "id": 2}}',
+    "half a pair": b'{"id": 1, "text": "\\ud83d"}',
+    "half a pair in bytes": b'{"id": 1, "text": "\xed\xa0\xbd"}',
+    "half a pair as a name": b'{"id": 1, "\\uDE00": 2}',
     "zeros": b"\x00\x00\x00",
     "brackets": b"[" * 100_000,
     "deep": b'{"a":' * 200_000 + b"1" + b"}" * 200_000,
@@ -389,6 +466,20 @@ def test_table_reads_any_record_in_any_order(path):
     assert within == [0, 498, "ü1"], "reading within a walk"
 
 
+def test_a_key_set_is_a_set_of_keys():
+    rng = np.random.default_rng(0)
+    drawn = [(f"p{i % 7}", int(rng.choice([0, 1, 63, 64, 65, 2**52]))) for i in range(200)]
+    found, wanted = files.KeySet(), set()
+    for key in drawn:
+        assert (key in found) == (key in wanted)
+        found.add(key)
+        wanted.add(key)
+        assert len(found) == len(wanted)
+    names = files.KeySet()
+    names.add(("p",))
+    assert ("p",) in names and ("q",) not in names
+
+
 def test_table_may_be_read_by_many_threads(path, request):
     """The stages that ask a server look records up in worker threads: a shared file position
     would mix records up."""
@@ -413,7 +504,6 @@ def score(of, **more):
 
 FIRST, SECOND = ROLLOUT, ROLLOUT | {"id": "p2", "text": "#3"}
 OTHER = score(SECOND, rollout=records.fingerprint(FIRST))
-THREE = records.pack(np.zeros((3, 4), dtype=np.int32))
 ABSENT = r"jsonl: expected a record for id 'p2', sample 0 .*rollouts\.jsonl:2"
 
 
@@ -426,7 +516,6 @@ ABSENT = r"jsonl: expected a record for id 'p2', sample 0 .*rollouts\.jsonl:2"
         ("scores", [score(FIRST), OTHER], ":2: rollout: expected .* made for other rollouts"),
         ("rewards", [reward("p2")], ":1: rollout: expected"),
         ("scores", [score(SECOND, logprobs=[-1])], ":1: logprobs: expected 2 values.* got 1"),
-        ("scores", [score(SECOND, topk=dict(ids=THREE, logprobs=THREE))], ":1: topk: expected"),
     ],
 )
 def test_records_are_joined_by_fingerprint(tmp_path, path, kind, rows, words):
@@ -451,7 +540,7 @@ def test_memory_stays_far_below_a_list_of_records(path):
         return memory / count, most / count
 
     assert peak(lambda: sum(r["reward"] for r in read(path, "rewards")))[1] < 200
-    said = int(re.search(r"about (\d+) bytes a record", files.__doc__)[1])
+    said = int(re.search(r"about (\d+) bytes a\s+record", files.__doc__)[1])
     assert said / 1.5 < peak(lambda: Table(path, "rewards"))[0] < 1.2 * said
 
 
@@ -467,18 +556,18 @@ def test_writer_refuses_bad_records_and_keys_it_has_and_leaves_the_file_alone(pa
         for rows in refused:
             with pytest.raises((TypeError, ValueError)):
                 out.write(reward(2), *rows)
-        assert out.done == {("1", 0)}
+        assert len(out.done) == 1 and ("1", 0) in out.done
     assert ids(path) == [1]
 
 
-# JSON can carry half a surrogate pair, UTF-8 cannot
-@pytest.mark.parametrize("text", ['ü 語 😀 \u2028 \u0085 \x00 \n \r " \\', "\ud83d"])
-def test_any_text_that_json_can_hold_is_written_as_one_line_and_read_back(path, text):
-    record = {"id": 1, "sample": 0, "text": text, "correct": False}
+def test_any_text_is_written_as_one_line_and_read_back_but_for_half_a_surrogate_pair(path):
+    texts = ['ü 語 😀 \u2028 \u0085 \x00 \n \r " \\', "half \ud83d"]
+    rows = [GOOD["evals"] | {"id": i, "text": text} for i, text in enumerate(texts)]
     with Writer(path, "evals", {}) as out:
-        out.write(record)
-    assert list(read(path, "evals")) == [record]
-    assert path.read_bytes().count(b"\n") == 1
+        out.write(*rows)
+    rows[1]["text"] = "half ?"
+    assert list(read(path, "evals")) == rows
+    assert path.read_bytes().count(b"\n") == 2
 
 
 SETTINGS = {"model": "m", "seed": 0, "shape": (1, 2), "path": Path("x")}
@@ -557,7 +646,11 @@ def test_retry_drops_failed_records_and_makes_them_again(tmp_path):
     kept = path.read_bytes().splitlines(keepends=True)
     assert len(write(path)) == 4, "without retry a failure is a result"
     with Writer(path, "rewards", {}, retry=lambda r: r["status"] == "failed") as out:
-        assert out.done == {("1", 0), ("3", 0)} and path.read_bytes() == kept[0] + kept[2]
+        assert (
+            len(out.done) == 2
+            and ("3", 0) in out.done
+            and path.read_bytes() == kept[0] + kept[2]
+        )
         out.write(reward(4), failed(2))
     assert ids(path) == [1, 3, 4, 2]
 
@@ -660,6 +753,8 @@ def raising(error):
 
 def test_run_turns_bad_input_into_exit_code_2(capsys):
     assert refusal(raising, BadInput("x.jsonl:3: id"), capsys) == "error: x.jsonl:3: id\n"
+    # a message may quote a file
+    assert refusal(raising, BadInput("a\nb \x1b ü"), capsys) == "error: a\\nb \\x1b ü\n"
     with pytest.raises(SystemExit, match="130"):
         files.run(partial(raising, KeyboardInterrupt()))
     with pytest.raises(RuntimeError):  # a bug is not bad input: it keeps its traceback

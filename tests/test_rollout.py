@@ -228,7 +228,7 @@ def poison(model):
         (dict(prompts={"prompt": ""}), "prompt 'odd': expected at least one token"),
         (
             dict(prompts={"messages": [{"role": "user", "content": "\ud83d"}]}),
-            "prompt 'odd': could not be rendered",
+            "half a surrogate pair is no text",
         ),
         (dict(model="nan"), "finite"),
         (dict(model="pickle"), "safetensors"),

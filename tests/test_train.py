@@ -475,8 +475,8 @@ def test_log_probs_under_a_masked_token_are_never_read(masked, tmp_path, method)
         top = records.unpack(s["topk"]["logprobs"])
         for t, kept in enumerate(r["loss_mask"]):
             if not kept:
-                r["logprobs"][t] = s["logprobs"][t] = -1e30
-                top[t] = np.nan
+                r["logprobs"][t] = s["logprobs"][t] = records.LOWEST
+                top[t] = records.LOWEST
         s["topk"]["logprobs"] = records.pack(top)
     rollouts = dump(tmp_path / "r.jsonl", rows)
     scores = dump(tmp_path / "s.jsonl", scores.values())

@@ -75,7 +75,8 @@ def pair(student, text, margins, number=0, mask=None, finish="stop", logprobs=No
 
 
 def pack_support(logprobs):
-    ids = np.zeros(np.shape(logprobs), np.uint16)
+    ids = np.broadcast_to(np.arange(np.shape(logprobs)[1]), np.shape(logprobs))
+    ids = ids.astype(np.uint16)
     return {"ids": records.pack(ids), "logprobs": records.pack(np.float32(logprobs))}
 
 

@@ -32,7 +32,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from opd import files, records
-from opd.records import BadInput
+from opd.records import LARGEST, NUMBERS, BadInput, Type, declare, list_of, number_in, or_none
+
+DRIFTS = Type("a list of numbers >= 0 or null", list_of(or_none(number_in(0, LARGEST))))
+
+
+def check_steps(record):
+    """What does not fit between the weights of the steps and their drifts, or None."""
+    if record["rule"] != "sod" and not {"d", "w"} & record.keys():
+        return None
+    counts = [len(record.get(name, ())) for name in ("d", "w")]
+    if counts[0] == counts[1]:
+        return None
+    return f"w: expected as many as in `d`, {counts[0]}, got {counts[1]}"
+
+
+declare("weights", check_steps, d=DRIFTS, w=NUMBERS)
 
 EPS = 1e-6
 DELTA = 0.2
