@@ -55,20 +55,28 @@ def damage(text):
     return None
 
 
+FEWEST = 4  # criteria of a rubric (appendix D)
+
+
 class Rubric(Strict):
     # up to 12 are read (appendix D); a schema that is enforced ends at the usual 8
     criteria: list[Criterion] = Field(
-        min_length=4, max_length=12, json_schema_extra={"maxItems": 8}
+        min_length=FEWEST, max_length=12, json_schema_extra={"maxItems": 8}
     )
 
     def value(self):
-        """The criteria as dicts."""
-        criteria = [criterion.model_dump() for criterion in self.criteria]
+        """The criteria as dicts; one that says the same as an earlier one is left out, or it
+        would count twice.  Where ids are not their own they are numbered."""
+        found = {}
+        for criterion in self.criteria:
+            said = " ".join(criterion.criterion.casefold().split()).rstrip(".")
+            found.setdefault(said, criterion.model_dump())
+        criteria = list(found.values())
+        if len(criteria) < FEWEST:
+            raise ValueError(f"expected {FEWEST} different criteria, got {len(criteria)}")
         if len({c["id"] for c in criteria}) < len(criteria):
-            raise ValueError("two criteria have the same id")
-        said = {" ".join(c["criterion"].casefold().split()).rstrip(".") for c in criteria}
-        if len(said) < len(criteria):
-            raise ValueError("two criteria say the same, which would count it twice")
+            for number, criterion in enumerate(criteria, 1):
+                criterion["id"] = f"c{number}"
         return criteria
 
 

@@ -125,10 +125,9 @@ def changed(i=0, **fields):
         (changed(points=0), "points"),
         (changed(points=True), "points"),
         (changed(id="c1\n"), "id"),
-        (changed(id="c2"), "same id"),
         (changed(category="Style"), "category"),
         (changed(criterion=" "), "criterion"),
-        (changed(criterion="2 "), "say the same"),
+        (changed(criterion="2 "), "4 different criteria"),
         (json.dumps({"criteria": RUBRIC, "maximum_score": 10}), "maximum_score: Extra"),
         ('{"criteria": [], "criteria": []}', "same key twice"),
         (changed(criterion="half \ud83d"), "surrogate"),
@@ -139,6 +138,14 @@ def changed(i=0, **fields):
 def test_a_bad_rubric_is_refused_with_a_reason(reply, complaint):
     with pytest.raises(ValueError, match=complaint):
         judge_replies.read(reply, judge_replies.Rubric)
+
+
+def test_a_criterion_that_is_said_twice_counts_once_and_ids_are_made_their_own():
+    copy = RUBRIC[1] | {"id": "c9", "criterion": f" {RUBRIC[1]['criterion'].upper()}. "}
+    reply = json.dumps({"criteria": [*RUBRIC, copy]})
+    assert judge_replies.read(reply, judge_replies.Rubric) == RUBRIC
+    numbered = [c | {"id": f"c{i}"} for i, c in enumerate(RUBRIC, 1)]
+    assert judge_replies.read(changed(id="c2"), judge_replies.Rubric) == numbered
 
 
 # ---- Verifier
