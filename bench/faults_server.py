@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import random
 import sys
 import tempfile
@@ -106,7 +107,9 @@ class Stages:
         size = vocabulary_size(self.tokenizer)
 
         def rows(prefix):
-            return (distribution(prefix) * size)[:size]
+            logprobs = (distribution(prefix) * size)[:size]
+            total = math.log(sum(map(math.exp, logprobs)))
+            return [value - total for value in logprobs]
 
         return FakeServer(reply, distribution=rows, **options)
 

@@ -5,9 +5,10 @@ requests.
 """
 
 import json
+import math
 from dataclasses import dataclass
 
-from opd.records import IDS, LOGPROBS, is_count, is_logprob
+from opd.records import IDS, LOGPROBS, MASS_ROUNDING, is_count, is_logprob
 from opd.redact import without_key
 
 # of a refusal that is not everybody's
@@ -255,6 +256,8 @@ def entry_of(entries, position, token, top_k, vocabulary):
         )
     if not all(map(is_logprob, here.values())):
         raise ServedFailure(f"{where}: expected finite log-probs <= 0, {got}")
+    if sum(map(math.exp, here.values())) > 1 + MASS_ROUNDING:
+        raise ServedFailure(f"{where}: expected log-probs of one distribution, {got}")
     if min(here) < 0 or max(here) >= vocabulary:
         raise ServedFailure(
             f"{where}: expected ids from 0 to below {vocabulary}, the vocabulary, {got}"

@@ -214,10 +214,14 @@ def test_repetition_and_ends_are_logged_and_a_collapse_is_said(world, tmp_path, 
         mean = np.mean([x["end_mass"] for x in named])
         assert fine[f"rollout/{who}_end_mass"] == pytest.approx(mean, rel=1e-5)
     assert fine["rollout/repetition"] == fine["alarm/collapse"] == 0
+    loop = "1+1=2\n" * 60
+    ids = policies.load_tokenizer(world.base)(loop, add_special_tokens=False)["input_ids"]
     gaps = []
     for r, s in list(zip(rows, scores))[::4]:
-        r["text"] = "1+1=2\n" * 60
-        s["rollout"] = records.fingerprint(r)
+        r |= dict(text=loop, response_ids=ids, loss_mask=[1] * len(ids))
+        r["logprobs"] = np.linspace(-3, -1, len(ids)).tolist()
+        s |= dict(rollout=records.fingerprint(r), logprobs=[-1.5] * len(ids))
+        s.pop("topk", None)
         gaps += list(np.subtract(r["logprobs"], s["logprobs"]))
     del rows[5]["end_mass"]  # as from a server: a mean over the others would be of another set
     bad = logged("bad", rollouts=rows, scores=scores)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from conftest import ROOT, argv, load, refusal
@@ -275,7 +276,9 @@ def test_left_over_failures_are_exit_code_3():
 def started(code, **more):
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     words = [sys.executable, *(code if isinstance(code, list) else ["-c", code])]
-    return subprocess.Popen(words, cwd=ROOT, **pipes, **more)
+    # what a shell starts with & ignores Ctrl-C
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(words, cwd=ROOT, preexec_fn=heed, **pipes, **more)
 
 
 TALK = """

@@ -166,7 +166,8 @@ def test_groups_without_a_difference(tmp_path):
     rows = []
     for i, marks in enumerate(([0, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 0])):
         for sample, correct in enumerate(marks):
-            rows.append(dict(id=f"h{i}", sample=sample, text="x", correct=bool(correct)))
+            row = dict(id=f"h{i}", sample=sample, text="x", correct=bool(correct))
+            rows.append(row | dict(length=1, truncated=False, repetition=0.0))
     want = {"flat_groups": 0.5, "all_wrong": 0.25, "all_right": 0.25}
     assert groups(dump(tmp_path / "evals.jsonl", rows), 2) == want
 

@@ -111,7 +111,7 @@ TEMPLATES = {
 def test_a_template_that_does_not_end_is_refused_in_a_line(
     template, folder, monkeypatch, capsys
 ):
-    monkeypatch.setattr(chat, "SECONDS", 0.3)
+    monkeypatch.setattr(chat, "SECONDS", 1)
     monkeypatch.setattr(chat, "MEMORY", 1 << 27)
     (folder / "chat_template.jinja").write_text(template)
     change(folder / "tokenizer_config.json", chat_template=template)

@@ -754,7 +754,7 @@ def raising(error):
 def test_run_turns_bad_input_into_exit_code_2(capsys):
     assert refusal(raising, BadInput("x.jsonl:3: id"), capsys) == "error: x.jsonl:3: id\n"
     # a message may quote a file
-    assert refusal(raising, BadInput("a\nb \x1b ü"), capsys) == "error: a\\nb \\x1b ü\n"
+    assert refusal(raising, BadInput("a\nb \x1b ü"), capsys) == "error: a\\u000ab \\u001b ü\n"
     with pytest.raises(SystemExit, match="130"):
         files.run(partial(raising, KeyboardInterrupt()))
     with pytest.raises(RuntimeError):  # a bug is not bad input: it keeps its traceback
