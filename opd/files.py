@@ -810,7 +810,8 @@ def run(main):
     3  done, but for records that could not be made ("failed" in the summary)
     130, 143  Ctrl-C, SIGTERM        141  nobody reads what it prints"""
     signal.signal(signal.SIGTERM, _terminate)
-    sys.stdout.reconfigure(errors="backslashreplace")  # ASCII where the locale has no more
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # the locale may have ASCII only
     try:
         try:
             summary = main()
