@@ -160,7 +160,7 @@ def create(argv):
     propose = llm.propose_rubric if llm else partial(contrast, load_library(args.predicates))
 
     def propose_for(key):
-        return propose(question_of(prompts[key,]), texts(answers[key]), texts(attempts[key]))
+        return propose(question_of(prompts[(key,)]), texts(answers[key]), texts(attempts[key]))
 
     def work(missing):
         for key, criteria in for_each(llm, propose_for, [key for (key,) in missing]):
@@ -169,7 +169,9 @@ def create(argv):
             elif isinstance(criteria, Exception):
                 yield criteria
             else:
-                yield rubric_record(prompts[key,], criteria, name, answers[key], attempts[key])
+                yield rubric_record(
+                    prompts[(key,)], criteria, name, answers[key], attempts[key]
+                )
 
     made, failures = files.fill(
         args.out,
@@ -203,7 +205,7 @@ def rubric_rewards(prompt, responses, rubrics, verify):
     """The weighted pass rate of the prompt's rubric for every answer.
     verify(question, criteria, texts) gives its verdicts, a list for each time it was asked;
     failures stand in the place of lists."""
-    criteria = rubrics[str(prompt["id"]),]["criteria"]
+    criteria = rubrics[(str(prompt["id"]),)]["criteria"]
     points = [criterion["points"] for criterion in criteria]
     tries = verify(question_of(prompt), criteria, texts(responses))
     return [rewards.rubric_reward(points, each) for each in tries]
@@ -244,7 +246,7 @@ def read_rubrics(path, groups, table, frozen):
     for prompt_id, keys in groups.items():
         if frozen or (prompt_id,) not in rubrics:
             continue
-        made_for = rubrics[prompt_id,].get("drawn_from", {}).get("rollouts")
+        made_for = rubrics[(prompt_id,)].get("drawn_from", {}).get("rollouts")
         if made_for is None:
             continue
         if set(made_for) != {records.fingerprint(table[key]) for key in keys}:
@@ -378,7 +380,7 @@ def grade(argv):
 
     def grade_group(prompt_id):
         rollouts = [table[key] for key in groups[prompt_id]]
-        given = grader(prompts[prompt_id,], rollouts + references.get(prompt_id, []))
+        given = grader(prompts[(prompt_id,)], rollouts + references.get(prompt_id, []))
         students, teachers = given[: len(rollouts)], given[len(rollouts) :]
         if teachers:
             pools.append((students, teachers))

@@ -20,7 +20,6 @@ ended with a traceback or in another way than exit code 0 or one line and exit c
 
 Processes are forked from one that has imported everything, so a kill costs milliseconds."""
 
-import argparse
 import contextlib
 import io
 import json
@@ -491,9 +490,7 @@ def table(rows):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = files.parser(__doc__)
     p.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     p.add_argument("--short", action="store_true", help="a few faults of each kind")
     p.add_argument("--seed", type=int, default=0)

@@ -6,14 +6,13 @@ Each command runs as a program of its own; `mb` is how far its peak resident mem
 that of the same command on a thousand records, `us` its microseconds a record.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from opd import records
+from opd import files, records
 
 SAMPLES = 8  # of a prompt
 
@@ -42,7 +41,7 @@ COMMANDS = {
 def write(folder, count):
     """Prompts, rollouts of 16 tokens, and their rewards."""
     policy = dict.fromkeys(("model", "weights", "template", "vocabulary", "renders"), "m")
-    files = {name: open(folder / name, "w") for name in ("prompts", "rollouts", "rewards")}
+    opened = {name: open(folder / name, "w") for name in ("prompts", "rollouts", "rewards")}
     for i in range(count):
         name = f"t{i // SAMPLES:07d}"
         rollout = {"id": name, "sample": i % SAMPLES, "policy": policy}
@@ -56,8 +55,8 @@ def write(folder, count):
         if i % SAMPLES == 0:
             rows["prompts"] = {"id": name, "prompt": "3+4=?", "answer": "7"}
         for kind, row in rows.items():
-            files[kind].write(json.dumps(row) + "\n")
-    for file in files.values():
+            opened[kind].write(json.dumps(row) + "\n")
+    for file in opened.values():
         file.close()
 
 
@@ -72,7 +71,7 @@ def measure(folder, work):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__)
+    p = files.parser(__doc__)
     p.add_argument("--records", type=int, default=1_000_000)
     p.add_argument("--commands", nargs="+", default=list(COMMANDS), choices=COMMANDS)
     args = p.parse_args(argv)

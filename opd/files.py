@@ -15,7 +15,7 @@ Four rules keep data safe:
    those of another round with the same ids can never be joined by mistake.
 
 Files are walked, not loaded.  A `Table` keeps the place of every record, 40 bytes, and the ids
-of prompts: about 110 bytes a record where each has a prompt of its own.
+of prompts: about 145 bytes a record where each has a prompt of its own.
 """
 
 import argparse
@@ -143,8 +143,9 @@ class KeySet:
 
     def add(self, key):
         block, bit = self._place(key)
-        self.count += key not in self
-        self.bits[block] = self.bits.get(block, 0) | bit
+        before = self.bits.get(block, 0)
+        self.count += not before & bit
+        self.bits[block] = before | bit
 
 
 def _lines(path, kind, unfinished=False):
@@ -263,17 +264,22 @@ class Table:
     def __len__(self):
         return len(self._line)
 
-    def __contains__(self, key):
+    def _find(self, key):
         place = bisect_left(self._hashes, hash(key))
-        return place < len(self) and self._hashes[place] == hash(key)
+        found = place < len(self) and self._hashes[place] == hash(key)
+        return self._order[place] if found else None
+
+    def __contains__(self, key):
+        return self._find(key) is not None
 
     def row(self, key):
         """The place of a record among all, from 0; for arrays that stand beside the table."""
-        if key not in self:
+        row = self._find(key)
+        if row is None:
             raise BadInput(
                 f"{self.path}: expected a record of{named([key])}, but there is none"
             )
-        return self._order[bisect_left(self._hashes, hash(key))]
+        return row
 
     def __getitem__(self, key):
         return self._read(self.row(key))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from opd import files, records, served
-from opd.chat import final_text, render
+from opd.chat import bare, final_text, render
 from opd.kernel import all_logits
 from opd.policy import (
     add_model_flags,
@@ -373,18 +373,13 @@ class ServedSampler:
                 f"serves another tokenizer or chat template, or needs other --template-options"
             )
         text = self.tokenizer.decode(answer["response_ids"], skip_special_tokens=True)
-        if letters(text) != letters(answer["text"]):
+        if bare(text) != bare(answer["text"]):
             return served.ServedFailure(
                 f"text: expected what token_ids spell, {text[:60]!r}, got "
                 f"{answer['text'][:60]!r}: it serves another tokenizer, or cuts texts (`stop`, "
                 f"--reasoning-parser)"
             )
         return None
-
-
-def letters(text):
-    """A text without spaces and cut characters, on which tokenizers and servers disagree."""
-    return "".join(text.replace("\ufffd", "").split())
 
 
 # ---- what the stages that sample share

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from opd import files
 from opd.metrics import collapsed
+from opd.policy import NO_CODE
 from opd.records import BadInput, show
 
 
@@ -246,8 +247,8 @@ class Trainer:
     def load_weights(self, folder):
         """Puts the weights of a checkpoint back."""
         model = self.policy.model
-        how = {"dtype": model.dtype, "use_safetensors": True, "trust_remote_code": False}
-        saved = type(model).from_pretrained(folder, **how)
+        how = {"dtype": model.dtype, "use_safetensors": True}
+        saved = type(model).from_pretrained(folder, **how, **NO_CODE)
         model.load_state_dict(saved.state_dict())
 
 
@@ -285,15 +286,16 @@ def damage(folder, spared=()):
     """The first file of a sealed folder that is not as it was written, in words, or None.  A
     folder of an earlier version has no list, and is taken as it is.  spared: names of files
     that somebody may have removed."""
-    if (folder / LIST).exists() and not read_json(folder / LIST):
+    saved = read_json(folder / LIST)
+    if not saved and (folder / LIST).exists():
         return f"{LIST}: expected a list of files"
-    for name, listed in read_json(folder / LIST).items():
+    for name, wanted in saved.items():
         path = folder / name
         if name in spared and not path.exists():
             continue
         found = files.hash_file(path) if path.is_file() else None
-        if found != listed:
-            return f"{name}: expected {show(listed)}, got {show(found)}"
+        if found != wanted:
+            return f"{name}: expected {show(wanted)}, got {show(found)}"
     if not read_json(folder / STATE):
         return f"{STATE}: expected a JSON object"
     return None

@@ -548,9 +548,9 @@ def test_memory_stays_far_below_a_list_of_records(path):
     words = [sys.executable, "-c", MEASURE, str(path)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     reading, table = (line.split() for line in done.stdout.splitlines())
-    assert int(reading[1]) / count < 250
+    assert int(reading[1]) / count < 200
     said = int(re.search(r"about (\d+) bytes a\s+record", files.__doc__)[1])
-    assert said / 1.5 < int(table[0]) / count < 2 * said
+    assert said / 1.5 < int(table[0]) / count < 1.2 * said
 
 
 # ---- Writer
