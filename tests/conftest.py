@@ -199,12 +199,10 @@ def sampled(root, student, **flags):
     return w
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """Running sums: `base` and `teacher` are models whose distributions are not uniform; the
-    rollouts are those of base, T = 1."""
+def make_world(root):
+    """Running sums in the folder `root`: `base` and `teacher` are models whose distributions
+    are not uniform; the rollouts are those of base, T = 1."""
     torch.set_num_threads(1)
-    root = tmp_path_factory.mktemp("world")
     toy, base = root / "toy", root / "base"
     sums.main(argv(out=toy, train_prompts=24, eval_prompts=8, clean=1500, mixed=300))
     sft = SFT | dict(rollouts=toy / "clean.jsonl", steps=35)
@@ -214,6 +212,11 @@ def world(tmp_path_factory):
     w = sampled(root, base, max_tokens=28)
     w.base = base
     return w
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="session")

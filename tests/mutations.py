@@ -1,7 +1,7 @@
 """One line of a valid file, changed in every way that it can be wrong, against every command
 that reads such a file.
 
-    python -m tests.mutations --lines 100000 --world W   # at length
+    python -m tests.mutations --lines 100000   # at length: hours
 
 A changed line is either refused, by `opd.files.read` or by name in the stage, or the stage goes
 on with it and every number that it prints is finite and of a sane size.  Everything else is
@@ -21,13 +21,12 @@ import sys
 import tempfile
 import time
 import traceback
-import types
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import argv, dump, load  # noqa: E402
+from conftest import argv, dump, load, make_world  # noqa: E402
 
 import eval as eval_stage  # noqa: E402
 import rollout  # noqa: E402
@@ -544,20 +543,15 @@ def main(args=None):
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--lines", type=int, default=100_000)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--world", required=True, help="folder of a world of conftest.py")
     p.add_argument("--only", nargs="+", help="names of files")
     p.add_argument("--every", type=int, default=1, help="of the systematic lines, each n-th")
     args = p.parse_args(args)
     rng = random.Random(args.seed)
-    root = Path(args.world)
-    paths = {name: root / f"{name}.jsonl" for name in ("rollouts", "scores", "rewards")}
-    paths |= {"toy": root / "toy", "base": root / "base", "teacher": root / "teacher"}
-    paths["prompts"] = root / "toy" / "train.jsonl"
     begun = time.time()
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as place:
         place = Path(place)
         with contextlib.redirect_stdout(io.StringIO()):
-            world = World(types.SimpleNamespace(**paths), place)
+            world = World(make_world(Path(made)), place)
         trial = Trial(world, place)
         print(f"world {time.time() - begun:.1f} s", flush=True)
         for name in args.only or world.paths:
