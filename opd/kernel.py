@@ -559,6 +559,14 @@ def naive(hidden, head, ids, teacher=None):
     )
 
 
+def lifted(weight):
+    """A head in the type that its products are computed in: where that is not its own, all of
+    it, for a caller of many small products, which would each lift it chunk by chunk."""
+    if _sums_leave_in_float32(weight) or weight.dtype == torch.float64:
+        return weight
+    return weight.detach().float()
+
+
 @torch.no_grad()
 def all_logits(hidden, weight, **options):
     """All logits [N, vocabulary] of a few tokens in float32, not differentiable: for sampling,

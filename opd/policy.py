@@ -121,11 +121,24 @@ def load_weights(name, folder, kind, dtype, device, **options):
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"dtype": dtype, "use_safetensors": True} | NO_CODE | options
     try:
-        model = getattr(transformers, kind).from_pretrained(folder, **options)
-        return model.to(device).eval()
+        model = getattr(transformers, kind).from_pretrained(folder, **options).to(device)
     # truncated or foreign files, no such device, a config of nonsense
     except Exception as error:
         raise unloadable(f"--model {name}", error) from None
+    if is_emulated(model.dtype, model.device):
+        print(
+            f"WARNING: {name}: this processor has no {str(model.dtype)[6:]} arithmetic, it is "
+            f"emulated and many times slower than --dtype float32, which takes twice the memory"
+        )
+    return model.eval()
+
+
+def is_emulated(dtype, device):
+    """Whether products of 16-bit numbers are computed without instructions for them."""
+    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    if kind is None or device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return not getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")()
 
 
 def load_tokenizer(name):

@@ -2,10 +2,12 @@
 
 import json
 
+import pytest
 from conftest import argv, load, run_program
 
 import bench.faults
 import bench.gpu
+from bench import sampler
 
 
 def run(module, *words, **flags):
@@ -62,3 +64,19 @@ def test_a_few_faults_are_survived(tmp_path, capsys):
     assert {row["fault"] for row in rows} == {"kill", "race of two"}
     assert all(row["survived"] == row["injected"] > 0 for row in rows)
     assert "| kill | opd.files.fill, rollout.py," in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("contender", sampler.CONTENDERS)
+def test_both_samplers_make_all_tokens_and_ours_says_the_trainers_log_probs(
+    world, capsys, contender
+):
+    sampler.run(str(world.base), "float32", "cpu", contender, 5)
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == sampler.ROWS * 5
+    assert found.get("gap", 0) < 2e-5
+    row = sampler.row_of(
+        contender, [found, found | {"seconds": 2 * found["seconds"]}], "m", "f"
+    )
+    assert row["tokens_a_second"] == pytest.approx(
+        0.75 * found["tokens"] / found["seconds"], 1e-3
+    )

@@ -36,6 +36,12 @@ def picked(logits, draws, temperature=1.0, top_p=1.0):
     return sampling.pick(logits.expand(len(draws), -1), draws, temperature, top_p)
 
 
+@pytest.fixture(params=[512, 5], ids=["one block", "blocks"])
+def block(request, monkeypatch):
+    """24 tokens are one block of columns, or four and a rest."""
+    monkeypatch.setattr(sampling, "BLOCK", request.param)
+
+
 def some_logits(seed=0, size=24):
     return 2 * torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
@@ -44,7 +50,9 @@ def some_logits(seed=0, size=24):
     "temperature, top_p",
     [(1.0, 1.0), (0.7, 1.0), (2.0, 1.0), (1.0, 0.05), (1.0, 0.3), (0.7, 0.9), (1.0, 0.999)],
 )
-def test_a_grid_of_uniforms_reproduces_the_softmax_on_exactly_the_nucleus(temperature, top_p):
+def test_a_grid_of_uniforms_reproduces_the_softmax_on_exactly_the_nucleus(
+    temperature, top_p, block
+):
     """Inversion: of N equally spaced uniforms, N p(a) fall on token a, up to one; the log-probs
     are those of the whole softmax."""
     logits, n = some_logits(2), 20_000
@@ -61,7 +69,7 @@ def test_a_grid_of_uniforms_reproduces_the_softmax_on_exactly_the_nucleus(temper
 
 
 @pytest.mark.parametrize("dead", [[0, 1], [5, 23], [23, 22, 21]])
-def test_impossible_tokens_are_never_drawn_at_the_ends_of_the_interval(dead):
+def test_impossible_tokens_are_never_drawn_at_the_ends_of_the_interval(dead, block):
     draws = [0.0, 2.0**-53, 0.5, 1 - 2.0**-52, 1 - 2.0**-53]
     alive = [a for a in range(24) if a not in dead]
     for seed in range(3):
