@@ -361,6 +361,7 @@ def main(argv=None):
     inputs = [*own_files.paths(), *given_files.paths()]
     identity = run_identity(
         vars(args),
+        source,
         weights,
         inputs,
         method=method.columns(),

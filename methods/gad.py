@@ -317,7 +317,7 @@ def train(argv=None):
     inputs = [path for path in (args.rollouts, args.data, args.prompts) if path]
     # the name under which older folders know it
     flags = vars(args) | {"method": "discriminator"}
-    identity = run_identity(flags, weights, inputs)
+    identity = run_identity(flags, source, weights, inputs)
     with Run(args.out, identity, source, [*inputs, source], args.overwrite) as run:
         if run.finished:
             print(f"methods.gad train: {args.out}: complete already")

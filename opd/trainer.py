@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from opd import files
 from opd.metrics import collapsed
-from opd.policy import NO_CODE
+from opd.policy import NO_CODE, hash_config
 from opd.records import BadInput, show
 
 
@@ -252,14 +252,16 @@ class Trainer:
         model.load_state_dict(saved.state_dict())
 
 
-def run_identity(flags, weights, inputs, **more):
+def run_identity(flags, source, weights, inputs, **more):
     """What determines the result of a run, as JSON.  flags: {name: value}, of which those are
-    left out that change memory and speed alone;  inputs: paths."""
+    left out that change memory and speed alone;  source: the folder of the model, weights:
+    their hash;  inputs: paths."""
     without = ("overwrite", "save_every", "micro_batch_tokens", "device", "kernel")
     flags = flags | {"out": flags["out"].rstrip("/")}  # M/ is M
     return {
         "flags": {name: value for name, value in flags.items() if name not in without},
         "weights": weights,
+        "config": hash_config(source),
         "inputs": {path: files.hash_file(path) for path in inputs},
         **more,
     }

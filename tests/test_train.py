@@ -3,6 +3,7 @@ teacher is read; a killed run ends in the same bits.  (What may become a step at
 test_data.py.)  The reference is plain transformers in float64, a sequence at a time."""
 
 import copy
+import json
 import shutil
 import signal
 import subprocess
@@ -718,6 +719,16 @@ def test_a_finished_run_changes_nothing_and_another_one_is_refused(
         message = refusal(train.main, words(world, uninterrupted, **RESUME | change), capsys)
         assert "holds another training run" in message
     assert state() == before
+
+
+def test_a_model_whose_config_has_changed_since_is_another_run(world, tmp_path, capsys):
+    folder = variant(world.base, tmp_path / "start")
+    flags = dict(model=folder, steps=1)
+    run(world, tmp_path / "m", **flags)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    message = refusal(train.main, words(world, tmp_path / "m", **flags), capsys)
+    assert "holds another training run (config" in message
 
 
 def test_overwrite_deletes_nothing_but_a_training_run(world, tmp_path, capsys):
