@@ -4,10 +4,11 @@ held against the first slip.
     python -m experiments.prefix_null --rollouts R --scores S --model runs/toy/student \\
         --prompts P --out null.json --plot null.png
 
-Reads rollouts and scores as `methods.prefix weigh` does; trains nothing.  Two nulls: the blocks
-of each rollout in random order, and runs of about sqrt(n) blocks in random order, which keeps
-most of the autocorrelation.  With --prompts (running sums) also: do cuts come at or after the
-first wrong step of a rollout?
+Reads rollouts and scores as `methods.prefix weigh` does; trains nothing.  Three nulls: the
+blocks of each rollout in random order; runs of about sqrt(n) blocks in random order, which
+keeps most of the autocorrelation; and the line that fits the series best with what is left over
+in random order, for a steady fall is no collapse.  With --prompts (running sums) also: do cuts
+come at or after the first wrong step of a rollout?
 
 Simplifications: 1. runs begin at fixed places and can hardly move below 5 blocks: this null
 cuts too often; 2. all series are held in memory, a number a block.
@@ -30,19 +31,35 @@ from worlds.predicates import steps_of, terms_of
 # ---- against random order
 
 
-def permuted(n, rng):
-    return rng.permutation(n)
+def permuted(s, size, rng):
+    """A series [n] and the sizes of its blocks [n], in one random order."""
+    order = rng.permutation(len(s))
+    return s[order], size[order]
 
 
-def block_shuffled(n, rng):
+def block_shuffled(s, size, rng):
     """Runs of round(sqrt(n)) (at least 2) neighbours in random order; within a run they keep
     theirs.  n = 4: 0 1 2 3 or 2 3 0 1."""
+    n = len(s)
     length = max(2, round(math.sqrt(n)))
     runs = np.split(np.arange(n), np.arange(0, n, length)[1:])
-    return np.concatenate([runs[i] for i in rng.permutation(len(runs))])
+    order = np.concatenate([runs[i] for i in rng.permutation(len(runs))])
+    return s[order], size[order]
 
 
-NULLS = {"permuted": permuted, "block_shuffled": block_shuffled}
+def linear_trend(s, size, rng):
+    """The least-squares line of the series, and its residuals in random order; blocks keep
+    their sizes."""
+    at = np.arange(len(s)) - (len(s) - 1) / 2
+    line = s.mean() + at * (at @ s) / max(at @ at, 1)
+    return line + rng.permutation(s - line), size
+
+
+NULLS = {
+    "permuted": permuted,
+    "block_shuffled": block_shuffled,
+    "linear_trend": linear_trend,
+}
 GUARD = {"faithful": False, "guarded": True}
 
 
@@ -92,16 +109,15 @@ def pool(repeats, real_rate):
 
 
 def against_nulls(series, sizes, repeats, seed):
-    """{"faithful" | "guarded": {"real" | "permuted" | "block_shuffled": what `detector` finds,
-    of a null what `pool` makes of it}}."""
+    """{"faithful" | "guarded": {"real" or a name of NULLS: what `detector` finds, of a null
+    what `pool` makes of it}}."""
     result = {rule: {"real": detector(series, sizes, guard)} for rule, guard in GUARD.items()}
-    for null, order in NULLS.items():
+    for null, draw in NULLS.items():
         rng = np.random.default_rng(seed)
         found = {rule: [] for rule in GUARD}
         for _ in range(repeats):
-            orders = [order(len(s), rng) for s in series]
-            moved = [s[o] for s, o in zip(series, orders)]
-            moved_sizes = [size[o] for size, o in zip(sizes, orders)]
+            drawn = [draw(s, size, rng) for s, size in zip(series, sizes)]
+            moved, moved_sizes = zip(*drawn)
             for rule, guard in GUARD.items():
                 found[rule].append(detector(moved, moved_sizes, guard))
         for rule, rows in found.items():
@@ -192,12 +208,12 @@ def draw_rates(axes, by_rule):
         low = [row.get("cut_rate_low", row["cut_rate"]) for row in rows]
         high = [row.get("cut_rate_high", row["cut_rate"]) for row in rows]
         axes.bar(
-            np.arange(len(rows)) + 0.27 * (i - 1),
+            np.arange(len(rows)) + 0.21 * (i - 1.5),
             rates,
-            0.25,
+            0.19,
             yerr=None if kind == "real" else np.abs([rates - low, high - rates]),
             capsize=3,
-            color=(COLOURS[0], "0.75", "0.5")[i],
+            color=(COLOURS[0], "0.8", "0.6", "0.4")[i],
             label=kind.replace("_", "-"),
         )
     axes.set_xticks(range(len(by_rule)), [f"{rule} rule" for rule in by_rule])

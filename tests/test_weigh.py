@@ -16,6 +16,8 @@ from experiments.prefix_null import (
     against_nulls,
     block_shuffled,
     first_slip,
+    linear_trend,
+    permuted,
 )
 from experiments.series import kept_shares
 from experiments.weight_controls import nearest_cut
@@ -371,11 +373,25 @@ def test_flags_out_of_range_and_another_rule_are_refused(student, tmp_path, caps
 def test_nulls_are_permutations_and_block_shuffling_keeps_neighbours():
     rng = np.random.default_rng(7)
     for n in (1, 2, 5, 16):
-        for order in NULLS.values():
-            assert sorted(order(n, rng).tolist()) == list(range(n))
-    together = [block_shuffled(16, rng).reshape(-1, 4) for _ in range(20)]
+        for null in (permuted, block_shuffled):
+            s, size = null(np.arange(n), 100 + np.arange(n), rng)
+            assert sorted(s.tolist()) == list(range(n)) and (size == 100 + s).all()
+    every = np.arange(16)
+    together = [block_shuffled(every, every, rng)[0].reshape(-1, 4) for _ in range(20)]
     assert all((runs == runs[:, :1] + np.arange(4)).all() for runs in together)
     assert len({tuple(runs.ravel()) for runs in together}) > 5
+
+
+def test_the_linear_trend_null_keeps_the_fall_and_deals_the_rest_out():
+    rng = np.random.default_rng(8)
+    s = 3 - 0.1 * np.arange(12) + rng.normal(0, 0.05, 12)
+    fit = np.polyfit(np.arange(12), s, 1)
+    for _ in range(3):
+        drawn, size = linear_trend(s, every := np.arange(12), rng)
+        rest = drawn - np.polyval(fit, np.arange(12))
+        np.testing.assert_allclose(sorted(rest), sorted(s - np.polyval(fit, np.arange(12))))
+        assert (size == every).all() and not np.allclose(drawn, s)
+    assert linear_trend(np.array([2.0]), np.array([1]), rng)[0].tolist() == [2.0]
 
 
 def test_a_true_drop_is_told_from_chance_and_noise_is_not():
@@ -386,12 +402,23 @@ def test_a_true_drop_is_told_from_chance_and_noise_is_not():
     for rule in ("faithful", "guarded"):
         drop, chance = found[rule], chances[rule]
         real = drop["real"]
-        for null in NULLS:
+        for null in ("permuted", "block_shuffled"):
             assert real["cut_rate"] > drop[null]["cut_rate_high"] + 0.2
             assert drop[null]["reach_real"] == 0
+        for null in NULLS:
             assert real["gain_mean"] > drop[null]["gain_mean"]
             assert abs(chance["real"]["cut_rate"] - chance[null]["cut_rate"]) < 0.1
         assert real["position_tokens"] == pytest.approx(8 / 25, abs=0.05)
+
+
+def test_a_steady_fall_is_told_from_disorder_but_not_from_a_trend():
+    rng, sizes = np.random.default_rng(11), [np.full(25, 2)] * 100
+    falling = list(rng.normal(2, 0.3, (100, 25)) - 0.03 * np.arange(25))
+    for found in against_nulls(falling, sizes, 5, 0).values():
+        real, trend = found["real"], found["linear_trend"]
+        assert real["cut_rate"] > found["permuted"]["cut_rate_high"] + 0.2
+        assert abs(real["cut_rate"] - trend["cut_rate"]) < 0.1
+        assert real["gain_mean"] == pytest.approx(trend["gain_mean"], rel=0.3)
 
 
 @pytest.mark.parametrize(
