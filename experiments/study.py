@@ -373,9 +373,11 @@ class Trial:
     def execute(self):
         """Every round, with a result line before the first and whenever one is due; returns the
         last line."""
-        self.measure(self.step(0), final=not self.rounds)
+        first = self.resume()
+        if not first:
+            self.measure(self.step(0), final=not self.rounds)
         bar = dict(desc=f"seed {self.seed} {self.arm}", unit="round")
-        for number in files.progress(range(self.rounds), **bar):
+        for number in files.progress(range(first, self.rounds), **bar):
             self.number = number
             self.round()
             done = number + 1
@@ -384,6 +386,10 @@ class Trial:
             elif not self.keeps_rounds:
                 shutil.rmtree(self.at, ignore_errors=True)
         return self.row
+
+    def resume(self):
+        """How many rounds of an interrupted arm stand: none, unless a study keeps them."""
+        return 0
 
     def round(self):
         """One round; a study's own."""
@@ -479,9 +485,8 @@ class Trial:
         return self.control("shuffle-rewards", graded[0]) if shuffled else graded
 
     def train(self, method, rollouts, rate=None, out=None, **options):
-        """One call of train.py; its model is the model of the moment from then on.  The weights
-        that it went on from are removed, but for the arm's start.  The optimiser begins anew
-        when the arm begins.  rate: by default --learning-rate."""
+        """One call of train.py; its model is the model of the moment from then on.  The
+        optimiser begins anew when the arm begins.  rate: by default --learning-rate."""
         s, out = self.settings, out or self.place / self.weights.format(self.number)
         common = dict(learning_rate=rate or s.learning_rate, seed=self.seed)
         common["fresh_optimizer"] = self.model == self.start
@@ -493,10 +498,14 @@ class Trial:
         self.steps += done["steps"]
         lines = (out / "metrics.jsonl").read_text().splitlines()
         self.metrics = [json.loads(line) for line in lines]
-        if self.model != self.start:
-            shutil.rmtree(self.model)
-        self.model = out
+        old, self.model = self.model, out
+        self.trained(old)
         return done
+
+    def trained(self, old):
+        """The model of the moment is a new one; what it has learnt from is removed."""
+        if old != self.start:
+            shutil.rmtree(old)
 
     def evaluate(self, prompts, n, **options):
         """eval.py on the model of the moment; returns its summary."""

@@ -1,0 +1,216 @@
+"""A real student and a real teacher: what the methods do to accuracy, and what that costs.
+
+    python -m experiments.real_tasks make --task chain_sum --out runs/sum
+    python -m experiments.real_pair --student FOLDER --teacher FOLDER --problems runs/sum \\
+        --judge NAME --judge-url http://localhost:8011/v1 --out runs/pair --arms sft,opd,ropd
+    python -m experiments.real_pair --student SMALL ... --out runs/cold --arms sft
+    python -m experiments.real_pair --student runs/cold/seed0/sft/round9/model ... --arms simple
+
+Arms, all with the same problems and number of updates:
+
+    before      the student as it starts
+    sft         imitation of the teacher's answers to the round's problems
+    opd         reverse KL on own answers to the teacher's 20 likeliest tokens and a tail
+    simple      the same for a teacher of another vocabulary: tokens that both spell alike
+    ropd        rubrics between own answers and four of the teacher's; by the judge or, without
+                one, by predicates
+    shuffled    its rewards dealt out at random within each group: must teach nothing
+    answer      reward 1 for the right final answer
+    teacher     the teacher
+
+A killed run goes on with the round that it was in.  Every command is in OUT/commands.sh.  A
+student that the teacher's tasks are foreign to needs imitation first: the last two lines.
+
+Simplifications: 1. one task; 2. intervals are over seeds, of which real models allow few.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments import study
+from experiments.claims import less, more
+from experiments.study import setting
+from opd import files
+from opd.records import BadInput
+
+
+@dataclass(frozen=True)
+class Settings(study.Measured):
+    student: str = setting("", "folder or Hugging Face id")
+    teacher: str = setting("", "folder or Hugging Face id")
+    problems: str = setting("", "folder with train, dev and heldout.jsonl (real_tasks make)")
+    judge: str = setting("", "name of a served model that writes and applies rubrics")
+    judge_url: str = setting("", "its OpenAI-compatible server")
+    dtype: str = setting("float32", "of both models", choices=("float32", "bfloat16"))
+    rounds: int = setting(10, "rounds an arm", smoke=2)
+    prompts: int = setting(16, "problems a round", smoke=4)
+    n: int = setting(4, "answers a problem", smoke=4)
+    updates: int = setting(1, "optimiser steps a round")
+    sft_learning_rate: float = setting(1e-5, "of imitation")
+    opd_learning_rate: float = setting(1e-5, "of arms that read log-probs")
+    rl_learning_rate: float = setting(3e-6, "of arms that read rewards")
+    micro_batch_tokens: int = setting(1024, "tokens in one forward pass")
+    max_tokens: int = setting(200, "longest answer", smoke=12)
+    final_n: int = setting(2, "samples a problem at the end of an arm", smoke=1)
+
+
+ARMS = {
+    "before": {},
+    "sft": dict(method="sft", rate="sft"),
+    "opd": dict(method="opd-full", rate="opd"),
+    "simple": dict(method="simple-opd", rate="opd"),
+    "ropd": dict(method="ropd", rate="rl"),
+    "shuffled": dict(method="ropd", rate="rl", shuffled=True),
+    "answer": dict(method="ropd", rate="rl", answer=True),
+    "teacher": {},
+}
+COLUMNS = (
+    "greedy",
+    "length_mean",
+    "truncated",
+    "generated_tokens",
+    "teacher_tokens",
+    "seconds",
+)
+CLAIMS = [
+    more("Distillation from log-probs lifts a real student", "opd", "before"),
+    more("...more than imitation of as many answers", "opd", "sft"),
+    more("Rubrics lift a real student", "ropd", "before"),
+    less("...because of which answer gets which reward", "shuffled", "ropd"),
+    more("A hidden exact checker is a ceiling of rubrics", "answer", "ropd"),
+    more("Imitation lifts a real student", "sft", "before"),
+]
+
+
+def build(run):
+    """The tiny world of --smoke; else everything is given."""
+    s = run.settings
+    if run.smoke:
+        sizes = dict(train_prompts=16, eval_prompts=4, clean=8, mixed=8)
+        run.once("worlds.sums", "world/toy", **sizes)
+    elif not (s.student and s.teacher and s.problems):
+        raise BadInput("expected --student, --teacher and --problems, or --smoke")
+
+
+def prepare(run, seed):
+    """Every arm starts from the given student."""
+
+
+class Trial(study.Trial):
+    """An arm that is not begun again: state.json says which rounds stand."""
+
+    def setup(self):
+        s = self.settings
+        self.rows = []  # result lines so far
+        self.start = s.student
+        self.teacher = s.teacher
+        self.toy = Path(s.problems)
+        if self.run.smoke:
+            self.toy = self.run.world / "toy"
+            self.start, self.teacher = self.toy / "student", self.toy / "teacher"
+        if self.arm == "teacher":
+            self.start = self.teacher
+        if not self.how:
+            self.rounds = 0
+
+    # ---- going on
+
+    def clear(self):
+        pass
+
+    def resume(self):
+        state = self.place / "state.json"
+        if not state.exists():
+            return 0
+        kept = json.loads(state.read_text())
+        self.began = time.time() - kept["seconds"]
+        self.model, self.cost, self.steps = (kept[x] for x in ("model", "cost", "steps"))
+        for self.row in kept["rows"]:
+            self.run.record(self.row)
+            self.rows.append(self.row)
+        done = kept["done"]
+        due = done == self.rounds or self.due(done)
+        if due and self.rows[-1]["step"] != self.step(done):
+            self.measure(self.step(done), done == self.rounds)
+        return done
+
+    def keep(self, done):
+        """Writes down that so many rounds stand."""
+        kept = dict(done=done, model=str(self.model), cost=self.cost, steps=self.steps)
+        kept |= dict(seconds=time.time() - self.began, rows=self.rows)
+        files.write_atomically(self.place / "state.json", json.dumps(kept, indent=1) + "\n")
+
+    def trained(self, old):
+        self.keep(self.number + 1)
+        super().trained(old)
+
+    def measure(self, step, final=False):
+        super().measure(step, final)
+        self.rows.append(self.row)
+        self.keep(step // self.settings.updates)
+
+    # ---- a round
+
+    def generation(self):
+        return super().generation() | {"dtype": self.settings.dtype}
+
+    def round(self):
+        s, how = self.settings, self.how
+        rollouts = self.answer() if how["method"] == "sft" else self.rollout()
+        options = {"micro_batch_tokens": s.micro_batch_tokens, "dtype": s.dtype}
+        if how["rate"] == "rl":
+            options["rewards"] = self.reward(rollouts)
+        elif how["method"] == "opd-full":
+            options["scores"], _ = self.teach(rollouts, top_k=20, dtype=s.dtype)
+        elif how["method"] == "simple-opd":
+            options["scores"] = self.score_units(rollouts)
+        rate = getattr(s, f"{how['rate']}_learning_rate")
+        self.train(how["method"], rollouts, rate=rate, **options)
+
+    def reward(self, rollouts):
+        """Rewards by rubrics, or by the final answer."""
+        s = self.settings
+        if "answer" in self.how:
+            return self.grade(rollouts, grader="answer")[0]
+        judge = {"model": s.judge, "base_url": s.judge_url, "timeout": 3600}
+        judge = judge if s.judge else {}
+        drawn = {"answers": self.answer("answers"), "prompts": self.prompts}
+        drawn |= {"rubricator": "llm" if s.judge else "contrast"}
+        rubrics, _ = self.beside(rollouts, "rubrics", "rubric.py create", **judge, **drawn)
+        name = "verdicts" if "shuffled" in self.how else "rewards"
+        grader = {"grader": "judge" if s.judge else "check", "rubrics": rubrics}
+        rewards, graded = self.grade(rollouts, name, **judge, **grader)
+        self.signal["failure_rate"] = graded["failure_rate"]
+        if "shuffled" in self.how:
+            rewards, _ = self.control("shuffle-rewards", rewards)
+        return rewards
+
+    def score_units(self, rollouts):
+        """Scores of a teacher with another vocabulary."""
+        how = dict(student=self.model, prompts=self.prompts, model=self.teacher)
+        scores, done = self.beside(rollouts, "units", "methods.simct score", **how)
+        self.cost["teacher_tokens"] += done["teacher_tokens"]
+        return scores
+
+
+STUDY = study.Study(
+    "real_pair",
+    "a real student and a real teacher",
+    Settings,
+    ARMS,
+    CLAIMS,
+    COLUMNS,
+    build,
+    Trial,
+    prepare,
+)
+
+
+def main(argv=None):
+    return study.conduct(STUDY, __doc__, argv)
+
+
+if __name__ == "__main__":
+    files.run(main)
