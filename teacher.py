@@ -41,7 +41,7 @@ from opd.policy import (
 )
 from opd.records import BadInput
 from opd.sampling import ANSWER_STREAM, add_sampling_flags, fill_from_flags
-from opd.scoring import Scorer
+from opd.scoring import Scorer, proposal_of
 
 # ---- answer
 
@@ -145,17 +145,13 @@ def check_rollouts(rollouts, tokenizer, identity, vocabulary, allow_template_mis
             )
 
 
-def check_proposals(proposals, rollouts):
-    """The weights of the one model whose likeliest tokens a scores file holds."""
+def check_proposals(proposals, rollouts, policy):
+    """The weights of the one model whose likeliest tokens a scores file holds; `policy` is to
+    score these."""
     proposer = None
     for rollout in rollouts:
-        proposal = files.record_for(proposals, rollout, rollouts)
+        proposal = proposal_of(rollout, proposals, rollouts, policy.vocabulary, policy.identity)
         where = proposals.where(records.key_of(rollout, "rollouts"))
-        if "topk" not in proposal:
-            raise BadInput(
-                f"{where}: topk: expected ids to score, but the field is missing: run "
-                f"teacher.py score with --top-k"
-            )
         weights = proposal["policy"].get("weights")
         proposer = proposer or weights
         if weights != proposer:
@@ -297,7 +293,7 @@ def scorer_from_flags(args):
     scorer.check_lengths()
     if args.top_k_of:
         scorer.proposals = files.Table(args.top_k_of, "scores")
-        scorer.proposer = check_proposals(scorer.proposals, rollouts)
+        scorer.proposer = check_proposals(scorer.proposals, rollouts, policy)
     if args.base_url:
         scorer.server = served.Server.from_flags(args)
         scorer.server.vocabulary = vocabulary

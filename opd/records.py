@@ -439,8 +439,8 @@ def problem_of_logprobs(name, logprobs):
     if logprobs.dtype.kind != "f":
         return f"{name}: expected log-probs as floats, got {logprobs.dtype}"
     known = logprobs[logprobs != -np.inf]
-    low = known.min(initial=0)
-    high = known.max(initial=0)
+    low = float(known.min(initial=0))
+    high = float(known.max(initial=0))
     if not LOWEST <= low <= high <= ROUNDING:  # false for a NaN too
         return f"{name}: expected log-probs in [{LOWEST:g}, 0], or -inf, got {low} to {high}"
     mass = np.exp(logprobs, dtype=np.float64).sum(-1).max(initial=0)

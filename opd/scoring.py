@@ -8,7 +8,14 @@ import torch
 
 from opd import files, records, served
 from opd.kernel import linear_logp
-from opd.policy import Policy, hidden_at, likeliest, response_positions, token_batches
+from opd.policy import (
+    Policy,
+    check_ids,
+    hidden_at,
+    likeliest,
+    response_positions,
+    token_batches,
+)
 from opd.records import BadInput
 
 # ---- log-probs
@@ -67,6 +74,21 @@ def end_masses(policy, hidden, lengths):
     )
     masses = iter(logps.logsumexp(-1).exp().tolist())
     return [next(masses) if n else None for n in lengths]
+
+
+def proposal_of(rollout, proposals, rollouts, vocabulary, identity):
+    """The record of `proposals`, scores with --top-k, whose ids are to be scored in a rollout;
+    BadInput where it has none, or ids that a model has no row for."""
+    proposal = files.record_for(proposals, rollout, rollouts)
+    where = proposals.where(records.key_of(rollout, "rollouts"))
+    if "topk" not in proposal:
+        raise BadInput(
+            f"{where}: topk: expected ids to score, but the field is missing: run teacher.py "
+            f"score with --top-k"
+        )
+    ids = records.unpack(proposal["topk"]["ids"])
+    check_ids([int(ids.max(initial=0))], f"{where}: topk", vocabulary, identity)
+    return proposal
 
 
 def noise_floor(policy, rollouts):

@@ -346,7 +346,8 @@ def readers():
         ),
         "score": Reader(teacher.main, ["score"], TRAINED, big, top_k=3),
         "score resumed": Reader(teacher.main, ["score"], TRAINED, big, "scores", top_k=4),
-        "score of": Reader(
+        "score of": Reader(teacher.main, ["score"], TRAINED | {"top-k-of": "own"}, big),
+        "score of resumed": Reader(
             teacher.main, ["score"], TRAINED | {"top-k-of": "own"}, big, "of_own"
         ),
         "score hint": Reader(

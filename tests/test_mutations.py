@@ -9,7 +9,7 @@ from conftest import argv, dump, load, refusal
 import rubric
 import teacher
 import train
-from opd import files
+from opd import files, records
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +73,13 @@ def test_what_would_train_in_silence_is_named(trial, tmp_path, capsys, field):
         message = refusal(main, words, capsys)
         assert message.startswith(f"error: {path}:{1 + (field == 'prompt_ids')}: {field}: exp")
     assert not Path(tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("command", ["score of", "units"])
+def test_proposed_ids_beyond_the_vocabulary_are_refused(trial, command):
+    (record, *_) = load(trial.world["own"])
+    ids = record["topk"]["ids"]
+    beyond = records.pack(records.unpack(ids) + 10_000)
+    line = mutations.spelt(record | {"topk": record["topk"] | {"ids": beyond}})
+    assert trial.check("own", line)
+    assert trial.run(command, "own", "beyond", line) == "refused"

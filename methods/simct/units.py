@@ -65,6 +65,7 @@ from opd.policy import (
     vocabulary_size,
 )
 from opd.records import BadInput
+from opd.scoring import proposal_of
 
 
 def raw_logits(hidden, head, ids, scale=1.0, softcap=None, vocabulary=None):
@@ -254,17 +255,12 @@ def check_rollout(rollout, where, identity, vocabulary):
         )
 
 
-def check_sources(rollout, where, prompts, proposals, rollouts):
-    """Refuses a rollout without a prompt, and one without proposed candidates."""
+def check_prompt(rollout, where, prompts):
+    """Refuses a rollout without a prompt."""
     key = records.key_of(rollout, "rollouts")
     if key[:1] not in prompts:
         raise BadInput(
             f"{where}: id: expected one of the ids in {prompts.path}, got {key[0]!r}"
-        )
-    if proposals and "topk" not in files.record_for(proposals, rollout, rollouts):
-        raise BadInput(
-            f"{proposals.where(key)}: topk: expected ids to score, but the field is missing: "
-            f"run teacher.py score with --top-k"
         )
 
 
@@ -336,6 +332,7 @@ def main(argv=None):
         args.model, args.student, args.ends, args.dtype, args.device, args.template_options
     )
     identity = identity_of(args.student, None, pair.student, {})
+    vocabulary = vocabulary_size(pair.student)
     prompts = files.Table(args.prompts, "prompts")
     rollouts = files.Table(args.rollouts, "rollouts")
     proposals = files.Table(args.top_k_of, "scores") if args.top_k_of else None
@@ -343,8 +340,10 @@ def main(argv=None):
     for key in rollouts.keys():
         rollout = rollouts[key]
         where = rollouts.where(key)
-        check_rollout(rollout, where, identity, vocabulary_size(pair.student))
-        check_sources(rollout, where, prompts, proposals, rollouts)
+        check_rollout(rollout, where, identity, vocabulary)
+        check_prompt(rollout, where, prompts)
+        if proposals:
+            proposal_of(rollout, proposals, rollouts, vocabulary, identity)
         lengths[key] = len(rollout["prompt_ids"]) + 2 * len(rollout["response_ids"])
     settings = {
         "policy": lasting_identity(pair.teacher.identity),
