@@ -15,6 +15,8 @@ One fixed set of the student's rollouts, and OUT/signals.json with an entry a pa
     continue   is the teacher's own continuation right more often from the cut than from half of
                what follows?  The same for rollouts without a cut, at places dealt from the
                others
+    sod        the drift of episodes with a calculator; is the teacher, going on behind an
+               error or a result of the same step, right, and does the drift tell?
     support    pass@1 to pass@N of student and teacher: who solves what the other never does
 
 Every stage is issued as a command (OUT/commands.sh) and resumes: a run may take several
@@ -31,10 +33,13 @@ from pathlib import Path
 import numpy as np
 
 from experiments.study import Run, add_settings, say, setting, settings_of, versions
+from methods.sod.weights import measure_file, open_tables
 from opd import files, records
 from opd.answers import final_answer
-from opd.policy import load_tokenizer
+from opd.policy import load_policy, load_tokenizer, resume_identity
+from opd.sampling import ANSWER_STREAM, LocalSampler, Sampling, jobs_by_key
 from opd.stats import auc, interval, repetition_ratio
+from opd.tools import Toolbox
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Settings:
     n: int = setting(8, "rollouts a prompt", smoke=4)
     max_tokens: int = setting(400, "longest answer", smoke=24)
     seed: int = setting(0, "of sampling")
+    dtype: str = setting("float32", "of both models", choices=("float32", "bfloat16"))
     concurrency: int = setting(8, "requests to the judge at once")
     timeout: float = setting(3600.0, "seconds of silence of the judge that are a failure")
     teacher_n: int = setting(4, "reference answers a prompt")
@@ -137,8 +143,16 @@ class Pair:
     def sampled(self, model, out, n, **options):
         s = self.settings
         options = {"prompts": self.prompts} | options
-        how = dict(n=n, max_tokens=s.max_tokens, seed=s.seed)
+        how = dict(n=n, max_tokens=s.max_tokens, seed=s.seed, dtype=s.dtype)
         return self.stage("rollout.py", out, model=model, **options, **how)
+
+    def scored(self, out, model, **options):
+        how = dict(model=model, dtype=self.settings.dtype)
+        return self.stage("teacher.py score", out, **how, **options)
+
+    def asked(self):
+        """{prompt id: record}"""
+        return {str(p["id"]): p for p in files.read(self.prompts, "prompts")}
 
     def right(self):
         """{key: whether the rollout is right}"""
@@ -157,9 +171,8 @@ def base(pair):
     found = pair.sampled(pair.student, "rollouts.jsonl", pair.settings.n)
     on = {"rollouts": pair.path("rollouts.jsonl")}
     right = pair.stage("eval.py", "evals.jsonl", prompts=pair.prompts, **on)
-    pair.stage("teacher.py score", "own.jsonl", model=pair.student, **on, top_k=4)
-    likeliest = {"top_k_of": pair.path("own.jsonl")}
-    pair.stage("teacher.py score", "scores.jsonl", model=pair.teacher, **on, **likeliest)
+    pair.scored("own.jsonl", pair.student, **on, top_k=4)
+    pair.scored("scores.jsonl", pair.teacher, **on, top_k_of=pair.path("own.jsonl"))
     long = sum(len(gap) >= 150 for gap in pair.gaps().values())
     return {"rollouts": found, "evals": right, "rollouts of at least 150 tokens": long}
 
@@ -226,7 +239,7 @@ def ropd(pair):
     pair.run.write("judged.jsonl", f"rollouts of {len(prompts)} prompts", judged.values())
     asked = {"prompts": pair.prompts, "rollouts": pair.path("judged.jsonl")}
     # of every prompt: more judged prompts must not change its answers
-    taught = {"model": pair.teacher, "max_tokens": s.max_tokens, "seed": s.seed}
+    taught = dict(model=pair.teacher, max_tokens=s.max_tokens, seed=s.seed, dtype=s.dtype)
     pair.stage(
         "teacher.py answer", "answers.jsonl", prompts=pair.prompts, n=s.teacher_n, **taught
     )
@@ -273,60 +286,126 @@ def two_places(spans, blocks):
     return {"cut": spans[blocks - 1][1], "later": spans[later - 1][1]}
 
 
-def begun_texts(pair):
-    """Yields prompts whose last message is the beginning of a rollout, two of a rollout: cut
-    rollouts, and others at the share of one of these.  `begun` says which."""
+def go_on(pair, name, begun, tools=None):
+    """{beginning: [whether an answer is right that the teacher ends from there]}.  begun:
+    {beginning: (prompts record, ids of the prompt and of what stands)}; files NAME*.jsonl."""
+    s = pair.settings
+    rows = {key: prompt | {"id": key} for key, (prompt, _) in begun.items()}
+    pair.run.write(f"{name}_prompts.jsonl", "prompts of what is gone on with", rows.values())
+    asked = {"prompts": pair.path(f"{name}_prompts.jsonl")}
+    policy = load_policy(pair.teacher, s.dtype)
+    sampling = Sampling(max_tokens=s.max_tokens, seed=s.seed + ANSWER_STREAM)
+    sampler = LocalSampler(policy, sampling, Toolbox(tools) if tools else None)
+    sampler.begun = {key: ids for key, (_, ids) in begun.items()}
+    jobs = jobs_by_key(rows.values(), s.goes_on)
+    how = {"policy": resume_identity(policy.identity), "from": sorted(begun)}
+    out = pair.path(f"{name}.jsonl")
+
+    def work(missing):
+        return sampler([jobs[key] for key in missing])
+
+    files.fill(out, "rollouts", jobs, work, how, asked.values())
+    pair.stage("eval.py", f"{name}_evals.jsonl", rollouts=out, **asked)
+    hits = {}
+    for (key, _), row in pair.rows(f"{name}_evals.jsonl", "evals").items():
+        hits.setdefault(key, []).append(row["correct"])
+    return hits
+
+
+def beginnings(pair):
+    """{(rollout's key, group, place): ids so far}: of cut rollouts, and of others at the share
+    of one of these; two places of a rollout."""
     rng = np.random.default_rng(pair.settings.seed)
     tokenizer = load_tokenizer(pair.student)
-    prompts = {str(p["id"]): p for p in files.read(pair.prompts, "prompts")}
     rollouts = pair.rows("rollouts.jsonl", "rollouts")
     weights = pair.rows("cuts_faithful.jsonl", "weights")
     shares = [w["cut"] / len(w["blocks"]) for w in weights.values() if w["cut"]]
+    found = {}
     for key, w in weights.items():
-        prompt = prompts[key[0]]
+        r = rollouts[key]
         blocks = w["cut"] or round(rng.choice(shares or [0]) * len(w["blocks"]))
-        ids = rollouts[key]["response_ids"]
-        places = two_places(w["blocks"], blocks)
-        texts = {place: tokenizer.decode(ids[:end]) for place, end in places.items()}
-        if "messages" not in prompt or any(final_answer(text) for text in texts.values()):
+        parts = {
+            p: r["response_ids"][:end] for p, end in two_places(w["blocks"], blocks).items()
+        }
+        if any(final_answer(tokenizer.decode(ids)) for ids in parts.values()):
             continue
-        for place, text in texts.items():
-            turn = {"role": "assistant", "content": text}
-            begun = {"of": key, "group": "cut" if w["cut"] else "uncut", "place": place}
-            more = {"messages": [*prompt["messages"], turn], "continue_final_message": True}
-            name = f"{key[0]}~{key[1]}~{place}"
-            yield prompt | more | {"id": name, "begun": begun}
+        for place, ids in parts.items():
+            found[key, "cut" if w["cut"] else "uncut", place] = r["prompt_ids"] + ids
+    return found
 
 
 def goes_on(pair):
-    s = pair.settings
-    begun = list(begun_texts(pair))
-    if not begun:
+    prompts = pair.asked()
+    ids = beginnings(pair)
+    names = {of: f"{of[0][0]}~{of[0][1]}~{of[2]}" for of in ids}
+    if not ids:
         return {"rollouts": 0}
-    pair.run.write("begun.jsonl", "beginnings of rollouts, as prompts", begun)
-    how = {"prompts": pair.path("begun.jsonl"), "n": s.goes_on}
-    pair.stage(
-        "teacher.py answer",
-        "went_on.jsonl",
-        model=pair.teacher,
-        max_tokens=s.max_tokens,
-        seed=s.seed,
-        **how,
-    )
-    on = {"rollouts": pair.path("went_on.jsonl"), "prompts": pair.path("begun.jsonl")}
-    pair.stage("eval.py", "went_on_evals.jsonl", **on)
-    hits = {}
-    for (name, _), row in pair.rows("went_on_evals.jsonl", "evals").items():
-        hits.setdefault(name, []).append(row["correct"])
-    found = {"rollouts": len(begun) // 2}
+    begun = {names[of]: (prompts[of[0][0]], ids[of]) for of in ids}
+    hits = go_on(pair, "went_on", begun)
+    rates = {of: float(np.mean(hits[name])) for of, name in names.items()}
+    found = {}
     for group in ("cut", "uncut"):
-        some = [p for p in begun if p["begun"]["group"] == group]
-        rates = {"cut": {}, "later": {}}
-        for p in some:
-            rates[p["begun"]["place"]][tuple(p["begun"]["of"])] = np.mean(hits[p["id"]])
-        lost = {key: rate - rates["later"][key] for key, rate in rates["cut"].items()}
-        found[group] = {place: over_prompts(values) for place, values in rates.items()}
+        at = {
+            place: {of[0]: rate for of, rate in rates.items() if of[1:] == (group, place)}
+            for place in ("cut", "later")
+        }
+        lost = {key: rate - at["later"][key] for key, rate in at["cut"].items()}
+        found[group] = {place: over_prompts(values) for place, values in at.items()}
         found[group] |= {"rollouts": len(lost), "cut - later": over_prompts(lost)}
+    return found
+
+
+# ---- SOD: steps with a calculator
+
+
+def steps_of_calls(pair):
+    """[(rollout, k, its call had a result, d of step k, d of the next step)] for every call
+    that the student went on from."""
+    tables = open_tables(pair.path("episodes.jsonl"), pair.path("episode_scores.jsonl"), None)
+    drifts = measure_file(*tables)
+    for rollout in tables[0]:
+        d = drifts[records.key_of(rollout, "rollouts")].d
+        for k, (_, _, ok) in enumerate(rollout.get("steps", ())[:-1]):
+            yield rollout, k, ok, d[k], d[k + 1]
+
+
+def sod(pair):
+    tools = "calculator"
+    made = pair.sampled(pair.student, "episodes.jsonl", pair.settings.n, tools=tools)
+    on = {"rollouts": pair.path("episodes.jsonl")}
+    right = pair.stage("eval.py", "episode_evals.jsonl", prompts=pair.prompts, **on)
+    pair.scored("episode_scores.jsonl", pair.teacher, **on)
+    scores = {"scores": pair.path("episode_scores.jsonl")}
+    pair.stage("experiments.sod_drift", "drift.json", **on, **scores, overwrite=True)
+    found = {"rollouts": made, "evals": right}
+    found["drift"] = json.loads(Path(pair.path("drift.json")).read_text())
+    calls = list(steps_of_calls(pair))
+    late = {k for _, k, ok, *_ in calls if ok is False}
+    calls = {
+        f"{r['id']}~{r['sample']}~{k}": (r, k, ok, *d) for r, k, ok, *d in calls if k in late
+    }
+    if not calls:
+        return found | {"errors that were gone on from": 0}
+    prompts = pair.asked()
+    begun = {}
+    for name, (r, k, *_) in calls.items():
+        ids = r["prompt_ids"] + r["response_ids"][: r["steps"][k + 1][0]]
+        begun[name] = (prompts[str(r["id"])], ids)
+    hits = go_on(pair, "saved", begun, tools)
+    for kind, wanted in (("after an error", False), ("after a result", True)):
+        some = {name: call for name, call in calls.items() if call[2] is wanted}
+        rates = {
+            (str(c[0]["id"]), name): float(np.mean(hits[name])) for name, c in some.items()
+        }
+        told = {"calls": len(some), "teacher right": over_prompts(rates)}
+        for field, at in (("d of the step", 3), ("d of the next step", 4)):
+            known = [
+                (c[at], np.mean(hits[n]) > 0.5) for n, c in some.items() if np.isfinite(c[at])
+            ]
+            told[f"AUC of a small {field}"] = (
+                auc([-d for d, _ in known], [x for _, x in known]) if known else None
+            )
+        found[kind] = told
     return found
 
 
@@ -362,6 +441,7 @@ PARTS = {
     "ropd": ropd,
     "prefix": prefix,
     "continue": goes_on,
+    "sod": sod,
     "support": support,
 }
 

@@ -1,14 +1,14 @@
 """The numbers of experiments/real_signals.py, by hand; its smoke run does the rest."""
 
-import types
 from itertools import product
 
 import pytest
-from conftest import dump, load
+from conftest import by_key, dump, load
 
 from experiments import real_signals
+from experiments.study import Run
 from opd import records
-from opd.answers import final_answer
+from opd.answers import final_answer, is_correct
 from opd.policy import load_tokenizer
 
 
@@ -47,29 +47,66 @@ def test_the_teacher_goes_on_from_the_cut_and_from_half_of_the_rest():
         assert places["later"] == blocks + (n - blocks) // 2 < n
 
 
-def test_a_begun_text_is_the_beginning_of_a_rollout_without_a_final_answer(world, tmp_path):
-    tokenizer = load_tokenizer(world.base)
+@pytest.fixture
+def pair(world, tmp_path):
+    """A Pair with rollouts of the world, half of them cut after their first block."""
     rollouts = [r for r in load(world.rollouts) if len(r["response_ids"]) > 8]
     weights = []
     for i, r in enumerate(rollouts):
         length = len(r["response_ids"])
         spans = [[t, min(t + 2, length)] for t in range(0, length, 2)]
         row = {"id": r["id"], "sample": r["sample"], "rollout": records.fingerprint(r)}
-        cut = {"rule": "release", "kept": 0.5, "scale": 1.0, "cut": 1 if i % 2 else None}
-        weights.append(row | cut | {"weights": [1.0] * length, "blocks": spans})
+        row |= {"rule": "release", "kept": 0.5, "scale": 1.0, "cut": 1 if i % 2 else None}
+        weights.append(row | {"weights": [1.0] * length, "blocks": spans})
     dump(tmp_path / "rollouts.jsonl", rollouts)
     dump(tmp_path / "cuts_faithful.jsonl", weights)
-    run = types.SimpleNamespace(out=tmp_path, settings=real_signals.Settings())
-    pair = real_signals.Pair(run, world.base, world.teacher, world.prompts, {})
-    begun = list(real_signals.begun_texts(pair))
-    texts = {(r["id"], r["sample"]): tokenizer.decode(r["response_ids"]) for r in rollouts}
-    assert {p["begun"]["group"] for p in begun} == {"cut", "uncut"}
-    assert len({p["id"] for p in begun}) == len(begun)
-    for p in begun:
-        assert not records.validate(p, "prompts")
-        text = p["messages"][-1]["content"]
-        assert texts[tuple(p["begun"]["of"])].startswith(text) and final_answer(text) is None
-    for cut, later in zip(begun[::2], begun[1::2]):
-        assert cut["begun"] | {"place": "later"} == later["begun"]
-        short, long = (p["messages"][-1]["content"] for p in (cut, later))
-        assert long.startswith(short) and len(long) > len(short)
+    settings = real_signals.Settings(goes_on=3, max_tokens=28)
+    run = Run(tmp_path, settings, [], None, None)
+    return real_signals.Pair(run, world.base, world.teacher, world.prompts, {})
+
+
+def test_a_beginning_is_that_of_a_rollout_before_its_final_answer(world, pair):
+    tokenizer = load_tokenizer(world.base)
+    whole = {
+        (r["id"], r["sample"]): r["prompt_ids"] + r["response_ids"]
+        for r in load(world.rollouts)
+    }
+    found = real_signals.beginnings(pair)
+    assert {group for _, group, _ in found} == {"cut", "uncut"}
+    for (key, group, place), ids in found.items():
+        assert whole[key][: len(ids)] == ids
+        assert final_answer(tokenizer.decode(ids)) is None
+        short, long = (found[key, group, p] for p in ("cut", "later"))
+        assert long[: len(short)] == short and len(long) > len(short)
+
+
+def test_the_teacher_goes_on_from_the_very_ids(world, pair):
+    """Its answers are graded by what they end with; a second run makes nothing."""
+    prompts = pair.asked()
+    key, ids = next(iter(real_signals.beginnings(pair).items()))
+    begun = {"a": (prompts[key[0][0]], ids), "b": (prompts[key[0][0]], ids[:-1])}
+    hits = real_signals.go_on(pair, "on", begun)
+    rows = load(pair.path("on.jsonl"))
+    assert [r["prompt_ids"] for r in by_key(rows).values()] == [ids] * 3 + [ids[:-1]] * 3
+    for name, right in hits.items():
+        texts = [r["text"] for r in by_key(rows).values() if r["id"] == name]
+        assert right == [is_correct(t, prompts[key[0][0]]["answer"]) for t in texts]
+    assert real_signals.go_on(pair, "on", begun) == hits
+    assert load(pair.path("on.jsonl")) == rows
+
+
+def test_steps_that_were_gone_on_from_have_their_drift_and_the_next(world, pair):
+    """Three steps, of which the second call failed: mu and p_T differ by 1, 2, 3 nats."""
+    r = next(r for r in load(world.rollouts) if len(r["response_ids"]) >= 9)
+    end = len(r["response_ids"])
+    r |= {"steps": [[0, 2, True], [3, 5, False], [6, end, None]], "logprobs": [-1.0] * end}
+    r["loss_mask"] = [1, 1, 0, 1, 1, 0] + [1] * (end - 6)
+    call = {"name": "calculator", "arguments": {}, "output": "2", "ok": True}
+    r["calls"] = [call, call | {"ok": False}]
+    score = {"id": r["id"], "sample": r["sample"], "rollout": records.fingerprint(r)}
+    gaps = [1] * 3 + [2] * 3 + [3] * (end - 6)
+    score |= {"policy": r["policy"], "logprobs": [-1.0 - gap for gap in gaps]}
+    dump(pair.path("episodes.jsonl"), [r])
+    dump(pair.path("episode_scores.jsonl"), [score])
+    found = [call[1:] for call in real_signals.steps_of_calls(pair)]
+    assert found == [(0, True, 1.0, 2.0), (1, False, 2.0, 3.0)]
