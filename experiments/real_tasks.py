@@ -35,9 +35,11 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from eval import accuracy
 from experiments.claims import markdown
-from experiments.study import append_result, say, versions
+from experiments.study import append_result, say, versions, words_of
 from opd import files, records, rewards, served
 from opd.answers import final_answer, is_correct, last_marked, read_answerable, rewritten
 from opd.records import BadInput
@@ -232,30 +234,31 @@ def read_problems(path):
     """The Table of prompts that can be graded."""
     prompts = read_answerable(path)
     names = {task.partition("-")[0] for task in TASKS} - BY_ANSWER
-    fits = records.has(
-        name=lambda x: records.is_text(x) and x in names,
-        config=records.has(),
-        question=records.is_text,
-        metadata=records.has(),
-    )
+    fields = {"name", "config", "question", "metadata"}
     for prompt in prompts:
-        if "task" in prompt and not (
-            fits(prompt["task"]) and records.is_text(prompt["answer"])
-        ):
+        task = prompt.get("task", dict.fromkeys(fields))
+        made = records.has()(task) and task.keys() >= fields and type(prompt["answer"]) is str
+        if "task" in prompt and not (made and task["name"] in sorted(names)):
             where = prompts.where(records.key_of(prompt, "prompts"))
             raise BadInput(
                 f"{where}: task: expected what `make` writes beside a text `answer`, a name of "
-                f"{', '.join(sorted(names))}, got {records.show(prompt['task'])}"
+                f"{', '.join(sorted(names))}, got {records.show(task)}"
             )
     return prompts
 
 
-def grade_file(prompts_path, rollouts_path, out, overwrite=False):
-    """Writes the rewards of rollouts; returns their summary with `answered`, the share that has
-    a final answer, and `agreement`, how often eval.py's grader says the same."""
-    prompts = read_problems(prompts_path)
-    table = files.Table(rollouts_path, "rollouts")
-    read_groups(table, prompts, prompts_path, "answer")  # refuses rollouts of other prompts
+def grade(argv):
+    """Writes rewards; returns their summary with `answered`, the share of rollouts that have a
+    final answer, and `agreement`, how often eval.py's grader says the same."""
+    p = files.parser(__doc__)
+    p.add_argument("--prompts", required=True, help="problems of `make`")
+    p.add_argument("--rollouts", required=True, help="rollouts of them")
+    p.add_argument("--out", required=True, help="JSONL of rewards; an interrupted one goes on")
+    p.add_argument("--overwrite", action="store_true", help="begin --out anew")
+    args = p.parse_args(argv)
+    prompts = read_problems(args.prompts)
+    table = files.Table(args.rollouts, "rollouts")
+    read_groups(table, prompts, args.prompts, "answer")  # refuses rollouts of other prompts
     by_gym = any("task" in prompt for prompt in prompts)
     name = f"reasoning-gym {gym_version()}" if by_gym else "answer"
 
@@ -264,27 +267,17 @@ def grade_file(prompts_path, rollouts_path, out, overwrite=False):
             right = is_right(prompts[key[:1]], records.final_text(table[key]))
             yield rewards.reward_record(table[key], rewards.Reward(float(right)), name)
 
-    inputs = (prompts_path, rollouts_path)
-    files.fill(out, "rewards", table.keys(), work, {"grader": name}, inputs, overwrite)
-    agreed = 0
-    answered = 0
-    for reward in files.read(out, "rewards"):
+    how = {"grader": name}, (args.prompts, args.rollouts), args.overwrite
+    files.fill(args.out, "rewards", table.keys(), work, *how)
+    agreed = []
+    answered = []
+    for reward in files.read(args.out, "rewards"):
         key = records.key_of(reward, "rewards")
         text = records.final_text(table[key])
-        agreed += reward["reward"] == is_correct(text, prompts[key[:1]]["answer"])
-        answered += final_answer(text) is not None
-    shares = {"agreement": agreed / len(table), "answered": answered / len(table)}
-    return rewards.summarise(out) | shares
-
-
-def grade(argv):
-    p = files.parser(__doc__)
-    p.add_argument("--prompts", required=True, help="problems of `make`")
-    p.add_argument("--rollouts", required=True, help="rollouts of them")
-    p.add_argument("--out", required=True, help="JSONL of rewards; an interrupted one goes on")
-    p.add_argument("--overwrite", action="store_true", help="begin --out anew")
-    args = p.parse_args(argv)
-    summary = grade_file(args.prompts, args.rollouts, args.out, args.overwrite)
+        agreed.append(reward["reward"] == is_correct(text, prompts[key[:1]]["answer"]))
+        answered.append(final_answer(text) is not None)
+    summary = rewards.summarise(args.out)
+    summary |= {"agreement": float(np.mean(agreed)), "answered": float(np.mean(answered))}
     print(
         f"experiments.real_tasks grade: {args.out}: {rewards.describe(summary)}; "
         f"{summary['answered']:.1%} have a final answer; eval.py's grader agrees on "
@@ -336,9 +329,10 @@ def sampling_flags(args, folder, more):
 def finished(path, wanted):
     """{(task, model): result line} of a file.  wanted: {task: settings}; a line of such a task
     that was made with other settings is refused."""
+    if Path(path).exists():
+        files.cut_torn_line(path)
     if not Path(path).exists() or not Path(path).stat().st_size:
         return {}
-    files.cut_torn_line(path)
     found = {}
     for row in files.read(path, "results"):
         name = row.get("task")
@@ -368,8 +362,8 @@ def measured(prompts, at):
     """The numbers of a result line, from the rollouts in the folder `at`."""
     graded = {}
     for kind in ASKED:
-        out = at / f"{kind}.rewards.jsonl"
-        graded[kind] = grade_file(prompts, at / f"{kind}.jsonl", out)
+        paths = dict(rollouts=at / f"{kind}.jsonl", out=at / f"{kind}.rewards.jsonl")
+        graded[kind] = grade(words_of({"prompts": prompts} | paths))
     right = {}
     for reward in files.read(at / "sampled.rewards.jsonl", "rewards"):
         right.setdefault(reward["id"], []).append(reward["reward"] == 1.0)
@@ -510,24 +504,18 @@ def smoke(argv):
     args = p.parse_args(argv)
     out = Path(args.out)
     world = out / "world"
-    sizes = "--train-prompts 12 --eval-prompts 2 --clean 2 --mixed 2 --overwrite"
-    sums.main(["--out", str(world), *sizes.split()])
-    given = [
-        {
-            "question": r["messages"][0]["content"],
-            "answer": f"{r['solution']}\n#### {r['answer']}",
-        }
-        for r in files.read(world / "train.jsonl", "prompts")
-    ]
+    few = dict(train_prompts=12, eval_prompts=2, clean=2, mixed=2, overwrite=True)
+    sums.main(words_of({"out": world} | few))
     source = out / "sums.jsonl"
-    write_rows(source, given)
-    few = "--train 4 --dev 2 --held-out 2 --overwrite".split()
-    make(["--from", str(source), "--out", str(out / "problems"), *few])
-    tasks = ["chain_sum"] if gym_version() else []
+    rows = files.read(world / "train.jsonl", "prompts")
+    asked = ((r["messages"][0]["content"], f"#### {r['answer']}") for r in rows)
+    write_rows(source, (dict(question=q, answer=a) for q, a in asked))
+    few = dict(train=4, dev=2, held_out=2, overwrite=True)
+    make(words_of({"from": source, "out": out / "problems"} | few))
     models = [f"{name}={world / name}" for name in ("student", "teacher")]
-    small = "--problems 2 --samples 2 --max-tokens 8".split()
-    paths = ["--out", str(out / "pilot.jsonl"), "--work", str(out / "work")]
-    pilot(["--models", *models, "--tasks", str(source), *tasks, *small, *paths])
+    tasks = [source, "chain_sum"][: 1 + bool(gym_version())]
+    few = dict(problems=2, samples=2, max_tokens=8, work=out / "work")
+    pilot(words_of({"models": models, "tasks": tasks, "out": out / "pilot.jsonl"} | few))
     return table([str(out / "pilot.jsonl")])
 
 

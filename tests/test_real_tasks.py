@@ -2,15 +2,18 @@
 
 import json
 import random
+import re
 import sys
 
 import pytest
 from conftest import argv, dump, kill_while_writing, load, refusal
+from fake_server import FakeServer
 
 import eval as evaluation
 from experiments import real_tasks
 from experiments.real_tasks import BY_ANSWER, INSTRUCTION, TASKS
 from opd import files
+from opd.policy import load_tokenizer
 from opd.records import BadInput
 
 SPLITS = ("train", "dev", "heldout")
@@ -191,6 +194,23 @@ def test_a_pilot_measures_what_eval_measures_and_goes_on_after_a_kill(
 
     other = as_pilot(world, tmp_path, "whole", samples=2)
     assert "made with samples = 3, now it is 2" in refusal(real_tasks.main, other, capsys)
+
+
+def test_a_failed_request_delays_the_line_of_a_served_model(world, tmp_path):
+    def chat(body):  # right when it samples
+        terms = re.findall(r"[+-]?\d+", body["messages"][0]["content"].partition("=")[0])
+        return f"#{sum(map(int, terms)) + (body['temperature'] == 0)}"
+
+    (tmp_path / "served.jsonl").write_text('{"arm": "stu')  # of a run that was killed
+    tokenizer = load_tokenizer(str(world.base))
+    with FakeServer(chat=chat, tokenizer=tokenizer, script=["high_logprobs"]) as fake:
+        command = as_pilot(world, tmp_path, "served", base_url=fake.base_url)
+        del command[3]  # the teacher
+        assert real_tasks.main(command)["failed"] == 1 and not load(tmp_path / "served.jsonl")
+        assert real_tasks.main(command)["failed"] == 0
+    (line,) = load(tmp_path / "served.jsonl")
+    assert (line["accuracy"], line["greedy"], line["answered"]) == (1, 0, 1)
+    assert line["sampling"]["served"] and line["seconds"] is None
 
 
 def test_a_name_stands_for_one_model_and_the_pilot_sets_its_flags(world, tmp_path, capsys):
