@@ -80,7 +80,7 @@ TASKS = {
     "spell_backward": {"max_word_len": 6},
     "word_sorting": {"max_words": 4},
     "word_sequence_reversal": {"max_words": 5},
-    "calendar_arithmetic": {"tasks": ["weekday_offset", "weekday_of_date_from_first_date"]},
+    "calendar_arithmetic": {"tasks": ["weekday_offset"]},
     "time_intervals": {"task_types": ["time"]},
     "simple_geometry": {"max_sides": 4},
     "family_relationships": {"min_family_size": 3, "max_family_size": 4},
