@@ -265,13 +265,17 @@ class Run:
         """Adds a line to the results file, whole or not at all, with what it was made by and
         with."""
         made = {"settings": dataclasses.asdict(self.settings), "versions": versions()}
-        row = row | made | {"command": self.command}
-        if problem := records.validate(row, "results"):
-            raise ValueError(f"result: {problem}")
-        Path(self.results).parent.mkdir(parents=True, exist_ok=True)
-        with open(self.results, "ab", buffering=0) as f:
-            files.append_whole(f, json.dumps(row).encode() + b"\n")
-        files.sync(self.results)
+        append_result(self.results, row | made | {"command": self.command})
+
+
+def append_result(path, row):
+    """Adds a line to a results file, whole or not at all."""
+    if problem := records.validate(row, "results"):
+        raise ValueError(f"result: {problem}")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab", buffering=0) as f:
+        files.append_whole(f, json.dumps(row).encode() + b"\n")
+    files.sync(path)
 
 
 def versions():

@@ -541,22 +541,20 @@ def fill_from_flags(args, kind, stream):
     answer and eval.py --model do.  Returns (records in the file, failures)."""
     jobs = jobs_by_key(files.read(args.prompts, "prompts"), args.n)
     sampler, settings = sampler_from_flags(args, kind == "rollouts", stream)
+    how = dict(overwrite=args.overwrite, limit=served.failure_limit(args))
+    return fill_with(sampler, jobs, args.out, kind, settings, [args.prompts], **how)
+
+
+def fill_with(sampler, jobs, out, kind, settings, inputs, **how):
+    """Completes the file `out` with a sampler's answers to jobs of `jobs_by_key`.  The other
+    arguments, and what is returned, are those of files.fill."""
 
     def work(missing):
-        sampler.begun = begun_prompts(args.out, kind, {prompt_id for prompt_id, _ in missing})
+        sampler.begun = begun_prompts(out, kind, {prompt_id for prompt_id, _ in missing})
         return sampler([jobs[key] for key in missing])
 
-    # fill asks for the keys (id, sample) that --out lacks and appends what the sampler yields
-    return files.fill(
-        args.out,
-        kind,
-        jobs,
-        work,
-        settings,
-        [args.prompts],
-        args.overwrite,
-        limit=served.failure_limit(args),
-    )
+    # fill asks for the keys (id, sample) that `out` lacks and appends what the sampler yields
+    return files.fill(out, kind, jobs, work, settings, inputs, **how)
 
 
 def begun_prompts(path, kind, wanted):

@@ -16,7 +16,14 @@ MODULES = {
     for path in sorted(ROOT.glob(f"{folder}**/*.py" if folder else "*.py"))
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
-OPTIONAL = ("openai", "matplotlib", "triton", "opd.kernel_triton", "math_verify")
+OPTIONAL = (
+    "openai",
+    "matplotlib",
+    "triton",
+    "opd.kernel_triton",
+    "math_verify",
+    "reasoning_gym",
+)
 
 
 def functions(module):
@@ -196,6 +203,8 @@ def help_of(command, capsys):
         "experiments.sod_drift",
         "experiments.simct_regroup",
         "experiments.report gaps",
+        "experiments.real_tasks make",
+        "experiments.real_tasks pilot",
         "experiments.ropd",
         "experiments.opd",
         "experiments.unified",
