@@ -102,6 +102,7 @@ class Data:
         self.scorers = {}
         self.left_out = set()
         self._top_k = {}
+        self._widths = {}
         tables = [self.rewards, self.scores, self.reference, self.weights]
         lacking = {table: set() for table in tables if table is not None}
         trained = set()  # prompts of which an answer has a token to train on
@@ -244,10 +245,21 @@ class Data:
                 f"those of others --set prefix=data"
             )
         if self.method.own:
-            mask = rollout["loss_mask"]
-            self.method.own.fields(score, where, mask, self.policy.vocabulary)
+            self._check_widths(score, where, rollout["loss_mask"])
         elif self.method.support:
             self._check_support(score, where, "teacher")
+
+    def _check_widths(self, score, where, mask):
+        """Refuses a score that a method of its own loss cannot read, or with another number of
+        values a token than the lines before."""
+        arrays = self.method.own.fields(score, where, mask, self.policy.vocabulary)
+        for name, array in arrays.items():
+            width = array.shape[1:]
+            if self._widths.setdefault(name, width) != width:
+                raise BadInput(
+                    f"{where}: expected {self._widths[name][0]} log-probs a token as in the "
+                    f"lines before, got {width[0]}: score the whole file with one command"
+                )
 
     def _check_support(self, score, where, whose):
         """Refuses a score without a distribution, or with another number of tokens than the

@@ -63,6 +63,11 @@ def is_name(x):
     return type(x) is str and x != ""
 
 
+def is_length(x):
+    """A number of tokens, longer than any text."""
+    return is_int(x) and 0 <= x <= 10**7
+
+
 def is_number(x):
     """A finite number: false for NaN and for 10**400."""
     return type(x) in (int, float) and -sys.float_info.max <= x <= sys.float_info.max
@@ -174,7 +179,7 @@ REPEATS = Type(
     "a non-empty list of lists of true or false",
     lambda x: bool(x) and list_of(list_of(is_bool))(x),
 )
-LENGTH = Type("an integer in [0, 10^7] or null", or_none(lambda x: is_count(x) and x <= 10**7))
+LENGTH = Type("an integer in [0, 10^7] or null", or_none(is_length))
 DRAWN_FROM = Type(
     'an object with lists of fingerprints, "answers" and "rollouts"',
     has(answers=list_of(is_text), rollouts=list_of(is_text)),

@@ -75,11 +75,31 @@ def test_what_would_train_in_silence_is_named(trial, tmp_path, capsys, field):
     assert not Path(tmp_path / "m").exists()
 
 
-@pytest.mark.parametrize("command", ["score of", "units"])
-def test_proposed_ids_beyond_the_vocabulary_are_refused(trial, command):
-    (record, *_) = load(trial.world["own"])
-    ids = record["topk"]["ids"]
-    beyond = records.pack(records.unpack(ids) + 10_000)
-    line = mutations.spelt(record | {"topk": record["topk"] | {"ids": beyond}})
-    assert trial.check("own", line)
-    assert trial.run(command, "own", "beyond", line) == "refused"
+def without(name):
+    return lambda record: {k: v for k, v in record.items() if k != name}
+
+
+def ids_beyond(record):
+    ids = records.unpack(record["topk"]["ids"]) + 10_000
+    return record | {"topk": record["topk"] | {"ids": records.pack(ids)}}
+
+
+def narrower(record):
+    return record | {"sorted": records.pack(records.unpack(record["sorted"])[:, :1])}
+
+
+@pytest.mark.parametrize(
+    "command, name, change",
+    [
+        ("score of", "own", ids_beyond),
+        ("units", "own", ids_beyond),
+        ("units resumed", "units", without("units")),
+        ("units resumed", "units", without("bytes")),
+        ("uld", "units", narrower),
+    ],
+)
+def test_what_a_kind_allows_and_a_command_cannot_use_is_refused(trial, command, name, change):
+    (record, *_) = load(trial.world[name])
+    line = mutations.spelt(change(record))
+    assert trial.check(name, line)
+    assert trial.run(command, name, "changed", line) == "refused"

@@ -8,7 +8,7 @@ from opd.records import (
     TOPK,
     Type,
     declare,
-    is_count,
+    is_length,
     list_of,
     problem_of_logprobs,
     problem_of_topk,
@@ -18,7 +18,7 @@ from opd.records import (
 
 
 def is_unit(x):
-    return list_of(is_count)(x) and len(x) == 4
+    return list_of(is_length)(x) and len(x) == 4
 
 
 def check_units(score):
@@ -61,7 +61,7 @@ declare(
     "scores",
     check_units,
     check_sorted,
-    units=Type("a list of [s0, s1, t0, t1]", list_of(is_unit)),
+    units=Type("a list of [s0, s1, t0, t1], each in [0, 10^7]", list_of(is_unit)),
     unit_logprobs=LOGPROBS,
     unit_logits=NUMBERS,
     unit_logz=NUMBERS,

@@ -269,6 +269,12 @@ def summarise(out, shared):
     tokens = 0
     counts = []
     for record in files.read(out, "scores"):
+        if not {"units", "bytes"} <= record.keys():
+            where = f"{out}: id {record['id']!r}, sample {record['sample']}"
+            raise BadInput(
+                f"{where}: units, bytes: expected what methods.simct score writes, got a "
+                f"record without: --overwrite begins anew"
+            )
         tokens += record["units"][-1][3] if record["units"] else 0
         counts.append(record["bytes"])
     shares = byte_shares(counts)
