@@ -3,11 +3,13 @@
 import hashlib
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 
 from opd.chat import probe
@@ -406,6 +408,23 @@ def hidden_at(model, sequences, positions):
     ).last_hidden_state
     # some keep a residual in float32, and round where the head begins
     return hidden.flatten(0, 1)[flat.to(device)].to(head.dtype)
+
+
+def checkpoint_layers(model):
+    """Gradient checkpointing: of every layer only the input is kept, and the rest is computed
+    again in the backward pass: the same bits, less memory, more time."""
+    kind = transformers.modeling_layers.GradientCheckpointingLayer
+    layers = [m for m in model.modules() if isinstance(m, kind)]
+    if not layers or not model.supports_gradient_checkpointing:
+        raise BadInput(
+            f"--compute gradient_checkpointing=1: expected a model whose layers transformers "
+            f"can checkpoint, got {type(model).__name__}"
+        )
+    for layer in layers:
+        # transformers' own switch works in training mode only, which switches dropout on
+        layer.forward = partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+        )
 
 
 def response_positions(prompt_ids, loss_mask):
