@@ -42,7 +42,14 @@ from opd.batches import Data, Inputs, check_teacher, plan, taught_by
 from opd.kernel import KERNELS, linear_token_loss, token_numbers
 from opd.metrics import StepMetrics, sequence_metrics
 from opd.pairs import weigh_pairs
-from opd.policy import add_place_flags, find_folder, hash_weights, load_policy, load_teacher
+from opd.policy import (
+    add_place_flags,
+    checkpoint_layers,
+    find_folder,
+    hash_weights,
+    load_policy,
+    load_teacher,
+)
 from opd.records import BadInput
 from opd.tensors import (
     StepSettings,
@@ -94,7 +101,6 @@ def gradient(trainer, data, items, settings, scale=1.0):
     for some in micro_batches(items, settings.micro_batch_tokens):
         loss = micro_batch(trainer.policy, data, some, settings, metrics)
         loss.backward()  # the head's part is done: linear_token_loss walks it only once
-        trainer.collect()  # micro-batches add up in float32
     return items, metrics.result()
 
 
@@ -237,10 +243,13 @@ def add_run_flags(p):
         "--steps", type=int, help="exactly this many optimiser steps instead of --epochs"
     )
     p.add_argument(
-        "--kernel",
-        default="auto",
-        choices=KERNELS,
-        help="log-prob kernel: naive holds all logits at once, for comparison",
+        "--compute",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="memory and time, not result: gradient_checkpointing (0; 1: activations are "
+        f"computed again in the backward pass), kernel (one of {', '.join(KERNELS)}; naive "
+        "holds all logits at once, for comparison)",
     )
     p.add_argument(
         "--dtype",
@@ -285,11 +294,11 @@ def check_teacher_flags(method, teacher, settings):
         )
     if settings.kernel == "triton" and teacher:
         raise BadInput(
-            "--kernel triton: has no KL to a teacher in memory: use auto or torch with "
+            "--compute kernel=triton: has no KL to a teacher in memory: use auto or torch with "
             "--teacher"
         )
     if settings.kernel == "triton" and not find_spec("triton"):
-        raise BadInput("--kernel triton: `pip install triton` first")
+        raise BadInput("--compute kernel=triton: `pip install triton` first")
 
 
 def load_given(inputs, method, policy, teacher, data):
@@ -352,7 +361,8 @@ def tell(method, dropped, summary):
 def main(argv=None):
     args = parse(argv)
     method = losses.settings(METHODS, args.method, args.set)
-    settings = StepSettings(args.micro_batch_tokens, args.kernel, args.teacher_top_k)
+    settings = StepSettings(args.micro_batch_tokens, teacher_top_k=args.teacher_top_k)
+    settings = settings.changed(args.compute)
     own_files, given_files = input_files(args)
     check_inputs(f"--method {args.method}", method, own_files, given_files, args.teacher)
     check_teacher_flags(method, args.teacher, settings)
@@ -376,6 +386,8 @@ def main(argv=None):
         policy = load_policy(
             args.model, args.dtype, args.device, args.template_options, weights
         )
+        if settings.gradient_checkpointing:
+            checkpoint_layers(policy.model)
         teacher = None
         if args.teacher:
             teacher = load_teacher(

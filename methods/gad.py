@@ -40,6 +40,7 @@ from opd.policy import (
     Policy,
     add_place_flags,
     check_tokens,
+    checkpoint_layers,
     find_folder,
     hash_weights,
     hidden_at,
@@ -51,7 +52,7 @@ from opd.policy import (
     vocabulary_size,
 )
 from opd.records import BadInput
-from opd.tensors import micro_batches
+from opd.tensors import StepSettings, micro_batches
 from opd.trainer import Run, Trainer, add_trainer_flags, run_identity, trainer_settings
 
 # the released scripts' token mean and clip; their gradient clip, 0.2, is a flag of train.py
@@ -245,7 +246,6 @@ def optimise(trainer, own, given, loss, batch_tokens):
         values = scorer.values([item["judged"] for item in some])
         omegas = np.asarray([item["omega"] for item in some]).astype(np.float32)
         (-(values @ torch.from_numpy(omegas).to(values.device))).backward()
-        trainer.collect()
     metrics["train/grad_norm"] = trainer.update()
     texts = sequence_metrics(own)
     texts.pop("rollout/student_end_mass", None)  # the policy's, which is not trained here
@@ -300,6 +300,14 @@ def train_parser():
     p.add_argument("--epochs", type=int, default=1, help="walks over the rollouts")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     add_place_flags(p)
+    p.add_argument(
+        "--compute",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="gradient_checkpointing (0; 1: activations are computed again in the backward "
+        "pass): memory and time, not result",
+    )
     p.add_argument("--seed", type=int, default=0, help="order of the prompts, and a new head")
     add_trainer_flags(p)
     return p
@@ -312,6 +320,7 @@ def train(argv=None):
         epochs=args.epochs,
         micro_batch_tokens=args.micro_batch_tokens,
     )
+    settings = StepSettings(args.micro_batch_tokens).changed(args.compute, "kernel")
     source = find_folder(args.model)
     weights = hash_weights(source)
     inputs = [path for path in (args.rollouts, args.data, args.prompts) if path]
@@ -332,6 +341,8 @@ def train(argv=None):
             args.seed,
             args.view,
         )
+        if settings.gradient_checkpointing:
+            checkpoint_layers(scorer.model)
         own = Data(Inputs(args.rollouts, prompts=args.prompts), TEXTS, scorer)
         given = Data(Inputs(args.data, prompts=args.prompts), TEXTS, scorer)
         own.keep_answered(given)

@@ -104,7 +104,14 @@ def summarise(path):
     one."""
     rubrics = list(files.read(path, "rubrics"))
     decisive = [max(c["points"] for c in r["criteria"]) >= 4 for r in rubrics]
-    distinct = [len(set(r["drawn_from"]["answers"])) for r in rubrics]
+    distinct = []
+    for rubric in rubrics:
+        if "drawn_from" not in rubric:
+            raise BadInput(
+                f"{path}: id {rubric['id']!r}: drawn_from: expected the answers behind the "
+                f"rubric, but the field is missing: --overwrite begins anew"
+            )
+        distinct.append(len(set(rubric["drawn_from"]["answers"])))
     return {
         "criteria_mean": float(np.mean([len(r["criteria"]) for r in rubrics])),
         "decisive": float(np.mean(decisive)),

@@ -456,7 +456,7 @@ def _triton():
     try:
         from opd import kernel_triton
     except ImportError as error:
-        raise ImportError(f"--kernel triton: `pip install triton` first ({error})") from None
+        raise ImportError(f"kernel triton: `pip install triton` first ({error})") from None
     return kernel_triton
 
 

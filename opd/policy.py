@@ -1,13 +1,17 @@
 """A policy in memory: weights, tokenizer, identity; prompts as token ids; hidden states."""
 
+import contextlib
+import ctypes
 import hashlib
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 
 from opd.chat import probe
@@ -419,6 +423,27 @@ def hidden_at(model, sequences, positions):
     ).last_hidden_state
     # some keep a residual in float32, and round where the head begins
     return hidden.flatten(0, 1)[flat.to(device)].to(head.dtype)
+
+
+def checkpoint_layers(model):
+    """Gradient checkpointing: of every layer only the input is kept, and the rest is computed
+    again in the backward pass: the same bits, less memory, more time."""
+    kind = transformers.modeling_layers.GradientCheckpointingLayer
+    layers = [m for m in model.modules() if isinstance(m, kind)]
+    if not layers or not model.supports_gradient_checkpointing:
+        raise BadInput(
+            f"--compute gradient_checkpointing=1: expected a model whose layers transformers "
+            f"can checkpoint, got {type(model).__name__}"
+        )
+    for layer in layers:
+        # transformers' own switch works in training mode only, which switches dropout on
+        layer.forward = partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+        )
+    # glibc keeps freed blocks below 32 MB, in pieces between the gradients that stay; with a
+    # fixed M_MMAP_THRESHOLD (-3) of 1 MB they go back to the system (no other libc has it)
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)
 
 
 def response_positions(prompt_ids, loss_mask):

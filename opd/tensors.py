@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from opd.kernel import token_numbers
+from opd import files
+from opd.kernel import KERNELS, token_numbers
 from opd.policy import hidden_at, likeliest, response_positions, token_batches
+from opd.records import BadInput
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,24 @@ class StepSettings:
     micro_batch_tokens: int = 8192
     kernel: str = "auto"
     teacher_top_k: int = None  # of a teacher in memory; None: its whole vocabulary
+    gradient_checkpointing: int = 0  # 1: activations are computed again in the backward pass
+
+    def changed(self, texts, *fixed):
+        """These settings with what --compute NAME=VALUE says; `fixed` are no names of it."""
+        fixed = ("micro_batch_tokens", "teacher_top_k", *fixed)
+        settings = self
+        for text in texts:
+            settings = files.changed_field(settings, "--compute", text, fixed)
+        if settings.kernel not in KERNELS:
+            raise BadInput(
+                f"--compute kernel: expected {', '.join(KERNELS)}, got {settings.kernel!r}"
+            )
+        if settings.gradient_checkpointing not in (0, 1):
+            raise BadInput(
+                f"--compute gradient_checkpointing: expected 0 or 1, got "
+                f"{settings.gradient_checkpointing}"
+            )
+        return settings
 
 
 def micro_batches(items, batch_tokens):

@@ -4,7 +4,7 @@ that a killed run continues from, ending in the same bits.
     trainer = Trainer(policy, settings)         masters, optimiser
     with Run(out, identity, ...) as run:        refuses a folder that holds something else
         run.begin(trainer, fresh)               or goes on from its last checkpoint
-        for index, step in run.steps(count):    backward passes; trainer.collect() after each
+        for index, step in run.steps(count):    backward passes, whose gradients add up
             trainer.update()
             run.log(metrics)
         run.finish(summary)                     OUT.partial becomes OUT
@@ -24,11 +24,12 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from opd import files
 from opd.metrics import collapsed
@@ -137,6 +138,9 @@ class Trainer:
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
             for p in self.parameters
         ]
+        for p, master in zip(self.parameters, self.masters):
+            if master is not p:
+                p.register_post_accumulate_grad_hook(partial(add_gradient, master))
         # one pass over memory in place of ten; a tiny model gains nothing
         fused = sum(m.numel() for m in self.masters) > 10_000_000
         self.optimiser = torch.optim.AdamW(
@@ -146,17 +150,6 @@ class Trainer:
             weight_decay=settings.weight_decay,
             fused=fused,
         )
-
-    def collect(self):
-        """After every backward pass: gradients of micro-batches add up in float32."""
-        for p, master in zip(self.parameters, self.masters):
-            if master is p or p.grad is None:
-                continue
-            if master.grad is None:
-                master.grad = p.grad.float()
-            else:
-                master.grad.add_(p.grad)
-            p.grad = None
 
     def update(self):
         """Clips the gradient, takes one step, and returns the norm before the clip."""
@@ -214,25 +207,30 @@ class Trainer:
         was learnt below the precision of the weights stays learnt."""
         path = folder / MOMENTS
         try:
-            tensors = load_file(path)
+            # tensor by tensor, read and not mapped: never two copies of the state in memory
+            with safe_open(path, "pt", backend="pread") as saved:
+                names = set(saved.keys())
+                for name, parameter, master in self.named():
+                    if f"master/{name}" in names:
+                        tensor = saved.get_tensor(f"master/{name}")
+                        self._restore_master(master, parameter, tensor, folder, name)
+                    if moments:
+                        self._restore_moments(master, saved, names, name)
         except SafetensorError as error:
             raise BadInput(f"{path}: could not be loaded: {error}") from None
-        for name, parameter, master in self.named():
-            if f"master/{name}" in tensors:
-                self._restore(master, parameter, tensors[f"master/{name}"], folder, name)
-            if not moments:
-                continue
-            entry = {}
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if f"{key}/{name}" in tensors:
-                    on_cpu = key == "step" and not self.optimiser.defaults["fused"]
-                    device = "cpu" if on_cpu else master.device
-                    entry[key] = tensors[f"{key}/{name}"].clone().to(device)
-            if entry:
-                self.optimiser.state[master] = entry
+
+    def _restore_moments(self, master, saved, names, name):
+        entry = {}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if f"{key}/{name}" in names:
+                on_cpu = key == "step" and not self.optimiser.defaults["fused"]
+                device = "cpu" if on_cpu else master.device
+                entry[key] = saved.get_tensor(f"{key}/{name}").to(device)
+        if entry:
+            self.optimiser.state[master] = entry
 
     @staticmethod
-    def _restore(master, parameter, saved, folder, name):
+    def _restore_master(master, parameter, saved, folder, name):
         """A master weight from a file.  The weights of the folder are these, rounded; BadInput
         where they are not, for then somebody has changed them since."""
         close = (saved.to(parameter) - parameter).abs() <= parameter.abs() / 100
@@ -252,11 +250,21 @@ class Trainer:
         model.load_state_dict(saved.state_dict())
 
 
+def add_gradient(master, p):
+    """Moves a gradient to the master weight, as soon as a backward pass has it: those of
+    micro-batches add up in float32, and no two of a whole model are in memory."""
+    if master.grad is None:
+        master.grad = p.grad.float()
+    else:
+        master.grad.add_(p.grad)
+    p.grad = None
+
+
 def run_identity(flags, source, weights, inputs, **more):
     """What determines the result of a run, as JSON.  flags: {name: value}, of which those are
     left out that change memory and speed alone;  source: the folder of the model, weights:
     their hash;  inputs: paths."""
-    without = ("overwrite", "save_every", "micro_batch_tokens", "device", "kernel")
+    without = ("overwrite", "save_every", "micro_batch_tokens", "device", "compute")
     flags = flags | {"out": flags["out"].rstrip("/")}  # M/ is M
     return {
         "flags": {name: value for name, value in flags.items() if name not in without},

@@ -44,6 +44,14 @@ def test_kernels_are_measured_and_claims_printed(tmp_path):
     assert claims[0].endswith("| holds |")
 
 
+def test_a_train_step_is_measured_round_by_round(world, tmp_path):
+    out = tmp_path / "step.jsonl"
+    small = dict(kernels="torch", dtypes="bfloat16", rollouts=2, length=20, micro_batch=1)
+    run("bench.train_step", model=world.base, out=out, **small, rounds=2, turns=1)
+    assert [row["round"] for row in load(out)] == [1, 2]
+    assert all(row["peak_mb"] > 50 for row in load(out))
+
+
 def test_the_gpu_checks_run_in_miniature_where_there_is_no_gpu(tmp_path, capsys):
     out = tmp_path / "gpu.jsonl"
     bench.gpu.main(["--smoke", "--sections", "triton", "kernel", "--out", str(out)])

@@ -96,6 +96,7 @@ def narrower(record):
         ("units resumed", "units", without("units")),
         ("units resumed", "units", without("bytes")),
         ("uld", "units", narrower),
+        ("create resumed", "rubrics", without("drawn_from")),
     ],
 )
 def test_what_a_kind_allows_and_a_command_cannot_use_is_refused(trial, command, name, change):

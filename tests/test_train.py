@@ -454,8 +454,8 @@ def test_a_teacher_that_cannot_be_read_is_refused(world, tmp_path, capsys, monke
     for more, complaint in (
         (dict(teacher=foreign), "token ids mean different things"),
         (dict(teacher=other), "--allow template"),
-        (dict(teacher=world.teacher, kernel="triton"), "--teacher"),
-        (dict(kernel="triton", scores=world.scores), "pip install triton"),
+        (dict(teacher=world.teacher, compute="kernel=triton"), "--teacher"),
+        (dict(compute="kernel=triton", scores=world.scores), "pip install triton"),
         (dict(teacher=world.teacher, scores=world.scores), "give one of them"),
         (dict(method="gkd", data_scores=None, teacher=world.teacher), "--teacher-top-k"),
         (dict(scores=world.scores, teacher_top_k=4), "--teacher-top-k"),
@@ -509,8 +509,44 @@ def test_a_bfloat16_model_accumulates_micro_batches_in_float32():
     trainer = trainers.Trainer(types.SimpleNamespace(model=model), PLAIN)
     for part in [1.0] + [1 / 512] * 256:
         (part * model.weight).sum().backward()
-        trainer.collect()
     assert trainer.masters[0].grad.item() == 1.5
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_checkpointing_computes_more_and_changes_no_bit(
+    world, tmp_path, monkeypatch, kind, dtype
+):
+    """Micro-batches, a tied head, and dropout, which must stay off."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
+    sizes |= dict(num_attention_heads=2, num_key_value_heads=1, attention_dropout=0.5)
+    config = transformers.AutoConfig.for_model(kind, **sizes, tie_word_embeddings=True)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    folder = variant(world.base, tmp_path / kind, model=lambda _: model)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(1)
+        return attention(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    flags = dict(method="sft", model=folder, rollouts=world.toy / "clean.jsonl", steps=3)
+    flags |= dict(dtype=dtype, micro_batch_tokens=50)
+    run(world, tmp_path / "plain", **flags)
+    plain = len(calls)
+    flags["compute"] = dict(gradient_checkpointing=1)
+    run(world, tmp_path / "again", **flags)
+    assert len(calls) - plain > plain
+    same_run(tmp_path / "again", tmp_path / "plain")
+    assert run(world, tmp_path / "plain", **flags)["out"].endswith("plain"), "the same run"
+
+
+def test_a_model_that_cannot_be_checkpointed_is_refused_by_name():
+    config = transformers.AutoConfig.for_model("openai-gpt", n_embd=8, n_layer=1, n_head=1)
+    with pytest.raises(records.BadInput, match="got OpenAIGPTLMHeadModel"):
+        policies.checkpoint_layers(transformers.AutoModelForCausalLM.from_config(config))
 
 
 # ---- signals that must be zero
