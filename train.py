@@ -98,9 +98,12 @@ def gradient(trainer, data, items, settings, scale=1.0):
     if not items:
         raise BadInput("a whole optimiser step has no token to train on (loss masks are 0)")
     metrics = StepMetrics()
-    for some in micro_batches(items, settings.micro_batch_tokens):
-        loss = micro_batch(trainer.policy, data, some, settings, metrics)
-        loss.backward()  # the head's part is done: linear_token_loss walks it only once
+    total = sum(item["length"] for item in items)
+    with files.progress(total=total, desc="step", unit="token") as bar:
+        for some in micro_batches(items, settings.micro_batch_tokens):
+            loss = micro_batch(trainer.policy, data, some, settings, metrics)
+            loss.backward()  # the head's part is done: linear_token_loss walks it only once
+            bar.update(sum(item["length"] for item in some))
     return items, metrics.result()
 
 

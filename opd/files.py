@@ -566,6 +566,7 @@ def fill(
     with Writer(out, kind, settings, inputs, overwrite, **how) as writer:
         missing = [key for key in keys if key not in writer]
         done = len(writer.done)
+        tokens = 0  # of this call
         bar = progress(total=len(keys), initial=len(keys) - len(missing), desc=Path(out).name)
         with bar:
             for result in work(missing) if missing else ():
@@ -574,6 +575,10 @@ def fill(
                 else:
                     batch = result if isinstance(result, list) else [result]
                     writer.write(*batch)
+                    tokens += sum(len(r.get("logprobs") or ()) for r in batch)
+                    if tokens:
+                        speed = tokens / max(bar.format_dict["elapsed"], 1e-3)
+                        bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
                     bar.update(len(batch))
                     reasons = map(failure_of, batch) if failure_of else ()
                     failed = [reason for reason in reasons if reason]

@@ -135,7 +135,9 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
     answers = [Answer() for _ in prompts]
     rows = np.arange(len(prompts))  # which answer each row of the shrinking batch belongs to
     cache = None
-    for t in range(int(limits.max())):
+    longest = range(int(limits.max()))
+    bar = files.progress(longest, desc=f"{len(rows)} answers", unit="token")
+    for t in bar:
         logits, cache = next_logits(policy, head, ids, mask, position, cache)
         tokens, logps = pick(logits, draws[rows, t], temperature, top_p)
         if not torch.isfinite(logps).all():

@@ -2,6 +2,7 @@
 rerun changes nothing."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -109,6 +110,15 @@ def trainer_logps(policy, items, temperature=1.0):
     hidden, ids = tensors.states(policy, items), tensors.chosen_ids(items)
     options = dict(temperature=temperature, **policy.head_options)
     return token_numbers(hidden, policy.head, ids, **options).logp[:, 0]
+
+
+def test_on_a_terminal_a_bar_tells_tokens_a_second_and_time_left(
+    world, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    sample(world, tmp_path / "r.jsonl", batch_tokens=200)
+    told = capsys.readouterr().err
+    assert "r.jsonl: 100%" in told and "tokens/s" in told and "answers: " in told
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
