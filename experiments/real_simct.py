@@ -1,0 +1,235 @@
+"""A real student under a teacher of another vocabulary: what shared tokens cover, and where one
+step of each loss leads.
+
+    python -m experiments.real_simct --student SMALL --teacher BIG --prompts P --out runs/units
+
+Trains one step an arm from the same student on the same rollouts, and writes OUT/units.json:
+
+    coverage   share of the text in units of one token on either side, by kind of character
+    bits       bits a byte of the teacher's answers to other prompts, before and after the step
+    cosine     of the arms' gradients, which AdamW's first moments are after one step
+
+Arms: `simple` (one-token units alone, the baseline of arXiv 2605.07711), `simct`, `dropped`
+(without candidates that only begin a unit's text), `sft` (the teacher's own answers); on the
+first --few prompts, for it is dear: `full` (all shared tokens are candidates), and `few`, as
+`simct`, to hold it against.
+
+Simplifications: 1. one step of AdamW moves every weight by about the rate, whatever the size of
+the gradient; 2. answers of tools are left out.
+"""
+
+import dataclasses
+import json
+import math
+import unicodedata
+
+from safetensors import safe_open
+
+from experiments.study import Run, add_settings, say, setting, settings_of, versions
+from methods.rows import METHODS
+from methods.simct.align import one_to_one, pieces_of
+from opd import files, records
+from opd.batches import Data, Inputs
+from opd.policy import load_policy, load_tokenizer
+from opd.stats import interval
+from opd.tensors import StepSettings, current_logps
+from opd.trainer import MOMENTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    train_prompts: int = setting(32, "prompts of the step", smoke=3)
+    test_prompts: int = setting(32, "prompts whose answers are measured", smoke=3)
+    n: int = setting(4, "rollouts a prompt", smoke=2)
+    few: int = setting(2, "prompts of the arms `few` and `full`", smoke=1)
+    candidates: int = setting(16, "of the student's likeliest tokens", smoke=4)
+    max_tokens: int = setting(200, "longest answer", smoke=12)
+    learning_rate: float = setting(1e-6, "of the step")
+    micro_batch_tokens: int = setting(1024, "tokens in one forward pass")
+    dtype: str = setting("float32", "of both models", choices=("float32", "bfloat16"))
+    seed: int = setting(0, "of sampling")
+
+
+# arm: its method, settings, rollouts and scores
+ARMS = {
+    "simple": ("simple-opd", {}, "rollouts", "units"),
+    "simct": ("simct", {}, "rollouts", "units"),
+    "dropped": ("simct", {"prefixes": "drop"}, "rollouts", "units"),
+    "few": ("simct", {}, "few", "units_few"),
+    "full": ("simct", {}, "few", "units_full"),
+    "sft": ("sft", {}, "taught", None),
+}
+KINDS = {"L": "letters", "N": "digits", "P": "punctuation", "S": "symbols", "Z": "spaces"}
+
+# ---- coverage
+
+
+def kind_of(character):
+    """The kind of text that a character is part of."""
+    if character.isspace():
+        return "spaces"
+    return KINDS.get(unicodedata.category(character)[0], "other")
+
+
+def coverage(tokenizer, rollouts, scores):
+    """{kind: {"bytes", "strict"}}: bytes of that kind of character, and their share in units of
+    one token on either side."""
+    bytes_of = {}
+    strict = {}
+    for key, rollout in rollouts.items():
+        pieces = pieces_of(tokenizer, rollout["response_ids"])
+        inside = [False] * len(pieces)
+        for unit in scores[key]["units"]:
+            for i in range(unit[0], unit[1]):
+                inside[i] = one_to_one(unit)
+        for piece, is_strict in zip(pieces, inside):
+            for character in piece.decode("utf-8", "replace"):
+                kind = kind_of(character)
+                size = len(character.encode("utf-8"))
+                bytes_of[kind] = bytes_of.get(kind, 0) + size
+                strict[kind] = strict.get(kind, 0) + size * is_strict
+    return {k: {"bytes": n, "strict": strict[k] / n} for k, n in sorted(bytes_of.items())}
+
+
+# ---- bits and gradients
+
+
+def bits_a_byte(model, texts, prompts, settings):
+    """{prompt: bits a byte of the texts that answer it}, in tokens of `model`."""
+    policy = load_policy(model, settings.dtype)
+    data = Data(Inputs(texts, prompts=prompts), METHODS["sft"], policy)
+    step = StepSettings(settings.micro_batch_tokens)
+    found = {}
+    for prompt, keys in data.groups.items():
+        items = data.sequences(keys)
+        nats = -sum(float(logp.sum()) for logp in current_logps(policy, data, items, step))
+        size = sum(len(data.rollouts[key]["text"].encode("utf-8")) for key in keys)
+        found[prompt] = nats / math.log(2) / max(1, size)
+    return found
+
+
+def cosine(one, other):
+    """Cosine of the first moments of two trained folders, tensor by tensor."""
+    dot = squares = others = 0.0
+    with safe_open(one / MOMENTS, "pt") as a, safe_open(other / MOMENTS, "pt") as b:
+        for name in a.keys():
+            if name.startswith("exp_avg/"):
+                x, y = (f.get_tensor(name).double().flatten() for f in (a, b))
+                dot += float(x @ y)
+                squares += float(x @ x)
+                others += float(y @ y)
+    return dot / math.sqrt(squares * others) if squares and others else None
+
+
+# ---- the command
+
+
+class Units:
+    """The files of one student and teacher."""
+
+    def __init__(self, run, student, teacher, prompts):
+        s = run.settings
+        self.run = run
+        self.student = student
+        self.teacher = teacher
+        trained = s.train_prompts
+        self.trained = run.part_of(prompts, f"0:{trained}")
+        self.tested = run.part_of(prompts, f"{trained}:{trained + s.test_prompts}")
+        self.few = run.part_of(prompts, f"0:{s.few}")
+
+    def path(self, name):
+        return self.run.out / f"{name}.jsonl"
+
+    def stage(self, command, name, **options):
+        options |= dict(dtype=self.run.settings.dtype, out=self.path(name))
+        return self.run.stage(command, **options)
+
+    def prepare(self):
+        """Rollouts, the teacher's scores of them, and its own answers."""
+        s = self.run.settings
+        how = dict(max_tokens=s.max_tokens, seed=s.seed)
+        for name, prompts in (("taught", self.trained), ("tested", self.tested)):
+            asked = dict(model=self.teacher, prompts=prompts, n=1)
+            self.stage("teacher.py answer", name, **asked, **how)
+        for name, units, prompts in (
+            ("rollouts", "units", self.trained),
+            ("few", "units_few", self.few),
+        ):
+            asked = dict(model=self.student, prompts=prompts, n=s.n)
+            self.stage("rollout.py", name, **asked, **how)
+            own, on = f"{units}_own", {"rollouts": self.path(name)}
+            self.stage("teacher.py score", own, model=self.student, **on, top_k=s.candidates)
+            self.score(units, **on, prompts=prompts, top_k_of=self.path(own))
+        self.score("units_full", rollouts=self.path("few"), prompts=self.few)
+
+    def score(self, name, **options):
+        options |= dict(model=self.teacher, student=self.student)
+        self.stage("methods.simct score", name, **options)
+
+    def train(self, arm):
+        """One step of an arm; returns its folder."""
+        s = self.run.settings
+        method, changed, rollouts, scores = ARMS[arm]
+        out = self.run.out / arm
+        reads = {"rollouts": self.path(rollouts)}
+        reads |= {"scores": self.path(scores)} if scores else {"prompts": self.trained}
+        how = dict(steps=1, batch_size=s.train_prompts, learning_rate=s.learning_rate)
+        how |= dict(micro_batch_tokens=s.micro_batch_tokens, dtype=s.dtype, seed=s.seed)
+        how |= dict(method=method, model=self.student, set=changed)
+        self.run.stage("train.py", **how, **reads, out=out)
+        return out
+
+
+def measure(units):
+    """The numbers of OUT/units.json."""
+    s = units.run.settings
+    rows = {}
+    for name, kind in (("rollouts", "rollouts"), ("units", "scores")):
+        found = files.read(units.path(name), kind)
+        rows[name] = {records.key_of(r, kind): r for r in found}
+    tokenizer = load_tokenizer(units.student)
+    result = {"coverage": coverage(tokenizer, rows["rollouts"], rows["units"])}
+    tested = units.path("tested"), units.tested, s
+    before = bits_a_byte(units.student, *tested)
+    result["bits"] = {"before": dict(zip(("mean", "half"), interval(list(before.values()))))}
+    folders = {}
+    for arm in ARMS:
+        folders[arm] = units.train(arm)
+        after = bits_a_byte(folders[arm], *tested)
+        change = interval([after[prompt] - bits for prompt, bits in before.items()])
+        result["bits"][arm] = {"change": change[0], "half": change[1]}
+        say(f"{arm}: {change[0]:+.5f} bits a byte")
+    result["cosine"] = {
+        a: {b: cosine(folders[a], folders[b]) for b in ARMS if b != a} for a in ARMS
+    }
+    return result
+
+
+def main(argv=None):
+    p = files.parser(__doc__)
+    p.add_argument("--student", help="folder or Hugging Face id")
+    p.add_argument("--teacher", help="of another vocabulary")
+    p.add_argument("--prompts", help="JSONL of prompts, as experiments.real_tasks makes them")
+    p.add_argument("--out", required=True, help="folder for everything")
+    p.add_argument("--smoke", action="store_true", help="a tiny run on untrained models")
+    add_settings(p, Settings)
+    args = p.parse_args(argv)
+    if not args.smoke and not (args.student and args.teacher and args.prompts):
+        p.error("expected --student, --teacher and --prompts (or --smoke)")
+    run = Run(args.out, settings_of(args, Settings), list(ARMS), None, None, args.smoke)
+    given = args.student, args.teacher, args.prompts
+    if args.smoke:
+        sizes = dict(train_prompts=6, eval_prompts=2, clean=8, mixed=8, student_merges="16")
+        run.once("worlds.sums", "world/toy", **sizes)
+        given = (str(run.world / "toy" / x) for x in ("student", "teacher", "train.jsonl"))
+    units = Units(run, *given)
+    units.prepare()
+    result = measure(units)
+    result |= {"settings": dataclasses.asdict(run.settings), "versions": versions()}
+    out = run.out / "units.json"
+    files.write_atomically(out, json.dumps(result, indent=1) + "\n")
+    return {"out": str(out)}
+
+
+if __name__ == "__main__":
+    files.run(main)
