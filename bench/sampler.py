@@ -13,7 +13,6 @@ medians.
 it, step by step with a cache, and as the trainer computes it from whole sequences."""
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 import transformers
 
+from bench.round import peak_mb
 from opd import files, sampling, scoring
 from opd.policy import load_policy
 
@@ -64,7 +64,7 @@ def generate(policy, prompts, max_tokens):
     policy.model.generation_config = config
     begun = time.perf_counter()
     with torch.no_grad():
-        out = policy.model.generate(ids, attention_mask=mask, generation_config=config)
+        out = policy.model.generate(ids, attention_mask=mask, generation_config=config).cpu()
     return time.perf_counter() - begun, out[:, ids.shape[1] :].numel(), None
 
 
@@ -89,8 +89,7 @@ def run(model, dtype, device, contender, max_tokens):
     work = {"ours": ours, "generate": generate}[contender]
     work(policy, prompts, 2)  # the first call allocates
     seconds, tokens, answers = work(policy, prompts, max_tokens)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    found = {"seconds": seconds, "tokens": tokens, "peak_mb": peak}
+    found = {"seconds": seconds, "tokens": tokens, "peak_mb": peak_mb()}
     if answers:
         found["gap"] = largest_gap(policy, prompts, answers)
     print(json.dumps(found))

@@ -4,22 +4,22 @@
     python -m experiments.real_pair --student FOLDER --teacher FOLDER --problems runs/sum \\
         --judge NAME --judge-url http://localhost:8011/v1 --out runs/pair --arms sft,opd,ropd
     python -m experiments.real_pair --student SMALL ... --out runs/cold --arms sft
-    python -m experiments.real_pair --student runs/cold/seed0/sft/round9/model ... --arms simple
+    python -m experiments.real_pair --student runs/cold/seed0/sft/round9/model ... --arms opd
 
 Arms, all with the same problems and number of updates:
 
     before      the student as it starts
     sft         imitation of the teacher's answers to the round's problems
-    opd         reverse KL on own answers to the teacher's 20 likeliest tokens and a tail
-    simple      the same for a teacher of another vocabulary: tokens that both spell alike
-    ropd        rubrics between own answers and four of the teacher's; by the judge or, without
-                one, by predicates
-    shuffled    its rewards dealt out at random within each group: must teach nothing
-    answer      reward 1 for the right final answer
+    opd         reverse KL, on own answers, over the teacher's 20 likeliest tokens and one bin
+                for the rest; under a teacher of another vocabulary over the tokens that both
+                spell alike (methods.simct, its `simple-opd`)
+    ropd        rubrics by the judge, from own answers and four of the teacher's
+    shuffled    ropd's rewards dealt out at random within each group: must teach nothing
+    answer      reward 1 for the right final answer, by eval.py's grader
     teacher     the teacher
 
 A killed run goes on with the round that it was in.  Every command is in OUT/commands.sh.  A
-student that the teacher's tasks are foreign to needs imitation first: the last two lines.
+student that cannot do the task imitates first: the last two commands.
 
 Simplifications: 1. one task; 2. intervals are over seeds, of which real models allow few.
 """
@@ -33,14 +33,17 @@ from experiments import study
 from experiments.claims import less, more
 from experiments.study import setting
 from opd import files
+from opd.policy import load_tokenizer
 from opd.records import BadInput
 
 
 @dataclass(frozen=True)
 class Settings(study.Measured):
-    student: str = setting("", "folder or Hugging Face id")
-    teacher: str = setting("", "folder or Hugging Face id")
-    problems: str = setting("", "folder with train, dev and heldout.jsonl (real_tasks make)")
+    student: str = setting("", "folder or Hugging Face id", smoke="-")
+    teacher: str = setting("", "folder or Hugging Face id", smoke="-")
+    problems: str = setting(
+        "", "folder with train, dev and heldout.jsonl (real_tasks make)", smoke="-"
+    )
     judge: str = setting("", "name of a served model that writes and applies rubrics")
     judge_url: str = setting("", "its OpenAI-compatible server")
     dtype: str = setting("float32", "of both models", choices=("float32", "bfloat16"))
@@ -55,15 +58,19 @@ class Settings(study.Measured):
     max_tokens: int = setting(200, "longest answer", smoke=12)
     final_n: int = setting(2, "samples a problem at the end of an arm", smoke=1)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.student and self.teacher and self.problems):
+            raise BadInput("expected --student, --teacher and --problems (or --smoke)")
+
 
 ARMS = {
     "before": {},
-    "sft": dict(method="sft", rate="sft"),
-    "opd": dict(method="opd-full", rate="opd"),
-    "simple": dict(method="simple-opd", rate="opd"),
-    "ropd": dict(method="ropd", rate="rl"),
-    "shuffled": dict(method="ropd", rate="rl", shuffled=True),
-    "answer": dict(method="ropd", rate="rl", answer=True),
+    "sft": dict(method="sft", reads="texts", rate="sft"),
+    "opd": dict(method="opd-full", reads="scores", rate="opd"),
+    "ropd": dict(method="ropd", reads="rewards", rate="rl"),
+    "shuffled": dict(method="ropd", reads="rewards", rate="rl", shuffled=True),
+    "answer": dict(method="ropd", reads="rewards", rate="rl", answer=True),
     "teacher": {},
 }
 COLUMNS = (
@@ -85,13 +92,24 @@ CLAIMS = [
 
 
 def build(run):
-    """The tiny world of --smoke; else everything is given."""
+    """The tiny world of --smoke; else everything is given, and has to be enough."""
     s = run.settings
     if run.smoke:
         sizes = dict(train_prompts=16, eval_prompts=4, clean=8, mixed=8)
         run.once("worlds.sums", "world/toy", **sizes)
-    elif not (s.student and s.teacher and s.problems):
-        raise BadInput("expected --student, --teacher and --problems, or --smoke")
+        return
+    path = Path(s.problems) / "train.jsonl"
+    found = sum(1 for _ in files.read(path, "prompts"))
+    if found < s.rounds * s.prompts:
+        raise BadInput(
+            f"{path}: expected {s.rounds * s.prompts} problems for {s.rounds} rounds of "
+            f"{s.prompts}, got {found}"
+        )
+    if not s.judge and {"ropd", "shuffled"} & set(run.arms):
+        raise BadInput(
+            "--arms ropd, shuffled: expected --judge and --judge-url: predicates know running "
+            "sums alone"
+        )
 
 
 def prepare(run, seed):
@@ -106,10 +124,12 @@ class Trial(study.Trial):
         self.rows = []  # result lines so far
         self.start = s.student
         self.teacher = s.teacher
-        self.toy = Path(s.problems)
+        self.toy = Path(s.problems)  # where Trial looks for problems
         if self.run.smoke:
             self.toy = self.run.world / "toy"
-            self.start, self.teacher = self.toy / "student", self.toy / "teacher"
+            self.start, self.teacher = str(self.toy / "student"), str(self.toy / "teacher")
+        vocabularies = [load_tokenizer(x).get_vocab() for x in (self.start, self.teacher)]
+        self.same_vocabulary = vocabularies[0] == vocabularies[1]
         if self.arm == "teacher":
             self.start = self.teacher
         if not self.how:
@@ -126,10 +146,12 @@ class Trial(study.Trial):
             return 0
         kept = json.loads(state.read_text())
         self.began = time.time() - kept["seconds"]
-        self.model, self.cost, self.steps = (kept[x] for x in ("model", "cost", "steps"))
-        for self.row in kept["rows"]:
-            self.run.record(self.row)
-            self.rows.append(self.row)
+        for name in ("model", "cost", "steps", "signal"):
+            setattr(self, name, kept[name])
+        self.rows = kept["rows"]
+        for row in self.rows:
+            self.run.record(row)
+        self.row = self.rows[-1]
         done = kept["done"]
         due = done == self.rounds or self.due(done)
         if due and self.rows[-1]["step"] != self.step(done):
@@ -139,7 +161,7 @@ class Trial(study.Trial):
     def keep(self, done):
         """Writes down that so many rounds stand."""
         kept = dict(done=done, model=str(self.model), cost=self.cost, steps=self.steps)
-        kept |= dict(seconds=time.time() - self.began, rows=self.rows)
+        kept |= dict(signal=self.signal, seconds=time.time() - self.began, rows=self.rows)
         files.write_atomically(self.place / "state.json", json.dumps(kept, indent=1) + "\n")
 
     def trained(self, old):
@@ -158,30 +180,34 @@ class Trial(study.Trial):
 
     def round(self):
         s, how = self.settings, self.how
-        rollouts = self.answer() if how["method"] == "sft" else self.rollout()
+        method = how["method"]
+        rollouts = self.answer() if how["reads"] == "texts" else self.rollout()
         options = {"micro_batch_tokens": s.micro_batch_tokens, "dtype": s.dtype}
-        if how["rate"] == "rl":
+        if how["reads"] == "rewards":
             options["rewards"] = self.reward(rollouts)
-        elif how["method"] == "opd-full":
+        elif how["reads"] == "scores" and self.same_vocabulary:
             options["scores"], _ = self.teach(rollouts, top_k=20, dtype=s.dtype)
-        elif how["method"] == "simple-opd":
+        elif how["reads"] == "scores":
+            method = "simple-opd"
             options["scores"] = self.score_units(rollouts)
         rate = getattr(s, f"{how['rate']}_learning_rate")
-        self.train(how["method"], rollouts, rate=rate, **options)
+        self.train(method, rollouts, rate=rate, **options)
 
     def reward(self, rollouts):
         """Rewards by rubrics, or by the final answer."""
         s = self.settings
         if "answer" in self.how:
             return self.grade(rollouts, grader="answer")[0]
-        judge = {"model": s.judge, "base_url": s.judge_url, "timeout": 3600}
-        judge = judge if s.judge else {}
-        drawn = {"answers": self.answer("answers"), "prompts": self.prompts}
-        drawn |= {"rubricator": "llm" if s.judge else "contrast"}
-        rubrics, _ = self.beside(rollouts, "rubrics", "rubric.py create", **judge, **drawn)
+        common = {}
+        if s.judge:
+            common = dict(model=s.judge, base_url=s.judge_url, timeout=3600)
+            common["cache"] = self.place / "judge.jsonl"
+        drawn = {"answers": self.answer("answers", n=4), "prompts": self.prompts, "m": 4}
+        drawn["rubricator"] = "llm" if s.judge else "contrast"
+        rubrics, _ = self.beside(rollouts, "rubrics", "rubric.py create", **common, **drawn)
         name = "verdicts" if "shuffled" in self.how else "rewards"
         grader = {"grader": "judge" if s.judge else "check", "rubrics": rubrics}
-        rewards, graded = self.grade(rollouts, name, **judge, **grader)
+        rewards, graded = self.grade(rollouts, name, **common, **grader)
         self.signal["failure_rate"] = graded["failure_rate"]
         if "shuffled" in self.how:
             rewards, _ = self.control("shuffle-rewards", rewards)
@@ -190,6 +216,7 @@ class Trial(study.Trial):
     def score_units(self, rollouts):
         """Scores of a teacher with another vocabulary."""
         how = dict(student=self.model, prompts=self.prompts, model=self.teacher)
+        how["dtype"] = self.settings.dtype
         scores, done = self.beside(rollouts, "units", "methods.simct score", **how)
         self.cost["teacher_tokens"] += done["teacher_tokens"]
         return scores

@@ -206,6 +206,8 @@ class Run:
         B); returns its path."""
         first, end = (int(x) if x else 0 for x in problems.split(":"))
         out = Path(f"{prompts}.{first}-{end}")
+        if self.out not in out.parents:  # a folder of somebody's
+            out = self.out / out.name
         self.commands.write(f"sed -n {first + 1},{end}p {prompts} > {out}\n")
         with open(prompts, encoding="utf-8") as lines:
             files.write_atomically(out, itertools.islice(lines, first, end))
@@ -378,7 +380,7 @@ class Trial:
         """Every round, with a result line before the first and whenever one is due; returns the
         last line."""
         first = self.resume()
-        if not first:
+        if self.row is None:
             self.measure(self.step(0), final=not self.rounds)
         bar = dict(desc=f"seed {self.seed} {self.arm}", unit="round")
         for number in files.progress(range(first, self.rounds), **bar):

@@ -30,7 +30,7 @@ from opd.tools import Episode, Toolbox, ToolOptions
 
 # ---- sampling
 
-BLOCK = 512  # columns of the vocabulary, of whose probabilities a sum is kept
+BLOCK = 512  # columns of the vocabulary a block in `draw`
 
 
 def uniforms(seed, prompt_id, sample, count):
@@ -43,8 +43,8 @@ def uniforms(seed, prompt_id, sample, count):
 
 
 def invert(p, fraction):
-    """(index [B], the fraction of that entry that is left [B]) where the running sum of p
-    [B, V] first exceeds `fraction` [B] in [0, 1) of the whole, in float64."""
+    """(index [B], how far into that entry [B], 0 to 1) where the running sum of p [B, V] first
+    exceeds `fraction` [B] in [0, 1) of the whole, in float64."""
     cumulative = p.double().cumsum(-1)
     total = cumulative[:, -1:]
     wanted = torch.minimum(fraction[:, None] * total, total.nextafter(0 * total))

@@ -20,16 +20,16 @@ def whole(tmp_path_factory):
     return out
 
 
+@pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("place", ["measure", "train", "trained"])
-def test_a_killed_arm_ends_as_an_undisturbed_one(whole, tmp_path, monkeypatch, place):
-    """Killed in the second round of two: before its training, after it, before it is
+def test_a_killed_arm_ends_as_an_undisturbed_one(whole, tmp_path, monkeypatch, place, number):
+    """Killed in the first or second round of two: before its training, after it, before it is
     measured."""
     method = getattr(real_pair.Trial, place)
-    calls = []
 
     def dies(trial, *args, **options):
-        calls.append(trial.number)
-        if trial.arm == "opd" and trial.number == 1:
+        before_any = place == "measure" and args[0] == 0
+        if trial.arm == "opd" and trial.number == number and not before_any:
             if place == "trained":
                 method(trial, *args, **options)
             raise Killed

@@ -19,17 +19,24 @@ def test_prompts_weigh_alike_however_many_rollouts_they_have():
     assert real_signals.over_prompts({("c", 0): None})["mean"] is None
 
 
-def test_quarters_hold_every_value_once():
-    places = {(str(i), 0): i // 2 for i in range(10)}
-    rows = real_signals.quartiles({key: 1.0 for key in places}, places)
-    assert sum(row["prompts"] for row in rows) == 10
-    assert (rows[0]["low"], rows[-1]["high"]) == (0, 4)
+def test_quarters_hold_every_value_once_also_where_many_lie_at_the_cap():
+    values = {(str(i), 0): float(i) for i in range(12)}
+    rows = real_signals.quarters(values, {key: min(x, 5) for key, x in values.items()})
+    assert [row["prompts"] for row in rows] == [3] * 4
+    assert [(row["low"], row["high"]) for row in rows] == [(0, 2), (3, 5), (5, 5), (5, 5)]
+
+
+def test_a_contrast_is_within_the_prompts_that_have_both():
+    ones = {("a", 0): 3.0, ("a", 1): 5.0, ("b", 0): 9.0, ("c", 0): 7.0}
+    others = {("a", 2): 1.0, ("c", 1): 2.0, ("d", 0): 0.0}
+    found = real_signals.contrast(ones, others)
+    assert (found["mean"], found["prompts"]) == (4.0, 2)
 
 
 def test_a_signal_is_judged_inside_each_prompt():
-    """A prompt whose answers are all right says nothing, nor do judgements that failed."""
+    """A prompt whose answers are all right says nothing."""
     right = {("a", 0): True, ("a", 1): False, ("a", 2): True, ("b", 0): True, ("b", 1): True}
-    values = {("a", 0): 2.0, ("a", 1): 1.0, ("a", 2): None, ("b", 0): 5.0, ("b", 1): 0.0}
+    values = {("a", 0): 2.0, ("a", 1): 1.0, ("b", 0): 5.0, ("b", 1): 0.0}
     assert real_signals.within_prompts(values, right) == {("a",): 1.0, ("b",): None}
     values[("a", 2)] = 1.0
     pairs = [(2.0, 1.0), (1.0, 1.0)]
@@ -60,39 +67,60 @@ def pair(world, tmp_path):
         weights.append(row | {"weights": [1.0] * length, "blocks": spans})
     dump(tmp_path / "rollouts.jsonl", rollouts)
     dump(tmp_path / "cuts_faithful.jsonl", weights)
-    settings = real_signals.Settings(goes_on=3, max_tokens=28)
-    run = Run(tmp_path, settings, [], None, None)
-    return real_signals.Pair(run, world.base, world.teacher, world.prompts, {})
+    paths = world.base, world.teacher, world.prompts
+    settings = real_signals.Settings(*map(str, paths), continuations=3, max_tokens=28)
+    return real_signals.Pair(Run(tmp_path, settings, [], None, None), *paths)
 
 
 def test_a_beginning_is_that_of_a_rollout_before_its_final_answer(world, pair):
     tokenizer = load_tokenizer(world.base)
-    whole = {
-        (r["id"], r["sample"]): r["prompt_ids"] + r["response_ids"]
-        for r in load(world.rollouts)
-    }
+    ids = {(r["id"], r["sample"]): r["response_ids"] for r in load(world.rollouts)}
     found = real_signals.beginnings(pair)
     assert {group for _, group, _ in found} == {"cut", "uncut"}
-    for (key, group, place), ids in found.items():
-        assert whole[key][: len(ids)] == ids
-        assert final_answer(tokenizer.decode(ids)) is None
-        short, long = (found[key, group, p] for p in ("cut", "later"))
-        assert long[: len(short)] == short and len(long) > len(short)
+    for (key, group, place), end in found.items():
+        assert found[key, group, "cut"] < found[key, group, "later"] < len(ids[key])
+        assert final_answer(tokenizer.decode(ids[key][:end])) is None
 
 
-def test_the_teacher_goes_on_from_the_very_ids(world, pair):
-    """Its answers are graded by what they end with; a second run makes nothing."""
-    prompts = pair.asked()
-    key, ids = next(iter(real_signals.beginnings(pair).items()))
-    begun = {"a": (prompts[key[0][0]], ids), "b": (prompts[key[0][0]], ids[:-1])}
-    hits = real_signals.go_on(pair, "on", begun)
-    rows = load(pair.path("on.jsonl"))
-    assert [r["prompt_ids"] for r in by_key(rows).values()] == [ids] * 3 + [ids[:-1]] * 3
-    for name, right in hits.items():
-        texts = [r["text"] for r in by_key(rows).values() if r["id"] == name]
-        assert right == [is_correct(t, prompts[key[0][0]]["answer"]) for t in texts]
-    assert real_signals.go_on(pair, "on", begun) == hits
-    assert load(pair.path("on.jsonl")) == rows
+def test_the_teacher_continues_from_the_very_ids(world, pair):
+    """What it makes is graded with its beginning; a second run makes nothing."""
+    (key, _, _), end = next(iter(real_signals.beginnings(pair).items()))
+    prompt = pair.read_prompts()[key[0]]
+    r = pair.rows("rollouts.jsonl", "rollouts")[key]
+    begun = {"a": (prompt, r, end), "b": (prompt, r, len(r["response_ids"]) - 1)}
+    hits = real_signals.continue_from(pair, "on", begun)
+    rows = by_key(load(pair.path("on.jsonl"))).values()
+    ids = {
+        name: r["prompt_ids"] + r["response_ids"][:end] for name, (_, _, end) in begun.items()
+    }
+    assert [row["prompt_ids"] for row in rows] == [ids[row["id"]] for row in rows]
+    # all of the rollout but its end stands: its answer counts, whatever is written behind it
+    tokenizer = load_tokenizer(world.base)
+    for name, (_, _, end) in begun.items():
+        stands = tokenizer.decode(r["response_ids"][:end])
+        texts = [stands + row["text"] for row in rows if row["id"] == name]
+        assert hits[name] == [is_correct(text, prompt["answer"]) for text in texts]
+    assert real_signals.continue_from(pair, "on", begun) == hits
+    assert list(by_key(load(pair.path("on.jsonl"))).values()) == list(rows)
+
+
+def test_a_failed_call_is_held_against_results_of_the_same_step():
+    r = {"id": "p"}
+    calls = {"e": (r, 1, False, 2.0, 0.5), "f": (r, 0, False, 1.0, 0.1)}
+    calls |= {"x": (r, 1, True, 1.0, 0.2), "y": (r, 1, True, 3.0, 0.9)}
+    hits = {"e": [True, False], "f": [True, True], "x": [True, True], "y": [True, False]}
+    found = real_signals.after_calls(calls, hits)
+    assert found["result - failed call, same step"]["mean"] == 0.75 - 0.5
+    assert found["after a result"]["teacher right"]["mean"] == 0.75
+    # drifts 2, 2, 1, 1 with one miss at 2: it is above the right one at 2 and both at 1
+    assert found["after a failed call"]["AUC of a small d of the step"] == (0.5 + 1 + 1) / 3
+
+
+def test_the_reward_of_one_judgement_is_that_of_the_first():
+    rubrics = {("a",): {"criteria": [{"points": 3}, {"points": 1}]}}
+    rewards = {("a", 0): {"reward": 0.5, "repeats": [[True, False], [False, True]]}}
+    rewards[("a", 1)] = {"reward": None, "repeats": [[True, False]]}
+    assert real_signals.first_verdicts(rewards, rubrics) == {("a", 0): 0.75}
 
 
 def test_steps_that_were_gone_on_from_have_their_drift_and_the_next(world, pair):
