@@ -217,9 +217,9 @@ def draw_rates(axes, by_rule):
             label=kind.replace("_", "-"),
         )
     axes.set_xticks(range(len(by_rule)), [f"{rule} rule" for rule in by_rule])
-    axes.set(ylabel="share of rollouts cut", ylim=(0, None))
+    axes.set(ylabel="share of rollouts cut", ylim=(0, 1.3))  # room for the legend
     axes.set_title("cuts; nulls: mean, min to max", loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
 
 
 def figure(result):
