@@ -31,6 +31,7 @@ from methods.simct.align import one_to_one, pieces_of
 from opd import files, records
 from opd.batches import Data, Inputs
 from opd.policy import load_policy, load_tokenizer
+from opd.records import BadInput
 from opd.stats import interval
 from opd.tensors import StepSettings, current_logps
 from opd.trainer import MOMENTS
@@ -38,6 +39,9 @@ from opd.trainer import MOMENTS
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
+    student: str = setting("", "folder or Hugging Face id", smoke="-")
+    teacher: str = setting("", "of another vocabulary", smoke="-")
+    prompts: str = setting("", "JSONL of prompts (real_tasks make)", smoke="-")
     train_prompts: int = setting(32, "prompts of the step", smoke=3)
     test_prompts: int = setting(32, "prompts whose answers are measured", smoke=3)
     n: int = setting(4, "rollouts a prompt", smoke=2)
@@ -48,6 +52,10 @@ class Settings:
     micro_batch_tokens: int = setting(1024, "tokens in one forward pass")
     dtype: str = setting("float32", "of both models", choices=("float32", "bfloat16"))
     seed: int = setting(0, "of sampling")
+
+    def __post_init__(self):
+        if not (self.student and self.teacher and self.prompts):
+            raise BadInput("expected --student, --teacher and --prompts (or --smoke)")
 
 
 # arm: its method, settings, rollouts and scores
@@ -207,17 +215,13 @@ def measure(units):
 
 def main(argv=None):
     p = files.parser(__doc__)
-    p.add_argument("--student", help="folder or Hugging Face id")
-    p.add_argument("--teacher", help="of another vocabulary")
-    p.add_argument("--prompts", help="JSONL of prompts, as experiments.real_tasks makes them")
     p.add_argument("--out", required=True, help="folder for everything")
     p.add_argument("--smoke", action="store_true", help="a tiny run on untrained models")
     add_settings(p, Settings)
     args = p.parse_args(argv)
-    if not args.smoke and not (args.student and args.teacher and args.prompts):
-        p.error("expected --student, --teacher and --prompts (or --smoke)")
     run = Run(args.out, settings_of(args, Settings), list(ARMS), None, None, args.smoke)
-    given = args.student, args.teacher, args.prompts
+    s = run.settings
+    given = s.student, s.teacher, s.prompts
     if args.smoke:
         sizes = dict(train_prompts=6, eval_prompts=2, clean=8, mixed=8, student_merges="16")
         run.once("worlds.sums", "world/toy", **sizes)

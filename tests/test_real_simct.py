@@ -28,7 +28,7 @@ def test_bytes_are_counted_by_kind_and_by_whether_both_spell_them_alike(world):
 
 def test_bits_a_byte_are_those_of_the_model(world, teacher64bit):
     rows = load(world.rollouts)
-    settings = real_simct.Settings()
+    settings = real_simct.Settings("student", "teacher", "prompts")
     found = real_simct.bits_a_byte(world.teacher, world.rollouts, world.prompts, settings)
     for prompt, bits in found.items():
         mine = [r for r in rows if r["id"] == prompt]
