@@ -36,7 +36,15 @@ from opd import files, records
 from opd.answers import add_equality_flag, equal, equality_named, is_correct, read_answerable
 from opd.records import BadInput
 from opd.sampling import EVAL_STREAM, add_sampling_flags, fill_from_flags
-from opd.stats import auc, interval, mean_or_none, pass_at_k, repetition_ratio, shown
+from opd.stats import (
+    auc,
+    auc_by_prompt,
+    interval,
+    mean_or_none,
+    pass_at_k,
+    repetition_ratio,
+    shown,
+)
 from opd.tools import call_use
 
 # ---- reading
@@ -163,23 +171,21 @@ def reward_quality(rewards, evals, answers):
     """How well rewards tell right from wrong: AUC over all answers, and the mean AUC within a
     prompt's group, which is all that a group advantage sees.  Failed judgements are left
     out."""
-    groups = {}  # prompt -> ([reward, ...], [right?, ...])
+    values = {}
+    right = {}
     for row in evals:
         key = records.key_of(row, "evals")
         reward = files.record_for(rewards, answers[key], answers)["reward"]
         if reward is not None:
-            values, right = groups.setdefault(key[0], ([], []))
-            values.append(reward)
-            right.append(row["correct"])
-    if not groups:
+            values[key] = reward
+            right[key] = row["correct"]
+    if not values:
         raise BadInput(f"{rewards.path}: expected rewards, but every judgement failed")
-    all_values = [value for values, _ in groups.values() for value in values]
-    all_right = [r for _, right in groups.values() for r in right]
-    within = [auc(values, right) for values, right in groups.values()]
+    within = auc_by_prompt(values, right).values()
     return {
-        "reward_auc": auc(all_values, all_right),
+        "reward_auc": auc(list(values.values()), list(right.values())),
         "reward_auc_within": mean_or_none([x for x in within if x is not None]),
-        "reward_mean": float(np.mean(all_values)),
+        "reward_mean": float(np.mean(list(values.values()))),
     }
 
 

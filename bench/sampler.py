@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import transformers
 
-from bench.round import peak_mb
+from bench.round import peak_mb, versions
 from opd import files, sampling, scoring
 from opd.policy import load_policy
 
@@ -117,8 +117,8 @@ def row_of(contender, found, model, dtype):
     for name in sorted(found[0].keys() - {"seconds", "tokens"}):
         row[name] = statistics.median(run[name] for run in found)
     row = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return row | {"threads": torch.get_num_threads(), "versions": versions}
+    made = {"threads": torch.get_num_threads(), "versions": versions("torch", "transformers")}
+    return row | made
 
 
 def main(argv=None):

@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,9 +22,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
 
+from bench.round import versions
 from opd import records
 from opd.policy import served_policy, vocabulary_size
 
@@ -147,11 +145,7 @@ def main(argv=None):
             "peak_mb": round(peak),
             "turns": args.turns,
             "threads": os.environ.get("OMP_NUM_THREADS"),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            "versions": versions("torch", "transformers"),
         }
         print(json.dumps(row))
         if args.out:

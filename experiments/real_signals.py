@@ -43,7 +43,7 @@ from opd.policy import load_policy, load_tokenizer, resume_identity
 from opd.records import BadInput
 from opd.rewards import rubric_reward
 from opd.sampling import ANSWER_STREAM, LocalSampler, Sampling, jobs_by_key
-from opd.stats import auc, interval
+from opd.stats import auc, auc_by_prompt, interval
 from opd.tools import Toolbox
 
 
@@ -115,17 +115,6 @@ def quarters(values, covariate):
             bounds = {"low": covariate[some[0]], "high": covariate[some[-1]]}
             rows.append(bounds | over_prompts({key: values[key] for key in some}))
     return rows
-
-
-def within_prompts(values, right):
-    """{(prompt,): AUC of a signal {key: number} for right answers}, None of a prompt without
-    both kinds."""
-    groups = {}
-    for key, value in values.items():
-        numbers, hits = groups.setdefault(key[:1], ([], []))
-        numbers.append(value)
-        hits.append(right[key])
-    return {prompt: auc(*group) for prompt, group in groups.items()}
 
 
 def minus(ones, others):
@@ -303,7 +292,7 @@ def ropd(pair):
     known = [k for k in judged if all(v.get(k) is not None for v in signals.values())]
     right = pair.correct()
     aucs = {
-        name: within_prompts({k: values[k] for k in known}, right)
+        name: auc_by_prompt({k: values[k] for k in known}, right)
         for name, values in signals.items()
     }
     found = {}

@@ -159,15 +159,19 @@ class Units:
         for name, prompts in (("taught", self.trained), ("tested", self.tested)):
             asked = dict(model=self.teacher, prompts=prompts, n=1)
             self.stage("teacher.py answer", name, **asked, **how)
-        for name, units, prompts in (
-            ("rollouts", "units", self.trained),
-            ("few", "units_few", self.few),
+        asked = dict(model=self.student, prompts=self.trained, n=s.n)
+        self.stage("rollout.py", "rollouts", **asked, **how)
+        on = {"rollouts": self.path("rollouts")}
+        self.stage("teacher.py score", "own", model=self.student, **on, top_k=s.candidates)
+        self.score("units", **on, prompts=self.trained, top_k_of=self.path("own"))
+        few = {str(p["id"]) for p in files.read(self.few, "prompts")}
+        for name, kind, whole in (
+            ("few", "rollouts", "rollouts"),
+            ("units_few", "scores", "units"),
         ):
-            asked = dict(model=self.student, prompts=prompts, n=s.n)
-            self.stage("rollout.py", name, **asked, **how)
-            own, on = f"{units}_own", {"rollouts": self.path(name)}
-            self.stage("teacher.py score", own, model=self.student, **on, top_k=s.candidates)
-            self.score(units, **on, prompts=prompts, top_k_of=self.path(own))
+            rows = files.read(self.path(whole), kind)
+            some = [row for row in rows if str(row["id"]) in few]
+            self.run.write(f"{name}.jsonl", f"{whole}.jsonl of the first prompts", some)
         self.score("units_full", rollouts=self.path("few"), prompts=self.few)
 
     def score(self, name, **options):

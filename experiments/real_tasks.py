@@ -39,7 +39,7 @@ import numpy as np
 
 from eval import accuracy
 from experiments.claims import markdown
-from experiments.study import append_result, say, versions, words_of
+from experiments.study import append_result, result_lines, say, versions, words_of
 from opd import files, records, rewards, served
 from opd.answers import final_answer, is_correct, last_marked, read_answerable, rewritten
 from opd.records import BadInput
@@ -329,12 +329,8 @@ def sampling_flags(args, folder, more):
 def finished(path, wanted):
     """{(task, model): result line} of a file.  wanted: {task: settings}; a line of such a task
     that was made with other settings is refused."""
-    if Path(path).exists():
-        files.cut_torn_line(path)
-    if not Path(path).exists() or not Path(path).stat().st_size:
-        return {}
     found = {}
-    for row in files.read(path, "results"):
+    for row in result_lines(path):
         name = row.get("task")
         difference = files.first_difference(row.get("settings"), wanted.get(name))
         if name in wanted and difference:

@@ -669,16 +669,23 @@ def choose_arms(study, named, everything=True):
     return [arm for arm in study.arms if arm in chosen]
 
 
-def finished(path, settings):
-    """(arm, seed) pairs that have their final line in a results file.  Half-done lines of a
-    killed run are removed; lines made under other settings are refused, for they would be
-    compared with these."""
+def result_lines(path):
+    """The lines of a results file, without one that a kill has torn; [] if there are none."""
     path = Path(path)
     if path.exists():
         files.cut_torn_line(path)
     if not path.exists() or not path.stat().st_size:
+        return []
+    return list(files.read(path, "results"))
+
+
+def finished(path, settings):
+    """(arm, seed) pairs that have their final line in a results file.  Half-done lines of a
+    killed run are removed; lines made under other settings are refused, for they would be
+    compared with these."""
+    rows = result_lines(path)
+    if not rows:
         return set()
-    rows = list(files.read(path, "results"))
     for row in rows:
         if difference := files.first_difference(row.get("settings"), settings):
             raise records.BadInput(

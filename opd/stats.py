@@ -68,6 +68,17 @@ def auc(values, right):
     return float((hits * (misses.cumsum() - misses / 2)).sum() / (hits.sum() * misses.sum()))
 
 
+def auc_by_prompt(values, right):
+    """{(prompt,): AUC of a signal {key: number} for the right answers {key: true or false},
+    None of a prompt without both kinds}: all that an advantage within a group sees."""
+    groups = {}
+    for key, value in values.items():
+        numbers, hits = groups.setdefault(key[:1], ([], []))
+        numbers.append(value)
+        hits.append(right[key])
+    return {prompt: auc(*group) for prompt, group in groups.items()}
+
+
 def mean_or_none(values):
     """The mean of a list, None of an empty one."""
     return float(np.mean(values)) if len(values) else None

@@ -10,6 +10,7 @@ from experiments.study import Run
 from opd import records
 from opd.answers import final_answer, is_correct
 from opd.policy import load_tokenizer
+from opd.stats import auc_by_prompt
 
 
 def test_prompts_weigh_alike_however_many_rollouts_they_have():
@@ -37,11 +38,11 @@ def test_a_signal_is_judged_inside_each_prompt():
     """A prompt whose answers are all right says nothing."""
     right = {("a", 0): True, ("a", 1): False, ("a", 2): True, ("b", 0): True, ("b", 1): True}
     values = {("a", 0): 2.0, ("a", 1): 1.0, ("b", 0): 5.0, ("b", 1): 0.0}
-    assert real_signals.within_prompts(values, right) == {("a",): 1.0, ("b",): None}
+    assert auc_by_prompt(values, right) == {("a",): 1.0, ("b",): None}
     values[("a", 2)] = 1.0
     pairs = [(2.0, 1.0), (1.0, 1.0)]
     wins = sum((x > y) + (x == y) / 2 for x, y in pairs) / 2
-    assert real_signals.within_prompts(values, right)[("a",)] == wins
+    assert auc_by_prompt(values, right)[("a",)] == wins
 
 
 def test_the_teacher_goes_on_from_the_cut_and_from_half_of_the_rest():
