@@ -169,7 +169,13 @@ class Trial(study.Trial):
         super().trained(old)
 
     def measure(self, step, final=False):
-        super().measure(step, final)
+        if step or final:
+            super().measure(step, final)
+        else:  # every arm begins where `before` ends
+            lines = study.result_lines(self.run.results)
+            start = next(r for r in lines if (r["arm"], r["seed"]) == ("before", self.seed))
+            self.row = start | {"arm": self.arm, "final": False, "seconds": 0.0}
+            self.run.record(self.row)
         self.rows.append(self.row)
         self.keep(step // self.settings.updates)
 

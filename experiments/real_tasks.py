@@ -458,19 +458,20 @@ def cell(row):
 
 def table(argv):
     p = files.parser(__doc__)
-    p.add_argument("file", metavar="FILE", help="lines of `pilot`")
-    p.add_argument("--student", default="student", help="its name in FILE")
-    p.add_argument("--teacher", default="teacher", help="its name in FILE")
+    p.add_argument("files", nargs="+", metavar="FILE", help="lines of `pilot`")
+    p.add_argument("--student", default="student", help="its name in the files")
+    p.add_argument("--teacher", default="teacher", help="its name in the files")
     args = p.parse_args(argv)
     rows = {}
-    for row in files.read(args.file, "results"):
-        rows.setdefault(row["task"], {})[row["arm"]] = row
+    for path in args.files:
+        for row in files.read(path, "results"):
+            rows.setdefault(row["task"], {})[row["arm"]] = row
     models = list(dict.fromkeys(arm for found in rows.values() for arm in found))
     for name in (args.student, args.teacher):
         if name not in models:
             raise BadInput(
-                f"{args.file}: arm: expected {name!r}, got {', '.join(models)}: name them "
-                f"with --student and --teacher"
+                f"{', '.join(args.files)}: arm: expected {name!r}, got {', '.join(models)}: "
+                f"name them with --student and --teacher"
             )
     far = {t: distance(r.get(args.student), r.get(args.teacher)) for t, r in rows.items()}
     order = sorted(rows, key=far.get)

@@ -124,9 +124,12 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
     """An Answer to each of a batch of token-id prompts.
 
     draws [B, longest] of uniforms; max_tokens: a number, or one a row.  Prompts are padded on
-    the left; a row leaves the batch when it stops."""
+    the left, and read once for all their answers; a row leaves the batch when it stops."""
     device = policy.device
-    ids, mask = left_padded(prompts, device)
+    number = {}  # of each different prompt
+    copies = [number.setdefault(tuple(prompt), len(number)) for prompt in prompts]
+    copies = torch.tensor(copies, device=device)
+    ids, mask = left_padded(list(number), device)
     position = (mask.cumsum(-1) - 1).clamp(min=0)
     draws = torch.as_tensor(draws, device=device)
     limits = torch.tensor(max_tokens, device=device).expand(len(prompts))
@@ -139,6 +142,9 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
     bar = files.progress(longest, desc=f"{len(rows)} answers", unit="token")
     for t in bar:
         logits, cache = next_logits(policy, head, ids, mask, position, cache)
+        if t == 0 and len(number) < len(prompts):
+            logits, mask, position = (each[copies] for each in (logits, mask, position))
+            cache.reorder_cache(copies)
         tokens, logps = pick(logits, draws[rows, t], temperature, top_p)
         if not torch.isfinite(logps).all():
             raise BadInput(
@@ -174,12 +180,12 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
 
 def check_cache(policy):
     """Refuses a model whose cached steps are not its plain forward pass: one without a cache,
-    or whose state does not follow the rows that stay in a batch."""
-    prompts = [[min(i, policy.vocabulary - 1) for i in range(n)] for n in (1, 3, 2)]
+    or whose state does not follow the rows that are copied and that stay in a batch."""
+    prompts = [[min(i, policy.vocabulary - 1) for i in range(n)] for n in (1, 3, 2, 3)]
     tolerance = 0.01 if policy.head.dtype == torch.float32 else 0.5  # nats
     try:
         answers = sample_batch(
-            policy, prompts, np.zeros((3, 3)), max_tokens=[3, 1, 2], temperature=0, top_p=1
+            policy, prompts, np.zeros((4, 3)), max_tokens=[3, 1, 2, 3], temperature=0, top_p=1
         )
         ids = [answer.response_ids for answer in answers]
         at = [range(len(p) - 1, len(p) + len(new) - 1) for p, new in zip(prompts, ids)]
