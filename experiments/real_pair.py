@@ -21,7 +21,8 @@ Arms, all with the same problems and number of updates:
 A killed run goes on with the round that it was in.  Every command is in OUT/commands.sh.  A
 student that cannot do the task imitates first: the last two commands.
 
-Simplifications: 1. one task; 2. intervals are over seeds, of which real models allow few.
+Simplifications: 1. one task; 2. real models allow few seeds: the report has the differences
+once more, with intervals over problems.
 """
 
 import json
@@ -29,10 +30,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from experiments import study
-from experiments.claims import less, more
+from experiments.claims import finished_lines, markdown, more, plus_minus
 from experiments.study import setting
 from opd import files
+from opd.answers import final_answer
 from opd.policy import load_tokenizer
 from opd.records import BadInput
 
@@ -75,20 +79,24 @@ ARMS = {
 }
 COLUMNS = (
     "greedy",
+    "answered",
+    "greedy_answered",
     "length_mean",
     "truncated",
     "generated_tokens",
     "teacher_tokens",
     "seconds",
 )
-CLAIMS = [
-    more("Distillation from log-probs lifts a real student", "opd", "before"),
-    more("...more than imitation of as many answers", "opd", "sft"),
-    more("Rubrics lift a real student", "ropd", "before"),
-    less("...because of which answer gets which reward", "shuffled", "ropd"),
-    more("A hidden exact checker is a ceiling of rubrics", "answer", "ropd"),
-    more("Imitation lifts a real student", "sft", "before"),
+# sentence, an arm, and the one that it beats
+COMPARED = [
+    ("Distillation from log-probs lifts a real student", "opd", "before"),
+    ("...more than imitation of as many answers", "opd", "sft"),
+    ("Rubrics lift a real student", "ropd", "before"),
+    ("...because of which answer gets which reward", "ropd", "shuffled"),
+    ("A hidden exact checker is a ceiling of rubrics", "answer", "ropd"),
+    ("Imitation lifts a real student", "sft", "before"),
 ]
+CLAIMS = [more(*each) for each in COMPARED]
 
 
 def build(run):
@@ -179,6 +187,23 @@ class Trial(study.Trial):
         self.rows.append(self.row)
         self.keep(step // self.settings.updates)
 
+    def outcomes(self, prefix=""):
+        """Of the last evaluation: the share of answers that have a final answer, for training
+        may mend the form alone, and how often each problem was solved, by id."""
+        right = {}
+        for row in files.read(self.place / "eval.jsonl", "evals"):
+            right.setdefault(row["id"], []).append(row["correct"])
+        answered = [final_answer(text) is not None for text in self.texts()]
+        return {
+            f"{prefix}answered": float(np.mean(answered)),
+            f"{prefix}right": [float(np.mean(solved)) for _, solved in sorted(right.items())],
+        }
+
+    def columns(self, score, n, final):
+        sampled = self.outcomes()
+        found = super().columns(score, n, final)  # greedily, at the end
+        return found | sampled | (self.outcomes("greedy_") if final else {})
+
     # ---- a round
 
     def generation(self):
@@ -228,6 +253,24 @@ class Trial(study.Trial):
         return scores
 
 
+def by_problem(path):
+    """Markdown of what arms differ by, with intervals over problems: all that one seed has."""
+    seeds = finished_lines(path)
+    rows = [["difference", "sampled", "greedy"]]
+    for _, arm, other in COMPARED:
+        if all(arm in arms and other in arms for arms in seeds):
+            pairs = [(arms[arm][-1], arms[other][-1]) for arms in seeds]
+            cells = []
+            for field in ("right", "greedy_right"):
+                differences = [np.subtract(a[field], b[field]) for a, b in pairs]
+                cells.append(plus_minus(np.mean(differences, 0)))
+            rows.append([f"{arm} − {other}", *cells])
+    return (
+        f"{markdown(rows)}\nMeans over problems ± half of the 95 % t-interval over problems, "
+        f"each with its mean over {len(seeds)} seed(s).\n"
+    )
+
+
 STUDY = study.Study(
     "real_pair",
     "a real student and a real teacher",
@@ -238,6 +281,7 @@ STUDY = study.Study(
     build,
     Trial,
     prepare,
+    more=by_problem,
 )
 
 

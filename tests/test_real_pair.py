@@ -1,5 +1,9 @@
 """An arm of experiments/real_pair.py goes on with the round that it was in."""
 
+import json
+import re
+
+import numpy as np
 import pytest
 from conftest import load, same_bits, weights
 
@@ -52,3 +56,34 @@ def test_a_killed_arm_ends_as_an_undisturbed_one(whole, tmp_path, monkeypatch, p
     assert [row["step"] for row in rows[0] if row["arm"] == "opd"] == [0, 1, 2]
     folders = [at / "seed0" / "opd" / "round1" / "model" for at in (whole, tmp_path)]
     assert same_bits(*map(weights, folders))
+
+
+def test_differences_are_paired_by_problem(tmp_path):
+    """Over problems, not over answers; a mean over seeds first."""
+    rights = {
+        "before": [[0, 0, 1, 0], [0, 1, 1, 0]],
+        "opd": [[1, 0, 1, 0.5], [1, 1, 1, 0]],
+    }
+    path = tmp_path / "results.jsonl"
+    with open(path, "w") as f:
+        for arm, seeds in rights.items():
+            for seed, right in enumerate(seeds):
+                row = dict(arm=arm, seed=seed, step=1, final=True, accuracy=0.0)
+                f.write(json.dumps(row | dict(right=right, greedy_right=right[::-1])) + "\n")
+    differences = np.array([1, 0, 0, 0.25])
+    half = 3.182446 * differences.std(ddof=1) / 2
+    cell = f"{differences.mean():.3f} ± {half:.3f}"
+    text = real_pair.by_problem(path)
+    assert text.splitlines()[2] == f"| opd − before | {cell} | {cell} |"
+    assert "sft" not in text
+
+
+def test_outcomes_are_those_of_the_evaluation(whole):
+    rows = [row for row in load(whole / "results.jsonl") if row.get("final")]
+    assert [row["arm"] for row in rows] == ["before", "opd"]
+    for row in rows:
+        assert np.mean(row["right"]) == pytest.approx(row["accuracy"])
+        assert np.mean(row["greedy_right"]) == pytest.approx(row["greedy"])
+        greedy = load(whole / "seed0" / row["arm"] / "eval.jsonl")
+        ended = [re.search(r"^#+ *\S", r["text"], re.M) is not None for r in greedy]
+        assert row["greedy_answered"] == pytest.approx(np.mean(ended))
