@@ -42,6 +42,7 @@ from opd.policy import (
 from opd.records import BadInput
 from opd.sampling import ANSWER_STREAM, add_sampling_flags, fill_from_flags
 from opd.scoring import Scorer, proposal_of
+from opd.shared import share_prompts
 
 # ---- answer
 
@@ -195,6 +196,12 @@ def add_score_flags(p):
         "with --top-k) in place of the likeliest ones",
     )
     p.add_argument(
+        "--share-prompts",
+        action="store_true",
+        help="read a prompt once for all its rollouts (opd/shared.py): faster, equal up to "
+        "rounding",
+    )
+    p.add_argument(
         "--same-token",
         action="append",
         default=[],
@@ -242,6 +249,8 @@ def check_flags(args):
             "--same-token: changes the log-prob of the sampled tokens only: goes without "
             "--top-k, --top-k-of and --base-url"
         )
+    if args.share_prompts and args.base_url:
+        raise BadInput("--share-prompts: a server reads as it likes")
     if args.hint and not args.prompts:
         raise BadInput("--hint: needs --prompts, the records whose fields it names")
 
@@ -279,6 +288,8 @@ def scorer_from_flags(args):
             )
     else:
         policy = load_policy(args.model, args.dtype, args.device, args.template_options)
+        if args.share_prompts:
+            share_prompts(policy)
         tokenizer = policy.tokenizer
         identity = policy.identity
     vocabulary = policy.vocabulary if policy else vocabulary_size(tokenizer)

@@ -51,6 +51,7 @@ from opd.policy import (
     load_teacher,
 )
 from opd.records import BadInput
+from opd.shared import share_prompts
 from opd.tensors import (
     StepSettings,
     chosen_ids,
@@ -100,7 +101,7 @@ def gradient(trainer, data, items, settings, scale=1.0):
     metrics = StepMetrics()
     total = sum(item["length"] for item in items)
     with files.progress(total=total, desc="step", unit="token") as bar:
-        for some in micro_batches(items, settings.micro_batch_tokens):
+        for some in micro_batches(trainer.policy, items, settings.micro_batch_tokens):
             loss = micro_batch(trainer.policy, data, some, settings, metrics)
             loss.backward()  # the head's part is done: linear_token_loss walks it only once
             bar.update(sum(item["length"] for item in some))
@@ -251,7 +252,8 @@ def add_run_flags(p):
         default=[],
         metavar="NAME=VALUE",
         help="memory and time, not result: gradient_checkpointing (0; 1: activations are "
-        f"computed again in the backward pass), kernel (one of {', '.join(KERNELS)}; naive "
+        "computed again in the backward pass), shared_prompts (0; 1: a prompt is read once for "
+        f"all its answers), kernel (one of {', '.join(KERNELS)}; naive "
         "holds all logits at once, for comparison)",
     )
     p.add_argument(
@@ -402,6 +404,9 @@ def main(argv=None):
                 identity["teacher"],
                 "template" in args.allow,
             )
+        if settings.shared_prompts:
+            for model in filter(None, (policy, teacher)):
+                share_prompts(model)
         data = Data(own_files, method, policy, teacher, "stale" in args.allow)
         given = load_given(given_files, method, policy, teacher, data)
         if "teacher" not in args.allow:

@@ -59,6 +59,9 @@ class Settings(study.Measured):
     opd_learning_rate: float = setting(1e-5, "of arms that read log-probs")
     rl_learning_rate: float = setting(3e-6, "of arms that read rewards")
     micro_batch_tokens: int = setting(1024, "tokens in one forward pass")
+    share_prompts: int = setting(
+        1, "read a prompt once for all its answers; 0 for models that refuse it", choices=(0, 1)
+    )
     max_tokens: int = setting(200, "longest answer", smoke=12)
     final_n: int = setting(2, "samples a problem at the end of an arm", smoke=1)
 
@@ -214,10 +217,12 @@ class Trial(study.Trial):
         method = how["method"]
         rollouts = self.answer() if how["reads"] == "texts" else self.rollout()
         options = {"micro_batch_tokens": s.micro_batch_tokens, "dtype": s.dtype}
+        options["compute"] = {"shared_prompts": s.share_prompts}
         if how["reads"] == "rewards":
             options["rewards"] = self.reward(rollouts)
         elif how["reads"] == "scores" and self.same_vocabulary:
-            options["scores"], _ = self.teach(rollouts, top_k=20, dtype=s.dtype)
+            scored = dict(top_k=20, dtype=s.dtype, share_prompts=bool(s.share_prompts))
+            options["scores"], _ = self.teach(rollouts, **scored)
         elif how["reads"] == "scores":
             method = "simple-opd"
             options["scores"] = self.score_units(rollouts)

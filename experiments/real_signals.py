@@ -58,6 +58,9 @@ class Settings:
     max_tokens: int = setting(400, "longest answer", smoke=24)
     seed: int = setting(0, "of sampling")
     dtype: str = setting("float32", "of both models", choices=("float32", "bfloat16"))
+    share_prompts: int = setting(
+        1, "read a prompt once for all its answers; 0 for models that refuse it", choices=(0, 1)
+    )
     concurrency: int = setting(8, "requests to the judge at once")
     timeout: float = setting(3600.0, "seconds of silence of the judge that are a failure")
     judged: int = setting(0, "prompts that are judged; 0: all of them")
@@ -158,7 +161,8 @@ class Pair:
         return self.stage(command, out, model=model, **options, **how)
 
     def score(self, out, model, **options):
-        how = dict(model=model, dtype=self.settings.dtype)
+        s = self.settings
+        how = dict(model=model, dtype=s.dtype, share_prompts=bool(s.share_prompts))
         return self.stage("teacher.py score", out, **how, **options)
 
     def rows(self, name, kind):

@@ -52,7 +52,7 @@ from opd.policy import (
     vocabulary_size,
 )
 from opd.records import BadInput
-from opd.tensors import StepSettings, micro_batches
+from opd.tensors import StepSettings
 from opd.trainer import Run, Trainer, add_trainer_flags, run_identity, trainer_settings
 
 # the released scripts' token mean and clip; their gradient clip, 0.2, is a flag of train.py
@@ -242,7 +242,8 @@ def optimise(trainer, own, given, loss, batch_tokens):
         item["judged"] = scorer.sees(item["prompt_ids"], item["response_ids"])
     metrics = weigh_scores(scorer, loss, own, given, batch_tokens)
     items = [item for item in items if item["omega"]]
-    for some in micro_batches(items, batch_tokens):
+    for batch in token_batches([len(item["judged"]) for item in items], batch_tokens):
+        some = [items[i] for i in batch]
         values = scorer.values([item["judged"] for item in some])
         omegas = np.asarray([item["omega"] for item in some]).astype(np.float32)
         (-(values @ torch.from_numpy(omegas).to(values.device))).backward()
@@ -320,7 +321,9 @@ def train(argv=None):
         epochs=args.epochs,
         micro_batch_tokens=args.micro_batch_tokens,
     )
-    settings = StepSettings(args.micro_batch_tokens).changed(args.compute, "kernel")
+    settings = StepSettings(args.micro_batch_tokens).changed(
+        args.compute, "kernel", "shared_prompts"
+    )
     source = find_folder(args.model)
     weights = hash_weights(source)
     inputs = [path for path in (args.rollouts, args.data, args.prompts) if path]

@@ -42,6 +42,7 @@ class Policy:
         self.stop_ids = [i for i in stop_ids(model, tokenizer) if i < self.vocabulary]
         options = head_options(model, self.vocabulary)
         self.head_options = {"vocabulary": self.vocabulary} | options
+        self.shares_prompts = False  # see opd/shared.py
 
     @property
     def device(self):

@@ -11,12 +11,10 @@ from opd.kernel import linear_logp
 from opd.policy import (
     Policy,
     check_ids,
-    hidden_at,
     likeliest,
-    response_positions,
-    token_batches,
 )
 from opd.records import BadInput
+from opd.shared import answer_batches, answer_states
 
 # ---- log-probs
 
@@ -31,11 +29,8 @@ def score_batch(policy, rollouts, top_k=0, given=None, same=()):
     Every response token is scored, also those a loss mask hides: masks may change, scores are
     dear."""
     lengths = [len(r["response_ids"]) for r in rollouts]
-    hidden = hidden_at(
-        policy.model,
-        [r["prompt_ids"] + r["response_ids"] for r in rollouts],
-        [response_positions(r["prompt_ids"], [1] * n) for r, n in zip(rollouts, lengths)],
-    )
+    prompts, answers = ([r[f"{name}_ids"] for r in rollouts] for name in ("prompt", "response"))
+    hidden = answer_states(policy, prompts, answers, [[1] * n for n in lengths])
     flat = [token for r in rollouts for token in r["response_ids"]]
     own = torch.tensor(flat, dtype=torch.int64, device=hidden.device)
     if top_k:
@@ -136,9 +131,13 @@ class Scorer:
             return rollout | {"prompt_ids": self.prompts[key[0]]}
         return rollout
 
-    def length(self, key):
+    def sizes(self, key):
+        """Tokens of the prompt and of the answer."""
         rollout = self.as_read(key)
-        return len(rollout["prompt_ids"]) + len(rollout["response_ids"])
+        return len(rollout["prompt_ids"]), len(rollout["response_ids"])
+
+    def length(self, key):
+        return sum(self.sizes(key))
 
     def check_lengths(self):
         """Refuses rollouts beyond the positions of a model that is loaded here."""
@@ -162,7 +161,9 @@ class Scorer:
         """Yields lists of records, or the failure of a request."""
         if self.server:
             return (result for _, result in self.server.map(self.score_served, keys))
-        batches = token_batches([self.length(key) for key in keys], self.batch_tokens)
+        names = [key[0] for key in keys]
+        sizes = [self.sizes(key) for key in keys]
+        batches = answer_batches(self.policy, names, sizes, self.batch_tokens)
         return (self.score_local([keys[i] for i in batch]) for batch in batches)
 
     def score_served(self, key):

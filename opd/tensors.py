@@ -9,8 +9,9 @@ import torch
 
 from opd import files
 from opd.kernel import KERNELS, token_numbers
-from opd.policy import hidden_at, likeliest, response_positions, token_batches
+from opd.policy import likeliest
 from opd.records import BadInput
+from opd.shared import answer_batches, answer_states
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class StepSettings:
     kernel: str = "auto"
     teacher_top_k: int = None  # of a teacher in memory; None: its whole vocabulary
     gradient_checkpointing: int = 0  # 1: activations are computed again in the backward pass
+    shared_prompts: int = 0  # 1: a prompt is read once for all its answers
 
     def changed(self, texts, *fixed):
         """These settings with what --compute NAME=VALUE says; `fixed` are no names of it."""
@@ -32,26 +34,26 @@ class StepSettings:
             raise BadInput(
                 f"--compute kernel: expected {', '.join(KERNELS)}, got {settings.kernel!r}"
             )
-        if settings.gradient_checkpointing not in (0, 1):
-            raise BadInput(
-                f"--compute gradient_checkpointing: expected 0 or 1, got "
-                f"{settings.gradient_checkpointing}"
-            )
+        for name in ("gradient_checkpointing", "shared_prompts"):
+            if getattr(settings, name) not in (0, 1):
+                raise BadInput(
+                    f"--compute {name}: expected 0 or 1, got {getattr(settings, name)}"
+                )
         return settings
 
 
-def micro_batches(items, batch_tokens):
+def micro_batches(policy, items, batch_tokens):
     """Lists of items of like length whose padded forward pass has at most batch_tokens."""
-    lengths = [len(s["prompt_ids"]) + len(s["response_ids"]) for s in items]
-    for batch in token_batches(lengths, batch_tokens):
+    names = [s["key"][0] for s in items]
+    sizes = [(len(s["prompt_ids"]), len(s["response_ids"])) for s in items]
+    for batch in answer_batches(policy, names, sizes, batch_tokens):
         yield [items[i] for i in batch]
 
 
 def states(policy, items):
     """Hidden states [N, D] that predict the trained tokens of a micro-batch, in order."""
-    sequences = [s["prompt_ids"] + s["response_ids"] for s in items]
-    positions = [response_positions(s["prompt_ids"], s["mask"]) for s in items]
-    return hidden_at(policy.model, sequences, positions)
+    fields = ("prompt_ids", "response_ids", "mask")
+    return answer_states(policy, *([s[name] for s in items] for name in fields))
 
 
 def chosen_ids(items, device=None):
@@ -99,7 +101,7 @@ def read_teacher(teacher, items, top_k):
 def current_logps(policy, data, items, settings):
     """log-probs [length] of the trained tokens of every item under the weights as they are."""
     out = {}
-    for some in micro_batches(items, settings.micro_batch_tokens):
+    for some in micro_batches(policy, items, settings.micro_batch_tokens):
         hidden = states(policy, some)
         numbers = token_numbers(
             hidden,

@@ -412,6 +412,7 @@ def test_files_a_method_needs_are_demanded_and_others_refused(world, tmp_path, c
         dict(steps=3, epochs=2),
         dict(optimizer=dict(total_steps=50)),
         dict(compute=dict(gradient_checkpointing=2)),
+        dict(compute=dict(shared_prompts=2)),
         dict(compute=dict(kernel="fast")),
         dict(compute=dict(teacher_top_k=2)),
         dict(rollouts="absent.jsonl"),

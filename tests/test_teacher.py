@@ -286,14 +286,14 @@ def test_the_summary_is_the_mean_gap_and_a_student_that_is_the_teacher_has_none(
 
 def test_the_self_test_reports_what_batching_does_to_the_numbers(stage, monkeypatch):
     assert 0 <= stage.score("quiet")[0]["noise_floor"] < 1e-4
-    quiet, alone = scoring.hidden_at, []
+    quiet, alone = scoring.answer_states, []
 
     # a model whose batched forward differs from its single one
-    def noisy(model, sequences, positions):
-        alone.append(len(sequences) == 1)
-        return quiet(model, sequences, positions) * (1.0 if len(sequences) == 1 else 1.01)
+    def noisy(policy, prompts, *answers):
+        alone.append(len(prompts) == 1)
+        return quiet(policy, prompts, *answers) * (1.0 if len(prompts) == 1 else 1.01)
 
-    monkeypatch.setattr(scoring, "hidden_at", noisy)
+    monkeypatch.setattr(scoring, "answer_states", noisy)
     summary, _ = stage.score("noisy")
     assert any(alone) and not all(alone)
     assert summary["noise_floor"] > 1e-3

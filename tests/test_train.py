@@ -46,6 +46,7 @@ from opd import trainer as trainers
 from opd.batches import Data, Inputs
 from opd.chat import render
 from opd.files import read
+from opd.shared import share_prompts
 
 V, END = 24, 4
 FAST = dict(learning_rate=1e-3, batch_size=3)
@@ -176,6 +177,7 @@ def gradient(
     dtype="auto",
     kernel="auto",
     teacher=None,
+    share=False,
 ):
     """train.py's gradient for one step on all rollouts: (one flat float64 vector, the step's
     metrics)."""
@@ -184,6 +186,8 @@ def gradient(
     own = Inputs(*[flags.get(name) for name in names])
     policy = policies.load_policy(str(model or world.base), dtype)
     helper = teacher and policies.load_policy(str(teacher))
+    for each in filter(None, (policy, helper)) if share else ():
+        share_prompts(each)
     data = Data(own, method, policy, helper, allow_stale=model is not None)
     items = data.items(data.groups)
     for item in items if old else ():
@@ -412,6 +416,8 @@ def test_slices_recomputing_naive_logits_and_micro_batches_give_one_gradient_and
         (False, {}),
         (separable, dict(kernel="naive")),
         (separable, dict(micro=1)),
+        (False, dict(share=True)),
+        (separable, dict(share=True, micro=1)),
     ):
         monkeypatch.setattr(losses.Method, "separable", in_one_pass)
         got, others = gradient(masked, flags, **how)
@@ -439,10 +445,12 @@ def test_a_teacher_in_memory_gives_the_gradient_of_its_scores_on_disk(
     flags = needs(changed(masked, scores=scores), method, overrides)
     disk, disk_numbers = gradient(masked, flags, overrides=overrides)
     flags |= dict(scores=None, teacher_top_k=k)
-    memory, numbers = gradient(masked, flags, teacher=wide_teacher, overrides=overrides)
-    same_gradient(memory, disk, 1e-5)
-    for name in ("train/loss", "kl/teacher", "policy/entropy"):
-        assert numbers[name] == pytest.approx(disk_numbers[name], rel=1e-4)
+    for share in (False, True):
+        how = dict(teacher=wide_teacher, overrides=overrides, share=share)
+        memory, numbers = gradient(masked, flags, **how)
+        same_gradient(memory, disk, 1e-5)
+        for name in ("train/loss", "kl/teacher", "policy/entropy"):
+            assert numbers[name] == pytest.approx(disk_numbers[name], rel=1e-4)
 
 
 def test_a_teacher_that_cannot_be_read_is_refused(world, tmp_path, capsys, monkeypatch):
