@@ -41,7 +41,14 @@ from eval import accuracy
 from experiments.claims import markdown
 from experiments.study import append_result, result_lines, say, versions, words_of
 from opd import files, records, rewards, served
-from opd.answers import final_answer, is_correct, last_marked, read_answerable, rewritten
+from opd.answers import (
+    equal,
+    final_answer,
+    is_correct,
+    last_marked,
+    read_answerable,
+    rewritten,
+)
 from opd.records import BadInput
 from opd.sampling import (
     EVAL_STREAM,
@@ -89,6 +96,7 @@ TASKS = {
 }
 # graded by `answer`: its own scorer takes the first number of an answer, without its sign
 BY_ANSWER = {"gsm_symbolic"}
+NUMBER = re.compile(r"(?<!\d)-?\d+(?:,\d{3})*(?:\.\d+)?")
 # of an entry's metadata: tuples, and the day on which it was made
 LEFT_OUT = {"difficulty", "start_time", "end_time"}
 STRIDE = 10**6  # entry i of seed s is that of seed s + i: seeds must lie apart
@@ -230,6 +238,16 @@ def is_right(prompt, text):
     return any(score(each, entry) == 1.0 for each in (given, rewritten(given)))
 
 
+def last_number_right(prompt, text):
+    """Whether the last number of a text is the answer, in whatever form it is given: skill
+    without form (`flexible-extract` of other harnesses); None where the answer is no number."""
+    answer = str(prompt["answer"])
+    if not NUMBER.fullmatch(answer):
+        return None
+    found = NUMBER.findall(text)
+    return bool(found) and bool(equal(found[-1], answer))
+
+
 def read_problems(path):
     """The Table of prompts that can be graded."""
     prompts = read_answerable(path)
@@ -249,7 +267,8 @@ def read_problems(path):
 
 def grade(argv):
     """Writes rewards; returns their summary with `answered`, the share of rollouts that have a
-    final answer, and `agreement`, how often eval.py's grader says the same."""
+    final answer, `flexible`, the share whose last number is right (None: no answer is a
+    number), and `agreement`, how often eval.py's grader says the same."""
     p = files.parser(__doc__)
     p.add_argument("--prompts", required=True, help="problems of `make`")
     p.add_argument("--rollouts", required=True, help="rollouts of them")
@@ -271,13 +290,17 @@ def grade(argv):
     files.fill(args.out, "rewards", table.keys(), work, *how)
     agreed = []
     answered = []
+    flexible = []
     for reward in files.read(args.out, "rewards"):
         key = records.key_of(reward, "rewards")
         text = records.final_text(table[key])
         agreed.append(reward["reward"] == is_correct(text, prompts[key[:1]]["answer"]))
         answered.append(final_answer(text) is not None)
+        flexible.append(last_number_right(prompts[key[:1]], text))
     summary = rewards.summarise(args.out)
     summary |= {"agreement": float(np.mean(agreed)), "answered": float(np.mean(answered))}
+    numbers = [right for right in flexible if right is not None]
+    summary["flexible"] = float(np.mean(numbers)) if numbers else None
     print(
         f"experiments.real_tasks grade: {args.out}: {rewards.describe(summary)}; "
         f"{summary['answered']:.1%} have a final answer; eval.py's grader agrees on "
@@ -364,8 +387,9 @@ def measured(prompts, at):
     for reward in files.read(at / "sampled.rewards.jsonl", "rewards"):
         right.setdefault(reward["id"], []).append(reward["reward"] == 1.0)
     lengths, _ = summarise(at / "sampled.jsonl")
-    shares = {name: graded["sampled"][name] for name in ("answered", "agreement")}
+    shares = {name: graded["sampled"][name] for name in ("answered", "flexible", "agreement")}
     greedy = {"greedy": graded["greedy"]["reward_mean"]}
+    greedy["greedy_flexible"] = graded["greedy"]["flexible"]
     return accuracy(list(right.values())) | greedy | lengths | shares
 
 
@@ -453,7 +477,10 @@ def cell(row):
     best = row[f"pass@{row['n']}"]
     shares = f"{row['accuracy']:.2f} / {row['greedy']:.2f} / {best:.2f}"
     length = f"{row['length_mean']:.0f} tokens, {row['truncated']:.0%} cut"
-    return f"{shares}, {length}, {row['answered']:.0%} answered"
+    loose = ""
+    if row["flexible"] is not None:
+        loose = f" (last number {row['flexible']:.2f} / {row['greedy_flexible']:.2f})"
+    return f"{shares}{loose}, {length}, {row['answered']:.0%} answered"
 
 
 def table(argv):
@@ -481,7 +508,8 @@ def table(argv):
         lines.append([task, "-" if far[task] else "yes", *cells])
     low, high = FITS["student"]
     print(
-        f"{markdown(lines)}\nAccuracy at temperature 1 / greedy / pass@k of all samples; at "
+        f"{markdown(lines)}\nAccuracy at temperature 1 / greedy / pass@k of all samples; "
+        f"how often the last number is right at temperature 1 / greedy, whatever the form; at "
         f"temperature 1 mean length, share cut, share with a final answer.  A task fits if "
         f"{args.student} has {low} to {high}, {args.teacher} {FITS['teacher']} or more, both "
         f"at most {FITS['tokens']} tokens; the others follow by how far they are from that."

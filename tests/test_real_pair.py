@@ -87,3 +87,4 @@ def test_outcomes_are_those_of_the_evaluation(whole):
         greedy = load(whole / "seed0" / row["arm"] / "eval.jsonl")
         ended = [re.search(r"^#+ *\S", r["text"], re.M) is not None for r in greedy]
         assert row["greedy_answered"] == pytest.approx(np.mean(ended))
+        assert row["greedy_flexible"] >= row["greedy"], "an answer there is the last number"

@@ -104,6 +104,26 @@ def test_answers_to_a_file_are_compared_with_the_truth(sums, world, tmp_path):
     rewards, summary = graded(world, tmp_path, prompts, texts)
     assert rewards == [1, 1, 1, 0, 0, 0]
     assert (summary["agreement"], summary["answered"]) == (1, 4 / 6)
+    assert summary["flexible"] == 4 / 6, "a bare number counts, one behind it would not"
+
+
+@pytest.mark.parametrize(
+    "answer, text, right",
+    [
+        ("-34", "The final answer to 57 - 91 is -34.", True),
+        ("-34", "57 - 91 = -34, and \\boxed{34}", False),
+        ("5", "25-5", True),
+        ("1234.5", "so it costs $1,234.50", True),
+        ("1234", "12, 34", False),
+        ("7", "no number", False),
+        ("7", "", False),
+        (7, "seven: 7", True),
+        ("3/4", "3/4", None),
+        ("word", "word 5", None),
+    ],
+)
+def test_the_last_number_is_right_in_whatever_form(answer, text, right):
+    assert real_tasks.last_number_right({"answer": answer}, text) is right
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -235,7 +255,8 @@ def test_the_table_puts_first_what_a_student_can_learn(tmp_path, capsys):
         for arm, accuracy in (("student", student), ("teacher", teacher)):
             row = {"arm": arm, "task": task, "seed": 0, "step": 0, "accuracy": accuracy, "n": 4}
             row |= {"greedy": accuracy, "pass@4": accuracy, "length_mean": tokens}
-            rows.append(row | {"truncated": 0.0, "answered": 1.0})
+            loose = {"flexible": accuracy, "greedy_flexible": accuracy} if tokens > 40 else {}
+            rows.append(row | {"truncated": 0.0, "answered": 1.0, "flexible": None} | loose)
 
     add("easy", 0.9, 0.95)
     add("weak teacher", 0.2, 0.3)
@@ -249,6 +270,9 @@ def test_the_table_puts_first_what_a_student_can_learn(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[1] for line in lines[2:8]] == ["yes", *["-"] * 5]
     assert lines[7].endswith("| - |")
+    assert ["last number" in line for line in lines[2:8]] == [
+        line[2:6] == "long" for line in lines[2:8]
+    ]
     wrong = ["table", str(path), "--student", "pupil"]
     assert "arm: expected 'pupil', got student, teacher" in refusal(
         real_tasks.main, wrong, capsys
