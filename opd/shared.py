@@ -20,11 +20,28 @@ LONGEST = 2048  # tokens of a row with more than one answer: attention grows wit
 def answer_states(policy, prompts, answers, masks):
     """Hidden states [N, D] that predict the answers' tokens with mask 1, answer by answer.
     prompts, answers: a list of ids each; masks: 0 or 1 for each token of an answer."""
-    if policy.shares_prompts:
-        return states_in_rows(policy.model, prompts, answers, masks)
-    sequences = [prompt + answer for prompt, answer in zip(prompts, answers)]
-    positions = [response_positions(prompt, mask) for prompt, mask in zip(prompts, masks)]
-    return hidden_at(policy.model, sequences, positions)
+    texts = list(zip(prompts, answers, masks))
+    if not policy.shares_prompts:
+        return states_of_each(policy.model, texts)
+    sizes = [(len(prompt), len(answer)) for prompt, answer, _ in texts]
+    rows, _ = rows_of(map(tuple, prompts), sizes)
+    alone = [i for row in rows for i in row if len(row) == 1]  # may be long; need no mask
+    behind = [row for row in rows if len(row) > 1]
+    found = []
+    if alone:
+        found.append(states_of_each(policy.model, [texts[i] for i in alone]))
+    if behind:
+        found.append(states_in_rows(policy.model, texts, behind))
+    order = alone + sum(behind, [])
+    parts = torch.cat(found).split([sum(masks[i]) for i in order])
+    return torch.cat([part for _, part in sorted(zip(order, parts), key=lambda x: x[0])])
+
+
+def states_of_each(model, texts):
+    """The states of (prompt, answer, mask) triples, one row each."""
+    sequences = [prompt + answer for prompt, answer, _ in texts]
+    positions = [response_positions(prompt, mask) for prompt, _, mask in texts]
+    return hidden_at(model, sequences, positions)
 
 
 def answer_batches(policy, names, sizes, budget):
@@ -53,31 +70,29 @@ def rows_of(names, sizes):
     return rows, widths
 
 
-def states_in_rows(model, prompts, answers, masks):
-    """As `answer_states`, with all answers of `rows_of` in one row."""
-    sizes = [(len(prompt), len(answer)) for prompt, answer in zip(prompts, answers)]
-    rows, widths = rows_of(map(tuple, prompts), sizes)
-    width = max(widths)
+def states_in_rows(model, texts, rows):
+    """The states of (prompt, answer, mask) triples, row by row.  rows: lists of their indices,
+    each of one prompt."""
+    width = max(len(texts[row[0]][0]) + sum(len(texts[i][1]) for i in row) for row in rows)
     filled = torch.zeros(3, len(rows), width, dtype=torch.int64)
     ids, positions, owners = filled
     owners[:] = -1  # of padding; 0 of a prompt, 1, 2, ... of its answers
-    wanted = [None] * len(answers)  # where the states of an answer stand
+    wanted = []  # where the states stand
     for r, row in enumerate(rows):
-        last = (
-            len(prompts[row[0]]) - 1
-        )  # of the prompt: its state predicts the first token of every answer
-        parts = [prompts[row[0]], *(answers[i] for i in row)]
-        end = 0
-        for owner, part in enumerate(parts):
-            start, end = end, end + len(part)
-            first = last + 1 if owner else 0
-            ids[r, start:end] = torch.tensor(part, dtype=torch.int64)
-            positions[r, start:end] = torch.arange(first, first + len(part))
+        prompt = texts[row[0]][0]
+        end = len(prompt)
+        ids[r, :end] = torch.tensor(prompt)
+        positions[r, :end] = torch.arange(end)
+        owners[r, :end] = 0
+        for owner, i in enumerate(row, 1):
+            _, answer, mask = texts[i]
+            start, end = end, end + len(answer)
+            ids[r, start:end] = torch.tensor(answer)
+            positions[r, start:end] = len(prompt) + torch.arange(len(answer))
             owners[r, start:end] = owner
-            if owner:
-                i = row[owner - 1]
-                before = [last, *range(start, end - 1)]
-                wanted[i] = [r * width + p for p, m in zip(before, masks[i]) if m]
+            # the prompt's last state predicts an answer's first token
+            before = [len(prompt) - 1, *range(start, end - 1)]
+            wanted += [r * width + p for p, m in zip(before, mask) if m]
     weight = model.get_output_embeddings().weight
     ids, positions, owners = filled.to(weight.device)
     seen = (owners[:, None] == 0) | (owners[:, None] == owners[:, :, None])
@@ -87,8 +102,8 @@ def states_in_rows(model, prompts, answers, masks):
     hidden = model.get_decoder()(
         input_ids=ids, position_ids=positions, attention_mask=mask[:, None], use_cache=False
     ).last_hidden_state
-    flat = torch.tensor(sum(wanted, []), dtype=torch.int64, device=weight.device)
-    return hidden.flatten(0, 1)[flat].to(weight.dtype)
+    wanted = torch.tensor(wanted, dtype=torch.int64, device=weight.device)
+    return hidden.flatten(0, 1)[wanted].to(weight.dtype)
 
 
 @torch.no_grad()

@@ -89,6 +89,20 @@ def test_a_prompt_is_read_once(monkeypatch):
     assert read == [20 + 5 * 4]
 
 
+def test_a_long_answer_has_a_row_and_no_mask_of_its_square(monkeypatch):
+    monkeypatch.setattr(shared, "LONGEST", 16)
+    policy = tiny("Llama")
+    shared.share_prompts(policy)
+    masks = []
+    policy.model.get_decoder().register_forward_pre_hook(
+        lambda _, args, how: masks.append(how["attention_mask"]), with_kwargs=True
+    )
+    answers = [[6] * 40, [7] * 3, [8] * 40, [9] * 3]
+    shared.answer_states(policy, [[5] * 4] * 4, answers, [[1] * len(a) for a in answers])
+    four = [mask.shape[-1] for mask in masks if mask is not None and mask.dim() == 4]
+    assert max(four, default=0) <= 16
+
+
 @pytest.mark.parametrize("budget", [1, 30, 10**6])
 def test_batches_lose_nothing_and_keep_the_budget(budget):
     """A row that is longer than the budget has a batch of its own."""
