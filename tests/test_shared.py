@@ -14,6 +14,7 @@ import teacher
 from opd import shared
 from opd.policy import load_policy
 from opd.records import BadInput
+from opd.sampling import sample_batch
 
 V = 50
 TINY = dict(
@@ -101,6 +102,24 @@ def test_a_long_answer_has_a_row_and_no_mask_of_its_square(monkeypatch):
     shared.answer_states(policy, [[5] * 4] * 4, answers, [[1] * len(a) for a in answers])
     four = [mask.shape[-1] for mask in masks if mask is not None and mask.dim() == 4]
     assert max(four, default=0) <= 16
+
+
+def test_the_sampler_reads_a_prompt_once(world):
+    policy = load_policy(str(world.base))
+    read = []
+    policy.model.get_decoder().register_forward_pre_hook(
+        lambda _, args, how: read.append(tuple(how["input_ids"].shape)), with_kwargs=True
+    )
+    prompts = [[5, 6, 7], [8], [5, 6, 7], [5, 6, 7]]
+    draws = np.random.default_rng(0).random((4, 6))
+    how = dict(max_tokens=6, temperature=1.0, top_p=1.0)
+    answers = sample_batch(policy, prompts, draws, **how)
+    assert read[0] == (2, 3)
+    for i, answer in enumerate(answers):
+        (alone,) = sample_batch(policy, prompts[i : i + 1], draws[i : i + 1], **how)
+        assert answer.response_ids == alone.response_ids
+        assert answer.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+    assert len({tuple(answer.response_ids) for answer in answers}) > 2
 
 
 @pytest.mark.parametrize("budget", [1, 30, 10**6])
