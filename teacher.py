@@ -14,12 +14,13 @@ exactly that prefix, at temperature 1; with --top-k also the teacher's K likelie
 ending where the last token stands.  With --prompts the teacher reads other prompts than the
 student did: a model with the answer in its prompt can teach itself (OPSD, arXiv 2601.18734).
 
-Scoring starts with a self-test: one rollout is scored alone and inside a padded batch.  The
-difference is the noise floor; a teacher-student gap below it is no signal.  Token ids mean the
-same only if both models share a token -> id map and a template: both are compared by hash with
-the rollouts.  Another vocabulary is refused, another template unless it is meant.
+Scoring starts with a self-test: one rollout is scored alone and inside a padded batch (with
+--share-prompts in a row with others, where the first ones answer one prompt).  The difference
+is the noise floor; a teacher-student gap below it is no signal.  Token ids mean the same only
+if both models share a token -> id map and a template: both are compared by hash with the
+rollouts.  Another vocabulary is refused, another template unless it is meant.
 
-Simplifications: 1. one teacher a file; 2. no sequence packing.
+Simplifications: 1. one teacher a file.
 """
 
 import opd.quiet  # noqa: F401
@@ -198,8 +199,8 @@ def add_score_flags(p):
     p.add_argument(
         "--share-prompts",
         action="store_true",
-        help="read a prompt once for all its rollouts (opd/shared.py): faster, equal up to "
-        "rounding",
+        help="read a prompt once for rollouts in one batch (opd/shared.py): equal up to "
+        "rounding; gpt2, llama, mistral, olmo2, qwen2 and qwen3 without sliding windows",
     )
     p.add_argument(
         "--same-token",
@@ -289,7 +290,7 @@ def scorer_from_flags(args):
     else:
         policy = load_policy(args.model, args.dtype, args.device, args.template_options)
         if args.share_prompts:
-            share_prompts(policy)
+            share_prompts(policy, args.batch_tokens)
         tokenizer = policy.tokenizer
         identity = policy.identity
     vocabulary = policy.vocabulary if policy else vocabulary_size(tokenizer)

@@ -406,7 +406,7 @@ def main(argv=None):
             )
         if settings.shared_prompts:
             for model in filter(None, (policy, teacher)):
-                share_prompts(model)
+                share_prompts(model, settings.micro_batch_tokens)
         data = Data(own_files, method, policy, teacher, "stale" in args.allow)
         given = load_given(given_files, method, policy, teacher, data)
         if "teacher" not in args.allow:

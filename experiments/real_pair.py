@@ -34,12 +34,13 @@ import numpy as np
 
 from experiments import study
 from experiments.claims import finished_lines, markdown, more, plus_minus
-from experiments.real_tasks import last_number_right
+from experiments.real_tasks import mean_of_known, right_somehow
 from experiments.study import setting
-from opd import files
+from opd import files, records
 from opd.answers import final_answer
 from opd.policy import load_tokenizer
 from opd.records import BadInput
+from opd.shared import shares_prompts
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,6 @@ class Settings(study.Measured):
     opd_learning_rate: float = setting(1e-6, "of arms that read log-probs")
     rl_learning_rate: float = setting(1e-6, "of arms that read rewards")
     micro_batch_tokens: int = setting(1024, "tokens in one forward pass")
-    share_prompts: int = setting(
-        1, "read a prompt once for all its answers; 0 for models that refuse it", choices=(0, 1)
-    )
     max_tokens: int = setting(200, "longest answer", smoke=12)
     final_n: int = setting(2, "samples a problem at the end of an arm", smoke=1)
 
@@ -197,7 +195,7 @@ class Trial(study.Trial):
 
     def outcomes(self, prefix=""):
         """Of the last evaluation: the share of answers that have a final answer and of those
-        whose last number is right (training may mend the form alone), and how often each
+        that are right in whatever form (training may mend the form alone), and how often each
         problem was solved, by id."""
         problems = {str(p["id"]): p for p in files.read(self.heldout, "prompts")}
         right = {}
@@ -205,11 +203,12 @@ class Trial(study.Trial):
         loose = []
         for row in files.read(self.place / "eval.jsonl", "evals"):
             right.setdefault(row["id"], []).append(row["correct"])
-            answered.append(final_answer(row["text"]) is not None)
-            loose.append(last_number_right(problems[str(row["id"])], row["text"]))
+            text = records.final_text(row)
+            answered.append(final_answer(text) is not None)
+            loose.append(right_somehow(problems[str(row["id"])], text, row["correct"]))
         return {
             f"{prefix}answered": float(np.mean(answered)),
-            f"{prefix}flexible": float(np.mean([x for x in loose if x is not None] or [0])),
+            f"{prefix}flexible": mean_of_known(loose),
             f"{prefix}right": [float(np.mean(solved)) for _, solved in sorted(right.items())],
         }
 
@@ -228,11 +227,11 @@ class Trial(study.Trial):
         method = how["method"]
         rollouts = self.answer() if how["reads"] == "texts" else self.rollout()
         options = {"micro_batch_tokens": s.micro_batch_tokens, "dtype": s.dtype}
-        options["compute"] = {"shared_prompts": s.share_prompts}
+        options["compute"] = {"shared_prompts": int(shares_prompts(self.start))}
         if how["reads"] == "rewards":
             options["rewards"] = self.reward(rollouts)
         elif how["reads"] == "scores" and self.same_vocabulary:
-            scored = dict(top_k=20, dtype=s.dtype, share_prompts=bool(s.share_prompts))
+            scored = dict(top_k=20, dtype=s.dtype, share_prompts=shares_prompts(self.teacher))
             options["scores"], _ = self.teach(rollouts, **scored)
         elif how["reads"] == "scores":
             method = "simple-opd"

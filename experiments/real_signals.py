@@ -43,6 +43,7 @@ from opd.policy import load_policy, load_tokenizer, resume_identity
 from opd.records import BadInput
 from opd.rewards import rubric_reward
 from opd.sampling import ANSWER_STREAM, LocalSampler, Sampling, jobs_by_key
+from opd.shared import shares_prompts
 from opd.stats import auc, auc_by_prompt, interval
 from opd.tools import Toolbox
 
@@ -58,9 +59,6 @@ class Settings:
     max_tokens: int = setting(400, "longest answer", smoke=24)
     seed: int = setting(0, "of sampling")
     dtype: str = setting("float32", "of both models", choices=("float32", "bfloat16"))
-    share_prompts: int = setting(
-        1, "read a prompt once for all its answers; 0 for models that refuse it", choices=(0, 1)
-    )
     concurrency: int = setting(8, "requests to the judge at once")
     timeout: float = setting(3600.0, "seconds of silence of the judge that are a failure")
     judged: int = setting(0, "prompts that are judged; 0: all of them")
@@ -162,7 +160,7 @@ class Pair:
 
     def score(self, out, model, **options):
         s = self.settings
-        how = dict(model=model, dtype=s.dtype, share_prompts=bool(s.share_prompts))
+        how = dict(model=model, dtype=s.dtype, share_prompts=shares_prompts(model))
         return self.stage("teacher.py score", out, **how, **options)
 
     def rows(self, name, kind):

@@ -238,14 +238,21 @@ def is_right(prompt, text):
     return any(score(each, entry) == 1.0 for each in (given, rewritten(given)))
 
 
-def last_number_right(prompt, text):
-    """Whether the last number of a text is the answer, in whatever form it is given: skill
-    without form (`flexible-extract` of other harnesses); None where the answer is no number."""
+def right_somehow(prompt, text, right):
+    """Whether an answer is right, or the last number of its text is: skill without form (as
+    `flexible-extract` of other harnesses), with some chance hits; None where the truth is no
+    number."""
     answer = str(prompt["answer"])
     if not NUMBER.fullmatch(answer):
         return None
     found = NUMBER.findall(text)
-    return bool(found) and bool(equal(found[-1], answer))
+    return bool(right) or bool(found and equal(found[-1], answer))
+
+
+def mean_of_known(values):
+    """The mean of those that are not None, or None."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def read_problems(path):
@@ -267,8 +274,8 @@ def read_problems(path):
 
 def grade(argv):
     """Writes rewards; returns their summary with `answered`, the share of rollouts that have a
-    final answer, `flexible`, the share whose last number is right (None: no answer is a
-    number), and `agreement`, how often eval.py's grader says the same."""
+    final answer, `flexible`, the share that is right in whatever form (None: no answer is
+    a number), and `agreement`, how often eval.py's grader says the same."""
     p = files.parser(__doc__)
     p.add_argument("--prompts", required=True, help="problems of `make`")
     p.add_argument("--rollouts", required=True, help="rollouts of them")
@@ -296,11 +303,10 @@ def grade(argv):
         text = records.final_text(table[key])
         agreed.append(reward["reward"] == is_correct(text, prompts[key[:1]]["answer"]))
         answered.append(final_answer(text) is not None)
-        flexible.append(last_number_right(prompts[key[:1]], text))
+        flexible.append(right_somehow(prompts[key[:1]], text, reward["reward"]))
     summary = rewards.summarise(args.out)
     summary |= {"agreement": float(np.mean(agreed)), "answered": float(np.mean(answered))}
-    numbers = [right for right in flexible if right is not None]
-    summary["flexible"] = float(np.mean(numbers)) if numbers else None
+    summary["flexible"] = mean_of_known(flexible)
     print(
         f"experiments.real_tasks grade: {args.out}: {rewards.describe(summary)}; "
         f"{summary['answered']:.1%} have a final answer; eval.py's grader agrees on "

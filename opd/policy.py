@@ -42,7 +42,7 @@ class Policy:
         self.stop_ids = [i for i in stop_ids(model, tokenizer) if i < self.vocabulary]
         options = head_options(model, self.vocabulary)
         self.head_options = {"vocabulary": self.vocabulary} | options
-        self.shares_prompts = False  # see opd/shared.py
+        self.row_tokens = 0  # of rows that answers share (opd/shared.py); 0: they share none
 
     @property
     def device(self):

@@ -5,26 +5,28 @@
                                       e sees     a b and itself
 
 The states are those of one row an answer, up to rounding: attention is masked between answers
-("prefix sharing").  Of n answers to a prompt it saves n - 1 readings; every layer must attend
-to all that the mask shows, which `share_prompts` tries out.
+("prefix sharing").  Of n answers in a row it saves n - 1 readings of their prompt.  Every layer
+must attend to all that the mask shows: models of FAMILIES do, and tests hold each.
 """
 
 import torch
+import transformers
 
-from opd.policy import hidden_at, response_positions, token_batches
+from opd.policy import NO_CODE, find_folder, hidden_at, response_positions, token_batches
 from opd.records import BadInput
 
-LONGEST = 2048  # tokens of a row with more than one answer: attention grows with their square
+LONGEST = 2048  # tokens of answers that share a row: the mask grows with the row's square
+FAMILIES = ("gpt2", "llama", "mistral", "olmo2", "qwen2", "qwen3")
 
 
 def answer_states(policy, prompts, answers, masks):
     """Hidden states [N, D] that predict the answers' tokens with mask 1, answer by answer.
     prompts, answers: a list of ids each; masks: 0 or 1 for each token of an answer."""
     texts = list(zip(prompts, answers, masks))
-    if not policy.shares_prompts:
+    if not policy.row_tokens:
         return states_of_each(policy.model, texts)
     sizes = [(len(prompt), len(answer)) for prompt, answer, _ in texts]
-    rows, _ = rows_of(map(tuple, prompts), sizes)
+    rows, _, _ = rows_of(map(tuple, prompts), sizes, policy.row_tokens)
     alone = [i for row in rows for i in row if len(row) == 1]  # may be long; need no mask
     behind = [row for row in rows if len(row) > 1]
     found = []
@@ -47,27 +49,37 @@ def states_of_each(model, texts):
 def answer_batches(policy, names, sizes, budget):
     """Indices of answers so that (rows x longest row) of a batch is at most `budget` tokens
     (token_batches).  names: of the prompts; sizes: (tokens of the prompt, of the answer)."""
-    if not policy.shares_prompts:
+    if not policy.row_tokens:
         return token_batches([sum(size) for size in sizes], budget)
-    rows, widths = rows_of(names, sizes)
-    return [[i for r in batch for i in rows[r]] for batch in token_batches(widths, budget)]
+    rows, widths, ordinals = rows_of(names, sizes, policy.row_tokens)
+    batches = []
+    # a batch has one row a prompt: `answer_states` lays the same rows again
+    for ordinal in sorted(set(ordinals)):
+        some = [r for r, number in enumerate(ordinals) if number == ordinal]
+        for batch in token_batches([widths[r] for r in some], budget):
+            batches.append([i for b in batch for i in rows[some[b]]])
+    return batches
 
 
-def rows_of(names, sizes):
-    """(indices of the answers in each row, its tokens): the answers to one prompt, as far as
-    they have LONGEST tokens.  Arguments as of answer_batches."""
+def rows_of(names, sizes, most):
+    """(indices of the answers in each row, its tokens, how many rows its prompt has before it):
+    answers to one prompt share a row of at most `most` tokens, with LONGEST tokens of answers;
+    one answer may be longer.  names, sizes: see answer_batches."""
     rows = []
     widths = []
+    ordinals = []
     last = {}  # name: its last row
     for i, (name, (prompt, answer)) in enumerate(zip(names, sizes)):
         r = last.get(name)
-        if r is None or widths[r] + answer > LONGEST:
+        width = 0 if r is None else widths[r] + answer
+        if r is None or width > most or width - prompt > LONGEST:
+            ordinals.append(0 if r is None else ordinals[r] + 1)
             r = last[name] = len(rows)
             rows.append([])
             widths.append(prompt)
         rows[r].append(i)
         widths[r] += answer
-    return rows, widths
+    return rows, widths, ordinals
 
 
 def states_in_rows(model, texts, rows):
@@ -106,28 +118,29 @@ def states_in_rows(model, texts, rows):
     return hidden.flatten(0, 1)[wanted].to(weight.dtype)
 
 
-@torch.no_grad()
-def share_prompts(policy):
-    """Makes `answer_states` of a policy read a prompt once; BadInput for a model of which the
-    states are others then."""
-    config = policy.model.config.get_text_config()
+def obstacle(config):
+    """Why answers of a model cannot stand behind one prompt, or None."""
+    config = config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windows = getattr(config, "sliding_window", None)
-    tolerance = 1e-3 if policy.head.dtype == torch.float32 else 0.1  # of the largest state
-    few = [[(7 * i + j) % policy.vocabulary for j in range(3)] for i in range(5)]
-    asked = [few[0], few[0], few[1]], few[2:], [[1] * 3] * 3
-    plain = answer_states(policy, *asked)
-    policy.shares_prompts = True
-    try:
-        gap = float((answer_states(policy, *asked) - plain).abs().max() / plain.abs().max())
-    except Exception as error:  # a model's own code raises what it likes
-        gap = f"{type(error).__name__}: {error}"
-    got = gap if isinstance(gap, str) else f"states off by {gap:.2g} of the largest"
-    if kinds != {"full_attention"} or windows:
-        got = f"layers of {', '.join(sorted(kinds))}" + ", a sliding window" * bool(windows)
-    elif not isinstance(gap, str) and gap <= tolerance:
-        return
-    raise BadInput(
-        f"shared prompts: expected a model whose every layer attends to all that its mask "
-        f"shows, got {got}: go without"
-    )
+    if config.model_type not in FAMILIES:
+        return f"a model of type {config.model_type}"
+    if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
+        return f"layers of {', '.join(sorted(kinds))} with a sliding window"
+    return None
+
+
+def shares_prompts(name):
+    """Whether `share_prompts` takes the model of a folder or Hugging Face id."""
+    config = transformers.AutoConfig.from_pretrained(find_folder(name), **NO_CODE)
+    return obstacle(config) is None
+
+
+def share_prompts(policy, batch_tokens):
+    """Makes answers share rows of at most so many tokens; BadInput for a model of which the
+    states would be others."""
+    if found := obstacle(policy.model.config):
+        raise BadInput(
+            f"shared prompts: expected a model of {', '.join(FAMILIES)}, whose every layer "
+            f"attends to all that the mask shows, got {found}: go without"
+        )
+    policy.row_tokens = batch_tokens

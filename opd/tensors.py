@@ -43,7 +43,8 @@ class StepSettings:
 
 
 def micro_batches(policy, items, batch_tokens):
-    """Lists of items of like length whose padded forward pass has at most batch_tokens."""
+    """Lists of items whose padded forward pass has at most batch_tokens, in rows of like
+    length."""
     names = [s["key"][0] for s in items]
     sizes = [(len(s["prompt_ids"]), len(s["response_ids"])) for s in items]
     for batch in answer_batches(policy, names, sizes, batch_tokens):

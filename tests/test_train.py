@@ -187,7 +187,7 @@ def gradient(
     policy = policies.load_policy(str(model or world.base), dtype)
     helper = teacher and policies.load_policy(str(teacher))
     for each in filter(None, (policy, helper)) if share else ():
-        share_prompts(each)
+        share_prompts(each, micro)
     data = Data(own, method, policy, helper, allow_stale=model is not None)
     items = data.items(data.groups)
     for item in items if old else ():
