@@ -485,7 +485,7 @@ def cell(row):
     length = f"{row['length_mean']:.0f} tokens, {row['truncated']:.0%} cut"
     loose = ""
     if row["flexible"] is not None:
-        loose = f" (last number {row['flexible']:.2f} / {row['greedy_flexible']:.2f})"
+        loose = f" (any form {row['flexible']:.2f} / {row['greedy_flexible']:.2f})"
     return f"{shares}{loose}, {length}, {row['answered']:.0%} answered"
 
 
@@ -515,7 +515,7 @@ def table(argv):
     low, high = FITS["student"]
     print(
         f"{markdown(lines)}\nAccuracy at temperature 1 / greedy / pass@k of all samples; "
-        f"how often the last number is right at temperature 1 / greedy, whatever the form; at "
+        f"right in any form (or by the last number) at temperature 1 / greedy; at "
         f"temperature 1 mean length, share cut, share with a final answer.  A task fits if "
         f"{args.student} has {low} to {high}, {args.teacher} {FITS['teacher']} or more, both "
         f"at most {FITS['tokens']} tokens; the others follow by how far they are from that."
