@@ -38,8 +38,7 @@ def tiny(kind, attention="sdpa", **changes):
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
-    head = model.get_output_embeddings().weight
-    return SimpleNamespace(model=model, head=head, vocabulary=V, row_tokens=0)
+    return SimpleNamespace(model=model, row_tokens=0)
 
 
 def answers_to(prompts, count, seed=0, longest=9):
@@ -78,7 +77,7 @@ def test_states_and_gradients_are_those_of_one_row_an_answer(monkeypatch, kind, 
         torch.testing.assert_close(gradient(states), wanted, rtol=1e-3, atol=1e-4)
 
 
-def test_a_prompt_is_read_once(monkeypatch):
+def test_a_prompt_is_read_once():
     policy = tiny("Llama")
     shared.share_prompts(policy, 10**6)
     read = []
@@ -124,9 +123,9 @@ def test_the_sampler_reads_a_prompt_once(world):
 
 
 def planned(budget, longest, seed):
-    """A stand-in for a policy that shares, 60 random answers, their batches."""
+    """(prompts, sizes, batches) of 60 random answers, for a policy that shares."""
     policy = SimpleNamespace(row_tokens=budget)
-    asked, answers, masks = answers_to(PROMPTS, 60, seed, longest)
+    asked, answers, _ = answers_to(PROMPTS, 60, seed, longest)
     sizes = [(len(prompt), len(answer)) for prompt, answer in zip(asked, answers)]
     names = [str(prompt) for prompt in asked]
     return asked, sizes, shared.answer_batches(policy, names, sizes, budget)
