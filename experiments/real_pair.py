@@ -13,7 +13,8 @@ Arms, all with the same problems and number of updates:
     opd         reverse KL, on own answers, over the teacher's 20 likeliest tokens and one bin
                 for the rest; under a teacher of another vocabulary over the tokens that both
                 spell alike (methods.simct, its `simple-opd`)
-    ropd        rubrics by the judge, from own answers and four of the teacher's
+    ropd        rubrics from own answers and four of the teacher's: by the judge, or without one
+                by the predicates of experiments.real_checks, which know sums (chain_sum)
     shuffled    ropd's rewards dealt out at random within each group: must teach nothing
     answer      reward 1 for the right final answer, by eval.py's grader
     teacher     the teacher
@@ -34,10 +35,11 @@ import numpy as np
 
 from experiments import study
 from experiments.claims import finished_lines, markdown, more, plus_minus
+from experiments.real_checks import asked
 from experiments.real_tasks import mean_of_known, right_somehow
 from experiments.study import setting
 from opd import files, records
-from opd.answers import final_answer
+from opd.answers import final_answer, question_of
 from opd.policy import load_tokenizer
 from opd.records import BadInput
 from opd.shared import shares_prompts
@@ -119,10 +121,12 @@ def build(run):
             f"{s.prompts}, got {found}"
         )
     if not s.judge and {"ropd", "shuffled"} & set(run.arms):
-        raise BadInput(
-            "--arms ropd, shuffled: expected --judge and --judge-url: predicates know running "
-            "sums alone"
-        )
+        for problem in files.read(path, "prompts"):
+            if asked(question_of(problem)) is None:
+                raise BadInput(
+                    f"{path}: id {problem['id']!r}: expected a sum (chain_sum): without "
+                    f"--judge, ropd and shuffled have experiments.real_checks alone"
+                )
 
 
 def prepare(run, seed):
@@ -243,7 +247,7 @@ class Trial(study.Trial):
         s = self.settings
         if "answer" in self.how:
             return self.grade(rollouts, grader="answer")[0]
-        common = {}
+        common = {} if self.run.smoke else {"predicates": "experiments.real_checks"}
         if s.judge:
             common = dict(model=s.judge, base_url=s.judge_url, timeout=3600)
             common["cache"] = self.place / "judge.jsonl"

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from conftest import load, same_bits, weights
 
-from experiments import real_pair
+from experiments import real_checks, real_pair
+from opd.records import BadInput
+from worlds.predicates import Check
 
 
 class Killed(Exception):
@@ -88,3 +90,70 @@ def test_outcomes_are_those_of_the_evaluation(whole):
         ended = [re.search(r"^#+ *\S", r["text"], re.M) is not None for r in greedy]
         assert row["greedy_answered"] == pytest.approx(np.mean(ended))
         assert row["greedy_flexible"] >= row["greedy"], "an answer there is the last number"
+
+
+# ---- the predicates that stand in for a judge
+
+QUESTION = (
+    "State the final answer to the following arithmetic problem: 30 + 81 - 95 =\n\nThink."
+)
+
+
+@pytest.mark.parametrize(
+    "text, failed",
+    [
+        (r"30 + 81 = 111, 111 - 95 = 16, so \boxed{16}.", {"restates"}),
+        (r"\(30 + 81 - 95 = 16\), so \boxed{16}.", set()),
+        (r"\[ 30+81-95 = \boxed{16} \]", {"restates", "no_formula"}),
+        (r"\boxed{16}", {"restates", "work_right", "follows"}),
+        (
+            r"30 + 81 - 95 = 17, so \boxed{17}.",
+            {"total_right", "work_right", "nothing_wrong"},
+        ),
+        (
+            r"30 + 81 = 112, 112 - 95 = 16, so \boxed{16}.",
+            {"restates", "work_right", "nothing_wrong"},
+        ),
+        (r"30 + 81 - 95 = 16. The answer is 16.", {"boxed", "one_result"}),
+        (r"30 + 81 - 95 = 16", {"answered", "boxed", "one_result", "total_right", "follows"}),
+        (
+            "1. 30 + 81 − 95\n2. is = 16, \\boxed{16}",
+            {"restates", "work_right", "follows", "no_steps", "one_line"},
+        ),
+    ],
+)
+def test_predicates_name_what_an_answer_lacks(text, failed):
+    general = {n: c for n, c in real_checks.CHECKS.items() if c.propose is Check.propose}
+    del general["starts_bare"]
+    assert {n for n, c in general.items() if not c.test(QUESTION, text)} == failed
+
+
+def test_predicates_bear_any_text():
+    texts = [
+        "",
+        "\\boxed{",
+        "9" * 5000 + " + 1 = " + "9" * 5000,
+        "² + ٣ = ٣",
+        "- - = -",
+        "\x00",
+    ]
+    for text in texts:
+        for question in (QUESTION, "What is love?", ""):
+            for check in real_checks.CHECKS.values():
+                for arguments in check.propose([text or "x"]):
+                    assert check.test(question, text, *arguments) in (True, False)
+
+
+def test_the_sum_asked_for_is_known_or_refused(tmp_path):
+    assert real_checks.asked(QUESTION) == 16
+    assert real_checks.asked("... problem: -3 + 2 =") == -1
+    assert real_checks.asked("What is 3 + 2?") is None
+    row = {
+        "id": "p",
+        "messages": [{"role": "user", "content": "What is 3 + 2?"}],
+        "answer": "5",
+    }
+    (tmp_path / "train.jsonl").write_text((json.dumps(row) + "\n") * 1)
+    words = f"--student s --teacher t --problems {tmp_path} --out {tmp_path}/out --rounds 1 "
+    with pytest.raises(BadInput, match="train.jsonl: id 'p': expected a sum"):
+        real_pair.main((words + "--prompts 1 --arms ropd").split())
