@@ -153,7 +153,7 @@ def test_the_sum_asked_for_is_known_or_refused(tmp_path):
         "messages": [{"role": "user", "content": "What is 3 + 2?"}],
         "answer": "5",
     }
-    (tmp_path / "train.jsonl").write_text((json.dumps(row) + "\n") * 1)
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
     words = f"--student s --teacher t --problems {tmp_path} --out {tmp_path}/out --rounds 1 "
     with pytest.raises(BadInput, match="train.jsonl: id 'p': expected a sum"):
         real_pair.main((words + "--prompts 1 --arms ropd").split())
