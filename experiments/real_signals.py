@@ -4,8 +4,8 @@
         --judge NAME --judge-url http://localhost:8011/v1 --out runs/signals
     python -m experiments.real_signals ... --parts base positions   # some of the parts
 
-One fixed set of the student's rollouts, and OUT/signals.json with an entry a part; `base` comes
-first, `prefix` before `continue`:
+One fixed set of the student's rollouts, and OUT/signals.json with an entry a part, drawn in
+OUT/signals.png; `base` comes first, `prefix` before `continue`:
 
     base       the rollouts, who is right, log-probs of student and teacher
     positions  log mu - log p_T a token, whose expectation is the reverse KL, by position,
@@ -39,6 +39,7 @@ from experiments.study import Run, add_settings, say, setting, settings_of, vers
 from methods.sod.weights import measure_file, open_tables
 from opd import files, records
 from opd.answers import final_answer, is_correct
+from opd.pictures import COLOURS, new_picture, tidy
 from opd.policy import load_policy, load_tokenizer, resume_identity
 from opd.records import BadInput
 from opd.rewards import rubric_reward
@@ -492,6 +493,60 @@ def support(pair):
     return found | {"prompts solved by": {name: len(some) for name, some in counts.items()}}
 
 
+# ---- the picture
+
+
+def draw_positions(axes, part):
+    """Gap to the teacher by position, of all answers and of the long ones."""
+    for i, name in enumerate(("by_position", "by_position, long answers")):
+        rows = part[name]
+        axes.errorbar(
+            range(len(rows)),
+            [row["mean"] for row in rows],
+            yerr=[row["half"] or 0 for row in rows],
+            color=COLOURS[i],
+            marker="os"[i],
+            capsize=3,
+            label=("all answers", f"of at least {LONG} tokens")[i],
+        )
+    rows = part["by_position"]
+    axes.set_xticks(range(len(rows)), [row["low"] for row in rows])
+    axes.set(xlabel="positions from this token on", ylabel="log mu - log p_T a token")
+    axes.axhline(0, color="0.6", linewidth=1)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def draw_aucs(axes, part):
+    """AUC of every signal, the best on top."""
+    known = {name: row for name, row in part["auc"].items() if row["mean"] is not None}
+    order = sorted(known, key=lambda name: known[name]["mean"])
+    axes.errorbar(
+        [known[name]["mean"] for name in order],
+        range(len(order)),
+        xerr=[known[name]["half"] or 0 for name in order],
+        color=COLOURS[0],
+        fmt="o",
+        capsize=3,
+    )
+    axes.axvline(0.5, color="0.6", linewidth=1)
+    axes.set_yticks(range(len(order)), order)
+    axes.set(xlabel="right against wrong answers to one prompt: AUC", xlim=(0, 1))
+
+
+def figure(found):
+    """The matplotlib figure of what signals.json has of `positions` and `ropd`; means and 95 %
+    intervals over prompts.  None where there is neither."""
+    panels = {"positions": draw_positions, "ropd": draw_aucs}
+    panels = {name: draw for name, draw in panels.items() if name in found}
+    if not panels:
+        return None
+    picture = new_picture(4.8 * len(panels), 3.6)
+    for axes, name in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels):
+        panels[name](axes, found[name])
+        tidy(axes)
+    return picture
+
+
 # ---- the command
 
 PARTS = {
@@ -534,6 +589,8 @@ def main(argv=None):
         made = {"settings": dataclasses.asdict(run.settings), "versions": versions()}
         found[name] = PARTS[name](pair) | made
         files.write_atomically(path, json.dumps(found, indent=1) + "\n")
+        if picture := figure(found):
+            picture.savefig(path.with_suffix(".png"))
     return {"out": str(path), "failed": pair.failed}
 
 

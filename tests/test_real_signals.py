@@ -55,6 +55,19 @@ def test_the_teacher_goes_on_from_the_cut_and_from_half_of_the_rest():
         assert places["later"] == blocks + (n - blocks) // 2 < n
 
 
+def test_the_picture_shows_the_parts_that_are_there():
+    row = {"mean": 0.5, "half": None, "prompts": 1}
+    spans = [{"low": 0, "high": 4} | row, {"low": 4, "high": 8} | row]
+    positions = {"by_position": spans, "by_position, long answers": spans[:1]}
+    auc = {"shorter": row | {"mean": 0.25}, "rubric": row, "judge": row | {"mean": None}}
+    assert real_signals.figure({"prefix": {}}) is None
+    picture = real_signals.figure({"positions": positions, "ropd": {"auc": auc}})
+    at, aucs = picture.axes
+    assert [line.get_xydata().tolist() for line in at.lines[:1]] == [[[0, 0.5], [1, 0.5]]]
+    assert [label.get_text() for label in at.get_xticklabels()] == ["0", "4"]
+    assert [label.get_text() for label in aucs.get_yticklabels()] == ["shorter", "rubric"]
+
+
 @pytest.fixture
 def pair(world, tmp_path):
     """A Pair with rollouts of the world, half of them cut after their first block."""
