@@ -79,8 +79,8 @@ def resample(values, draws=10000):
 
 
 def finished_lines(path):
-    """{seed: {arm: its result lines in order of steps}} of the arms that were run to their
-    end."""
+    """A seed each {arm: its result lines in order of steps}, of the arms that were run to
+    their end."""
     seeds = {}
     for row in sorted(files.read(path, "results"), key=lambda row: row["step"]):
         seeds.setdefault(row["seed"], {}).setdefault(row["arm"], []).append(row)

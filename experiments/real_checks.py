@@ -9,58 +9,91 @@ predicate sees the `answer` field; `total_right` redoes the sum of the question.
 """
 
 import re
+from fractions import Fraction
 
-from opd.answers import equal, final_answer
-from worlds.predicates import DECOYS as LAYOUT
+from opd.answers import equal, final_answer, last_boxed
+from worlds.predicates import DECOYS as WORLD_DECOYS
 from worlds.predicates import QUALITY, REASONING, TASK, Check
 
-TERM = r"\d{1,9}"
-SUM = rf"-?{TERM}(?: [+-] {TERM})*"
-EQUATION = re.compile(rf"(?<![\d+-] )(?<!\d)(-?{TERM}(?: ?[+-] ?{TERM})+) ?= ?(-?{TERM})(?!\d)")
+NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
+SUM = rf"-? ?{NUMBER}(?: ?[+-] ?-?{NUMBER})*"
+# whole numbers only, and no part of a product or of a longer number
+CHAIN = re.compile(
+    rf"(?<![\w.+*/^-])(?<![)+*/^-] ){SUM}(?: ?= ?{SUM})+(?![\w^]|[.,]\d| ?[+*/-] ?[\d(])"
+)
+REWRITINGS = (  # to plain text, in this order
+    (r"(?m)^\s*(?:[-*•]|\d+[.)]|Step \d+[.:]?)\s+", " "),
+    ("[\N{MINUS SIGN}\N{EN DASH}]", "-"),
+    (r"(?<=\d)(?:\{,\}|,|\\,)(?=\d{3}(?!\d))", ""),
+    (r"\\times|\\cdot|×", "*"),
+    (r"\\[a-zA-Z]+|\\.|\*\*|[${}&]", " "),
+    (r"\s+", " "),
+)
+
+
+def plain(text):
+    """Arithmetic without markup, on one line."""
+    for pattern, new in REWRITINGS:
+        text = re.sub(pattern, new, text)
+    return text.strip()
 
 
 def value(expression):
     """The value of "30 + 81 - 95"."""
-    return sum(int(term) for term in re.findall(r"[+-]?\d+", expression.replace(" ", "")))
+    compact = expression.replace(" ", "").replace("+-", "-").replace("--", "+")
+    return sum(Fraction(term) for term in re.findall(r"[+-]?[\d.]+", compact))
 
 
-def asked(question):
-    """The value of the sum that a question asks for, or None."""
+def sum_asked(question):
+    """The sum that a question asks for, "30 + 81 - 95", or None."""
     found = re.search(rf"problem: ({SUM}) =", question)
-    return value(found[1]) if found else None
+    return found[1] if found else None
 
 
-def equations(text):
-    """Every equation with a sum on its left, as (value of the left, right)."""
-    plain = re.sub(r"\\[()\[\]]|\\boxed|[${}]", "", text).replace("\N{MINUS SIGN}", "-")
-    return [(value(left), int(right)) for left, right in EQUATION.findall(plain)]
-
-
-def total_right(question, text):
-    total, final = asked(question), final_answer(text)
-    return total is not None and final is not None and equal(final, str(total))
-
-
-def follows(question, text):
-    found, final = equations(text), final_answer(text)
-    return bool(found) and final is not None and equal(final, str(found[-1][1]))
+def chains(text):
+    """Every equation of sums, as (whether it is right, the value of its end).  In a running
+    one, 30 + 81 = 111 - 95 = 16, a side may equal the first number of the next."""
+    found = []
+    for match in CHAIN.finditer(plain(text)):
+        sides = re.split(" ?= ?", match[0])
+        if all(re.fullmatch(f"-? ?{NUMBER}", side) for side in sides):
+            continue  # 16 = 16
+        right = all(
+            value(a) in (value(b), value(re.match(f"-? ?{NUMBER}", b)[0]))
+            for a, b in zip(sides, sides[1:])
+        )
+        found.append((right, value(sides[-1])))
+    return found
 
 
 def all_right(text):
-    return all(left == right for left, right in equations(text))
+    return all(right for right, _ in chains(text))
 
 
-CHECKS = {
+def total_right(question, text):
+    total, final = sum_asked(question), final_answer(text)
+    return None not in (total, final) and equal(final, str(value(total)))
+
+
+def follows(question, text):
+    found, final = chains(text), final_answer(text)
+    return bool(found) and final is not None and equal(final, str(found[-1][1]))
+
+
+def restates(question, text):
+    total = sum_asked(question)
+    words = re.escape(total or "").replace(r"\ ", " ?")
+    return bool(total and re.search(rf"(?<![\d.]){words}(?!\d)", plain(text)))
+
+
+MERITS = {
     "answered": Check(
         TASK,
         "The answer commits to a final result.",
         lambda q, t: final_answer(t) is not None,
     ),
     "boxed": Check(
-        TASK, "The final result stands within \\boxed{{}}.", lambda q, t: "\\boxed{" in t
-    ),
-    "one_result": Check(
-        QUALITY, "Exactly one result is boxed.", lambda q, t: t.count("\\boxed{") == 1
+        TASK, "The final result stands within \\boxed{{}}.", lambda q, t: bool(last_boxed(t))
     ),
     "total_right": Check(
         TASK, "The final result is the value of the sum that was asked for.", total_right
@@ -68,24 +101,32 @@ CHECKS = {
     "work_right": Check(
         REASONING,
         "At least one equation is written out, and every one of them is right.",
-        lambda q, t: bool(equations(t)) and all_right(t),
+        lambda q, t: bool(chains(t)) and all_right(t),
     ),
     "nothing_wrong": Check(
-        REASONING, "No equation that is written out is wrong.", lambda q, t: all_right(t)
+        REASONING, "No equation is written out that is wrong.", lambda q, t: all_right(t)
     ),
     "follows": Check(
         REASONING, "The final result is that of the last equation written out.", follows
     ),
-    "no_steps": Check(QUALITY, "No list of steps is written.", lambda q, t: "1. " not in t),
+}
+DECOYS = {
+    "no_steps": Check(
+        QUALITY,
+        "The answer has no list.",
+        lambda q, t: not re.search(r"(?m)^\s*(?:[-*•]|\d+[.)]|Step \d)", t),
+    ),
     "no_code": Check(QUALITY, "No program is written.", lambda q, t: "```" not in t),
-    "no_formula": Check(QUALITY, "No formula stands on its own.", lambda q, t: "\\[" not in t),
+    "no_formula": Check(
+        QUALITY,
+        "No formula stands on a line of its own.",
+        lambda q, t: not re.search(r"(?<!\\)\\\[|\$\$|\\begin\{", t),
+    ),
     "brief": Check(
         QUALITY, "The answer has fewer than 200 characters.", lambda q, t: len(t) < 200
     ),
-    "one_line": Check(QUALITY, "The answer is one line.", lambda q, t: "\n" not in t),
-    "restates": Check(
-        QUALITY,
-        "The answer repeats the sum that was asked for.",
-        lambda q, t: bool(found := re.search(rf"problem: ({SUM}) =", q)) and found[1] in t,
-    ),
-} | {name: LAYOUT[name] for name in ("length_band", "opens_with", "starts_bare")}
+    "one_line": Check(QUALITY, "The answer is one line.", lambda q, t: "\n" not in t.strip()),
+    "restates": Check(QUALITY, "The answer repeats the sum that was asked for.", restates),
+    "length_band": WORLD_DECOYS["length_band"],
+}
+CHECKS = MERITS | DECOYS

@@ -27,6 +27,7 @@ once more, with intervals over problems.
 """
 
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,12 @@ import numpy as np
 
 from experiments import study
 from experiments.claims import finished_lines, markdown, more, plus_minus
-from experiments.real_checks import asked
+from experiments.real_checks import sum_asked
 from experiments.real_tasks import mean_of_known, right_somehow
 from experiments.study import setting
 from opd import files, records
 from opd.answers import final_answer, question_of
-from opd.policy import load_tokenizer
+from opd.policy import find_folder, hash_weights, load_tokenizer
 from opd.records import BadInput
 from opd.shared import shares_prompts
 
@@ -71,6 +72,8 @@ class Settings(study.Measured):
         super().__post_init__()
         if not (self.student and self.teacher and self.problems):
             raise BadInput("expected --student, --teacher and --problems (or --smoke)")
+        if bool(self.judge) != bool(self.judge_url):
+            raise BadInput("--judge, --judge-url: expected both or neither")
 
 
 ARMS = {
@@ -107,7 +110,7 @@ CLAIMS = [more(*each) for each in COMPARED]
 
 
 def build(run):
-    """The tiny world of --smoke; else everything is given, and has to be enough."""
+    """The tiny world of --smoke; else everything is given, has to be enough, and stays."""
     s = run.settings
     if run.smoke:
         sizes = dict(train_prompts=16, eval_prompts=4, clean=8, mixed=8)
@@ -122,11 +125,19 @@ def build(run):
         )
     if not s.judge and {"ropd", "shuffled"} & set(run.arms):
         for problem in files.read(path, "prompts"):
-            if asked(question_of(problem)) is None:
+            question = question_of(problem)
+            if sum_asked(question) is None:
                 raise BadInput(
-                    f"{path}: id {problem['id']!r}: expected a sum (chain_sum): without "
-                    f"--judge, ropd and shuffled have experiments.real_checks alone"
+                    f"{path}: id {problem['id']!r}: expected a sum as chain_sum asks for, got "
+                    f"{question[:60]!r}: without --judge, ropd and shuffled have "
+                    f"experiments.real_checks alone"
                 )
+    models = {"student": s.student, "teacher": s.teacher}
+    inputs = {name: hash_weights(find_folder(model)) for name, model in models.items()}
+    for split in ("train", s.eval_split):
+        problems = path.with_name(f"{split}.jsonl")
+        inputs[problems.name] = files.hash_file(problems)["sha256"]
+    run.keep("inputs", inputs)
 
 
 def prepare(run, seed):
@@ -169,6 +180,9 @@ class Trial(study.Trial):
         for row in self.rows:
             self.run.record(row)
         self.row = self.rows[-1]
+        for model in self.place.glob("round*/model"):
+            if str(model) != self.model:
+                shutil.rmtree(model)  # a kill has left it
         done = kept["done"]
         due = done == self.rounds or self.due(done)
         if due and self.rows[-1]["step"] != self.step(done):

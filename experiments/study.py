@@ -171,20 +171,36 @@ class Run:
         self.smoke = smoke
         self.started = time.time()
         self.out.mkdir(parents=True, exist_ok=True)
-        self.keep_settings()
+        self.keep("experiment", dataclasses.asdict(settings))
         self.commands = open(self.out / "commands.sh", "a", encoding="utf-8")
         self.log = open(self.out / "stages.log", "a", encoding="utf-8")
 
-    def keep_settings(self):
-        """Writes OUT/experiment.json, or refuses the folder of other settings."""
-        kept, settings = self.out / "experiment.json", dataclasses.asdict(self.settings)
+    def keep(self, name, conditions):
+        """Writes the dict OUT/NAME.json, or refuses a folder that was begun with another."""
+        kept = self.out / f"{name}.json"
         if kept.exists():
-            difference = files.first_difference(json.loads(kept.read_text()), settings)
+            difference = files.first_difference(json.loads(kept.read_text()), conditions)
             if difference:
                 raise records.BadInput(
                     f"{self.out}: was begun with {difference}: give another --out"
                 )
-        files.write_atomically(kept, json.dumps(settings, indent=1) + "\n")
+        files.write_atomically(kept, json.dumps(conditions, indent=1) + "\n")
+
+    @contextlib.contextmanager
+    def alone(self):
+        """Holds a lock, for two runs would remove each other's half-done lines."""
+        path = Path(f"{self.results}.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = files.open_locked(path)
+        except BlockingIOError:
+            raise records.BadInput(
+                f"{self.results}: another process is running this study: wait for it, or give "
+                f"another --out"
+            ) from None
+        with lock:
+            yield
+            path.unlink(missing_ok=True)
 
     def stage(self, command, **options):
         """Runs `stage.py` or `package.module`, with a verb if it has some, and flags; returns
@@ -615,11 +631,12 @@ def conduct(study, doc, argv=None):
     settings = settings_of(args, study.settings)
     run = Run(out, settings, arms, results, command, args.smoke)
     say(f"{study.about}: arms {', '.join(arms)}; every command goes to {out}/commands.sh")
-    done = finished(results, dataclasses.asdict(settings))
-    study.build(run)
-    for seed in range(args.seeds):
-        study.prepare(run, seed)
-        run_arms(study, run, seed, done)
+    with run.alone():
+        done = finished(results, dataclasses.asdict(settings))
+        study.build(run)
+        for seed in range(args.seeds):
+            study.prepare(run, seed)
+            run_arms(study, run, seed, done)
     return report(study, run, claims=args.claims or not study.default_arms)
 
 

@@ -53,8 +53,9 @@ def last_boxed(text):
 
 
 def last_marked(text):
-    """What follows the last `####` of a line, else the last `#`s, or None."""
-    for mark in ("####", "#+"):
+    """What follows the last `####` of a line, else the last `#`s, or None: "## Step 1" is a
+    heading, "#12" and "# 12" are answers."""
+    for mark in ("####", r"#+(?!#|[^\S\n]+[^\W\d_])"):
         if found := re.findall(rf"^{mark}[^\S\n]*(\S.*)$", text, re.M):
             return found[-1].strip()
     return None
@@ -70,7 +71,7 @@ def last_stated(text):
 
 def final_answer(text):
     """The final answer a text commits to, or None: the last \\boxed{...}, else what follows the
-    last `####` of a line, else the last `#`s, else "answer is".
+    last `####` of a line, else the last `#`s that begin no heading, else "answer is".
 
     final_answer("7+5=12\\n#12") -> "12";   final_answer("... so \\\\boxed{\\\\frac{1}{2}}") ->
                                             "\\\\frac{1}{2}";   final_answer("12") -> None.

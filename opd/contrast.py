@@ -42,7 +42,7 @@ def contrast(library, question, references, attempts, most=8):
 
     A predicate qualifies when at least 3/4 of the teacher's answers pass it.  They are ranked
     by the gap between the teacher's and the students' pass rate; ties are broken by a hash, not
-    by the library's order.
+    by the library's order.  Where fewer than four have a gap above 0, others fill up to four.
 
     references ["7+5=12\\n#12"] * 4, attempts ["#11", "#13"] on "7+5=?" put `total_right` (gap
     1) among the first."""

@@ -529,7 +529,7 @@ def stop_if_failing(out, failures, done, total, limit):
     nothing_works = not done and len(failures) >= min(limit.first, total)
     if len(failures) > allowed or nothing_works:
         raise BadInput(
-            f"{out}: {len(failures)} of {total} requests failed, {done} succeeded and are "
+            f"{out}: {len(failures)} of {total} records failed, {done} succeeded and are "
             f"kept; more than --max-failure-rate {limit.rate} allows "
             f"(last: {failures[-1]}): {limit.advice}"
         )

@@ -5,9 +5,13 @@ import re
 
 import numpy as np
 import pytest
-from conftest import load, same_bits, weights
+from conftest import argv, dump, load, same_bits, weights
+from test_rubric import rollout
 
+import rubric
 from experiments import real_checks, real_pair
+from experiments.study import Run
+from opd import files
 from opd.records import BadInput
 from worlds.predicates import Check
 
@@ -45,6 +49,8 @@ def test_a_killed_arm_ends_as_an_undisturbed_one(whole, tmp_path, monkeypatch, p
     with pytest.raises(Killed):
         real_pair.main([*WORDS, str(tmp_path)])
     monkeypatch.undo()
+    if number:  # a kill after a round's state was written leaves the model before
+        (tmp_path / "seed0" / "opd" / "round0" / "model").mkdir(exist_ok=True)
     real_pair.main([*WORDS, str(tmp_path)])
     changing = {"seconds", "command"}
     rows = [
@@ -58,6 +64,30 @@ def test_a_killed_arm_ends_as_an_undisturbed_one(whole, tmp_path, monkeypatch, p
     assert [row["step"] for row in rows[0] if row["arm"] == "opd"] == [0, 1, 2]
     folders = [at / "seed0" / "opd" / "round1" / "model" for at in (whole, tmp_path)]
     assert same_bits(*map(weights, folders))
+    assert len(list(tmp_path.glob("seed0/opd/round*/model"))) == 1
+
+
+def test_a_study_is_run_once_at_a_time(tmp_path):
+    (tmp_path / "results.jsonl").touch()
+    with files.open_locked(tmp_path / "results.jsonl.lock"):
+        with pytest.raises(BadInput, match="results.jsonl: another process is running"):
+            real_pair.main([*WORDS, str(tmp_path)])
+    assert list(tmp_path.glob("*/*")) == []  # nothing was begun
+
+
+def test_a_run_goes_on_with_the_models_and_problems_that_it_began_with(world, tmp_path):
+    """...whatever lies at their paths by now."""
+    row = {"id": "p", "prompt": "1+1=?", "answer": "2"}
+    for split in ("train", "heldout"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    given = dict(student=str(world.base), teacher=str(world.teacher), problems=str(tmp_path))
+    settings = real_pair.Settings(**given, rounds=1, prompts=1)
+    run = Run(tmp_path / "out", settings, ["opd"], None, None)
+    real_pair.build(run)
+    real_pair.build(run)
+    (tmp_path / "heldout.jsonl").write_text(json.dumps(row | {"answer": "3"}) + "\n")
+    with pytest.raises(BadInput, match="out: was begun with heldout.jsonl = "):
+        real_pair.build(run)
 
 
 def test_differences_are_paired_by_problem(tmp_path):
@@ -97,6 +127,9 @@ def test_outcomes_are_those_of_the_evaluation(whole):
 QUESTION = (
     "State the final answer to the following arithmetic problem: 30 + 81 - 95 =\n\nThink."
 )
+WRONG = {"work_right", "nothing_wrong"}
+ENDS = {"total_right", "follows"}
+LISTED = {"no_steps", "one_line"}
 
 
 @pytest.mark.parametrize(
@@ -104,27 +137,26 @@ QUESTION = (
     [
         (r"30 + 81 = 111, 111 - 95 = 16, so \boxed{16}.", {"restates"}),
         (r"\(30 + 81 - 95 = 16\), so \boxed{16}.", set()),
-        (r"\[ 30+81-95 = \boxed{16} \]", {"restates", "no_formula"}),
+        (r"30 + 81 - 95 = 111 - 95 = 16, so \boxed{16}.", set()),
+        (r"30 + 81 = 111 - 95 = 16, so \boxed{16}.", {"restates"}),
+        (r"30 + 81 = 111 - 95 = 17, so \boxed{16}.", {"restates", *WRONG, "follows"}),
+        (r"30 + 81 - 95 = **16**, so \boxed{16}.", set()),
+        (r"\(30 + 81 = 111\)\(111 - 95 = 16\), so \boxed{16}.", {"restates"}),
+        (r"\[ 30+81-95 = \boxed{16} \]", {"no_formula"}),
         (r"\boxed{16}", {"restates", "work_right", "follows"}),
-        (
-            r"30 + 81 - 95 = 17, so \boxed{17}.",
-            {"total_right", "work_right", "nothing_wrong"},
-        ),
-        (
-            r"30 + 81 = 112, 112 - 95 = 16, so \boxed{16}.",
-            {"restates", "work_right", "nothing_wrong"},
-        ),
-        (r"30 + 81 - 95 = 16. The answer is 16.", {"boxed", "one_result"}),
-        (r"30 + 81 - 95 = 16", {"answered", "boxed", "one_result", "total_right", "follows"}),
-        (
-            "1. 30 + 81 − 95\n2. is = 16, \\boxed{16}",
-            {"restates", "work_right", "follows", "no_steps", "one_line"},
-        ),
+        (r"30 + 81 - 95 = 17, so \boxed{17}.", {"total_right", *WRONG}),
+        (r"30 + 81 - 95 = 16.5, so \boxed{16}.", {*WRONG, "follows"}),
+        (r"1,030 + 81 = 1,111 and 2 * 30 + 81 = 141, so \boxed{16}.", {"restates", "follows"}),
+        (r"30 + 81 = 112, 112 - 95 = 16, so \boxed{16}.", {"restates", *WRONG}),
+        (r"30 + 81 - 95 = 16. The answer is 16.", {"boxed"}),
+        (r"30 + 81 - 95 = 16", {"answered", "boxed", "total_right", "follows"}),
+        (r"130 + 81 - 95 = 116, so \boxed{}", {"restates", "boxed", "answered", *ENDS}),
+        ("- 30 + 81 = 112\n- so \\boxed{16}", {*WRONG, "follows", "restates", *LISTED}),
+        ("1. 30 + 81 − 95\n2. is 16, \\boxed{16}", {"work_right", "follows", *LISTED}),
     ],
 )
 def test_predicates_name_what_an_answer_lacks(text, failed):
     general = {n: c for n, c in real_checks.CHECKS.items() if c.propose is Check.propose}
-    del general["starts_bare"]
     assert {n for n, c in general.items() if not c.test(QUESTION, text)} == failed
 
 
@@ -145,9 +177,10 @@ def test_predicates_bear_any_text():
 
 
 def test_the_sum_asked_for_is_known_or_refused(tmp_path):
-    assert real_checks.asked(QUESTION) == 16
-    assert real_checks.asked("... problem: -3 + 2 =") == -1
-    assert real_checks.asked("What is 3 + 2?") is None
+    assert real_checks.sum_asked(QUESTION) == "30 + 81 - 95"
+    assert real_checks.sum_asked("... problem: -3 + -2 =") == "-3 + -2"
+    assert real_checks.sum_asked("What is 3 + 2?") is None
+    assert real_checks.value("-3 + -2 - 0.5") == -5.5
     row = {
         "id": "p",
         "messages": [{"role": "user", "content": "What is 3 + 2?"}],
@@ -155,5 +188,26 @@ def test_the_sum_asked_for_is_known_or_refused(tmp_path):
     }
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
     words = f"--student s --teacher t --problems {tmp_path} --out {tmp_path}/out --rounds 1 "
-    with pytest.raises(BadInput, match="train.jsonl: id 'p': expected a sum"):
+    with pytest.raises(BadInput, match="train.jsonl: id 'p': expected a sum .* got 'What is 3"):
         real_pair.main((words + "--prompts 1 --arms ropd").split())
+
+
+def test_a_rubric_of_real_predicates_grades_what_it_was_drawn_from(tmp_path):
+    """Through the stages: the right answer of a group is paid most."""
+    prompt = {"id": "p", "messages": [{"role": "user", "content": QUESTION}], "answer": "16"}
+    texts = ["It is 14.", r"30 + 81 - 95 = 16, so \boxed{16}.", r"\boxed{26}", "1. Add 30."]
+
+    def answers(name, texts):
+        rows = [rollout("p", i, text) for i, text in enumerate(texts)]
+        dump(tmp_path / name, rows)
+        return tmp_path / name
+
+    dump(tmp_path / "prompts.jsonl", [prompt])
+    common = dict(prompts=tmp_path / "prompts.jsonl", predicates="experiments.real_checks")
+    common["rollouts"] = answers("rollouts.jsonl", texts)
+    drawn = dict(answers=answers("answers.jsonl", [texts[1], r"\boxed{16}"] * 2), m=4)
+    rubrics = tmp_path / "rubrics.jsonl"
+    rubric.main(argv("create", **common, **drawn, out=rubrics))
+    rubric.main(argv("grade", **common, rubrics=rubrics, out=tmp_path / "rewards.jsonl"))
+    rewards = [row["reward"] for row in load(tmp_path / "rewards.jsonl")]
+    assert rewards[1] == 1 and max(rewards[0], *rewards[2:]) < 1

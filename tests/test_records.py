@@ -822,9 +822,9 @@ def test_fill_counts_failures_and_stops_beyond_the_limit(path, tmp_path):
     assert files.failed_keys(path) == {(str(i), 0) for i in odd}
     # two failures are no rate yet, three of ten are
     for out, rate, failed, words in (
-        (path, 0.1, odd, r"3 of 10 requests failed, 5 succeeded .*last: 5\): look"),
-        (path, 0, odd, "1 of 10 requests failed"),
-        (tmp_path / "y.jsonl", 1, range(10), "2 of 10 requests failed, 0 succeeded"),
+        (path, 0.1, odd, r"3 of 10 records failed, 5 succeeded .*last: 5\): look"),
+        (path, 0, odd, "1 of 10 records failed"),
+        (tmp_path / "y.jsonl", 1, range(10), "2 of 10 records failed, 0 succeeded"),
     ):
         with pytest.raises(BadInput, match=words):
             fill(out, rate, failed)
