@@ -145,7 +145,10 @@ def prepare(run, seed):
 
 
 class Trial(study.Trial):
-    """An arm that is not begun again: state.json says which rounds stand."""
+    """An arm that is not begun again: state.json says which rounds stand.
+
+    The order of a round: train; state.json; the model before is removed; then, where a line is
+    due, measure, the line, state.json.  `resume` mends what a kill in between leaves."""
 
     def setup(self):
         s = self.settings
