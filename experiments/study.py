@@ -10,6 +10,7 @@ calls that stage's `main` in this process, so that torch is imported once.  A st
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import importlib
 import importlib.util
@@ -215,7 +216,9 @@ class Run:
         if importlib.util.find_spec(module).submodule_search_locations:
             module += ".__main__"
         with contextlib.redirect_stdout(self.log):
-            return importlib.import_module(module).main(argv)
+            summary = importlib.import_module(module).main(argv)
+        give_memory_back()
+        return summary
 
     def part_of(self, prompts, problems):
         """A file beside `prompts` of its lines A to B, for `problems` "A:B" (from 0, without
@@ -284,6 +287,13 @@ class Run:
         with."""
         made = {"settings": dataclasses.asdict(self.settings), "versions": versions()}
         append_result(self.results, row | made | {"command": self.command})
+
+
+def give_memory_back():
+    """Tells glibc to: its heap keeps what the models of a stage took, and a study of real models
+    grows from round to round."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def append_result(path, row):
