@@ -216,20 +216,21 @@ class Trial(study.Trial):
     def outcomes(self, prefix=""):
         """Of the last evaluation: the share of answers that have a final answer and of those
         that are right in whatever form (training may mend the form alone), and how often each
-        problem was solved, by id."""
+        problem was solved, by id, and solved in whatever form."""
         problems = {str(p["id"]): p for p in files.read(self.heldout, "prompts")}
-        right = {}
         answered = []
-        loose = []
+        right = {}
+        loose = {}
         for row in files.read(self.place / "eval.jsonl", "evals"):
-            right.setdefault(row["id"], []).append(row["correct"])
-            text = records.final_text(row)
+            text, key = records.final_text(row), str(row["id"])
             answered.append(final_answer(text) is not None)
-            loose.append(right_somehow(problems[str(row["id"])], text, row["correct"]))
+            right.setdefault(key, []).append(row["correct"])
+            loose.setdefault(key, []).append(right_somehow(problems[key], text, row["correct"]))
         return {
             f"{prefix}answered": float(np.mean(answered)),
-            f"{prefix}flexible": mean_of_known(loose),
-            f"{prefix}right": [float(np.mean(solved)) for _, solved in sorted(right.items())],
+            f"{prefix}flexible": mean_of_known(x for each in loose.values() for x in each),
+            f"{prefix}right": [float(np.mean(each)) for _, each in sorted(right.items())],
+            f"{prefix}any_form": [mean_of_known(each) for _, each in sorted(loose.items())],
         }
 
     def columns(self, score, n, final):
@@ -291,19 +292,24 @@ class Trial(study.Trial):
 def by_problem(path):
     """Markdown of what arms differ by, with intervals over problems: all that one seed has."""
     seeds = finished_lines(path)
-    rows = [["difference", "sampled", "greedy"]]
+    fields = ("right", "any_form", "greedy_right", "greedy_any_form")
+    rows = [["difference", "sampled", "in any form", "greedy", "in any form"]]
     for _, arm, other in COMPARED:
         if all(arm in arms and other in arms for arms in seeds):
             pairs = [(arms[arm][-1], arms[other][-1]) for arms in seeds]
-            cells = []
-            for field in ("right", "greedy_right"):
-                differences = [np.subtract(a[field], b[field]) for a, b in pairs]
-                cells.append(plus_minus(np.mean(differences, 0)))
-            rows.append([f"{arm} − {other}", *cells])
+            rows.append([f"{arm} − {other}", *(paired(pairs, field) for field in fields)])
     return (
         f"{markdown(rows)}\nMeans over problems ± half of the 95 % t-interval over problems, "
         f"each with its mean over {len(seeds)} seed(s).\n"
     )
+
+
+def paired(pairs, field):
+    """The mean difference of a field of two result lines, lists over problems; "-" where the
+    answers are no numbers."""
+    if any(None in row[field] for pair in pairs for row in pair):
+        return "-"
+    return plus_minus(np.mean([np.subtract(a[field], b[field]) for a, b in pairs], 0))
 
 
 STUDY = study.Study(

@@ -290,8 +290,8 @@ class Run:
 
 
 def give_memory_back():
-    """Tells glibc to: its heap keeps what the models of a stage took, and a study of real models
-    grows from round to round."""
+    """Tells glibc to: its heap keeps what the models of a stage took, and a study of real
+    models grows from round to round."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -101,12 +101,14 @@ def test_differences_are_paired_by_problem(tmp_path):
         for arm, seeds in rights.items():
             for seed, right in enumerate(seeds):
                 row = dict(arm=arm, seed=seed, step=1, final=True, accuracy=0.0)
-                f.write(json.dumps(row | dict(right=right, greedy_right=right[::-1])) + "\n")
+                row |= dict(right=right, greedy_right=right[::-1])
+                row |= dict(any_form=right, greedy_any_form=[None, *right[1:]])
+                f.write(json.dumps(row) + "\n")
     differences = np.array([1, 0, 0, 0.25])
     half = 3.182446 * differences.std(ddof=1) / 2
     cell = f"{differences.mean():.3f} ± {half:.3f}"
     text = real_pair.by_problem(path)
-    assert text.splitlines()[2] == f"| opd − before | {cell} | {cell} |"
+    assert text.splitlines()[2] == f"| opd − before | {cell} | {cell} | {cell} | - |"
     assert "sft" not in text
 
 
