@@ -17,7 +17,7 @@ from worlds.predicates import QUALITY, REASONING, TASK, Check
 
 NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
 SUM = rf"-? ?{NUMBER}(?: ?[+-] ?-?{NUMBER})*"
-# whole numbers only, and no part of a product or of a longer number
+# no part of a product, of a power or of a longer number
 CHAIN = re.compile(
     rf"(?<![\w.+*/^-])(?<![)+*/^-] ){SUM}(?: ?= ?{SUM})+(?![\w^]|[.,]\d| ?[+*/-] ?[\d(])"
 )

@@ -200,8 +200,10 @@ class Run:
                 f"another --out"
             ) from None
         with lock:
-            yield
-            path.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
     def stage(self, command, **options):
         """Runs `stage.py` or `package.module`, with a verb if it has some, and flags; returns
