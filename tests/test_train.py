@@ -521,9 +521,9 @@ def test_a_bfloat16_model_accumulates_micro_batches_in_float32():
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype, shared", [("float32", 0), ("float32", 1), ("bfloat16", 0)])
 def test_gradient_checkpointing_computes_more_and_changes_no_bit(
-    world, tmp_path, monkeypatch, kind, dtype
+    world, tmp_path, monkeypatch, kind, dtype, shared
 ):
     """Micro-batches, a tied head, and dropout, which must stay off."""
     torch.manual_seed(0)
@@ -540,11 +540,12 @@ def test_gradient_checkpointing_computes_more_and_changes_no_bit(
         return attention(*args, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
-    flags = dict(method="sft", model=folder, rollouts=world.toy / "clean.jsonl", steps=3)
-    flags |= dict(dtype=dtype, micro_batch_tokens=50)
+    flags = dict(method="sft", model=folder, steps=3, dtype=dtype, micro_batch_tokens=100)
+    flags |= dict(rollouts=world.rollouts, prompts=world.prompts)
+    flags |= dict(compute=dict(shared_prompts=shared))
     run(world, tmp_path / "plain", **flags)
     plain = len(calls)
-    flags["compute"] = dict(gradient_checkpointing=1)
+    flags["compute"] = dict(gradient_checkpointing=1, shared_prompts=shared)
     run(world, tmp_path / "again", **flags)
     assert len(calls) - plain > plain
     same_run(tmp_path / "again", tmp_path / "plain")
