@@ -68,6 +68,7 @@ INSTRUCTION = (
 # NAME or NAME-VARIANT of a reasoning-gym dataset: its settings, for a model of 0.5 B
 TASKS = {
     "chain_sum": {"max_terms": 3, "min_digits": 2, "max_digits": 2},
+    "chain_sum-1": {"max_terms": 3, "min_digits": 1, "max_digits": 1},
     "chain_sum-5": {"min_terms": 4, "max_terms": 5, "min_digits": 2, "max_digits": 2},
     "basic_arithmetic": {"max_terms": 3, "max_digits": 2, "allow_negation": False},
     "products": {"min_digits": 2, "max_digits": 2},
