@@ -40,7 +40,7 @@ from experiments.real_checks import sum_asked
 from experiments.real_tasks import mean_of_known, right_somehow
 from experiments.study import setting
 from opd import files, records
-from opd.answers import final_answer, question_of
+from opd.answers import final_answer, is_correct, question_of
 from opd.policy import find_folder, hash_weights, load_tokenizer
 from opd.records import BadInput
 from opd.shared import shares_prompts
@@ -236,7 +236,23 @@ class Trial(study.Trial):
     def columns(self, score, n, final):
         sampled = self.outcomes()
         found = super().columns(score, n, final)  # greedily, at the end
-        return found | sampled | (self.outcomes("greedy_") if final else {})
+        if final:
+            found |= self.outcomes("greedy_") | {"course": self.course()}
+        return found | sampled
+
+    def course(self):
+        """Of every round: mean tokens of the answers that it learned from, the share that is
+        right, and, where the teacher scored them, the mean of log mu - log p_T, an estimate of
+        the reverse KL, a token (mean over answers of their means) and a whole answer."""
+        asked = {str(p["id"]): p["answer"] for p in files.read(self.prompts, "prompts")}
+        rows = []
+        for number in range(self.rounds):
+            at = self.place / f"round{number}"
+            answers = list(files.read(at / "rollouts.jsonl", "rollouts"))
+            right = [is_correct(records.final_text(r), asked[str(r["id"])]) for r in answers]
+            row = {"tokens": np.mean([len(r["response_ids"]) for r in answers])}
+            rows.append(row | {"right": np.mean(right)} | gaps(at, answers))
+        return [{name: round(float(x), 4) for name, x in row.items()} for row in rows]
 
     # ---- a round
 
@@ -287,6 +303,21 @@ class Trial(study.Trial):
         scores, done = self.beside(rollouts, "units", "methods.simct score", **how)
         self.cost["teacher_tokens"] += done["teacher_tokens"]
         return scores
+
+
+def gaps(at, answers):
+    """Means of log mu - log p_T of a round's answers, if scores of each token are there."""
+    if not (at / "scores.jsonl").exists():
+        return {}
+    scores = {
+        records.key_of(r, "scores"): r["logprobs"]
+        for r in files.read(at / "scores.jsonl", "scores")
+    }
+    gaps = [np.subtract(r["logprobs"], scores[records.key_of(r, "rollouts")]) for r in answers]
+    return {
+        "gap": np.mean([gap.mean() for gap in gaps if len(gap)]),
+        "gap_of_an_answer": np.mean([gap.sum() for gap in gaps]),
+    }
 
 
 def by_problem(path):

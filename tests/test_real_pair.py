@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import argv, dump, load, same_bits, weights
+from conftest import argv, by_key, dump, load, same_bits, weights
 from test_rubric import rollout
 
 import rubric
@@ -122,6 +122,22 @@ def test_outcomes_are_those_of_the_evaluation(whole):
         ended = [re.search(r"^#+ *\S", r["text"], re.M) is not None for r in greedy]
         assert row["greedy_answered"] == pytest.approx(np.mean(ended))
         assert row["greedy_flexible"] >= row["greedy"], "an answer there is the last number"
+
+
+def test_the_course_of_an_arm_is_that_of_its_rounds_records(whole):
+    """A gap of an answer is the scores' sum of log-probs below that of the rollout."""
+    course = load(whole / "results.jsonl")[-1]["course"]
+    assert len(course) == 2
+    for row, at in zip(course, sorted((whole / "seed0" / "opd").glob("round*"))):
+        answers, scores = (
+            by_key(load(at / name)) for name in ("rollouts.jsonl", "scores.jsonl")
+        )
+        sums = [sum(r["logprobs"]) - sum(scores[key]["logprobs"]) for key, r in answers.items()]
+        assert row["gap_of_an_answer"] == pytest.approx(np.mean(sums), abs=1e-3)
+        assert row["tokens"] == pytest.approx(
+            np.mean([len(r["logprobs"]) for r in answers.values()]), abs=1e-3
+        )
+        assert 0 <= row["right"] <= 1 and row["gap"] > 0
 
 
 # ---- the predicates that stand in for a judge
