@@ -203,6 +203,8 @@ class Trial(study.Trial):
         super().trained(old)
 
     def measure(self, step, final=False):
+        if final:
+            self.signal["course"] = self.course()
         if step or final:
             super().measure(step, final)
         else:  # every arm begins where `before` ends
@@ -236,14 +238,12 @@ class Trial(study.Trial):
     def columns(self, score, n, final):
         sampled = self.outcomes()
         found = super().columns(score, n, final)  # greedily, at the end
-        if final:
-            found |= self.outcomes("greedy_") | {"course": self.course()}
-        return found | sampled
+        return found | sampled | (self.outcomes("greedy_") if final else {})
 
     def course(self):
         """Of every round: mean tokens of the answers that it learned from, the share that is
-        right, and, where the teacher scored them, the mean of log mu - log p_T, an estimate of
-        the reverse KL, a token (mean over answers of their means) and a whole answer."""
+        right, and, where the teacher scored them, the mean over all tokens of log mu - log p_T,
+        whose expectation is the reverse KL."""
         asked = {str(p["id"]): p["answer"] for p in files.read(self.prompts, "prompts")}
         rows = []
         for number in range(self.rounds):
@@ -251,7 +251,7 @@ class Trial(study.Trial):
             answers = list(files.read(at / "rollouts.jsonl", "rollouts"))
             right = [is_correct(records.final_text(r), asked[str(r["id"])]) for r in answers]
             row = {"tokens": np.mean([len(r["response_ids"]) for r in answers])}
-            rows.append(row | {"right": np.mean(right)} | gaps(at, answers))
+            rows.append(row | {"right": np.mean(right)} | gap_of(at, answers))
         return [{name: round(float(x), 4) for name, x in row.items()} for row in rows]
 
     # ---- a round
@@ -305,8 +305,9 @@ class Trial(study.Trial):
         return scores
 
 
-def gaps(at, answers):
-    """Means of log mu - log p_T of a round's answers, if scores of each token are there."""
+def gap_of(at, answers):
+    """{"gap": the mean over all tokens of a round's answers of log mu - log p_T}, if the
+    teacher scored tokens."""
     if not (at / "scores.jsonl").exists():
         return {}
     scores = {
@@ -314,10 +315,7 @@ def gaps(at, answers):
         for r in files.read(at / "scores.jsonl", "scores")
     }
     gaps = [np.subtract(r["logprobs"], scores[records.key_of(r, "rollouts")]) for r in answers]
-    return {
-        "gap": np.mean([gap.mean() for gap in gaps if len(gap)]),
-        "gap_of_an_answer": np.mean([gap.sum() for gap in gaps]),
-    }
+    return {"gap": np.sum(np.concatenate(gaps)) / max(1, sum(map(len, gaps)))}
 
 
 def by_problem(path):
