@@ -34,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
+import teacher
 from experiments import study
 from experiments.claims import finished_lines, markdown, more, plus_minus
 from experiments.real_checks import sum_asked
@@ -248,10 +249,16 @@ class Trial(study.Trial):
         rows = []
         for number in range(self.rounds):
             at = self.place / f"round{number}"
-            answers = list(files.read(at / "rollouts.jsonl", "rollouts"))
-            right = [is_correct(records.final_text(r), asked[str(r["id"])]) for r in answers]
-            row = {"tokens": np.mean([len(r["response_ids"]) for r in answers])}
-            rows.append(row | {"right": np.mean(right)} | gap_of(at, answers))
+            found = files.read(at / "rollouts.jsonl", "rollouts")
+            answers = {records.key_of(r, "rollouts"): r for r in found}
+            right = [
+                is_correct(records.final_text(r), asked[key[0]]) for key, r in answers.items()
+            ]
+            lengths = [len(r["response_ids"]) for r in answers.values()]
+            row = {"tokens": np.mean(lengths), "right": np.mean(right)}
+            if (at / "scores.jsonl").exists():
+                row["gap"] = teacher.summarise(at / "scores.jsonl", answers)["kl_mean"]
+            rows.append(row)
         return [{name: round(float(x), 4) for name, x in row.items()} for row in rows]
 
     # ---- a round
@@ -303,19 +310,6 @@ class Trial(study.Trial):
         scores, done = self.beside(rollouts, "units", "methods.simct score", **how)
         self.cost["teacher_tokens"] += done["teacher_tokens"]
         return scores
-
-
-def gap_of(at, answers):
-    """{"gap": the mean over all tokens of a round's answers of log mu - log p_T}, if the
-    teacher scored tokens."""
-    if not (at / "scores.jsonl").exists():
-        return {}
-    scores = {
-        records.key_of(r, "scores"): r["logprobs"]
-        for r in files.read(at / "scores.jsonl", "scores")
-    }
-    gaps = [np.subtract(r["logprobs"], scores[records.key_of(r, "rollouts")]) for r in answers]
-    return {"gap": np.sum(np.concatenate(gaps)) / max(1, sum(map(len, gaps)))}
 
 
 def by_problem(path):
