@@ -11,21 +11,25 @@ OUT/signals.png; `base` comes first, `prefix` before `continue`:
     positions  log mu - log p_T a token, whose expectation is the reverse KL, by position,
                length of the answer, repetition and outcome
     ropd       does a signal tell right from wrong answers to one prompt?  AUC of rubric rewards
-               (m = 1 and 4), holistic judge, log-probs, length; failures and flips of verdicts
+               (m = 1 and 4), holistic judge, log-probs, length, and of having a final answer
+               at all; failures and flips of verdicts
     prefix     cuts of methods.prefix, and experiments.prefix_null
-    continue   does the teacher, continuing the student's text, end right more often from the
-               cut than from halfway between cut and end?  The same in rollouts without a cut,
-               at places dealt from the others
+    continue   from where can the teacher, continuing the student's text, still end right?  From
+               quarters of a wrong and a right answer to each prompt, and from cuts against
+               halfway between cut and end; does the margin predict it?
     sod        the drift of episodes with a calculator; after a failed call, can the teacher
-               still end right, and does the drift predict it?
-    support    pass@1 to pass@N of student and teacher: who solves what the other did not
+               still end right, and does the drift predict it?  Held against results of calls
+               at the same step of the same problem
+    support    pass@1 to pass@N of student and teacher: who solves what the other did not.  Says
+               nothing where N guesses hit: give prompts with many possible answers
 
 Every stage is issued as a command (OUT/commands.sh) and resumes: a run may take several
 sittings.
 
 Simplifications: 1. intervals are t-intervals over prompts, each with the mean of its rollouts;
 2. a continuation has --max-tokens of its own, wherever it begins; 3. a judge's calls and tokens
-are those of the last sitting (OUT/stages.log has all).
+are those of the last sitting (OUT/stages.log has all); 4. the teacher scores episodes as the
+student's template has tools and outputs, also where its own has them otherwise.
 """
 
 import dataclasses
@@ -35,18 +39,16 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.by_prompt import contrast, minus, over_prompts, quarters
+from experiments.real_continue import continued, sod
 from experiments.study import Run, add_settings, say, setting, settings_of, versions
-from methods.sod.weights import measure_file, open_tables
 from opd import files, records
 from opd.answers import final_answer, is_correct
 from opd.pictures import COLOURS, new_picture, tidy
-from opd.policy import load_policy, load_tokenizer, resume_identity
 from opd.records import BadInput
 from opd.rewards import rubric_reward
-from opd.sampling import ANSWER_STREAM, LocalSampler, Sampling, jobs_by_key
 from opd.shared import shares_prompts
-from opd.stats import auc, auc_by_prompt, interval
-from opd.tools import Toolbox
+from opd.stats import auc_by_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,19 +56,25 @@ class Settings:
     student: str = setting("", "folder or Hugging Face id", smoke="-")
     teacher: str = setting("", "of the same vocabulary", smoke="-")
     prompts: str = setting("", "JSONL of prompts with answers (real_tasks make)", smoke="-")
-    judge: str = setting("", "served model: rubricator, verifier and holistic judge")
-    judge_url: str = setting("", "its OpenAI-compatible server")
+    judge: str = setting("", "served model: rubricator, verifier and holistic judge", free=True)
+    judge_url: str = setting("", "its OpenAI-compatible server", free=True)
     n: int = setting(8, "rollouts a prompt", smoke=4)
     max_tokens: int = setting(400, "longest answer", smoke=24)
     seed: int = setting(0, "of sampling")
     dtype: str = setting("float32", "of both models", choices=("float32", "bfloat16"))
-    concurrency: int = setting(8, "requests to the judge at once")
-    timeout: float = setting(3600.0, "seconds of silence of the judge that are a failure")
+    concurrency: int = setting(8, "requests to the judge at once", free=True)
+    timeout: float = setting(
+        3600.0, "seconds of silence of the judge that are a failure", free=True
+    )
     judged: int = setting(0, "prompts that are judged; 0: all of them")
-    repeats: int = setting(2, "judgements of an answer: they say how often verdicts flip")
-    continuations: int = setting(2, "times the teacher continues from a place", smoke=1)
-    support_prompts: int = setting(24, "prompts of the part `support`", smoke=3)
-    support_n: int = setting(64, "answers a prompt there", smoke=4)
+    repeats: int = setting(
+        2, "judgements of an answer: they say how often verdicts flip", free=True
+    )
+    continuations: int = setting(
+        2, "times the teacher continues from a place", smoke=1, free=True
+    )
+    support_prompts: int = setting(24, "prompts of the part `support`", smoke=3, free=True)
+    support_n: int = setting(64, "answers a prompt there", smoke=4, free=True)
     block_end: str = setting(r"""[.!?]["')]*\s+|\n+""", "regular expression that ends a block")
 
     def __post_init__(self):
@@ -78,55 +86,6 @@ class Settings:
 
 EDGES = (0, 4, 8, 16, 32, 64, 128, 256, 512, 1024, math.inf)  # of positions in an answer
 LONG = 150  # tokens
-
-# ---- numbers
-
-
-def over_prompts(values):
-    """{"mean", "half", "prompts"} of {(prompt, ...): number or None}: half of the 95 %
-    t-interval over prompts, each with the mean of its numbers."""
-    groups = {}
-    for key, value in values.items():
-        if value is not None:
-            groups.setdefault(key[0], []).append(value)
-    if not groups:
-        return {"mean": None, "half": None, "prompts": 0}
-    mean, half = interval([np.mean(group) for group in groups.values()])
-    return {"mean": mean, "half": half, "prompts": len(groups)}
-
-
-def contrast(ones, others):
-    """`over_prompts` of the mean of `ones` minus that of `others`, for prompts with both."""
-    groups = {}
-    for side, values in enumerate((ones, others)):
-        for key, value in values.items():
-            groups.setdefault(key[0], ([], []))[side].append(value)
-    return over_prompts(
-        {(name,): np.mean(a) - np.mean(b) for name, (a, b) in groups.items() if a and b}
-    )
-
-
-def quarters(values, covariate):
-    """`over_prompts` of the values in each quarter of their keys by covariate {key: number},
-    with the least and the largest of the quarter."""
-    rows = []
-    keys = sorted(values, key=covariate.get)
-    for part in np.array_split(np.arange(len(keys)), 4):
-        if len(part):
-            some = [keys[i] for i in part]
-            bounds = {"low": covariate[some[0]], "high": covariate[some[-1]]}
-            rows.append(bounds | over_prompts({key: values[key] for key in some}))
-    return rows
-
-
-def minus(ones, others):
-    """Differences of {key: number or None}, where both are known."""
-    return {
-        key: value - others[key]
-        for key, value in ones.items()
-        if value is not None and others.get(key) is not None
-    }
-
 
 # ---- the fixed set
 
@@ -190,10 +149,11 @@ def base(pair):
     found = pair.sample("rollout.py", pair.student, "rollouts.jsonl", pair.settings.n)
     on = {"rollouts": pair.path("rollouts.jsonl")}
     evals = pair.stage("eval.py", "evals.jsonl", prompts=pair.prompts, **on)
-    pair.score("own.jsonl", pair.student, **on, top_k=4)
-    pair.score("scores.jsonl", pair.teacher, **on, top_k_of=pair.path("own.jsonl"))
+    own = pair.score("own.jsonl", pair.student, **on, top_k=4)
+    scores = pair.score("scores.jsonl", pair.teacher, **on, top_k_of=pair.path("own.jsonl"))
     long = sum(len(gap) >= LONG for gap in pair.gaps().values())
-    return {"rollouts": found, "evals": evals, f"rollouts of at least {LONG} tokens": long}
+    found = {"rollouts": found, "evals": evals, "own": own, "scores": scores}
+    return found | {f"rollouts of at least {LONG} tokens": long}
 
 
 def by_position(gaps):
@@ -206,6 +166,13 @@ def by_position(gaps):
     return rows
 
 
+def share_before(gaps, end):
+    """Which share of all tokens, and of the sum of all gaps, lies before position `end`."""
+    tokens = sum(len(gap[:end]) for gap in gaps.values()) / sum(map(len, gaps.values()))
+    gap = sum(gap[:end].sum() for gap in gaps.values()) / sum(g.sum() for g in gaps.values())
+    return {"tokens": tokens, "gap": float(gap)}
+
+
 def positions(pair):
     gaps = {key: gap for key, gap in pair.gaps().items() if len(gap)}
     evals = pair.rows("evals.jsonl", "evals")
@@ -214,6 +181,7 @@ def positions(pair):
     wrong = {key: x for key, x in means.items() if not evals[key]["correct"]}
     return {
         "all": over_prompts(means),
+        "before token 32": share_before(gaps, 32),
         "by_position": by_position(gaps),
         "by_position, long answers": by_position(
             {key: gap for key, gap in gaps.items() if len(gap) >= LONG}
@@ -248,7 +216,7 @@ def judgements(pair, asked):
     grade = {"grader": "check"}
     if s.judge:
         common |= dict(model=s.judge, base_url=s.judge_url, cache=pair.path("judge.jsonl"))
-        common |= dict(concurrency=s.concurrency, timeout=s.timeout)
+        common |= dict(concurrency=s.concurrency, timeout=s.timeout, max_failure_rate=1)
         create = {"rubricator": "llm"}
         grade = {"grader": "judge", "repeats": s.repeats}
     signals = {}
@@ -272,6 +240,21 @@ def judgements(pair, asked):
     return signals, told
 
 
+def aucs(signals, keys, right):
+    """{signal: `over_prompts` of its AUC on these rollouts, and of the difference to others}"""
+    by_prompt = {
+        name: auc_by_prompt({key: values[key] for key in keys}, right)
+        for name, values in signals.items()
+    }
+    found = {}
+    for name, values in by_prompt.items():
+        found[name] = over_prompts(values)
+        for other in ("teacher log-prob", "rubric, m = 1"):
+            if other != name:
+                found[name][f"minus {other}"] = over_prompts(minus(values, by_prompt[other]))
+    return found
+
+
 def ropd(pair):
     """All signals on the same rollouts: those that no judgement of failed."""
     s = pair.settings
@@ -281,30 +264,36 @@ def ropd(pair):
     prompts = list(dict.fromkeys(key[0] for key in rollouts))[: s.judged or None]
     judged = {key: r for key, r in rollouts.items() if key[0] in set(prompts)}
     pair.run.write("judged.jsonl", f"rollouts of {len(prompts)} prompts", judged.values())
-    asked = [p for name, p in pair.read_prompts().items() if name in set(prompts)]
+    every = pair.read_prompts()
+    asked = [p for name, p in every.items() if name in set(prompts)]
     pair.run.write("judged_prompts.jsonl", "their prompts", asked)
     asked = {"prompts": pair.path("judged_prompts.jsonl")}
     pair.sample("teacher.py answer", pair.teacher, "answers.jsonl", 4, **asked)
+    references = {
+        key: is_correct(records.final_text(r), every[key[0]]["answer"])
+        for key, r in pair.rows("answers.jsonl", "answers").items()
+    }
     signals, told = judgements(pair, asked | {"rollouts": pair.path("judged.jsonl")})
     scores = pair.rows("scores.jsonl", "scores")
+    answered = {k: final_answer(records.final_text(r)) is not None for k, r in judged.items()}
     signals |= {
         "teacher log-prob": {k: float(np.mean(scores[k]["logprobs"])) for k in judged},
         "sampler log-prob": {k: float(np.mean(r["logprobs"])) for k, r in judged.items()},
         "shorter": {k: -len(r["response_ids"]) for k, r in judged.items()},
+        "has a final answer": answered,
     }
     known = [k for k in judged if all(v.get(k) is not None for v in signals.values())]
+    ended = [k for k in known if answered[k]]
     right = pair.correct()
-    aucs = {
-        name: auc_by_prompt({k: values[k] for k in known}, right)
-        for name, values in signals.items()
+    return {
+        "rollouts": len(known),
+        "judged": len(judged),
+        "with a final answer": len(ended),
+        "references right": over_prompts(references),
+        "auc": aucs(signals, known, right),
+        "auc among answers with a final answer": aucs(signals, ended, right),
+        "stages": told,
     }
-    found = {}
-    for name, values in aucs.items():
-        found[name] = over_prompts(values)
-        for other in ("teacher log-prob", "rubric, m = 1"):
-            if other != name:
-                found[name][f"minus {other}"] = over_prompts(minus(values, aucs[other]))
-    return {"rollouts": len(known), "judged": len(judged), "auc": found, "stages": told}
 
 
 # ---- prefix
@@ -320,155 +309,6 @@ def prefix(pair):
     return {"cuts": cuts, "null": json.loads(Path(pair.path("null.json")).read_text())}
 
 
-def two_places(spans, blocks):
-    """{place: tokens}: so many blocks, and with them half of the others; {} where nothing would
-    be left to write."""
-    later = blocks + (len(spans) - blocks) // 2
-    if not 0 < blocks < later < len(spans):
-        return {}
-    return {"cut": spans[blocks - 1][1], "later": spans[later - 1][1]}
-
-
-def beginnings(pair):
-    """{(rollout's key, group, place): tokens of its response that stand}: of cut rollouts, and
-    of others at the share of one of these; two places of a rollout, both before its final
-    answer."""
-    rng = np.random.default_rng(pair.settings.seed)
-    tokenizer = load_tokenizer(pair.student)
-    rollouts = pair.rows("rollouts.jsonl", "rollouts")
-    weights = pair.rows("cuts_faithful.jsonl", "weights")
-    shares = [w["cut"] / len(w["blocks"]) for w in weights.values() if w["cut"]]
-    found = {}
-    for key, w in weights.items():
-        ids = rollouts[key]["response_ids"]
-        blocks = w["cut"] or round(rng.choice(shares or [0]) * len(w["blocks"]))
-        places = two_places(w["blocks"], blocks)
-        if not any(final_answer(tokenizer.decode(ids[:end])) for end in places.values()):
-            for place, end in places.items():
-                found[key, "cut" if w["cut"] else "uncut", place] = end
-    return found
-
-
-def continue_from(pair, name, begun, tools=None):
-    """{beginning: [whether what the teacher makes of it is right]}.  begun: {beginning:
-    (prompts record, rollout, tokens of its response that stand)}; files NAME*.jsonl."""
-    s = pair.settings
-    rows = {key: prompt | {"id": key} for key, (prompt, _, _) in begun.items()}
-    pair.run.write(f"{name}_prompts.jsonl", "prompts of what is continued", rows.values())
-    policy = load_policy(pair.teacher, s.dtype)
-    sampling = Sampling(max_tokens=s.max_tokens, seed=s.seed + ANSWER_STREAM)
-    sampler = LocalSampler(policy, sampling, Toolbox(tools) if tools else None)
-    # in place of a rendered prompt; `fill_with` would read these from the file
-    sampler.begun = {
-        key: r["prompt_ids"] + r["response_ids"][:end] for key, (_, r, end) in begun.items()
-    }
-    jobs = jobs_by_key(rows.values(), s.continuations)
-    how = {"policy": resume_identity(policy.identity), "from": sorted(begun)}
-    out, inputs = pair.path(f"{name}.jsonl"), [pair.path(f"{name}_prompts.jsonl")]
-
-    def work(missing):
-        return sampler([jobs[key] for key in missing])
-
-    files.fill(out, "rollouts", jobs, work, how, inputs)
-    hits = {}
-    for answer in files.read(out, "rollouts"):
-        prompt, r, end = begun[answer["id"]]
-        text = records.final_text(answer)
-        if not tools:  # the beginning may hold the words before the answer
-            text = policy.tokenizer.decode(r["response_ids"][:end]) + text
-        hits.setdefault(answer["id"], []).append(is_correct(text, prompt["answer"]))
-    return hits
-
-
-def continued(pair):
-    prompts = pair.read_prompts()
-    rollouts = pair.rows("rollouts.jsonl", "rollouts")
-    places = beginnings(pair)
-    if not places:
-        return {"rollouts": 0}
-    names = {of: f"{of[0][0]}~{of[0][1]}~{of[2]}" for of in places}
-    begun = {names[of]: (prompts[of[0][0]], rollouts[of[0]], end) for of, end in places.items()}
-    hits = continue_from(pair, "continued", begun)
-    rates = {of: float(np.mean(hits[name])) for of, name in names.items()}
-    found = {}
-    lost = {}
-    for group in ("cut", "uncut"):
-        at = {
-            place: {of[0]: rate for of, rate in rates.items() if of[1:] == (group, place)}
-            for place in ("cut", "later")
-        }
-        lost[group] = minus(at["cut"], at["later"])
-        found[group] = {place: over_prompts(values) for place, values in at.items()}
-        found[group] |= {"rollouts": len(lost[group])}
-        found[group] |= {"cut - later": over_prompts(lost[group])}
-    return found | {"cut - uncut, of cut - later": contrast(lost["cut"], lost["uncut"])}
-
-
-# ---- SOD: steps with a calculator
-
-
-def steps_of_calls(pair):
-    """Yields (rollout, k, whether its call had a result, d of step k, d of the next step) of
-    every call that the student went on from."""
-    tables = open_tables(pair.path("episodes.jsonl"), pair.path("episode_scores.jsonl"), None)
-    drifts = measure_file(*tables)
-    for rollout in tables[0]:
-        d = drifts[records.key_of(rollout, "rollouts")].d
-        for k, (_, _, ok) in enumerate(rollout.get("steps", ())[:-1]):
-            yield rollout, k, ok, d[k], d[k + 1]
-
-
-def sod(pair):
-    tools = "calculator"
-    n = pair.settings.n
-    made = pair.sample("rollout.py", pair.student, "episodes.jsonl", n, tools=tools)
-    on = {"rollouts": pair.path("episodes.jsonl")}
-    evals = pair.stage("eval.py", "episode_evals.jsonl", prompts=pair.prompts, **on)
-    pair.score("episode_scores.jsonl", pair.teacher, **on)
-    scores = {"scores": pair.path("episode_scores.jsonl")}
-    drift = pair.stage("experiments.sod_drift", "drift.json", **on, **scores, overwrite=True)
-    found = {"rollouts": made, "evals": evals, "drift": drift}
-    every = list(steps_of_calls(pair))
-    error_steps = {k for _, k, ok, *_ in every if ok is False}
-    calls = {f"{c[0]['id']}~{c[0]['sample']}~{c[1]}": c for c in every if c[1] in error_steps}
-    if not calls:
-        return found | {"failed calls that were gone on from": 0}
-    prompts = pair.read_prompts()
-    begun = {
-        name: (prompts[str(r["id"])], r, r["steps"][k + 1][0])
-        for name, (r, k, *_) in calls.items()
-    }
-    hits = continue_from(pair, "saved", begun, tools)
-    return found | after_calls(calls, hits)
-
-
-def after_calls(calls, hits):
-    """How often the teacher ends right after failed calls and after results, at the same step,
-    and AUCs of a small drift for that, over all continuations.  calls: {name: what
-    `steps_of_calls` yields};  hits: {name: [whether it ended right]}."""
-    rates = {}
-    found = {}
-    for kind, wanted in (("after a failed call", False), ("after a result", True)):
-        some = {name: call for name, call in calls.items() if call[2] is wanted}
-        rates[wanted] = {
-            (str(c[0]["id"]), name): (c[1], float(np.mean(hits[name])))
-            for name, c in some.items()
-        }
-        right = over_prompts({key: rate for key, (_, rate) in rates[wanted].items()})
-        found[kind] = {"calls": len(some), "teacher right": right}
-        for field, at in (("d of the step", 3), ("d of the next step", 4)):
-            pairs = [(c[at], x) for n, c in some.items() for x in hits[n] if np.isfinite(c[at])]
-            value = auc([-d for d, _ in pairs], [x for _, x in pairs]) if pairs else None
-            found[kind][f"AUC of a small {field}"] = value
-    level = {}  # step: rates after a result
-    for k, rate in rates[True].values():
-        level.setdefault(k, []).append(rate)
-    lost = {
-        key: np.mean(level[k]) - rate for key, (k, rate) in rates[False].items() if k in level
-    }
-    return found | {"result - failed call, same step": over_prompts(lost)}
-
-
 # ---- support
 
 
@@ -476,6 +316,7 @@ def support(pair):
     s = pair.settings
     some = {"slice": f"0:{s.support_prompts}"}
     found = {}
+    right = {}
     solved = {}
     stages = {"student": ("rollout.py", pair.student)}
     stages["teacher"] = ("teacher.py answer", pair.teacher)
@@ -485,12 +326,22 @@ def support(pair):
         evals = pair.stage("eval.py", f"many_{name}_evals.jsonl", **on)
         found[name] = {"stage": made, "evals": evals}
         rows = pair.rows(f"many_{name}_evals.jsonl", "evals")
-        solved[name] = {key[0] for key, row in rows.items() if row["correct"]}
+        right[name] = {key: row["correct"] for key, row in rows.items()}
+        solved[name] = {key[0] for key, hit in right[name].items() if hit}
         asked = {key[0] for key in rows}
     mine, theirs = solved["student"], solved["teacher"]
     counts = {"both": mine & theirs, "student alone": mine - theirs}
     counts |= {"teacher alone": theirs - mine, "neither": asked - mine - theirs}
-    return found | {"prompts solved by": {name: len(some) for name, some in counts.items()}}
+    found["prompts solved by"] = {name: len(some) for name, some in counts.items()}
+    found["teacher - student, pass@1"] = contrast(right["teacher"], right["student"])
+    shares = {}  # prompt: [[student's outcomes], [teacher's]]
+    for side, hits in enumerate(right.values()):
+        for key, hit in hits.items():
+            shares.setdefault(key[0], ([], []))[side].append(hit)
+    found["right, student and teacher"] = {
+        prompt: [float(np.mean(hits)) for hits in both] for prompt, both in shares.items()
+    }
+    return found
 
 
 # ---- the picture
@@ -533,10 +384,30 @@ def draw_aucs(axes, part):
     axes.set(xlabel="right against wrong answers to one prompt: AUC", xlim=(0, 1))
 
 
+def draw_places(axes, part):
+    """How often the teacher ends right, by how much of an answer stands."""
+    start = part["teacher right"]["start"]["0"]
+    for i, group in enumerate(("right", "wrong")):
+        rows = {0.0: start}
+        rows |= {float(x): row for x, row in part["teacher right"].get(group, {}).items()}
+        axes.errorbar(
+            list(rows),
+            [row["mean"] for row in rows.values()],
+            yerr=[row["half"] or 0 for row in rows.values()],
+            color=COLOURS[i],
+            marker="os"[i],
+            capsize=3,
+            label=f"of a {group} answer",
+        )
+    axes.set(xlabel="share of its blocks that stands", ylabel="teacher, going on, ends right")
+    axes.set(ylim=(0, 1.05))
+    axes.legend(frameon=False, fontsize=8)
+
+
 def figure(found):
-    """The matplotlib figure of what signals.json has of `positions` and `ropd`; means and 95 %
-    intervals over prompts.  None where there is neither."""
-    panels = {"positions": draw_positions, "ropd": draw_aucs}
+    """The matplotlib figure of what signals.json has of `positions`, `ropd` and `continue`;
+    means and 95 % intervals over prompts.  None where there is none."""
+    panels = {"positions": draw_positions, "ropd": draw_aucs, "continue": draw_places}
     panels = {name: draw for name, draw in panels.items() if name in found}
     if not panels:
         return None

@@ -34,9 +34,10 @@ from opd import files, records
 # ---- settings
 
 
-def setting(default, help, smoke=None, choices=None):
-    """A field of a study's settings: its flag's default and help, its value under --smoke."""
-    about = {"help": help, "smoke": smoke, "choices": choices}
+def setting(default, help, smoke=None, choices=None, free=False):
+    """A field of a study's settings: its flag's default and help, its value under --smoke;
+    free: runs in one folder may differ in it."""
+    about = {"help": help, "smoke": smoke, "choices": choices, "free": free}
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -120,6 +121,15 @@ def add_settings(p, settings):
         )
 
 
+def shared_settings(settings):
+    """{name: value} of what every run in a folder must have in common."""
+    found = dataclasses.asdict(settings)
+    for name in list(found):
+        if about_setting(type(settings), name)["free"]:
+            del found[name]
+    return found
+
+
 def settings_of(args, settings):
     """The settings that a parsed command line asks for; under --smoke, the tiny ones."""
     values = {}
@@ -160,9 +170,9 @@ class Run:
     OUT/stages.log."""
 
     def __init__(self, out, settings, arms, results, command, smoke=False):
-        """settings: what every run in this folder must share, or arms would be compared under
-        different conditions.  arms: those to run.  command: what a result line says it is
-        from.  smoke: for worlds with something to shrink that is not a setting."""
+        """settings: unless free, what every run in this folder must share, or arms would be
+        compared under different conditions.  arms: those to run.  command: what a result line
+        says it is from.  smoke: for worlds with something to shrink that is not a setting."""
         self.out = Path(out)
         self.world = self.out / "world"
         self.settings = settings
@@ -172,7 +182,7 @@ class Run:
         self.smoke = smoke
         self.started = time.time()
         self.out.mkdir(parents=True, exist_ok=True)
-        self.keep("experiment", dataclasses.asdict(settings))
+        self.keep("experiment", shared_settings(settings))
         self.commands = open(self.out / "commands.sh", "a", encoding="utf-8")
         self.log = open(self.out / "stages.log", "a", encoding="utf-8")
 

@@ -1,11 +1,13 @@
-"""The numbers of experiments/real_signals.py, by hand; its smoke run does the rest."""
+"""The numbers of experiments/real_signals.py and real_continue.py, by hand; a smoke run does
+the rest."""
 
 from itertools import product
 
+import numpy as np
 import pytest
 from conftest import by_key, dump, load
 
-from experiments import real_signals
+from experiments import by_prompt, real_continue, real_signals
 from experiments.study import Run
 from opd import records
 from opd.answers import final_answer, is_correct
@@ -15,14 +17,14 @@ from opd.stats import auc_by_prompt
 
 def test_prompts_weigh_alike_however_many_rollouts_they_have():
     values = {("a", 0): 1.0, ("a", 1): 3.0, ("b", 0): 8.0, ("c", 0): None}
-    found = real_signals.over_prompts(values)
+    found = by_prompt.over_prompts(values)
     assert found == {"mean": 5.0, "half": pytest.approx(12.7062 * 3), "prompts": 2}
-    assert real_signals.over_prompts({("c", 0): None})["mean"] is None
+    assert by_prompt.over_prompts({("c", 0): None})["mean"] is None
 
 
 def test_quarters_hold_every_value_once_also_where_many_lie_at_the_cap():
     values = {(str(i), 0): float(i) for i in range(12)}
-    rows = real_signals.quarters(values, {key: min(x, 5) for key, x in values.items()})
+    rows = by_prompt.quarters(values, {key: min(x, 5) for key, x in values.items()})
     assert [row["prompts"] for row in rows] == [3] * 4
     assert [(row["low"], row["high"]) for row in rows] == [(0, 2), (3, 5), (5, 5), (5, 5)]
 
@@ -30,8 +32,31 @@ def test_quarters_hold_every_value_once_also_where_many_lie_at_the_cap():
 def test_a_contrast_is_within_the_prompts_that_have_both():
     ones = {("a", 0): 3.0, ("a", 1): 5.0, ("b", 0): 9.0, ("c", 0): 7.0}
     others = {("a", 2): 1.0, ("c", 1): 2.0, ("d", 0): 0.0}
-    found = real_signals.contrast(ones, others)
+    found = by_prompt.contrast(ones, others)
     assert (found["mean"], found["prompts"]) == (4.0, 2)
+    # within (prompt, step), then a number a prompt
+    ones = {("a", 0, "x"): 3.0, ("a", 1, "x"): 9.0, ("b", 1, "x"): 5.0}
+    others = {("a", 0, "y"): 2.0, ("a", 1, "y"): 4.0, ("b", 0, "y"): 7.0}
+    assert by_prompt.contrast(ones, others, 2) == by_prompt.over_prompts({("a", 0): 3.0})
+
+
+def test_the_share_of_the_gap_is_that_of_all_tokens():
+    gaps = {("a", 0): np.array([3.0, 1.0, 0.0]), ("b", 0): np.array([2.0])}
+    assert real_signals.share_before(gaps, 1) == {"tokens": 2 / 4, "gap": 5 / 6}
+
+
+def test_what_only_says_that_there_is_an_answer_tells_nothing_among_answers():
+    right = {("a", i): x for i, x in enumerate([True, True, False, False])}
+    signals = {"has a final answer": {("a", i): x for i, x in enumerate([1, 1, 1, 0])}}
+    signals["teacher log-prob"] = {("a", i): x for i, x in enumerate([4.0, 1.0, 3.0, 0.0])}
+    signals["rubric, m = 1"] = dict.fromkeys(right, 1.0)
+    both = real_signals.aucs(signals, list(right), right)
+    assert both["has a final answer"]["mean"] == 0.75
+    assert both["has a final answer"]["minus teacher log-prob"]["mean"] == 0.0
+    assert both["has a final answer"]["minus rubric, m = 1"]["mean"] == 0.25
+    ended = real_signals.aucs(signals, list(right)[:3], right)
+    means = {name: row["mean"] for name, row in ended.items()}
+    assert means == {"has a final answer": 0.5, "teacher log-prob": 0.5, "rubric, m = 1": 0.5}
 
 
 def test_a_signal_is_judged_inside_each_prompt():
@@ -47,7 +72,7 @@ def test_a_signal_is_judged_inside_each_prompt():
 
 def test_the_teacher_goes_on_from_the_cut_and_from_half_of_the_rest():
     for n, blocks in product(range(1, 8), range(0, 8)):
-        places = real_signals.two_places([[i, i + 1] for i in range(n)], blocks)
+        places = real_continue.two_places([[i, i + 1] for i in range(n)], blocks)
         if not places:
             assert blocks == 0 or n - blocks < 2
             continue
@@ -88,21 +113,75 @@ def pair(world, tmp_path):
 
 def test_a_beginning_is_that_of_a_rollout_before_its_final_answer(world, pair):
     tokenizer = load_tokenizer(world.base)
-    ids = {(r["id"], r["sample"]): r["response_ids"] for r in load(world.rollouts)}
-    found = real_signals.beginnings(pair)
-    assert {group for _, group, _ in found} == {"cut", "uncut"}
+    rollouts = {(r["id"], r["sample"]): r for r in load(pair.path("rollouts.jsonl"))}
+    evals = [{"id": k[0], "sample": k[1], "correct": k[1] % 2 == 0} for k in rollouts]
+    pair.correct = lambda: {(row["id"], row["sample"]): row["correct"] for row in evals}
+    found = real_continue.beginnings(pair)
+    assert {group for _, group, _ in found} == {"start", "cut", "wrong", "right"}
+    of_prompt = {}
     for (key, group, place), end in found.items():
-        assert found[key, group, "cut"] < found[key, group, "later"] < len(ids[key])
-        assert final_answer(tokenizer.decode(ids[key][:end])) is None
+        assert end < len(rollouts[key]["response_ids"])
+        assert final_answer(tokenizer.decode(rollouts[key]["response_ids"][:end])) is None
+        of_prompt.setdefault((key[0], group), set()).add(key)
+        if group == "cut":
+            assert found[key, group, "cut"] < found[key, group, "later"]
+        elif group == "start":
+            assert end == 0
+        else:
+            assert (group == "right") == (key[1] % 2 == 0)
+            assert found[key, group, 0.25] < found[key, group, 0.5] < found[key, group, 0.75]
+    assert all(len(keys) == 1 for of, keys in of_prompt.items() if of[1] != "cut")
+
+
+def test_quarters_are_of_blocks():
+    spans = [[0, 5], [5, 6], [6, 20], [20, 21], [21, 30], [30, 31], [31, 40], [40, 41]]
+    assert real_continue.quarters_of(spans) == {0.25: 6, 0.5: 21, 0.75: 31}
+    assert real_continue.quarters_of(spans[:4]) == {0.25: 5, 0.5: 6, 0.75: 20}
+    assert real_continue.quarters_of(spans[:3]) == {}
+
+
+def test_rates_by_place_and_their_differences_within_prompts():
+    a, b = ("p", 0), ("p", 1)
+    hits = {(a, "start", 0): [True, True], (a, "wrong", 0.75): [True, False]}
+    hits |= {(b, "right", 0.75): [True, True], (("q", 0), "wrong", 0.75): [False, False]}
+    hits |= {(a, "cut", "cut"): [True], (a, "cut", "later"): [False]}
+    places = dict.fromkeys(hits, 4) | {(a, "wrong", 0.75): 8}
+    found = real_continue.by_place(places, hits)
+    row = found["teacher right"]["wrong"]["0.75"]
+    assert (row["rollouts"], row["tokens"], row["mean"], row["prompts"]) == (2, 6.0, 0.25, 2)
+    means = {name: x["mean"] for name, x in found["differences"].items()}
+    assert means.pop("right - wrong, at 0.75") == 0.5
+    assert means.pop("start - 0.75 of a wrong answer") == 0.5
+    assert means.pop("cut - later") == 1.0
+    assert set(means.values()) == {None}
+
+
+def test_places_are_told_apart_by_their_own_block_and_gap(pair):
+    """The teacher succeeds from the earlier of two places: where the margin is larger, the gap
+    so far smaller."""
+    key = next(iter(pair.rows("rollouts.jsonl", "rollouts")))
+    weights = pair.rows("cuts_faithful.jsonl", "weights")
+    blocks = weights[key]["blocks"]
+    signal = list(range(len(blocks), 0, -1))
+    dump(pair.path("cuts_faithful.jsonl"), [weights[key] | {"signal": signal}])
+    pair.gaps = lambda: {key: np.arange(blocks[-1][1])}
+    places = {(key, "wrong", 0.25): blocks[0][1], (key, "wrong", 0.5): blocks[1][1]}
+    places |= {(key, "start", 0): 0}
+    names = {of: str(of[2]) for of in places}
+    hits = {"0.25": [True, True], "0.5": [False, True], "0": [True]}
+    found = real_continue.predictors(pair, places, hits, names)
+    # one miss against three hits, of which one is at its place
+    assert {row["mean"] for row in found.values()} == {(1 + 1 + 0.5) / 3}
+    assert len(found) == 3
 
 
 def test_the_teacher_continues_from_the_very_ids(world, pair):
     """What it makes is graded with its beginning; a second run makes nothing."""
-    (key, _, _), end = next(iter(real_signals.beginnings(pair).items()))
+    key, r = next(iter(pair.rows("rollouts.jsonl", "rollouts").items()))
+    end = 4
     prompt = pair.read_prompts()[key[0]]
-    r = pair.rows("rollouts.jsonl", "rollouts")[key]
     begun = {"a": (prompt, r, end), "b": (prompt, r, len(r["response_ids"]) - 1)}
-    hits = real_signals.continue_from(pair, "on", begun)
+    hits = real_continue.continue_from(pair, "on", begun)
     rows = by_key(load(pair.path("on.jsonl"))).values()
     ids = {
         name: r["prompt_ids"] + r["response_ids"][:end] for name, (_, _, end) in begun.items()
@@ -114,20 +193,31 @@ def test_the_teacher_continues_from_the_very_ids(world, pair):
         stands = tokenizer.decode(r["response_ids"][:end])
         texts = [stands + row["text"] for row in rows if row["id"] == name]
         assert hits[name] == [is_correct(text, prompt["answer"]) for text in texts]
-    assert real_signals.continue_from(pair, "on", begun) == hits
+    assert real_continue.continue_from(pair, "on", begun) == hits
     assert list(by_key(load(pair.path("on.jsonl"))).values()) == list(rows)
 
 
 def test_a_failed_call_is_held_against_results_of_the_same_step():
-    r = {"id": "p"}
-    calls = {"e": (r, 1, False, 2.0, 0.5), "f": (r, 0, False, 1.0, 0.1)}
-    calls |= {"x": (r, 1, True, 1.0, 0.2), "y": (r, 1, True, 3.0, 0.9)}
-    hits = {"e": [True, False], "f": [True, True], "x": [True, True], "y": [True, False]}
-    found = real_signals.after_calls(calls, hits)
-    assert found["result - failed call, same step"]["mean"] == 0.75 - 0.5
-    assert found["after a result"]["teacher right"]["mean"] == 0.75
-    # drifts 2, 2, 1, 1 with one miss at 2: it is above the right one at 2 and both at 1
-    assert found["after a failed call"]["AUC of a small d of the step"] == (0.5 + 1 + 1) / 3
+    p, q = {"id": "p", "sample": 0}, {"id": "q", "sample": 0}
+    calls = {"e": (p, 1, False, 2.0, 0.5), "f": (q, 0, False, 1.0, 0.1)}
+    calls |= {"x": (p, 1, True, 1.0, 0.2), "y": (p, 1, True, 3.0, 0.9)}
+    calls |= {"z": (q, 0, True, 1.0, np.nan)}
+    hits = {"e": [True, False], "f": [True, False], "x": [True, True], "y": [True, False]}
+    hits["z"] = [False, False]
+    found = real_continue.after_calls(calls, hits)
+    # p: 0.75 - 0.5, q: 0 - 0.5
+    assert found["result - failed call, same step"]["mean"] == (0.25 - 0.5) / 2
+    assert found["after a result"]["teacher right"]["mean"] == (0.75 + 0.0) / 2
+    # of p alone, for q has no hit: one miss at drift 3, above all hits but its own
+    auc = found["after a result"]["AUC of a small d of the step"]
+    assert (auc["mean"], auc["prompts"]) == ((1 + 1 + 0.5) / 3, 1)
+
+
+def test_only_steps_with_both_kinds_of_calls_are_continued():
+    r = [{"id": "p", "sample": i} for i in range(5)]
+    calls = [(r[i], 0, i != 0, 1.0, 1.0) for i in range(5)]
+    calls += [(r[0], 1, True, 1.0, 1.0), ({"id": "q", "sample": 0}, 0, False, 1.0, 1.0)]
+    assert set(real_continue.matched(calls)) == {"p~0~0", "p~1~0", "p~2~0"}
 
 
 def test_the_reward_of_one_judgement_is_that_of_the_first():
@@ -150,5 +240,5 @@ def test_steps_that_were_gone_on_from_have_their_drift_and_the_next(world, pair)
     score |= {"policy": r["policy"], "logprobs": [-1.0 - gap for gap in gaps]}
     dump(pair.path("episodes.jsonl"), [r])
     dump(pair.path("episode_scores.jsonl"), [score])
-    found = [call[1:] for call in real_signals.steps_of_calls(pair)]
+    found = [call[1:] for call in real_continue.steps_of_calls(pair)]
     assert found == [(0, True, 1.0, 2.0), (1, False, 2.0, 3.0)]

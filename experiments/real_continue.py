@@ -1,0 +1,222 @@
+"""Parts `continue` and `sod` of experiments.real_signals: the teacher goes on from what the
+student wrote.  `pair`: its Pair, with the files of the parts before.
+
+A continuation is sampled after the very ids of prompt and beginning, and graded together with
+it.  Files: OUT/continued*.jsonl, OUT/saved*.jsonl."""
+
+import numpy as np
+
+from experiments.by_prompt import contrast, minus, over_prompts
+from methods.sod.weights import measure_file, open_tables
+from opd import files, records
+from opd.answers import final_answer, is_correct
+from opd.policy import load_policy, load_tokenizer, resume_identity
+from opd.sampling import ANSWER_STREAM, LocalSampler, Sampling, jobs_by_key
+from opd.stats import auc_by_prompt
+from opd.tools import Toolbox
+
+# ---- places, and what the teacher makes of them
+
+
+def two_places(spans, blocks):
+    """{place: tokens}: so many blocks, and with them half of the others; {} where nothing would
+    be left to write."""
+    later = blocks + (len(spans) - blocks) // 2
+    if not 0 < blocks < later < len(spans):
+        return {}
+    return {"cut": spans[blocks - 1][1], "later": spans[later - 1][1]}
+
+
+def quarters_of(spans):
+    """{share: tokens of the blocks before it}, at a quarter, half and three quarters of at
+    least 4 blocks; else {}."""
+    n = len(spans)
+    return {x: spans[round(x * n) - 1][1] for x in (0.25, 0.5, 0.75)} if n >= 4 else {}
+
+
+def beginnings(pair):
+    """{(rollout's key, group, place): tokens of its response that stand}, all before its final
+    answer.  Groups: "start", place 0, once a prompt; "wrong" and "right", quarters of a
+    prompt's first such rollout; "cut", the cut and a later place of every rollout with one."""
+    tokenizer = load_tokenizer(pair.student)
+    rollouts = pair.rows("rollouts.jsonl", "rollouts")
+    correct = pair.correct()
+    taken = set()  # (prompt, group) that have theirs
+    found = {}
+    for key, w in pair.rows("cuts_faithful.jsonl", "weights").items():
+        ids = rollouts[key]["response_ids"]
+        outcome = "right" if correct[key] else "wrong"
+        groups = {"start": {0: 0}, outcome: quarters_of(w["blocks"])}
+        groups = {g: places for g, places in groups.items() if (key[0], g) not in taken}
+        if w["cut"]:
+            groups["cut"] = two_places(w["blocks"], w["cut"])
+        for group, places in groups.items():
+            if any(final_answer(tokenizer.decode(ids[:end])) for end in places.values()):
+                continue
+            found |= {(key, group, place): end for place, end in places.items()}
+            if places:
+                taken.add((key[0], group))
+    return found
+
+
+def continue_from(pair, name, begun, tools=None):
+    """{beginning: [whether what the teacher makes of it is right]}.  begun: {beginning:
+    (prompts record, rollout, tokens of its response that stand)}; files NAME*.jsonl."""
+    s = pair.settings
+    rows = {key: prompt | {"id": key} for key, (prompt, _, _) in begun.items()}
+    pair.run.write(f"{name}_prompts.jsonl", "prompts of what is continued", rows.values())
+    policy = load_policy(pair.teacher, s.dtype)
+    sampling = Sampling(max_tokens=s.max_tokens, seed=s.seed + ANSWER_STREAM)
+    sampler = LocalSampler(policy, sampling, Toolbox(tools) if tools else None)
+    # in place of a rendered prompt; `fill_with` would read these from the file
+    sampler.begun = {
+        key: r["prompt_ids"] + r["response_ids"][:end] for key, (_, r, end) in begun.items()
+    }
+    jobs = jobs_by_key(rows.values(), s.continuations)
+    ends = {key: end for key, (_, _, end) in sorted(begun.items())}
+    how = {"policy": resume_identity(policy.identity), "from": ends, "tools": tools}
+    how |= {"max_tokens": s.max_tokens, "seed": sampling.seed}
+    out, inputs = pair.path(f"{name}.jsonl"), [pair.path(f"{name}_prompts.jsonl")]
+
+    def work(missing):
+        return sampler([jobs[key] for key in missing])
+
+    files.fill(out, "rollouts", jobs, work, how, inputs)
+    hits = {}
+    for answer in files.read(out, "rollouts"):
+        prompt, r, end = begun[answer["id"]]
+        text = records.final_text(answer)
+        if not tools:  # the beginning may hold the words before the answer
+            text = policy.tokenizer.decode(r["response_ids"][:end]) + text
+        hits.setdefault(answer["id"], []).append(is_correct(text, prompt["answer"]))
+    return hits
+
+
+def continued(pair):
+    prompts = pair.read_prompts()
+    rollouts = pair.rows("rollouts.jsonl", "rollouts")
+    places = beginnings(pair)
+    names = {of: f"{of[0][0]}~{of[0][1]}~{of[2]}" for of in places}
+    begun = {names[of]: (prompts[of[0][0]], rollouts[of[0]], end) for of, end in places.items()}
+    hits = continue_from(pair, "continued", begun)
+    return by_place(places, {of: hits[name] for of, name in names.items()}) | {
+        "AUC within prompts": predictors(pair, places, hits, names)
+    }
+
+
+def by_place(places, hits):
+    """How often the teacher ends right by group and place, with the mean of the tokens that
+    stood; what places of one prompt or rollout differ by.  places, hits: {(rollout's key,
+    group, place): tokens that stood, [whether right]}."""
+    found = {}
+    rates = {}
+    for (key, group, place), each in hits.items():
+        rates.setdefault((group, place), {})[key] = float(np.mean(each))
+    for (group, place), values in sorted(rates.items(), key=str):
+        stood = [end for of, end in places.items() if of[1:] == (group, place)]
+        row = {"rollouts": len(values), "tokens": float(np.mean(stood))}
+        found.setdefault(group, {})[str(place)] = row | over_prompts(values)
+    apart = {}
+    for place in (0.25, 0.5, 0.75):
+        ones, others = (rates.get((group, place), {}) for group in ("right", "wrong"))
+        apart[f"right - wrong, at {place}"] = contrast(ones, others)
+    for place in (0.25, 0.75):
+        ones, others = rates.get(("start", 0), {}), rates.get(("wrong", place), {})
+        apart[f"start - {place} of a wrong answer"] = contrast(ones, others)
+    both = (rates.get(("cut", place), {}) for place in ("cut", "later"))
+    apart["cut - later"] = over_prompts(minus(*both))
+    return {"teacher right": found, "differences": apart}
+
+
+def predictors(pair, places, hits, names):
+    """{what is known of a place: `over_prompts` of its AUC for the teacher ending right, over
+    the places within answers to one prompt}."""
+    gaps = pair.gaps()
+    weights = pair.rows("cuts_faithful.jsonl", "weights")
+    right = {}
+    signals = {"margin of the block before": {}, "small gap so far": {}, "early place": {}}
+    for (key, group, place), end in places.items():
+        if group not in ("wrong", "right"):
+            continue
+        w = weights[key]
+        block = [stop for _, stop in w["blocks"]].index(end)
+        values = w["signal"][block], -float(np.mean(gaps[key][:end])), -end
+        for i, hit in enumerate(hits[names[key, group, place]]):
+            of = (key[0], key[1], place, i)
+            right[of] = hit
+            for signal, value in zip(signals.values(), values):
+                signal[of] = value
+    return {name: over_prompts(auc_by_prompt(x, right)) for name, x in signals.items()}
+
+
+# ---- SOD: steps with a calculator
+
+
+def steps_of_calls(pair):
+    """Yields (rollout, k, whether its call had a result, d of step k, d of the next step) of
+    every call that the student went on from."""
+    tables = open_tables(pair.path("episodes.jsonl"), pair.path("episode_scores.jsonl"), None)
+    drifts = measure_file(*tables)
+    for rollout in tables[0]:
+        d = drifts[records.key_of(rollout, "rollouts")].d
+        for k, (_, _, ok) in enumerate(rollout.get("steps", ())[:-1]):
+            yield rollout, k, ok, d[k], d[k + 1]
+
+
+def sod(pair):
+    tools = "calculator"
+    n = pair.settings.n
+    made = pair.sample("rollout.py", pair.student, "episodes.jsonl", n, tools=tools)
+    on = {"rollouts": pair.path("episodes.jsonl")}
+    evals = pair.stage("eval.py", "episode_evals.jsonl", prompts=pair.prompts, **on)
+    found = {"rollouts": made, "evals": evals}
+    if not made["calls"]:
+        return found
+    pair.score("episode_scores.jsonl", pair.teacher, **on, allow_template_mismatch=True)
+    scores = {"scores": pair.path("episode_scores.jsonl")}
+    drift = pair.stage("experiments.sod_drift", "drift.json", **on, **scores, overwrite=True)
+    prompts = pair.read_prompts()
+    calls = matched(steps_of_calls(pair))
+    begun = {
+        name: (prompts[str(r["id"])], r, r["steps"][k + 1][0])
+        for name, (r, k, *_) in calls.items()
+    }
+    hits = continue_from(pair, "saved", begun, tools)
+    return found | {"drift": drift} | after_calls(calls, hits)
+
+
+def matched(calls, most=2):
+    """{name: call} of those that `steps_of_calls` yields: at every step of a prompt where some
+    failed and some did not, up to so many of either."""
+    groups = {}
+    for call in calls:
+        rollout, k, ok = call[:3]
+        groups.setdefault((str(rollout["id"]), k), {True: [], False: []})[ok].append(call)
+    return {
+        f"{prompt}~{call[0]['sample']}~{k}": call
+        for (prompt, k), kinds in groups.items()
+        if kinds[True] and kinds[False]
+        for some in kinds.values()
+        for call in some[:most]
+    }
+
+
+def after_calls(calls, hits):
+    """How often the teacher ends right after failed calls and after results, at the same step
+    of the same prompt, and AUCs of a small drift for that within prompts.  calls: {name: what
+    `steps_of_calls` yields};  hits: {name: [whether it ended right]}."""
+    rates = {}
+    found = {}
+    for kind, wanted in (("after a failed call", False), ("after a result", True)):
+        some = {name: call for name, call in calls.items() if call[2] is wanted}
+        keys = {name: (str(call[0]["id"]), call[1], name) for name, call in some.items()}
+        rates[wanted] = {keys[name]: float(np.mean(hits[name])) for name in some}
+        found[kind] = {"calls": len(some), "teacher right": over_prompts(rates[wanted])}
+        for field, at in (("d of the step", 3), ("d of the next step", 4)):
+            known = [name for name in some if np.isfinite(some[name][at])]
+            right = {(*keys[name], i): x for name in known for i, x in enumerate(hits[name])}
+            small = {of: -some[of[2]][at] for of in right}
+            value = over_prompts(auc_by_prompt(small, right))
+            found[kind][f"AUC of a small {field}"] = value
+    lost = contrast(rates[True], rates[False], depth=2)
+    return found | {"result - failed call, same step": lost}
