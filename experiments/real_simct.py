@@ -6,25 +6,30 @@ step of each loss leads.
 Trains one step an arm from the same student on the same rollouts, and writes OUT/units.json:
 
     coverage   share of the text in units of one token on either side, by kind of character
-    bits       bits a byte of the teacher's answers to other prompts, before and after the step
-    cosine     of the arms' gradients, which AdamW's first moments are after one step
+    bits       bits a byte of the teacher's answers to other prompts: before, how the step
+               changes them, and by how much more than that of `simple`
+    cosine     of gradients, which AdamW's first moments are after one step
 
 Arms: `simple` (one-token units alone, the baseline of arXiv 2605.07711), `simct`, `dropped`
-(without candidates that only begin a unit's text), `sft` (the teacher's own answers); on the
+(without candidates that only begin a unit's text), `sft` (the teacher's own answers); `odd` and
+`even`, as `simct` on every other prompt: their cosine says what chance leaves of one; on the
 first --few prompts, for it is dear: `full` (all shared tokens are candidates), and `few`, as
 `simct`, to hold it against.
 
 Simplifications: 1. one step of AdamW moves every weight by about the rate, whatever the size of
-the gradient; 2. answers of tools are left out.
+the gradient; 2. intervals are over the prompts that are measured, after one step on one batch;
+3. answers of tools are left out.
 """
 
 import dataclasses
 import json
 import math
+import shutil
 import unicodedata
 
 from safetensors import safe_open
 
+from experiments.by_prompt import minus, over_prompts
 from experiments.study import Run, add_settings, say, setting, settings_of, versions
 from methods.rows import METHODS
 from methods.simct.align import one_to_one, pieces_of
@@ -32,7 +37,6 @@ from opd import files, records
 from opd.batches import Data, Inputs
 from opd.policy import load_policy, load_tokenizer
 from opd.records import BadInput
-from opd.stats import interval
 from opd.tensors import StepSettings, current_logps
 from opd.trainer import MOMENTS
 
@@ -63,10 +67,15 @@ ARMS = {
     "simple": ("simple-opd", {}, "rollouts", "units"),
     "simct": ("simct", {}, "rollouts", "units"),
     "dropped": ("simct", {"prefixes": "drop"}, "rollouts", "units"),
+    "odd": ("simct", {}, "odd", "units_odd"),
+    "even": ("simct", {}, "even", "units_even"),
     "few": ("simct", {}, "few", "units_few"),
     "full": ("simct", {}, "few", "units_full"),
     "sft": ("sft", {}, "taught", None),
 }
+# gradients on the same text, or on two halves of it
+COMPARED = [("simple", "simct"), ("dropped", "simct"), ("sft", "simct"), ("sft", "simple")]
+COMPARED += [("odd", "even"), ("few", "full")]
 KINDS = {"L": "letters", "N": "digits", "P": "punctuation", "S": "symbols", "Z": "spaces"}
 
 # ---- coverage
@@ -80,8 +89,8 @@ def kind_of(character):
 
 
 def coverage(tokenizer, rollouts, scores):
-    """{kind: {"bytes", "strict"}}: bytes of that kind of character, and their share in units of
-    one token on either side."""
+    """{kind: {"bytes", "strict"}}: bytes of that kind of character ("all": of any), and their
+    share in units of one token on either side."""
     bytes_of = {}
     strict = {}
     for key, rollout in rollouts.items():
@@ -96,7 +105,9 @@ def coverage(tokenizer, rollouts, scores):
                 size = len(character.encode("utf-8"))
                 bytes_of[kind] = bytes_of.get(kind, 0) + size
                 strict[kind] = strict.get(kind, 0) + size * is_strict
-    return {k: {"bytes": n, "strict": strict[k] / n} for k, n in sorted(bytes_of.items())}
+    found = {k: {"bytes": n, "strict": strict[k] / n} for k, n in sorted(bytes_of.items())}
+    total = sum(bytes_of.values())
+    return found | {"all": {"bytes": total, "strict": sum(strict.values()) / total}}
 
 
 # ---- bits and gradients
@@ -141,8 +152,15 @@ class Units:
         self.student = student
         self.teacher = teacher
         trained = s.train_prompts
+        wanted = trained + s.test_prompts
+        found = sum(1 for _ in files.read(prompts, "prompts"))
+        if found < wanted:
+            raise BadInput(
+                f"{prompts}: expected {wanted} prompts, {trained} for the step and "
+                f"{s.test_prompts} to measure on, got {found}"
+            )
         self.trained = run.part_of(prompts, f"0:{trained}")
-        self.tested = run.part_of(prompts, f"{trained}:{trained + s.test_prompts}")
+        self.tested = run.part_of(prompts, f"{trained}:{wanted}")
         self.few = run.part_of(prompts, f"0:{s.few}")
 
     def path(self, name):
@@ -163,20 +181,26 @@ class Units:
         self.stage("rollout.py", "rollouts", **asked, **how)
         on = {"rollouts": self.path("rollouts")}
         self.stage("teacher.py score", "own", model=self.student, **on, top_k=s.candidates)
-        self.score("units", **on, prompts=self.trained, top_k_of=self.path("own"))
-        few = {str(p["id"]) for p in files.read(self.few, "prompts")}
-        for name, kind, whole in (
-            ("few", "rollouts", "rollouts"),
-            ("units_few", "scores", "units"),
-        ):
-            rows = files.read(self.path(whole), kind)
-            some = [row for row in rows if str(row["id"]) in few]
-            self.run.write(f"{name}.jsonl", f"{whole}.jsonl of the first prompts", some)
+        self.aligned = self.score(
+            "units", **on, prompts=self.trained, top_k_of=self.path("own")
+        )
+        asked = [str(p["id"]) for p in files.read(self.trained, "prompts")]
+        parts = {"few": asked[: s.few], "odd": asked[::2], "even": asked[1::2]}
+        for name, some in parts.items():
+            self.part(name, "rollouts", set(some))
+            self.part(f"units_{name}", "units", set(some))
         self.score("units_full", rollouts=self.path("few"), prompts=self.few)
+
+    def part(self, name, whole, prompts):
+        """A file of the records of some prompts."""
+        rows = files.read(self.path(whole), "rollouts" if whole == "rollouts" else "scores")
+        some = [row for row in rows if str(row["id"]) in prompts]
+        self.run.write(f"{name}.jsonl", f"{len(prompts)} prompts of {whole}.jsonl", some)
 
     def score(self, name, **options):
         options |= dict(model=self.teacher, student=self.student)
-        self.stage("methods.simct score", name, **options)
+        found = self.stage("methods.simct score", name, **options)
+        return {key: x for key, x in found.items() if key != "out"}
 
     def train(self, arm):
         """One step of an arm; returns its folder."""
@@ -191,30 +215,58 @@ class Units:
         self.run.stage("train.py", **how, **reads, out=out)
         return out
 
+    def measure_arms(self, tested):
+        """{"bits": {arm: bits a byte of the texts after its step}, "cosine": {pair: cosine}},
+        kept in OUT/arms.json; a folder goes when nothing is to be held against it any more.
+        tested: arguments of `bits_a_byte`."""
+        path = self.run.out / "arms.json"
+        kept = {"bits": {}, "cosine": {}}
+        if path.exists():
+            kept = json.loads(path.read_text())
+        for arm in ARMS:
+            if arm in kept["bits"]:
+                continue
+            kept["bits"][arm] = bits_a_byte(self.train(arm), *tested)
+            for pair in COMPARED:
+                if arm in pair and kept["bits"].keys() >= set(pair):
+                    kept["cosine"][", ".join(pair)] = cosine(*(self.run.out / x for x in pair))
+            files.write_atomically(path, json.dumps(kept, indent=1) + "\n")
+            for done in kept["bits"]:
+                if all(", ".join(p) in kept["cosine"] for p in COMPARED if done in p):
+                    shutil.rmtree(self.run.out / done, ignore_errors=True)
+        return kept
+
 
 def measure(units):
     """The numbers of OUT/units.json."""
-    s = units.run.settings
     rows = {}
     for name, kind in (("rollouts", "rollouts"), ("units", "scores")):
         found = files.read(units.path(name), kind)
         rows[name] = {records.key_of(r, kind): r for r in found}
     tokenizer = load_tokenizer(units.student)
-    result = {"coverage": coverage(tokenizer, rows["rollouts"], rows["units"])}
-    tested = units.path("tested"), units.tested, s
-    before = bits_a_byte(units.student, *tested)
-    result["bits"] = {"before": dict(zip(("mean", "half"), interval(list(before.values()))))}
-    folders = {}
-    for arm in ARMS:
-        folders[arm] = units.train(arm)
-        after = bits_a_byte(folders[arm], *tested)
-        change = interval([after[prompt] - bits for prompt, bits in before.items()])
-        result["bits"][arm] = {"change": change[0], "half": change[1]}
-        say(f"{arm}: {change[0]:+.5f} bits a byte")
-    result["cosine"] = {
-        a: {b: cosine(folders[a], folders[b]) for b in ARMS if b != a} for a in ARMS
+    result = {"units": units.aligned}
+    result["coverage"] = coverage(tokenizer, rows["rollouts"], rows["units"])
+    tested = units.path("tested"), units.tested, units.run.settings
+    kept = units.measure_arms(tested)
+    result["bits"] = changes(bits_a_byte(units.student, *tested), kept["bits"])
+    return result | {"cosine": kept["cosine"]}
+
+
+def changes(before, bits):
+    """Means over prompts with half of the 95 % t-interval: of the bits before, of what every
+    arm changes them by, and of how much more than `simple` does.  before: {prompt: bits}; bits:
+    the same by arm, after its step."""
+    found = {"before": over_prompts({(prompt,): x for prompt, x in before.items()})}
+    change = {
+        arm: {(prompt,): x - before[prompt] for prompt, x in after.items()}
+        for arm, after in bits.items()
     }
-    return result
+    for arm, values in change.items():
+        found[arm] = over_prompts(values)
+        if arm != "simple":
+            found[arm]["minus simple"] = over_prompts(minus(values, change["simple"]))
+        say(f"{arm}: {found[arm]['mean']:+.5f} bits a byte")
+    return found
 
 
 def main(argv=None):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import load, naive_own
+from conftest import argv, load, naive_own, refusal
 from safetensors.torch import save_file
 
 from experiments import real_simct
@@ -23,6 +23,7 @@ def test_bytes_are_counted_by_kind_and_by_whether_both_spell_them_alike(world):
         "digits": {"bytes": 2, "strict": 0.5},
         "symbols": {"bytes": 1, "strict": 0.0},
         "spaces": {"bytes": 1, "strict": 0.0},
+        "all": {"bytes": 4, "strict": 0.25},
     }
 
 
@@ -35,6 +36,22 @@ def test_bits_a_byte_are_those_of_the_model(world, teacher64bit):
         nats = -sum(sum(naive_own(teacher64bit, r)) for r in mine)
         size = sum(len(r["text"].encode()) for r in mine)
         assert bits == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_changes_are_of_the_same_prompts():
+    before = {"a": 2.0, "b": 4.0}
+    bits = {"simple": {"a": 1.0, "b": 4.0}, "simct": {"a": 1.0, "b": 2.0}}
+    found = real_simct.changes(before, bits)
+    assert [found[arm]["mean"] for arm in ("before", "simple", "simct")] == [3.0, -0.5, -1.5]
+    assert found["simct"]["minus simple"]["mean"] == -1.0
+
+
+def test_too_few_prompts_are_refused(world, tmp_path, capsys):
+    asked = len(load(world.prompts))
+    paths = dict(student=world.base, teacher=world.teacher, prompts=world.prompts)
+    sizes = dict(train_prompts=asked, test_prompts=3, out=tmp_path / "out")
+    message = refusal(real_simct.main, argv(**paths, **sizes), capsys)
+    assert f"expected {asked + 3} prompts" in message and f"got {asked}" in message
 
 
 def test_the_cosine_is_over_all_first_moments(tmp_path):
