@@ -45,6 +45,7 @@ from opd.answers import final_answer, is_correct, question_of
 from opd.policy import find_folder, hash_weights, load_tokenizer
 from opd.records import BadInput
 from opd.shared import shares_prompts
+from opd.stats import auc_by_prompt, mean_or_none
 
 
 @dataclass(frozen=True)
@@ -243,23 +244,26 @@ class Trial(study.Trial):
 
     def course(self):
         """Of every round: mean tokens of the answers that it learned from, the share that is
-        right, and, where the teacher scored them, the mean over all tokens of log mu - log p_T,
-        whose expectation is the reverse KL."""
+        right; where the teacher scored them, the mean over all tokens of log mu - log p_T,
+        whose expectation is the reverse KL; where they were rewarded, see `about_rewards`."""
         asked = {str(p["id"]): p["answer"] for p in files.read(self.prompts, "prompts")}
         rows = []
         for number in range(self.rounds):
             at = self.place / f"round{number}"
             found = files.read(at / "rollouts.jsonl", "rollouts")
             answers = {records.key_of(r, "rollouts"): r for r in found}
-            right = [
-                is_correct(records.final_text(r), asked[key[0]]) for key, r in answers.items()
-            ]
+            right = {
+                key: is_correct(records.final_text(r), asked[key[0]])
+                for key, r in answers.items()
+            }
             lengths = [len(r["response_ids"]) for r in answers.values()]
-            row = {"tokens": np.mean(lengths), "right": np.mean(right)}
+            row = {"tokens": np.mean(lengths), "right": np.mean(list(right.values()))}
             if (at / "scores.jsonl").exists():
                 row["gap"] = teacher.summarise(at / "scores.jsonl", answers)["kl_mean"]
+            if (at / "rewards.jsonl").exists():
+                row |= about_rewards(at, right)
             rows.append(row)
-        return [{name: round(float(x), 4) for name, x in row.items()} for row in rows]
+        return [{name: rounded(x) for name, x in row.items()} for row in rows]
 
     # ---- a round
 
@@ -310,6 +314,34 @@ class Trial(study.Trial):
         scores, done = self.beside(rollouts, "units", "methods.simct score", **how)
         self.cost["teacher_tokens"] += done["teacher_tokens"]
         return scores
+
+
+def about_rewards(folder, right):
+    """Of a round's rewards: mean, and mean over problems of the AUC for right against wrong
+    answers (None without a problem that has both); which share of its rubrics' points each
+    predicate is worth ("points", where predicates were).  right: {key: whether it is}."""
+    found = files.read(folder / "rewards.jsonl", "rewards")
+    rewards = {records.key_of(r, "rewards"): r["reward"] for r in found}
+    known = {key: x for key, x in rewards.items() if x is not None}
+    aucs = [x for x in auc_by_prompt(known, right).values() if x is not None]
+    row = {"reward": mean_or_none(list(known.values())), "reward_auc": mean_or_none(aucs)}
+    points = {}
+    if (folder / "rubrics.jsonl").exists():
+        for rubric in files.read(folder / "rubrics.jsonl", "rubrics"):
+            for criterion in rubric["criteria"]:
+                if "check" in criterion:
+                    name = criterion["check"][0]
+                    points[name] = points.get(name, 0) + criterion["points"]
+    if points:
+        row["points"] = {name: x / sum(points.values()) for name, x in sorted(points.items())}
+    return row
+
+
+def rounded(x):
+    """A number, None or a dict of them to four decimals."""
+    if isinstance(x, dict):
+        return {name: rounded(each) for name, each in x.items()}
+    return None if x is None else round(float(x), 4)
 
 
 def by_problem(path):

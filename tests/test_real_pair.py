@@ -139,6 +139,25 @@ def test_the_course_of_an_arm_is_that_of_its_rounds_records(whole):
         assert 0 <= row["right"] <= 1
 
 
+def test_what_is_told_of_rewards(tmp_path):
+    """p: the right answer has the larger reward, q: all are right, and one judgement failed."""
+    outcomes = {("p", 0): True, ("p", 1): False, ("q", 0): True, ("q", 1): True}
+    rewards = {("p", 0): 0.8, ("p", 1): 0.2, ("q", 0): 0.5, ("q", 1): None}
+    rows = [{"id": k[0], "sample": k[1], "reward": x} for k, x in rewards.items()]
+    for row in rows:
+        row |= {"status": "failed" if row["reward"] is None else "ok"}
+        row |= {"rollout": "f", "grader": "check"}
+    dump(tmp_path / "rewards.jsonl", rows)
+    assert real_pair.about_rewards(tmp_path, outcomes) == {"reward": 0.5, "reward_auc": 1.0}
+    criterion = {"id": "c1", "category": "Task Completion", "criterion": "It is brief."}
+    checks = [("brief", 5), ("boxed", 2), ("boxed", 1)]
+    criteria = [criterion | {"points": n, "check": [name]} for name, n in checks]
+    made = {"rubricator": "contrast", "drawn_from": {"answers": ["f"], "rollouts": ["f"]}}
+    dump(tmp_path / "rubrics.jsonl", [{"id": "p", "criteria": criteria} | made])
+    found = real_pair.about_rewards(tmp_path, outcomes)
+    assert found["points"] == {"boxed": 3 / 8, "brief": 5 / 8}
+
+
 # ---- the predicates that stand in for a judge
 
 QUESTION = (
