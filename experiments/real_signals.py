@@ -10,9 +10,10 @@ OUT/signals.png; `base` comes first, `prefix` before `continue`:
     base       the rollouts, who is right, log-probs of student and teacher
     positions  log mu - log p_T a token, whose expectation is the reverse KL, by position,
                length of the answer, repetition and outcome
-    ropd       does a signal tell right from wrong answers to one prompt?  AUC of rubric rewards
-               (m = 1 and 4), holistic judge, log-probs, length, and of having a final answer
-               at all; failures and flips of verdicts
+    outcome    does a signal tell right from wrong answers to one prompt?  AUC of log-probs,
+               length, and of having a final answer at all
+    ropd       the same of rubric rewards (m = 1 and 4) and a holistic judge, on the first
+               --judged prompts; failures and flips of verdicts
     prefix     cuts of methods.prefix, and experiments.prefix_null
     continue   from where can the teacher, continuing the student's text, still end right?  From
                quarters of a wrong and a right answer to each prompt, and from cuts against
@@ -194,7 +195,54 @@ def positions(pair):
     }
 
 
-# ---- ROPD: which signal knows a right answer?
+# ---- which signal knows a right answer?
+
+
+def aucs(signals, keys, right):
+    """{signal: `over_prompts` of its AUC on these rollouts, and of the difference to others}"""
+    by_prompt = {
+        name: auc_by_prompt({key: values[key] for key in keys}, right)
+        for name, values in signals.items()
+    }
+    found = {}
+    for name, values in by_prompt.items():
+        found[name] = over_prompts(values)
+        for other in ("teacher log-prob", "rubric, m = 1"):
+            if other != name and other in by_prompt:
+                found[name][f"minus {other}"] = over_prompts(minus(values, by_prompt[other]))
+    return found
+
+
+def free_signals(pair):
+    """{signal: {key: number}} of what needs no judge, for every rollout."""
+    scores = pair.rows("scores.jsonl", "scores")
+    rollouts = pair.rows("rollouts.jsonl", "rollouts")
+    answered = {k: final_answer(records.final_text(r)) is not None for k, r in rollouts.items()}
+    return {
+        "teacher log-prob": {k: float(np.mean(scores[k]["logprobs"])) for k in rollouts},
+        "sampler log-prob": {k: float(np.mean(r["logprobs"])) for k, r in rollouts.items()},
+        "small gap": {k: -float(np.mean(gap)) for k, gap in pair.gaps().items()},
+        "shorter": {k: -len(r["response_ids"]) for k, r in rollouts.items()},
+        "has a final answer": answered,
+    }
+
+
+def on_known(pair, signals, keys):
+    """AUCs on these rollouts: those for which every signal has a number."""
+    known = [k for k in keys if all(v.get(k) is not None for v in signals.values())]
+    ended = [k for k in known if signals["has a final answer"][k]]
+    right = pair.correct()
+    return {
+        "rollouts": len(known),
+        "with a final answer": len(ended),
+        "auc": aucs(signals, known, right),
+        "auc among answers with a final answer": aucs(signals, ended, right),
+    }
+
+
+def outcome(pair):
+    signals = free_signals(pair)
+    return on_known(pair, signals, signals["shorter"])
 
 
 def first_verdicts(rewards, rubrics):
@@ -240,21 +288,6 @@ def judgements(pair, asked):
     return signals, told
 
 
-def aucs(signals, keys, right):
-    """{signal: `over_prompts` of its AUC on these rollouts, and of the difference to others}"""
-    by_prompt = {
-        name: auc_by_prompt({key: values[key] for key in keys}, right)
-        for name, values in signals.items()
-    }
-    found = {}
-    for name, values in by_prompt.items():
-        found[name] = over_prompts(values)
-        for other in ("teacher log-prob", "rubric, m = 1"):
-            if other != name:
-                found[name][f"minus {other}"] = over_prompts(minus(values, by_prompt[other]))
-    return found
-
-
 def ropd(pair):
     """All signals on the same rollouts: those that no judgement of failed."""
     s = pair.settings
@@ -274,24 +307,10 @@ def ropd(pair):
         for key, r in pair.rows("answers.jsonl", "answers").items()
     }
     signals, told = judgements(pair, asked | {"rollouts": pair.path("judged.jsonl")})
-    scores = pair.rows("scores.jsonl", "scores")
-    answered = {k: final_answer(records.final_text(r)) is not None for k, r in judged.items()}
-    signals |= {
-        "teacher log-prob": {k: float(np.mean(scores[k]["logprobs"])) for k in judged},
-        "sampler log-prob": {k: float(np.mean(r["logprobs"])) for k, r in judged.items()},
-        "shorter": {k: -len(r["response_ids"]) for k, r in judged.items()},
-        "has a final answer": answered,
-    }
-    known = [k for k in judged if all(v.get(k) is not None for v in signals.values())]
-    ended = [k for k in known if answered[k]]
-    right = pair.correct()
-    return {
-        "rollouts": len(known),
+    found = on_known(pair, signals | free_signals(pair), judged)
+    return found | {
         "judged": len(judged),
-        "with a final answer": len(ended),
         "references right": over_prompts(references),
-        "auc": aucs(signals, known, right),
-        "auc among answers with a final answer": aucs(signals, ended, right),
         "stages": told,
     }
 
@@ -405,9 +424,10 @@ def draw_places(axes, part):
 
 
 def figure(found):
-    """The matplotlib figure of what signals.json has of `positions`, `ropd` and `continue`;
-    means and 95 % intervals over prompts.  None where there is none."""
-    panels = {"positions": draw_positions, "ropd": draw_aucs, "continue": draw_places}
+    """The matplotlib figure of what signals.json has of `positions`, `continue` and `ropd` (or
+    `outcome`); means and 95 % intervals over prompts.  None where there is none."""
+    panels = {"positions": draw_positions, "continue": draw_places}
+    panels["ropd" if "ropd" in found else "outcome"] = draw_aucs
     panels = {name: draw for name, draw in panels.items() if name in found}
     if not panels:
         return None
@@ -423,6 +443,7 @@ def figure(found):
 PARTS = {
     "base": base,
     "positions": positions,
+    "outcome": outcome,
     "ropd": ropd,
     "prefix": prefix,
     "continue": continued,
@@ -455,10 +476,11 @@ def main(argv=None):
     pair = pair_of(run)
     path = run.out / "signals.json"
     for name in (part for part in PARTS if part in args.parts):
-        found = json.loads(path.read_text()) if path.exists() else {}
         say(f"{name} ...")
         made = {"settings": dataclasses.asdict(run.settings), "versions": versions()}
-        found[name] = PARTS[name](pair) | made
+        made = PARTS[name](pair) | made
+        found = json.loads(path.read_text()) if path.exists() else {}
+        found[name] = made
         files.write_atomically(path, json.dumps(found, indent=1) + "\n")
         if picture := figure(found):
             picture.savefig(path.with_suffix(".png"))

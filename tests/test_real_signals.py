@@ -70,6 +70,21 @@ def test_a_signal_is_judged_inside_each_prompt():
     assert auc_by_prompt(values, right)[("a",)] == wins
 
 
+def test_signals_are_held_against_each_other_on_rollouts_that_all_of_them_know(pair):
+    right = {("a", 0): True, ("a", 1): False, ("a", 2): False}
+    pair.correct = lambda: right
+    signals = {"rubric, m = 1": {("a", 0): 0.5, ("a", 1): None, ("a", 2): 0.5}}
+    signals["teacher log-prob"] = {("a", i): -float(i) for i in range(3)}
+    signals["has a final answer"] = {("a", 0): True, ("a", 1): True, ("a", 2): False}
+    found = real_signals.on_known(pair, signals, right)
+    assert (found["rollouts"], found["with a final answer"]) == (2, 1)
+    means = {name: row["mean"] for name, row in found["auc"].items()}
+    expected = {"teacher log-prob": 1.0, "rubric, m = 1": 0.5, "has a final answer": 1.0}
+    assert means == expected
+    ended = found["auc among answers with a final answer"]
+    assert {row["mean"] for row in ended.values()} == {None}  # nothing wrong is left
+
+
 def test_the_teacher_goes_on_from_the_cut_and_from_half_of_the_rest():
     for n, blocks in product(range(1, 8), range(0, 8)):
         places = real_continue.two_places([[i, i + 1] for i in range(n)], blocks)
