@@ -1,8 +1,8 @@
-"""Numbers of rollouts, {(prompt, sample, ...): number}: means, intervals over prompts."""
+"""Values keyed by rollout, {(prompt, sample, ...): value}: means, intervals over prompts."""
 
 import numpy as np
 
-from opd.stats import interval
+from opd.stats import auc_by_prompt, interval
 
 
 def over_prompts(values):
@@ -18,7 +18,7 @@ def over_prompts(values):
     return {"mean": mean, "half": half, "prompts": len(groups)}
 
 
-def contrast(ones, others, depth=1):
+def difference(ones, others, depth=1):
     """`over_prompts` of the mean of `ones` minus that of `others`, for prompts with both; with
     depth 2 within what shares the first two parts of a key, such as (prompt, step)."""
     groups = {}
@@ -32,7 +32,7 @@ def contrast(ones, others, depth=1):
 
 def quarters(values, covariate):
     """`over_prompts` of the values in each quarter of their keys by covariate {key: number},
-    with the least and the largest of the quarter."""
+    with the least and the largest covariate of the quarter."""
     rows = []
     keys = sorted(values, key=covariate.get)
     for part in np.array_split(np.arange(len(keys)), 4):
@@ -50,3 +50,11 @@ def minus(ones, others):
         for key, value in ones.items()
         if value is not None and others.get(key) is not None
     }
+
+
+def auc_within(values, right, depth):
+    """`over_prompts` of AUCs within what shares the first `depth` parts of a key, such as
+    (prompt, step).  values {key: number}, right {key: true or false}."""
+    shared = {(key[:depth], key): value for key, value in values.items()}
+    aucs = auc_by_prompt(shared, {(key[:depth], key): x for key, x in right.items()})
+    return over_prompts({group: auc for (group,), auc in aucs.items()})

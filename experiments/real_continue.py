@@ -6,21 +6,20 @@ it.  Files: OUT/continued*.jsonl, OUT/saved*.jsonl."""
 
 import numpy as np
 
-from experiments.by_prompt import contrast, minus, over_prompts
+from experiments.by_prompt import auc_within, difference, minus, over_prompts
 from methods.sod.weights import measure_file, open_tables
 from opd import files, records
 from opd.answers import final_answer, is_correct
 from opd.policy import load_policy, load_tokenizer, resume_identity
 from opd.sampling import ANSWER_STREAM, LocalSampler, Sampling, jobs_by_key
-from opd.stats import auc_by_prompt
 from opd.tools import Toolbox
 
 # ---- places, and what the teacher makes of them
 
 
 def two_places(spans, blocks):
-    """{place: tokens}: so many blocks, and with them half of the others; {} where nothing would
-    be left to write."""
+    """{"cut": tokens of the first `blocks` blocks, "later": of these and half of the others};
+    {} where nothing would be left to write."""
     later = blocks + (len(spans) - blocks) // 2
     if not 0 < blocks < later < len(spans):
         return {}
@@ -37,7 +36,8 @@ def quarters_of(spans):
 def beginnings(pair):
     """{(rollout's key, group, place): tokens of its response that stand}, all before its final
     answer.  Groups: "start", place 0, once a prompt; "wrong" and "right", quarters of a
-    prompt's first such rollout; "cut", the cut and a later place of every rollout with one."""
+    prompt's first such rollout (of 4 blocks, without a final answer before the last place);
+    "cut", the cut and a later place of every rollout with one."""
     tokenizer = load_tokenizer(pair.student)
     rollouts = pair.rows("rollouts.jsonl", "rollouts")
     correct = pair.correct()
@@ -60,7 +60,7 @@ def beginnings(pair):
 
 
 def continue_from(pair, name, begun, tools=None):
-    """{beginning: [whether what the teacher makes of it is right]}.  begun: {beginning:
+    """{name of a beginning: [whether what the teacher makes of it is right]}.  begun: {name:
     (prompts record, rollout, tokens of its response that stand)}; files NAME*.jsonl."""
     s = pair.settings
     rows = {key: prompt | {"id": key} for key, (prompt, _, _) in begun.items()}
@@ -84,6 +84,8 @@ def continue_from(pair, name, begun, tools=None):
     files.fill(out, "rollouts", jobs, work, how, inputs)
     hits = {}
     for answer in files.read(out, "rollouts"):
+        if answer["sample"] >= s.continuations:
+            continue  # of an earlier run with more of them
         prompt, r, end = begun[answer["id"]]
         text = records.final_text(answer)
         if not tools:  # the beginning may hold the words before the answer
@@ -100,7 +102,7 @@ def continued(pair):
     begun = {names[of]: (prompts[of[0][0]], rollouts[of[0]], end) for of, end in places.items()}
     hits = continue_from(pair, "continued", begun)
     return by_place(places, {of: hits[name] for of, name in names.items()}) | {
-        "AUC within prompts": predictors(pair, places, hits, names)
+        "AUC among places": predictors(pair, places, hits, names)
     }
 
 
@@ -119,18 +121,18 @@ def by_place(places, hits):
     apart = {}
     for place in (0.25, 0.5, 0.75):
         ones, others = (rates.get((group, place), {}) for group in ("right", "wrong"))
-        apart[f"right - wrong, at {place}"] = contrast(ones, others)
-    for place in (0.25, 0.75):
-        ones, others = rates.get(("start", 0), {}), rates.get(("wrong", place), {})
-        apart[f"start - {place} of a wrong answer"] = contrast(ones, others)
+        apart[f"right - wrong, at {place}"] = difference(ones, others)
+        for group, others in (("right", ones), ("wrong", others)):
+            lost = difference(rates.get(("start", 0), {}), others)
+            apart[f"start - {place} of a {group} answer"] = lost
     both = (rates.get(("cut", place), {}) for place in ("cut", "later"))
     apart["cut - later"] = over_prompts(minus(*both))
     return {"teacher right": found, "differences": apart}
 
 
 def predictors(pair, places, hits, names):
-    """{what is known of a place: `over_prompts` of its AUC for the teacher ending right, over
-    the places within answers to one prompt}."""
+    """{what is known of a place: its AUC for the teacher ending right, among the places of all
+    answers to a prompt and among those of one answer}."""
     gaps = pair.gaps()
     weights = pair.rows("cuts_faithful.jsonl", "weights")
     right = {}
@@ -146,7 +148,10 @@ def predictors(pair, places, hits, names):
             right[of] = hit
             for signal, value in zip(signals.values(), values):
                 signal[of] = value
-    return {name: over_prompts(auc_by_prompt(x, right)) for name, x in signals.items()}
+    return {
+        name: {"of a prompt": auc_within(x, right, 1), "of an answer": auc_within(x, right, 2)}
+        for name, x in signals.items()
+    }
 
 
 # ---- SOD: steps with a calculator
@@ -176,13 +181,16 @@ def sod(pair):
     scores = {"scores": pair.path("episode_scores.jsonl")}
     drift = pair.stage("experiments.sod_drift", "drift.json", **on, **scores, overwrite=True)
     prompts = pair.read_prompts()
+    found["drift"] = drift
     calls = matched(steps_of_calls(pair))
+    if not calls:
+        return found
     begun = {
         name: (prompts[str(r["id"])], r, r["steps"][k + 1][0])
         for name, (r, k, *_) in calls.items()
     }
     hits = continue_from(pair, "saved", begun, tools)
-    return found | {"drift": drift} | after_calls(calls, hits)
+    return found | after_calls(calls, hits)
 
 
 def matched(calls, most=2):
@@ -203,7 +211,7 @@ def matched(calls, most=2):
 
 def after_calls(calls, hits):
     """How often the teacher ends right after failed calls and after results, at the same step
-    of the same prompt, and AUCs of a small drift for that within prompts.  calls: {name: what
+    of the same prompt, and there AUCs of a small drift for that.  calls: {name: what
     `steps_of_calls` yields};  hits: {name: [whether it ended right]}."""
     rates = {}
     found = {}
@@ -216,7 +224,6 @@ def after_calls(calls, hits):
             known = [name for name in some if np.isfinite(some[name][at])]
             right = {(*keys[name], i): x for name in known for i, x in enumerate(hits[name])}
             small = {of: -some[of[2]][at] for of in right}
-            value = over_prompts(auc_by_prompt(small, right))
-            found[kind][f"AUC of a small {field}"] = value
-    lost = contrast(rates[True], rates[False], depth=2)
+            found[kind][f"AUC of a small {field}"] = auc_within(small, right, 2)
+    lost = difference(rates[True], rates[False], depth=2)
     return found | {"result - failed call, same step": lost}

@@ -45,7 +45,7 @@ from opd.answers import final_answer, is_correct, question_of
 from opd.policy import find_folder, hash_weights, load_tokenizer
 from opd.records import BadInput
 from opd.shared import shares_prompts
-from opd.stats import auc_by_prompt, mean_or_none
+from opd.stats import auc_by_prompt
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,8 @@ COMPARED = [
     ("Imitation lifts a real student", "sft", "before"),
 ]
 CLAIMS = [more(*each) for each in COMPARED]
+# and without a claim
+PAIRS = [(arm, other) for _, arm, other in COMPARED] + [("ropd", "sft"), ("ropd", "opd")]
 
 
 def build(run):
@@ -119,7 +121,11 @@ def build(run):
         run.once("worlds.sums", "world/toy", **sizes)
         return
     path = Path(s.problems) / "train.jsonl"
-    found = sum(1 for _ in files.read(path, "prompts"))
+    found = 0
+    for problem in files.read(path, "prompts"):
+        found += 1
+        if "answer" not in problem:
+            raise BadInput(f"{path}: id {problem['id']!r}: answer: expected one, found none")
     if found < s.rounds * s.prompts:
         raise BadInput(
             f"{path}: expected {s.rounds * s.prompts} problems for {s.rounds} rounds of "
@@ -244,8 +250,8 @@ class Trial(study.Trial):
 
     def course(self):
         """Of every round: mean tokens of the answers that it learned from, the share that is
-        right; where the teacher scored them, the mean over all tokens of log mu - log p_T,
-        whose expectation is the reverse KL; where they were rewarded, see `about_rewards`."""
+        right; where a teacher of the same vocabulary scored them, the mean over all tokens of
+        log mu - log p_T, whose expectation is the reverse KL; see `about_rewards`."""
         asked = {str(p["id"]): p["answer"] for p in files.read(self.prompts, "prompts")}
         rows = []
         for number in range(self.rounds):
@@ -317,23 +323,31 @@ class Trial(study.Trial):
 
 
 def about_rewards(folder, right):
-    """Of a round's rewards: mean, and mean over problems of the AUC for right against wrong
-    answers (None without a problem that has both); which share of its rubrics' points each
-    predicate is worth ("points", where predicates were).  right: {key: whether it is}."""
+    """Of the rewards that a round was trained on (`shuffled`: as they were dealt): mean, and
+    mean over problems of the AUC for right against wrong answers (None without a problem that
+    has both); the share of a rubric's points that each predicate is worth, mean over rubrics
+    of predicates.  right: {key: whether it is}."""
     found = files.read(folder / "rewards.jsonl", "rewards")
     rewards = {records.key_of(r, "rewards"): r["reward"] for r in found}
     known = {key: x for key, x in rewards.items() if x is not None}
-    aucs = [x for x in auc_by_prompt(known, right).values() if x is not None]
-    row = {"reward": mean_or_none(list(known.values())), "reward_auc": mean_or_none(aucs)}
-    points = {}
+    row = {
+        "reward_mean": mean_of_known(known.values()),
+        "reward_auc_within": mean_of_known(auc_by_prompt(known, right).values()),
+    }
+    shares = {}
+    rubrics = 0
     if (folder / "rubrics.jsonl").exists():
         for rubric in files.read(folder / "rubrics.jsonl", "rubrics"):
+            worth = {}
             for criterion in rubric["criteria"]:
-                if "check" in criterion:
-                    name = criterion["check"][0]
-                    points[name] = points.get(name, 0) + criterion["points"]
-    if points:
-        row["points"] = {name: x / sum(points.values()) for name, x in sorted(points.items())}
+                name = criterion.get("check", [None])[0]
+                worth[name] = worth.get(name, 0) + criterion["points"]
+            rubrics += 1
+            for name, points in worth.items():
+                shares[name] = shares.get(name, 0) + points / sum(worth.values())
+    shares.pop(None, None)  # criteria of a judge
+    if shares:
+        row["points"] = {name: x / rubrics for name, x in sorted(shares.items())}
     return row
 
 
@@ -349,7 +363,7 @@ def by_problem(path):
     seeds = finished_lines(path)
     fields = ("right", "any_form", "greedy_right", "greedy_any_form")
     rows = [["difference", "sampled", "in any form", "greedy", "in any form"]]
-    for _, arm, other in COMPARED:
+    for arm, other in PAIRS:
         if all(arm in arms and other in arms for arms in seeds):
             pairs = [(arms[arm][-1], arms[other][-1]) for arms in seeds]
             rows.append([f"{arm} − {other}", *(paired(pairs, field) for field in fields)])

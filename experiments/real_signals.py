@@ -40,7 +40,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.by_prompt import contrast, minus, over_prompts, quarters
+from experiments.by_prompt import difference, minus, over_prompts, quarters
 from experiments.real_continue import continued, sod
 from experiments.study import Run, add_settings, say, setting, settings_of, versions
 from opd import files, records
@@ -191,7 +191,7 @@ def positions(pair):
         "by_repetition": quarters(means, {key: evals[key]["repetition"] for key in means}),
         "right": over_prompts(right),
         "wrong": over_prompts(wrong),
-        "wrong - right": contrast(wrong, right),
+        "wrong - right": difference(wrong, right),
     }
 
 
@@ -291,15 +291,12 @@ def judgements(pair, asked):
 def ropd(pair):
     """All signals on the same rollouts: those that no judgement of failed."""
     s = pair.settings
-    if not s.judge and not pair.run.smoke:
-        raise BadInput("--parts ropd: expected --judge: predicates know running sums alone")
     rollouts = pair.rows("rollouts.jsonl", "rollouts")
-    prompts = list(dict.fromkeys(key[0] for key in rollouts))[: s.judged or None]
+    every = pair.read_prompts()
+    prompts = list(every)[: s.judged or None]
     judged = {key: r for key, r in rollouts.items() if key[0] in set(prompts)}
     pair.run.write("judged.jsonl", f"rollouts of {len(prompts)} prompts", judged.values())
-    every = pair.read_prompts()
-    asked = [p for name, p in every.items() if name in set(prompts)]
-    pair.run.write("judged_prompts.jsonl", "their prompts", asked)
+    pair.run.write("judged_prompts.jsonl", "their prompts", [every[name] for name in prompts])
     asked = {"prompts": pair.path("judged_prompts.jsonl")}
     pair.sample("teacher.py answer", pair.teacher, "answers.jsonl", 4, **asked)
     references = {
@@ -352,7 +349,7 @@ def support(pair):
     counts = {"both": mine & theirs, "student alone": mine - theirs}
     counts |= {"teacher alone": theirs - mine, "neither": asked - mine - theirs}
     found["prompts solved by"] = {name: len(some) for name, some in counts.items()}
-    found["teacher - student, pass@1"] = contrast(right["teacher"], right["student"])
+    found["teacher - student, pass@1"] = difference(right["teacher"], right["student"])
     shares = {}  # prompt: [[student's outcomes], [teacher's]]
     for side, hits in enumerate(right.values()):
         for key, hit in hits.items():
@@ -405,18 +402,17 @@ def draw_aucs(axes, part):
 
 def draw_places(axes, part):
     """How often the teacher ends right, by how much of an answer stands."""
-    start = part["teacher right"]["start"]["0"]
-    for i, group in enumerate(("right", "wrong")):
-        rows = {0.0: start}
-        rows |= {float(x): row for x, row in part["teacher right"].get(group, {}).items()}
+    groups = {"of a right answer": "right", "of a wrong answer": "wrong", "of none": "start"}
+    for i, (label, group) in enumerate(groups.items()):
+        rows = part["teacher right"].get(group, {})
         axes.errorbar(
-            list(rows),
+            [float(place) for place in rows],
             [row["mean"] for row in rows.values()],
             yerr=[row["half"] or 0 for row in rows.values()],
             color=COLOURS[i],
-            marker="os"[i],
+            marker="os^"[i],
             capsize=3,
-            label=f"of a {group} answer",
+            label=label,
         )
     axes.set(xlabel="share of its blocks that stands", ylabel="teacher, going on, ends right")
     axes.set(ylim=(0, 1.05))
@@ -473,6 +469,11 @@ def main(argv=None):
     add_settings(p, Settings)
     args = p.parse_args(argv)
     run = Run(args.out, settings_of(args, Settings), list(PARTS), None, None, args.smoke)
+    if "ropd" in args.parts and not (args.judge or args.smoke):
+        raise BadInput(
+            "--parts: ropd: expected --judge and --judge-url, for predicates know running sums "
+            "alone; or name the other parts"
+        )
     pair = pair_of(run)
     path = run.out / "signals.json"
     for name in (part for part in PARTS if part in args.parts):

@@ -6,13 +6,14 @@ step of each loss leads.
 Trains one step an arm from the same student on the same rollouts, and writes OUT/units.json:
 
     coverage   share of the text in units of one token on either side, by kind of character
-    bits       bits a byte of the teacher's answers to other prompts: before, how the step
-               changes them, and by how much more than that of `simple`
+    bits       bits a byte (ends included) of the teacher's answers to other prompts: before,
+               how the step changes them, and by how much more than another arm's
     cosine     of gradients, which AdamW's first moments are after one step
 
 Arms: `simple` (one-token units alone, the baseline of arXiv 2605.07711), `simct`, `dropped`
 (without candidates that only begin a unit's text), `sft` (the teacher's own answers); `odd` and
-`even`, as `simct` on every other prompt: their cosine says what chance leaves of one; on the
+`even`, as `simct` on every other prompt: how far below 1 sampling alone pulls the cosine of
+half batches; on the
 first --few prompts, for it is dear: `full` (all shared tokens are candidates), and `few`, as
 `simct`, to hold it against.
 
@@ -73,9 +74,10 @@ ARMS = {
     "full": ("simct", {}, "few", "units_full"),
     "sft": ("sft", {}, "taught", None),
 }
-# gradients on the same text, or on two halves of it
+# whose gradients are compared; and whose bits, for they train on the same prompts
 COMPARED = [("simple", "simct"), ("dropped", "simct"), ("sft", "simct"), ("sft", "simple")]
 COMPARED += [("odd", "even"), ("few", "full")]
+AGAINST = {"simct": "simple", "dropped": "simple", "sft": "simple", "full": "few"}
 KINDS = {"L": "letters", "N": "digits", "P": "punctuation", "S": "symbols", "Z": "spaces"}
 
 # ---- coverage
@@ -89,25 +91,26 @@ def kind_of(character):
 
 
 def coverage(tokenizer, rollouts, scores):
-    """{kind: {"bytes", "strict"}}: bytes of that kind of character ("all": of any), and their
-    share in units of one token on either side."""
+    """{kind: {"bytes", "strict"}}: bytes of that kind of character, and their share in units of
+    one token on either side."""
     bytes_of = {}
     strict = {}
     for key, rollout in rollouts.items():
         pieces = pieces_of(tokenizer, rollout["response_ids"])
-        inside = [False] * len(pieces)
-        for unit in scores[key]["units"]:
-            for i in range(unit[0], unit[1]):
-                inside[i] = one_to_one(unit)
-        for piece, is_strict in zip(pieces, inside):
-            for character in piece.decode("utf-8", "replace"):
-                kind = kind_of(character)
-                size = len(character.encode("utf-8"))
-                bytes_of[kind] = bytes_of.get(kind, 0) + size
-                strict[kind] = strict.get(kind, 0) + size * is_strict
-    found = {k: {"bytes": n, "strict": strict[k] / n} for k, n in sorted(bytes_of.items())}
-    total = sum(bytes_of.values())
-    return found | {"all": {"bytes": total, "strict": sum(strict.values()) / total}}
+        strict_units = filter(one_to_one, scores[key]["units"])
+        in_units = {i for unit in strict_units for i in range(unit[0], unit[1])}
+        inside = []  # of every byte
+        for i, piece in enumerate(pieces):
+            inside += [i in in_units] * len(piece)
+        at = 0
+        # a byte of no character is one of its own
+        for character in b"".join(pieces).decode("utf-8", "surrogateescape"):
+            size = len(character.encode("utf-8", "surrogateescape"))
+            kind = kind_of(character)
+            bytes_of[kind] = bytes_of.get(kind, 0) + size
+            strict[kind] = strict.get(kind, 0) + sum(inside[at : at + size])
+            at += size
+    return {k: {"bytes": n, "strict": strict[k] / n} for k, n in sorted(bytes_of.items())}
 
 
 # ---- bits and gradients
@@ -224,13 +227,13 @@ class Units:
         if path.exists():
             kept = json.loads(path.read_text())
         for arm in ARMS:
-            if arm in kept["bits"]:
-                continue
-            kept["bits"][arm] = bits_a_byte(self.train(arm), *tested)
-            for pair in COMPARED:
-                if arm in pair and kept["bits"].keys() >= set(pair):
-                    kept["cosine"][", ".join(pair)] = cosine(*(self.run.out / x for x in pair))
-            files.write_atomically(path, json.dumps(kept, indent=1) + "\n")
+            if arm not in kept["bits"]:
+                kept["bits"][arm] = bits_a_byte(self.train(arm), *tested)
+                for pair in COMPARED:
+                    if arm in pair and kept["bits"].keys() >= set(pair):
+                        folders = (self.run.out / each for each in pair)
+                        kept["cosine"][", ".join(pair)] = cosine(*folders)
+                files.write_atomically(path, json.dumps(kept, indent=1) + "\n")
             for done in kept["bits"]:
                 if all(", ".join(p) in kept["cosine"] for p in COMPARED if done in p):
                     shutil.rmtree(self.run.out / done, ignore_errors=True)
@@ -254,7 +257,7 @@ def measure(units):
 
 def changes(before, bits):
     """Means over prompts with half of the 95 % t-interval: of the bits before, of what every
-    arm changes them by, and of how much more than `simple` does.  before: {prompt: bits}; bits:
+    arm changes them by, and of how much more than another does.  before: {prompt: bits}; bits:
     the same by arm, after its step."""
     found = {"before": over_prompts({(prompt,): x for prompt, x in before.items()})}
     change = {
@@ -263,8 +266,8 @@ def changes(before, bits):
     }
     for arm, values in change.items():
         found[arm] = over_prompts(values)
-        if arm != "simple":
-            found[arm]["minus simple"] = over_prompts(minus(values, change["simple"]))
+        if other := AGAINST.get(arm):
+            found[arm][f"minus {other}"] = over_prompts(minus(values, change[other]))
         say(f"{arm}: {found[arm]['mean']:+.5f} bits a byte")
     return found
 

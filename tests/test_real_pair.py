@@ -148,14 +148,19 @@ def test_what_is_told_of_rewards(tmp_path):
         row |= {"status": "failed" if row["reward"] is None else "ok"}
         row |= {"rollout": "f", "grader": "check"}
     dump(tmp_path / "rewards.jsonl", rows)
-    assert real_pair.about_rewards(tmp_path, outcomes) == {"reward": 0.5, "reward_auc": 1.0}
+    assert real_pair.about_rewards(tmp_path, outcomes) == {
+        "reward_mean": 0.5,
+        "reward_auc_within": 1.0,
+    }
     criterion = {"id": "c1", "category": "Task Completion", "criterion": "It is brief."}
     checks = [("brief", 5), ("boxed", 2), ("boxed", 1)]
     criteria = [criterion | {"points": n, "check": [name]} for name, n in checks]
     made = {"rubricator": "contrast", "drawn_from": {"answers": ["f"], "rollouts": ["f"]}}
-    dump(tmp_path / "rubrics.jsonl", [{"id": "p", "criteria": criteria} | made])
+    other = [criterion | {"points": 4, "check": ["boxed"]}]
+    rubrics = [{"id": "p", "criteria": criteria}, {"id": "q", "criteria": other}]
+    dump(tmp_path / "rubrics.jsonl", [rubric | made for rubric in rubrics])
     found = real_pair.about_rewards(tmp_path, outcomes)
-    assert found["points"] == {"boxed": 3 / 8, "brief": 5 / 8}
+    assert found["points"] == {"boxed": (3 / 8 + 1) / 2, "brief": 5 / 16}
 
 
 # ---- the predicates that stand in for a judge

@@ -29,15 +29,15 @@ def test_quarters_hold_every_value_once_also_where_many_lie_at_the_cap():
     assert [(row["low"], row["high"]) for row in rows] == [(0, 2), (3, 5), (5, 5), (5, 5)]
 
 
-def test_a_contrast_is_within_the_prompts_that_have_both():
+def test_a_difference_is_within_the_prompts_that_have_both():
     ones = {("a", 0): 3.0, ("a", 1): 5.0, ("b", 0): 9.0, ("c", 0): 7.0}
     others = {("a", 2): 1.0, ("c", 1): 2.0, ("d", 0): 0.0}
-    found = by_prompt.contrast(ones, others)
+    found = by_prompt.difference(ones, others)
     assert (found["mean"], found["prompts"]) == (4.0, 2)
     # within (prompt, step), then a number a prompt
     ones = {("a", 0, "x"): 3.0, ("a", 1, "x"): 9.0, ("b", 1, "x"): 5.0}
     others = {("a", 0, "y"): 2.0, ("a", 1, "y"): 4.0, ("b", 0, "y"): 7.0}
-    assert by_prompt.contrast(ones, others, 2) == by_prompt.over_prompts({("a", 0): 3.0})
+    assert by_prompt.difference(ones, others, 2) == by_prompt.over_prompts({("a", 0): 3.0})
 
 
 def test_the_share_of_the_gap_is_that_of_all_tokens():
@@ -167,6 +167,7 @@ def test_rates_by_place_and_their_differences_within_prompts():
     means = {name: x["mean"] for name, x in found["differences"].items()}
     assert means.pop("right - wrong, at 0.75") == 0.5
     assert means.pop("start - 0.75 of a wrong answer") == 0.5
+    assert means.pop("start - 0.75 of a right answer") == 0.0
     assert means.pop("cut - later") == 1.0
     assert set(means.values()) == {None}
 
@@ -186,8 +187,17 @@ def test_places_are_told_apart_by_their_own_block_and_gap(pair):
     hits = {"0.25": [True, True], "0.5": [False, True], "0": [True]}
     found = real_continue.predictors(pair, places, hits, names)
     # one miss against three hits, of which one is at its place
-    assert {row["mean"] for row in found.values()} == {(1 + 1 + 0.5) / 3}
     assert len(found) == 3
+    for among in ("of a prompt", "of an answer"):
+        assert {row[among]["mean"] for row in found.values()} == {(1 + 1 + 0.5) / 3}
+
+
+def test_what_tells_answers_apart_need_not_tell_places_apart():
+    """Two answers to a prompt: the signal is larger in the right one, whatever the place."""
+    values = {("p", 0, 0.25): 2.0, ("p", 0, 0.5): 2.0, ("p", 1, 0.25): 1.0, ("p", 1, 0.5): 1.0}
+    right = dict(zip(values, [True, False, False, False]))
+    assert by_prompt.auc_within(values, right, 1)["mean"] == (0.5 + 1 + 1) / 3
+    assert by_prompt.auc_within(values, right, 2) == by_prompt.over_prompts({("p",): 0.5})
 
 
 def test_the_teacher_continues_from_the_very_ids(world, pair):
@@ -223,7 +233,7 @@ def test_a_failed_call_is_held_against_results_of_the_same_step():
     # p: 0.75 - 0.5, q: 0 - 0.5
     assert found["result - failed call, same step"]["mean"] == (0.25 - 0.5) / 2
     assert found["after a result"]["teacher right"]["mean"] == (0.75 + 0.0) / 2
-    # of p alone, for q has no hit: one miss at drift 3, above all hits but its own
+    # of p's step alone, for q's has no hit: one miss at drift 3, above all hits but its own
     auc = found["after a result"]["AUC of a small d of the step"]
     assert (auc["mean"], auc["prompts"]) == ((1 + 1 + 0.5) / 3, 1)
 

@@ -23,7 +23,6 @@ def test_bytes_are_counted_by_kind_and_by_whether_both_spell_them_alike(world):
         "digits": {"bytes": 2, "strict": 0.5},
         "symbols": {"bytes": 1, "strict": 0.0},
         "spaces": {"bytes": 1, "strict": 0.0},
-        "all": {"bytes": 4, "strict": 0.25},
     }
 
 
@@ -36,6 +35,19 @@ def test_bits_a_byte_are_those_of_the_model(world, teacher64bit):
         nats = -sum(sum(naive_own(teacher64bit, r)) for r in mine)
         size = sum(len(r["text"].encode()) for r in mine)
         assert bits == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_a_character_of_two_tokens_is_one_character(monkeypatch):
+    """Three bytes of a sign, of which the last token is a unit; then a byte of no character."""
+    pieces = ["\u20ac".encode()[:1], "\u20ac".encode()[1:], b"\xff", b"7"]
+    monkeypatch.setattr(real_simct, "pieces_of", lambda tokenizer, ids: pieces)
+    scores = {("a", 0): {"units": [[1, 2, 0, 1], [3, 4, 1, 2]]}}
+    found = real_simct.coverage(None, {("a", 0): {"response_ids": []}}, scores)
+    assert found == {
+        "digits": {"bytes": 1, "strict": 1.0},
+        "other": {"bytes": 1, "strict": 0.0},
+        "symbols": {"bytes": 3, "strict": 2 / 3},
+    }
 
 
 def test_changes_are_of_the_same_prompts():
