@@ -324,15 +324,17 @@ class Trial(study.Trial):
 
 def about_rewards(folder, right):
     """Of the rewards that a round was trained on (`shuffled`: as they were dealt): mean, and
-    mean over problems of the AUC for right against wrong answers (None without a problem that
-    has both); the share of a rubric's points that each predicate is worth, mean over rubrics
+    mean over problems of the AUC for right against wrong answers, of how many problems that
+    have both; the share of a rubric's points that each predicate is worth, mean over rubrics
     of predicates.  right: {key: whether it is}."""
     found = files.read(folder / "rewards.jsonl", "rewards")
     rewards = {records.key_of(r, "rewards"): r["reward"] for r in found}
     known = {key: x for key, x in rewards.items() if x is not None}
+    aucs = auc_by_prompt(known, right).values()
     row = {
         "reward_mean": mean_of_known(known.values()),
-        "reward_auc_within": mean_of_known(auc_by_prompt(known, right).values()),
+        "reward_auc_within": mean_of_known(aucs),
+        "problems_with_both": sum(auc is not None for auc in aucs),
     }
     shares = {}
     rubrics = 0

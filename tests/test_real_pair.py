@@ -151,6 +151,7 @@ def test_what_is_told_of_rewards(tmp_path):
     assert real_pair.about_rewards(tmp_path, outcomes) == {
         "reward_mean": 0.5,
         "reward_auc_within": 1.0,
+        "problems_with_both": 1,
     }
     criterion = {"id": "c1", "category": "Task Completion", "criterion": "It is brief."}
     checks = [("brief", 5), ("boxed", 2), ("boxed", 1)]
