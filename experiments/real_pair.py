@@ -109,7 +109,7 @@ COMPARED = [
     ("Imitation lifts a real student", "sft", "before"),
 ]
 CLAIMS = [more(*each) for each in COMPARED]
-# and without a claim
+# arms that are compared by problem: these, and two pairs without a claim
 PAIRS = [(arm, other) for _, arm, other in COMPARED] + [("ropd", "sft"), ("ropd", "opd")]
 
 
@@ -121,18 +121,17 @@ def build(run):
         run.once("worlds.sums", "world/toy", **sizes)
         return
     path = Path(s.problems) / "train.jsonl"
-    found = 0
-    for problem in files.read(path, "prompts"):
-        found += 1
+    problems = list(files.read(path, "prompts"))
+    for problem in problems:
         if "answer" not in problem:
             raise BadInput(f"{path}: id {problem['id']!r}: answer: expected one, found none")
-    if found < s.rounds * s.prompts:
+    if len(problems) < s.rounds * s.prompts:
         raise BadInput(
             f"{path}: expected {s.rounds * s.prompts} problems for {s.rounds} rounds of "
-            f"{s.prompts}, got {found}"
+            f"{s.prompts}, got {len(problems)}"
         )
     if not s.judge and {"ropd", "shuffled"} & set(run.arms):
-        for problem in files.read(path, "prompts"):
+        for problem in problems:
             question = question_of(problem)
             if sum_asked(question) is None:
                 raise BadInput(
@@ -143,8 +142,8 @@ def build(run):
     models = {"student": s.student, "teacher": s.teacher}
     inputs = {name: hash_weights(find_folder(model)) for name, model in models.items()}
     for split in ("train", s.eval_split):
-        problems = path.with_name(f"{split}.jsonl")
-        inputs[problems.name] = files.hash_file(problems)["sha256"]
+        name = f"{split}.jsonl"
+        inputs[name] = files.hash_file(path.with_name(name))["sha256"]
     run.keep("inputs", inputs)
 
 

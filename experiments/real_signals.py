@@ -36,6 +36,7 @@ student's template has tools and outputs, also where its own has them otherwise.
 import dataclasses
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -333,7 +334,6 @@ def support(pair):
     some = {"slice": f"0:{s.support_prompts}"}
     found = {}
     right = {}
-    solved = {}
     stages = {"student": ("rollout.py", pair.student)}
     stages["teacher"] = ("teacher.py answer", pair.teacher)
     for name, (stage, model) in stages.items():
@@ -343,19 +343,20 @@ def support(pair):
         found[name] = {"stage": made, "evals": evals}
         rows = pair.rows(f"many_{name}_evals.jsonl", "evals")
         right[name] = {key: row["correct"] for key, row in rows.items()}
-        solved[name] = {key[0] for key, hit in right[name].items() if hit}
-        asked = {key[0] for key in rows}
-    mine, theirs = solved["student"], solved["teacher"]
-    counts = {"both": mine & theirs, "student alone": mine - theirs}
-    counts |= {"teacher alone": theirs - mine, "neither": asked - mine - theirs}
-    found["prompts solved by"] = {name: len(some) for name, some in counts.items()}
     found["teacher - student, pass@1"] = difference(right["teacher"], right["student"])
-    shares = {}  # prompt: [[student's outcomes], [teacher's]]
+    outcomes = {}  # prompt: ([student's], [teacher's])
     for side, hits in enumerate(right.values()):
         for key, hit in hits.items():
-            shares.setdefault(key[0], ([], []))[side].append(hit)
+            outcomes.setdefault(key[0], ([], []))[side].append(hit)
+    solved = Counter((any(mine), any(theirs)) for mine, theirs in outcomes.values())
+    found["prompts solved by"] = {
+        "both": solved[True, True],
+        "student alone": solved[True, False],
+        "teacher alone": solved[False, True],
+        "neither": solved[False, False],
+    }
     found["right, student and teacher"] = {
-        prompt: [float(np.mean(hits)) for hits in both] for prompt, both in shares.items()
+        prompt: [float(np.mean(hits)) for hits in both] for prompt, both in outcomes.items()
     }
     return found
 

@@ -13,9 +13,8 @@ Trains one step an arm from the same student on the same rollouts, and writes OU
 Arms: `simple` (one-token units alone, the baseline of arXiv 2605.07711), `simct`, `dropped`
 (without candidates that only begin a unit's text), `sft` (the teacher's own answers); `odd` and
 `even`, as `simct` on every other prompt: how far below 1 sampling alone pulls the cosine of
-half batches; on the
-first --few prompts, for it is dear: `full` (all shared tokens are candidates), and `few`, as
-`simct`, to hold it against.
+half batches; on the first --few prompts, for it is dear: `full` (all shared tokens are
+candidates), and `few`, as `simct`, to hold it against.
 
 Simplifications: 1. one step of AdamW moves every weight by about the rate, whatever the size of
 the gradient; 2. intervals are over the prompts that are measured, after one step on one batch;
@@ -74,9 +73,10 @@ ARMS = {
     "full": ("simct", {}, "few", "units_full"),
     "sft": ("sft", {}, "taught", None),
 }
-# whose gradients are compared; and whose bits, for they train on the same prompts
+# arms whose gradients are compared
 COMPARED = [("simple", "simct"), ("dropped", "simct"), ("sft", "simct"), ("sft", "simple")]
 COMPARED += [("odd", "even"), ("few", "full")]
+# arm: the one, trained on the same prompts, whose bits its own are held against
 AGAINST = {"simct": "simple", "dropped": "simple", "sft": "simple", "full": "few"}
 KINDS = {"L": "letters", "N": "digits", "P": "punctuation", "S": "symbols", "Z": "spaces"}
 
