@@ -251,14 +251,16 @@ class Trial(study.Trial):
         """Of every round: mean tokens of the answers that it learned from, the share that is
         right; where a teacher of the same vocabulary scored them, the mean over all tokens of
         log mu - log p_T, whose expectation is the reverse KL; see `about_rewards`."""
-        asked = {str(p["id"]): p["answer"] for p in files.read(self.prompts, "prompts")}
+        wanted = {str(p["id"]): p["answer"] for p in files.read(self.prompts, "prompts")}
         rows = []
         for number in range(self.rounds):
             at = self.place / f"round{number}"
-            found = files.read(at / "rollouts.jsonl", "rollouts")
+            texts = self.how["reads"] == "texts"
+            path = self.asked(number) if texts else at / "rollouts.jsonl"
+            found = files.read(path, "rollouts")
             answers = {records.key_of(r, "rollouts"): r for r in found}
             right = {
-                key: is_correct(records.final_text(r), asked[key[0]])
+                key: is_correct(records.final_text(r), wanted[key[0]])
                 for key, r in answers.items()
             }
             lengths = [len(r["response_ids"]) for r in answers.values()]
@@ -278,7 +280,7 @@ class Trial(study.Trial):
     def round(self):
         s, how = self.settings, self.how
         method = how["method"]
-        rollouts = self.answer() if how["reads"] == "texts" else self.rollout()
+        rollouts = self.ask() if how["reads"] == "texts" else self.rollout()
         options = {"micro_batch_tokens": s.micro_batch_tokens, "dtype": s.dtype}
         options["compute"] = {"shared_prompts": int(shares_prompts(self.start))}
         if how["reads"] == "rewards":
@@ -292,6 +294,17 @@ class Trial(study.Trial):
         rate = getattr(s, f"{how['rate']}_learning_rate")
         self.train(method, rollouts, rate=rate, **options)
 
+    def asked(self, number, n=None):
+        """The file of the teacher's n answers to each problem of a round (by default as many as
+        the student gives): one for all arms of a seed, which ask for the same at the same
+        random numbers, and nothing costs more."""
+        return self.folder / f"answers/round{number}x{n or self.settings.n}.jsonl"
+
+    def ask(self, n=None):
+        """Makes that file, unless an arm has done so; returns it."""
+        out = self.asked(self.number, n)
+        return self.answer(out=out, n=n or self.settings.n)
+
     def reward(self, rollouts):
         """Rewards by rubrics, or by the final answer."""
         s = self.settings
@@ -301,7 +314,7 @@ class Trial(study.Trial):
         if s.judge:
             common = dict(model=s.judge, base_url=s.judge_url, timeout=3600)
             common["cache"] = self.place / "judge.jsonl"
-        drawn = {"answers": self.answer("answers", n=4), "prompts": self.prompts, "m": 4}
+        drawn = {"answers": self.ask(n=4), "prompts": self.prompts, "m": 4}
         drawn["rubricator"] = "llm" if s.judge else "contrast"
         rubrics, _ = self.beside(rollouts, "rubrics", "rubric.py create", **common, **drawn)
         name = "verdicts" if "shuffled" in self.how else "rewards"

@@ -485,10 +485,10 @@ class Trial:
         self.cost["generated_tokens"] += done["generated_tokens"]
         return out
 
-    def answer(self, name="rollouts", **options):
+    def answer(self, name="rollouts", out=None, **options):
         """The teacher's answers to a round's problems, by default in the place of rollouts;
         returns their file."""
-        out = self.at / f"{name}.jsonl"
+        out = out or self.at / f"{name}.jsonl"
         options = self.sampling(self.number) | options
         done = self.run.stage("teacher.py answer", model=self.teacher, **options, out=out)
         self.cost["teacher_tokens"] += done["generated_tokens"]

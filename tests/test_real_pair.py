@@ -11,7 +11,7 @@ from test_rubric import rollout
 import rubric
 from experiments import real_checks, real_pair
 from experiments.study import Run
-from opd import files
+from opd import files, records
 from opd.records import BadInput
 from worlds.predicates import Check
 
@@ -122,6 +122,25 @@ def test_outcomes_are_those_of_the_evaluation(whole):
         ended = [re.search(r"^#+ *\S", r["text"], re.M) is not None for r in greedy]
         assert row["greedy_answered"] == pytest.approx(np.mean(ended))
         assert row["greedy_flexible"] >= row["greedy"], "an answer there is the last number"
+
+
+def test_the_teacher_is_asked_once_for_all_arms_of_a_seed(tmp_path):
+    """...and each arm bears the cost."""
+    real_pair.main([*WORDS[:2], "sft,ropd", *WORDS[3:], str(tmp_path)])
+    found = sorted((tmp_path / "seed0").rglob("*answers*/*.jsonl"))
+    assert [path.name for path in found] == ["round0x4.jsonl", "round1x4.jsonl"]
+    tokens = sum(len(r["response_ids"]) for path in found for r in load(path))
+    ended = [r for r in load(tmp_path / "results.jsonl") if r.get("course")]
+    assert [(r["arm"], r["teacher_tokens"]) for r in ended] == [
+        ("sft", tokens),
+        ("ropd", tokens),
+    ]
+    for number, row in enumerate(ended[0]["course"]):
+        texts = load(found[number])
+        assert row["tokens"] == pytest.approx(np.mean([len(r["response_ids"]) for r in texts]))
+        rubrics = load(tmp_path / f"seed0/ropd/round{number}/rubrics.jsonl")
+        drawn = {x for r in rubrics for x in r["drawn_from"]["answers"]}
+        assert drawn == set(map(records.fingerprint, texts))
 
 
 def test_the_course_of_an_arm_is_that_of_its_rounds_records(whole):
