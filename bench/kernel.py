@@ -502,135 +502,152 @@ def table(path):
 
 def claims(path, step_path=None):
     """What the lines say of each thing the kernel was built for, as Markdown."""
-    rows = {
-        (r["kind"], r["shape"], r["dtype"], r["contender"]): r
-        for r in map(json.loads, Path(path).read_text().splitlines())
-    }
-
-    def cells(kind, shape, dtype, field, *names, form=".2f"):
-        return ", ".join(
-            format(rows[kind, shape, dtype, n][field], form)
-            for n in names
-            if (kind, shape, dtype, n) in rows
-        )
-
-    ours, peers = (
-        ("ours_slices", "ours_recompute"),
-        ("torch_linear_cross_entropy", "trl_selective_log_softmax", "trl_chunked"),
-    )
+    found = {}  # (kind, shape, dtype) -> {contender: its line}
+    for row in map(json.loads, Path(path).read_text().splitlines()):
+        found.setdefault((row["kind"], row["shape"], row["dtype"]), {})[row["contender"]] = row
+    said = []
+    for shape in dict.fromkeys(shape for _, shape, _ in found):
+        said += float32_claims(shape, found.get(("logp", shape, "float32"), {}))
+        said += bfloat16_claims(shape, found.get(("logp", shape, "bfloat16"), {}))
+        said += largest_claim(shape, [rows for key, rows in found.items() if key[1] == shape])
+    for (kind, shape, dtype), rows in found.items():
+        if kind == "kl":
+            said.append(kl_claim(shape, dtype, rows))
+    if step_path:
+        said.append(step_claim(step_path))
     print("\n| claim | measured | |\n| --- | --- | --- |")
-
-    def line(claim, measured, holds):
+    for claim, measured, holds in said:
         print(f"| {claim} | {measured} | {'holds' if holds else '**does not hold**'} |")
 
-    for shape in dict.fromkeys(shape for _, shape, _, _ in rows):
-        f32, bf16 = (
-            {
-                n: rows["logp", shape, dtype, n]
-                for n in (*ours, *peers, "naive")
-                if ("logp", shape, dtype, n) in rows
-            }
-            for dtype in ("float32", "bfloat16")
+
+OURS = ("ours_slices", "ours_recompute")
+TRL = ("trl_selective_log_softmax", "trl_chunked")
+TORCH = "torch_linear_cross_entropy"
+
+
+def column(rows, names, field):
+    """The field of those contenders that were measured."""
+    return [rows[name][field] for name in names if name in rows]
+
+
+def float32_claims(shape, rows):
+    """[(claim, what was measured, whether it holds)] of time and memory."""
+    if not rows:
+        return []
+    slices, recompute = column(rows, OURS, "ratio")
+    theirs = column(rows, TRL, "ratio")
+    torch_ratio = rows[TORCH]["ratio"]
+    growth = column(rows, OURS, "rss_growth_mb")
+    naive = rows["naive"]["rss_growth_mb"]
+    claims = [
+        (
+            f"{shape} float32: slices at most 1.10 of naive's time, recomputing at most 1.40",
+            f"{slices:.2f}, {recompute:.2f}",
+            slices <= 1.1 and recompute <= 1.4,
+        ),
+        (
+            f"{shape} float32: both faster than TRL's two paths",
+            "TRL " + ", ".join(f"{x:.2f}" for x in theirs),
+            max(slices, recompute) < min(theirs, default=0),
+        ),
+        (
+            f"{shape} float32: slices faster than `F.linear_cross_entropy`",
+            f"{torch_ratio:.2f}",
+            slices < torch_ratio,
+        ),
+        (
+            f"{shape} float32: memory growth at most 1/8 of naive's",
+            f"{growth[0]:.0f} and {growth[1]:.0f} MB of {naive:.0f}",
+            max(growth) <= naive / 8,
+        ),
+    ]
+    return claims if "trl_chunked" in rows else [claims[0], *claims[2:]]
+
+
+def bfloat16_claims(shape, rows):
+    """The same of accuracy, and of time."""
+    if not rows:
+        return []
+    peers = (TORCH, *TRL, "naive")
+    ours, others = column(rows, OURS, "error_logp"), column(rows, peers, "error_logp")
+    ratios = column(rows, OURS, "ratio")
+    gradient, further = gradient_errors(rows, OURS), gradient_errors(rows, peers)
+    worst = max(gradient)
+    return [
+        (
+            f"{shape} bfloat16: log-probs within 1e-4 nats",
+            f"{max(ours):.0e}; others {min(others):.0e} to {max(others):.0e}",
+            max(ours) <= 1e-4,
+        ),
+        (
+            f"{shape} bfloat16: gradients within 0.5 %",
+            f"{100 * worst:.2f} %; others {100 * min(further):.2f} to "
+            f"{100 * max(further):.2f} %",
+            worst <= 0.005,
+        ),
+        (
+            f"{shape} bfloat16: ...where the others are ten times further off",
+            f"{min(further) / worst:.1f} to {max(further) / min(gradient):.1f} times as far",
+            min(further) >= 10 * worst,
+        ),
+        (
+            f"{shape} bfloat16: at most 2.2 of naive's time (no CPU product keeps float32 "
+            f"sums)",
+            ", ".join(f"{x:.2f}" for x in ratios),
+            max(ratios) <= 2.2,
+        ),
+    ]
+
+
+def gradient_errors(rows, names):
+    """The larger error of the two gradients, of those contenders that were measured."""
+    pairs = zip(column(rows, names, "error_dhidden"), column(rows, names, "error_dweight"))
+    return [max(pair) for pair in pairs]
+
+
+def largest_claim(shape, kinds):
+    """The same of the largest tensor; kinds: the contenders' lines, kind by kind."""
+    largest = [x for rows in kinds for x in column(rows, OURS, "largest")]
+    if not largest:
+        return []
+    _, d, v = map(int, shape.split("x"))
+    return [
+        (
+            f"{shape}: the largest tensor is the head, or a slice of 64 MB of logits "
+            f"(256 rows at least)",
+            f"{max(largest) / 1e6:.1f} M",
+            max(largest) <= max(v * d, 16 << 20, 256 * v),
         )
-        if f32:
-            ratio = {n: r["ratio"] for n, r in f32.items()}
-            line(
-                f"{shape} float32: slices at most 1.10 of naive's time, recomputing at most "
-                f"1.40",
-                cells("logp", shape, "float32", "ratio", *ours),
-                ratio["ours_slices"] <= 1.1 and ratio["ours_recompute"] <= 1.4,
-            )
-            if "trl_chunked" in f32:
-                line(
-                    f"{shape} float32: both faster than TRL's two paths",
-                    "TRL " + cells("logp", shape, "float32", "ratio", *peers[1:]),
-                    max(ratio[n] for n in ours) < min(ratio[n] for n in peers[1:]),
-                )
-            line(
-                f"{shape} float32: slices faster than `F.linear_cross_entropy`",
-                cells("logp", shape, "float32", "ratio", peers[0]),
-                ratio["ours_slices"] < ratio[peers[0]],
-            )
-            growth = {n: r["rss_growth_mb"] for n, r in f32.items()}
-            line(
-                f"{shape} float32: memory growth at most 1/8 of naive's",
-                f"{growth['ours_slices']:.0f} and {growth['ours_recompute']:.0f} MB of "
-                f"{growth['naive']:.0f}",
-                max(growth[n] for n in ours) <= growth["naive"] / 8,
-            )
-        if bf16:
-            ratio, error = (
-                {n: r["ratio"] for n, r in bf16.items()},
-                {n: r["error_logp"] for n, r in bf16.items()},
-            )
-            line(
-                f"{shape} bfloat16: log-probs within 1e-4 nats",
-                f"{max(error[n] for n in ours):.0e}; others "
-                f"{min(v for n, v in error.items() if n not in ours):.0e} to "
-                f"{max(v for n, v in error.items() if n not in ours):.0e}",
-                max(error[n] for n in ours) <= 1e-4,
-            )
-            grads = {n: max(r["error_dhidden"], r["error_dweight"]) for n, r in bf16.items()}
-            line(
-                f"{shape} bfloat16: gradients within 0.5 %",
-                f"{100 * max(grads[n] for n in ours):.2f} %; others "
-                f"{100 * min(v for n, v in grads.items() if n not in ours):.2f} to "
-                f"{100 * max(v for n, v in grads.items() if n not in ours):.2f} %",
-                max(grads[n] for n in ours) <= 0.005,
-            )
-            nearest = min(v for n, v in grads.items() if n not in ours)
-            farthest = max(v for n, v in grads.items() if n not in ours)
-            line(
-                f"{shape} bfloat16: ...where the others are ten times further off",
-                f"{nearest / max(grads[n] for n in ours):.1f} to "
-                f"{farthest / min(grads[n] for n in ours):.1f} times as far",
-                nearest >= 10 * max(grads[n] for n in ours),
-            )
-            line(
-                f"{shape} bfloat16: at most 2.2 of naive's time (no CPU product keeps "
-                f"float32 sums)",
-                cells("logp", shape, "bfloat16", "ratio", *ours),
-                max(ratio[n] for n in ours) <= 2.2,
-            )
-        n, d, v = map(int, shape.split("x"))
-        largest = [
-            r["largest"] for (_, s, _, name), r in rows.items() if s == shape and name in ours
-        ]
-        if largest:
-            line(
-                f"{shape}: the largest tensor is the head, or a slice of 64 MB of logits "
-                f"(256 rows at least)",
-                f"{max(largest) / 1e6:.1f} M",
-                max(largest) <= max(v * d, 16 << 20, 256 * v),
-            )
-    for shape, dtype in dict.fromkeys((s, dt) for k, s, dt, _ in rows if k == "kl"):
-        kl = {
-            n: rows["kl", shape, dtype, n]
-            for n in (*ours, "naive", "trl_chunked")
-            if ("kl", shape, dtype, n) in rows
-        }
-        worst = {n: max(r["error_dhidden"], r["error_dweight"]) for n, r in kl.items()}
-        form = "; ".join(f"{n} {100 * v:.2g} %" for n, v in worst.items())
-        line(
-            f"{shape} {dtype}: gradient of the KL to a close teacher within 0.5 %",
-            form,
-            max(worst[n] for n in ours) <= 0.005,
-        )
-    if step_path:
-        plain = {"dtype": "float32", "gradient_checkpointing": 0, "round": 1}
-        step = {
-            r["kernel"]: r
-            for r in map(json.loads, Path(step_path).read_text().splitlines())
-            if all(r.get(name, value) == value for name, value in plain.items())
-        }
-        a, b = step["torch" if "torch" in step else "auto"], step["naive"]
-        line(
-            "one train.py step of SmolLM2-135M, 4096 loss tokens in micro-batches of 2048: "
-            "0.8 GB less at no less speed",
-            f"{a['peak_mb']:.0f} of {b['peak_mb']:.0f} MB, {a['step_seconds']:.1f} of "
-            f"{b['step_seconds']:.1f} s",
-            b["peak_mb"] - a["peak_mb"] >= 800 and a["step_seconds"] <= b["step_seconds"],
-        )
+    ]
+
+
+def kl_claim(shape, dtype, rows):
+    names = [name for name in (*OURS, "naive", "trl_chunked") if name in rows]
+    errors = gradient_errors(rows, names)
+    return (
+        f"{shape} {dtype}: gradient of the KL to a close teacher within 0.5 %",
+        "; ".join(f"{name} {100 * x:.2g} %" for name, x in zip(names, errors)),
+        max(gradient_errors(rows, OURS)) <= 0.005,
+    )
+
+
+def step_claim(path):
+    """The same of a training step: lines of bench.train_step."""
+    plain = {"dtype": "float32", "gradient_checkpointing": 0, "round": 1}
+    step = {
+        row["kernel"]: row
+        for row in map(json.loads, Path(path).read_text().splitlines())
+        if all(row.get(name, value) == value for name, value in plain.items())
+    }
+    ours, naive = step["torch" if "torch" in step else "auto"], step["naive"]
+    saved = naive["peak_mb"] - ours["peak_mb"]
+    return (
+        "one train.py step of SmolLM2-135M, 4096 loss tokens in micro-batches of 2048: "
+        "0.8 GB less at no less speed",
+        f"{ours['peak_mb']:.0f} of {naive['peak_mb']:.0f} MB, {ours['step_seconds']:.1f} of "
+        f"{naive['step_seconds']:.1f} s",
+        saved >= 800 and ours["step_seconds"] <= naive["step_seconds"],
+    )
 
 
 def plot(argv):

@@ -11,7 +11,7 @@ the CPU.  The teacher is a copy of the model: the cost is what is measured, not 
 Contenders take turns, every one in fresh processes.
 
     stages        rollout.py, then train.py --teacher: a process each, as a person runs them
-    one-process   the same two stages in one process, as a experiment runs them
+    one-process   the same two stages in one process, as an experiment runs them
     disk          rollout.py, teacher.py score --top-k 20, train.py --scores: a process each; 20
                   tokens and a tail instead of all
     trl-RxA       DistillationTrainer, A micro-batches of R answers; -checkpointing: activations
@@ -118,13 +118,11 @@ class Clock:
     peak of memory."""
 
     def __init__(self):
-        self.seconds, self.running, self.since, self.peak, self.peak_in = (
-            {},
-            ["other"],
-            time.monotonic(),
-            0,
-            None,
-        )
+        self.seconds = {}
+        self.running = ["other"]  # the part, and those that it is inside of
+        self.since = time.monotonic()
+        self.peak = 0
+        self.peak_in = None
 
     def charge(self):
         """Gives the time since the last call to the part that is running."""
@@ -232,7 +230,8 @@ def child_trl(job):
     from trl import DistillationConfig, DistillationTrainer
 
     clock = Clock()
-    startup, rounds = clock.since - job["called"], []
+    startup = clock.since - job["called"]
+    rounds = []
     rows, accumulate = map(int, job["setting"].removesuffix("-checkpointing").split("x"))
     dtype = {"dtype": "float32"}  # the teacher would be loaded as its folder stores it
     config = DistillationConfig(
@@ -302,9 +301,8 @@ def child_trl(job):
 
 def child(job):
     job = json.loads(job)
-    Path(job["report"]).write_text(
-        json.dumps(child_trl(job) if "setting" in job else child_stages(job))
-    )
+    found = child_trl(job) if "setting" in job else child_stages(job)
+    Path(job["report"]).write_text(json.dumps(found))
 
 
 # ---- the measuring process
@@ -328,26 +326,16 @@ def call(python, job, folder, args):
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
     }
-    busy, used, start = (
-        busy_seconds(),
-        resource.getrusage(resource.RUSAGE_CHILDREN),
-        time.monotonic(),
-    )
+    busy = busy_seconds()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.monotonic()
+    job_line = json.dumps(job | {"report": str(report), "called": start})
+    line = [python, "-m", "bench.round", "child", job_line]
     with open(errors, "w") as log:
-        done = subprocess.run(
-            [
-                python,
-                "-m",
-                "bench.round",
-                "child",
-                json.dumps(job | {"report": str(report), "called": start}),
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-            env=environment,
-            cwd=folder,
-        )
-    seconds, now = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        streams = dict(stdout=subprocess.DEVNULL, stderr=log)
+        done = subprocess.run(line, **streams, env=environment, cwd=folder)
+    seconds = time.monotonic() - start
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise SystemExit(
             f"{errors.read_text()}\nbench/round.py: {job.get('setting', job.get('lines'))}: "
@@ -360,113 +348,84 @@ def call(python, job, folder, args):
     }
 
 
+def command(*words, **flags):
+    """A stage's name and its arguments."""
+    pairs = (("--" + name.replace("_", "-"), str(value)) for name, value in flags.items())
+    return [*words, *(word for pair in pairs for word in pair)]
+
+
+def stages_of(form, model, prompts, at, seed, args):
+    """The stages of a round that starts with `model`; their files' names begin with `at`.
+    Returns (commands, folder of the new weights)."""
+    rollouts, scores, out = f"{at}.rollouts.jsonl", f"{at}.scores.jsonl", f"{at}.weights"
+    sampling = dict(prompts=prompts, n=1, max_tokens=args.max_tokens, dtype="float32")
+    sample = command("rollout.py", model=model, **sampling, seed=seed, out=rollouts)
+    given = dict(model=args.model, rollouts=rollouts, dtype="float32", top_k=20)
+    score = command("teacher.py", "score", **given, out=scores)
+    teacher = dict(teacher=args.model, teacher_dtype="float32")
+    if form == "disk":
+        teacher = dict(scores=scores)
+    update = command(
+        "train.py",
+        method="opd-full",
+        model=model,
+        rollouts=rollouts,
+        batch_size=16,
+        out=out,
+        micro_batch_tokens=args.micro_batch_tokens,
+        **teacher,
+    )
+    return [sample, score, update] if form == "disk" else [sample, update], out
+
+
 def ours(form, prompts, folder, args, turn):
     """Rows of ROUNDS rounds, each continuing the weights and moments of the one before."""
     model = args.model
     for number in range(1, ROUNDS + 1):
-        rollouts, scores, out = (
-            str(folder / f"{number}.{name}")
-            for name in ("rollouts.jsonl", "scores.jsonl", "weights")
-        )
-        sample = [
-            "rollout.py",
-            "--model",
-            model,
-            "--prompts",
-            prompts,
-            "--n",
-            "1",
-            "--max-tokens",
-            str(args.max_tokens),
-            "--dtype",
-            "float32",
-            "--seed",
-            str(10 * turn + number),
-            "--out",
-            rollouts,
-        ]
-        score = [
-            "teacher.py",
-            "score",
-            "--model",
-            args.model,
-            "--rollouts",
-            rollouts,
-            "--dtype",
-            "float32",
-            "--top-k",
-            "20",
-            "--out",
-            scores,
-        ]
-        update = [
-            "train.py",
-            "--method",
-            "opd-full",
-            "--model",
-            model,
-            "--rollouts",
-            rollouts,
-            "--batch-size",
-            "16",
-            "--out",
-            out,
-            "--micro-batch-tokens",
-            str(args.micro_batch_tokens),
-        ]
-        update += (
-            ["--scores", scores]
-            if form == "disk"
-            else ["--teacher", args.model, "--teacher-dtype", "float32"]
-        )
-        lines = [sample, score, update] if form == "disk" else [sample, update]
-        runs = [
-            call(sys.executable, {"lines": some}, folder, args)
-            for some in ([lines] if form == "one-process" else [[x] for x in lines])
-        ]
-        for run in runs:
-            run["parts"]["exit"] = run["seconds"] - sum(run["parts"].values())
-        names = (
-            ["+".join(x[0] for x in lines)] if form == "one-process" else [x[0] for x in lines]
-        )
-        largest = max(range(len(runs)), key=lambda i: runs[i]["peak_mb"])
-        yield {
-            "contender": form,
-            "round": number,
-            "tokens": runs[0]["tokens"],
-            "seconds": sum(r["seconds"] for r in runs),
-            "parts": {
-                k: sum(r["parts"].get(k, 0.0) for r in runs)
-                for k in dict.fromkeys(k for r in runs for k in r["parts"])
-            },
-            "peak_mb": runs[largest]["peak_mb"],
-            "peak_in": f"{names[largest]} {runs[largest]['peak_in']}",
-            "others": max(r["others"] for r in runs),
-            "stages": {
-                n: {k: r[k] for k in ("seconds", "parts", "peak_mb", "peak_in")}
-                for n, r in zip(names, runs)
-            },
-            "micro_batch_tokens": args.micro_batch_tokens,
-            "versions": runs[0]["versions"],
+        at = folder / str(number)
+        lines, out = stages_of(form, model, prompts, at, 10 * turn + number, args)
+        processes = [lines] if form == "one-process" else [[line] for line in lines]
+        names = ["+".join(line[0] for line in some) for some in processes]
+        runs = {
+            name: call(sys.executable, {"lines": some}, folder, args)
+            for name, some in zip(names, processes)
         }
+        about = {"contender": form, "round": number}
+        yield about | row_of(runs) | {"micro_batch_tokens": args.micro_batch_tokens}
         model = out
+
+
+def row_of(runs):
+    """A round's numbers from its processes' reports, {name: report}."""
+    reports = list(runs.values())
+    for report in reports:
+        report["parts"]["exit"] = report["seconds"] - sum(report["parts"].values())
+    parts = dict.fromkeys(part for report in reports for part in report["parts"])
+    largest = max(runs, key=lambda name: runs[name]["peak_mb"])
+    kept = ("seconds", "parts", "peak_mb", "peak_in")
+    return {
+        "tokens": reports[0]["tokens"],
+        "seconds": sum(report["seconds"] for report in reports),
+        "parts": {part: sum(r["parts"].get(part, 0.0) for r in reports) for part in parts},
+        "peak_mb": runs[largest]["peak_mb"],
+        "peak_in": f"{largest} {runs[largest]['peak_in']}",
+        "others": max(report["others"] for report in reports),
+        "stages": {name: {k: report[k] for k in kept} for name, report in runs.items()},
+        "versions": reports[0]["versions"],
+    }
 
 
 def trl(setting, prompts, folder, args, turn):
     """Rows of STEPS steps of one process; the first has start-up and loading in its parts."""
-    run = call(
-        args.trl_python,
-        {
-            "setting": setting,
-            "model": args.model,
-            "prompts": prompts,
-            "max_tokens": args.max_tokens,
-            "seed": turn,
-            "folder": str(folder),
-        },
-        folder,
-        args,
-    )
+    job = {
+        "setting": setting,
+        "model": args.model,
+        "prompts": prompts,
+        "max_tokens": args.max_tokens,
+        "seed": turn,
+        "folder": str(folder),
+    }
+    run = call(args.trl_python, job, folder, args)
     for number, row in enumerate(run["rounds"], 1):
         yield row | {
             "contender": f"trl-{setting}",
@@ -479,13 +438,9 @@ def trl(setting, prompts, folder, args, turn):
 
 def tidy(x):
     """Numbers to a millisecond, and nothing of where this machine keeps things."""
-    return (
-        {k: tidy(v) for k, v in x.items()}
-        if isinstance(x, dict)
-        else round(x, 3)
-        if isinstance(x, float)
-        else x
-    )
+    if isinstance(x, dict):
+        return {k: tidy(v) for k, v in x.items()}
+    return round(x, 3) if isinstance(x, float) else x
 
 
 def main():
@@ -527,37 +482,26 @@ def main():
     p.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of every process")
     p.add_argument("--out", help="also append the lines here")
     args = p.parse_args()
-    args.model, args.trl_python = (
-        str(Path(args.model).expanduser().resolve()),
-        str(Path(args.trl_python).expanduser()),
-    )
-    found = (
-        subprocess.run(
-            [args.trl_python, "-c", "import trl, datasets"], capture_output=True
-        ).returncode
-        == 0
-        if args.trl
-        else False
-    )
+    args.model = str(Path(args.model).expanduser().resolve())
+    args.trl_python = str(Path(args.trl_python).expanduser())
+    asked = [args.trl_python, "-c", "import trl, datasets"]
+    found = args.trl and subprocess.run(asked, capture_output=True).returncode == 0
     if args.trl and not found:
         print(
             "bench/round.py: trl cannot be imported: only our stages are measured "
             "(--trl-python names an interpreter that has it)",
             file=sys.stderr,
         )
-    contenders = [functools.partial(ours, form) for form in args.forms] + [
-        functools.partial(trl, setting) for setting in args.trl if found
-    ]
-    kept = (
-        Path(args.out).read_text().splitlines() if args.out and Path(args.out).exists() else []
-    )
+    contenders = [functools.partial(ours, form) for form in args.forms]
+    contenders += [functools.partial(trl, setting) for setting in args.trl if found]
+    kept = []
+    if args.out and Path(args.out).exists():
+        kept = Path(args.out).read_text().splitlines()
     # more turns for a file that has some
     first = 1 + max((json.loads(line)["turn"] for line in kept), default=-1)
     for turn in range(first, first + args.repeats):
-        # no one has always the same one before it
-        for contender in (
-            contenders[turn % len(contenders) :] + contenders[: turn % len(contenders)]
-        ):
+        shift = turn % len(contenders)  # no one has always the same one before it
+        for contender in contenders[shift:] + contenders[:shift]:
             for _ in range(args.attempts):
                 rows = measure(contender, args, turn)
                 if max(r["others"] for r in rows) <= QUIET:
@@ -573,16 +517,12 @@ def main():
 def measure(contender, args, turn):
     """The rows of one contender in one turn, from a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        folder, prompts = Path(folder), Path(folder) / "prompts.jsonl"
-        prompts.write_text(
-            Path(args.prompts).read_text()
-            if args.prompts
-            else "".join(
-                json.dumps({"id": f"p{i:02}", "messages": [{"role": "user", "content": text}]})
-                + "\n"
-                for i, text in enumerate(ASKED)
-            )
-        )
+        folder = Path(folder)
+        prompts = folder / "prompts.jsonl"
+        chats = [[{"role": "user", "content": text}] for text in ASKED]
+        rows = ({"id": f"p{i:02}", "messages": chat} for i, chat in enumerate(chats))
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        prompts.write_text(Path(args.prompts).read_text() if args.prompts else text)
         common = {
             "bench": "round",
             "model": Path(args.model).name,
@@ -600,133 +540,125 @@ def measure(contender, args, turn):
         return [common | row for row in contender(str(prompts), folder, args, turn)]
 
 
+PROCESS_PARTS = "startup load generate score gradient optimiser jsonl save other exit".split()
+ROUND_PARTS = [x for x in PROCESS_PARTS if x not in ("startup", "load", "exit")]
+
+
 def table(path):
     """Medians over turns as Markdown: the rounds that are compared, then what each process of
     ours does in them."""
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     rows = [r for r in lines if r["others"] <= QUIET] or lines
     names = list(dict.fromkeys(r["contender"] for r in lines))
-
-    def by_turn(name, value, first=False):
-        """{turn: median of `value` over the compared rounds of a turn}, or over the first
-        ones."""
-        found = {}
-        for r in rows:
-            if r["contender"] == name and (r["round"] == 1) == first:
-                found.setdefault(r["turn"], []).append(value(r))
-        return {turn: statistics.median(values) for turn, values in found.items()}
-
-    def middle(values, form):
-        return format(statistics.median(values), form) if values else "-"
-
-    def without_start(r):
-        return sum(v for k, v in r["parts"].items() if k not in ("startup", "load", "exit"))
-
-    measures = {"s": without_start, "MB": lambda r: r["peak_mb"]}
-    best = {}  # the fastest setting of TRL, and the smallest: the strictest comparison for each
-    for unit, value in measures.items():
-        medians = {
-            n: statistics.median(by_turn(n, value).values())
-            for n in names
-            if n.startswith("trl-") and by_turn(n, value)
-        }
-        best[unit] = min(medians, key=medians.get, default="trl")
-
-    def ratio(name, unit):
-        here, there = by_turn(name, measures[unit]), by_turn(best[unit], measures[unit])
-        return middle([here[t] / there[t] for t in here if t in there], ".2f")
-
-    columns = [
-        "contender",
-        "turns",
-        "tokens an answer",
-        "whole round, s",
-        "without start-up and loading, s",
-        f"/ {best['s']}",
-        "generate",
-        "score",
-        "gradient",
-        "optimiser",
-        "jsonl",
-        "save",
-        "other",
-        "peak, MB",
-        f"/ {best['MB']}",
-        "reached in",
-        "first update, s",
-    ]
-    print("| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|")
-    for name in names:
-        some = [r for r in rows if r["contender"] == name and r["round"] > 1]
-        cells = [
-            name,
-            str(len({r["turn"] for r in some})),
-            middle([r["tokens"] / r["prompts"] for r in some], ".1f"),
-            "-"
-            if name.startswith("trl-")
-            else middle(by_turn(name, lambda r: r["seconds"]).values(), ".1f"),
-            middle(by_turn(name, without_start).values(), ".1f"),
-            ratio(name, "s"),
-        ]
-        cells += [
-            middle(by_turn(name, lambda r: r["parts"].get(part, 0.0)).values(), ".2f")
-            for part in columns[6:13]
-        ]
-        cells += [
-            middle(by_turn(name, measures["MB"]).values(), ".0f"),
-            ratio(name, "MB"),
-            statistics.mode(r["peak_in"] for r in some) if some else "-",
-            middle(by_turn(name, lambda r: r["seconds"], first=True).values(), ".1f"),
-        ]
-        print("| " + " | ".join(cells) + " |")
-    parts = [
-        "startup",
-        "load",
-        "generate",
-        "score",
-        "gradient",
-        "optimiser",
-        "jsonl",
-        "save",
-        "other",
-        "exit",
-    ]
-    print(
-        "\n| form | process | seconds | "
-        + " | ".join(parts)
-        + " | peak, MB |\n"
-        + "| --- " * (len(parts) + 4)
-        + "|"
-    )
-    for name in names:
-        some = [
-            r["stages"]
-            for r in rows
-            if r["contender"] == name and r["round"] > 1 and "stages" in r
-        ]
-        for stage in some[0] if some else ():
-            cells = [name, stage, middle([s[stage]["seconds"] for s in some], ".1f")]
-            cells += [
-                middle([s[stage]["parts"].get(part, 0.0) for s in some], ".2f")
-                for part in parts
-            ]
-            print(
-                "| "
-                + " | ".join([*cells, middle([s[stage]["peak_mb"] for s in some], ".0f")])
-                + " |"
-            )
+    print_rounds(rows, names)
+    print()
+    print_processes(rows, names)
     loud = sum(r["others"] > QUIET for r in lines)
+    ending = " and are left out." if loud else "."
+    if loud == len(lines):
+        ending = ": all are shown, for there are no others."
     print(
         f"\n{loud} of {len(lines)} rounds had other processes on more than {QUIET:.0%} of "
-        f"the cores"
-        + (
-            ": all are shown, for there are no others."
-            if loud == len(lines)
-            else " and are left out."
-            if loud
-            else "."
-        )
+        f"the cores{ending}"
     )
+
+
+def print_rounds(rows, names):
+    """A line a contender; the best setting of TRL by time, and by memory, is the measure."""
+    fastest = best_of_trl(rows, names, without_start)
+    smallest = best_of_trl(rows, names, peak_of)
+    print_head(
+        ["contender", "turns", "tokens an answer", "whole round, s"]
+        + ["without start-up and loading, s", f"/ {fastest}", *ROUND_PARTS]
+        + ["peak, MB", f"/ {smallest}", "reached in", "first update, s"]
+    )
+    for name in names:
+        some = [r for r in rows if r["contender"] == name and r["round"] > 1]
+        whole = by_turn(rows, name, lambda r: r["seconds"])
+        parts = [
+            by_turn(rows, name, lambda r: r["parts"].get(part, 0.0)) for part in ROUND_PARTS
+        ]
+        first = by_turn(rows, name, lambda r: r["seconds"], first=True)
+        print_row(
+            [
+                name,
+                str(len({r["turn"] for r in some})),
+                middle([r["tokens"] / r["prompts"] for r in some], ".1f"),
+                "-" if name.startswith("trl-") else middle(whole.values(), ".1f"),
+                middle(by_turn(rows, name, without_start).values(), ".1f"),
+                ratio(rows, name, fastest, without_start),
+                *(middle(seconds.values(), ".2f") for seconds in parts),
+                middle(by_turn(rows, name, peak_of).values(), ".0f"),
+                ratio(rows, name, smallest, peak_of),
+                statistics.mode(r["peak_in"] for r in some) if some else "-",
+                middle(first.values(), ".1f"),
+            ]
+        )
+
+
+def print_processes(rows, names):
+    """A line a process of ours."""
+    print_head(["form", "process", "seconds", *PROCESS_PARTS, "peak, MB"])
+    for name in names:
+        compared = [r for r in rows if r["contender"] == name and r["round"] > 1]
+        rounds = [r["stages"] for r in compared if "stages" in r]
+        for process in rounds[0] if rounds else ():
+            runs = [r[process] for r in rounds]
+            print_row(
+                [
+                    name,
+                    process,
+                    middle([run["seconds"] for run in runs], ".1f"),
+                    *(
+                        middle([run["parts"].get(part, 0.0) for run in runs], ".2f")
+                        for part in PROCESS_PARTS
+                    ),
+                    middle([run["peak_mb"] for run in runs], ".0f"),
+                ]
+            )
+
+
+def by_turn(rows, name, value, first=False):
+    """{turn: median of `value` over the compared rounds of a turn}, or over the first ones."""
+    found = {}
+    for r in rows:
+        if r["contender"] == name and (r["round"] == 1) == first:
+            found.setdefault(r["turn"], []).append(value(r))
+    return {turn: statistics.median(values) for turn, values in found.items()}
+
+
+def best_of_trl(rows, names, value):
+    """The setting of TRL with the smallest median: the strictest comparison."""
+    measured = {name: by_turn(rows, name, value) for name in names if name.startswith("trl-")}
+    medians = {name: statistics.median(x.values()) for name, x in measured.items() if x}
+    return min(medians, key=medians.get, default="trl")
+
+
+def ratio(rows, name, other, value):
+    """Median over the turns that both have."""
+    here, there = by_turn(rows, name, value), by_turn(rows, other, value)
+    return middle([here[turn] / there[turn] for turn in here if turn in there], ".2f")
+
+
+def without_start(row):
+    return sum(v for k, v in row["parts"].items() if k not in ("startup", "load", "exit"))
+
+
+def peak_of(row):
+    return row["peak_mb"]
+
+
+def middle(values, form):
+    return format(statistics.median(values), form) if values else "-"
+
+
+def print_head(cells):
+    print_row(cells)
+    print("| --- " * len(cells) + "|")
+
+
+def print_row(cells):
+    print("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
