@@ -55,15 +55,12 @@ def operands(shape, dtype, teacher=False, device="cpu"):
     r = torch.Generator().manual_seed(0)
     hidden = torch.randn(n, d, generator=r).to(device, dtype).requires_grad_()
     weight = (torch.randn(v, d, generator=r) * 2.4 / d**0.5).to(device, dtype).requires_grad_()
-    ids, upstream = (
-        torch.randint(0, v, (n,), generator=r).to(device),
-        torch.randn(n, generator=r).to(device),
-    )
+    ids = torch.randint(0, v, (n,), generator=r).to(device)
+    upstream = torch.randn(n, generator=r).to(device)
     if not teacher:
         return hidden, weight, ids, upstream
-    near = (hidden.detach().float() + 0.05 * torch.randn(n, d, generator=r).to(device)).to(
-        dtype
-    )
+    noise = 0.05 * torch.randn(n, d, generator=r).to(device)
+    near = (hidden.detach().float() + noise).to(dtype)
     return hidden, weight, near, weight.detach(), upstream
 
 
@@ -196,10 +193,8 @@ def ours_kl_recompute(hidden, weight, t_hidden, t_weight, upstream):
 
 
 def naive_kl(hidden, weight, t_hidden, t_weight, upstream):
-    p, q = (
-        torch.log_softmax((h @ w.T).float(), -1)
-        for h, w in ((hidden, weight), (t_hidden, t_weight))
-    )
+    p = torch.log_softmax((hidden @ weight.T).float(), -1)
+    q = torch.log_softmax((t_hidden @ t_weight.T).float(), -1)
     kl = (p.exp() * (p - q)).sum(-1)
     (kl * upstream).sum().backward()
     return kl
@@ -284,11 +279,9 @@ def gemm(hidden, weight):
     """A function that runs the three products of shape N x D x V into arrays made before, and
     returns its seconds."""
     hidden, weight = hidden.detach(), weight.detach()
-    z, d_hidden, d_weight = (
-        hidden @ weight.T,
-        torch.empty_like(hidden),
-        torch.empty_like(weight),
-    )
+    z = hidden @ weight.T
+    d_hidden = torch.empty_like(hidden)
+    d_weight = torch.empty_like(weight)
 
     def run():
         synchronise(hidden)
@@ -385,12 +378,15 @@ def measure(kind, shape, dtype, args):
         if available(name, args.device)
     }
     data = operands(shape, getattr(torch, dtype), kind == "kl", args.device)
-    bound, times, bounds = gemm(*data[:2]), {name: [] for name in contenders}, []
+    bound = gemm(*data[:2])
+    bounds = []
+    times = {name: [] for name in contenders}
     for turn in range(args.repeats + 1):  # the first turn warms up and is not counted
         bounds.append(bound())
         for name, f in contenders.items():
             times[name].append(once(f, data)[0])
-    bounds, times = bounds[1:], {name: t[1:] for name, t in times.items()}
+    bounds = bounds[1:]
+    times = {name: t[1:] for name, t in times.items()}
     want = exact(kind, data)
     text = "x".join(map(str, shape))
     base = peak_rss(kind, "nothing", text, dtype)
@@ -470,6 +466,17 @@ def main():
                             f.write(line + "\n")
 
 
+COLUMNS = {  # field -> how its number is written
+    "ratio": ".2f",
+    "over_gemm": ".2f",
+    "largest": ".1f",  # millions
+    "rss_growth_mb": ".0f",
+    "error": ".1e",
+    "error_dhidden": ".1e",
+    "error_dweight": ".1e",
+}
+
+
 def table(path):
     """The lines as Markdown."""
     print(
@@ -478,25 +485,13 @@ def table(path):
         + "| --- " * 10
         + "|"
     )
-    for r in map(json.loads, Path(path).read_text().splitlines()):
-        cells = [f"{r['shape']}, {r['dtype']}", r["kind"], r["contender"]]
-        for field, form in (
-            ("ratio", ".2f"),
-            ("over_gemm", ".2f"),
-            ("largest", ""),
-            ("rss_growth_mb", ".0f"),
-            ("error_logp", ".1e"),
-            ("error_dhidden", ".1e"),
-            ("error_dweight", ".1e"),
-        ):
-            value = r.get(field, r.get("error_kl") if field == "error_logp" else None)
-            cells.append(
-                "-"
-                if value is None
-                else f"{value / 1e6:.1f}"
-                if field == "largest"
-                else format(value, form)
-            )
+    for row in map(json.loads, Path(path).read_text().splitlines()):
+        cells = [f"{row['shape']}, {row['dtype']}", row["kind"], row["contender"]]
+        row["error"] = row.get("error_logp", row.get("error_kl"))
+        if "largest" in row:
+            row["largest"] /= 1e6
+        values = [(row.get(field), form) for field, form in COLUMNS.items()]
+        cells += ["-" if value is None else format(value, form) for value, form in values]
         print("| " + " | ".join(cells) + " |")
 
 

@@ -101,12 +101,11 @@ def statistics(
     TD: tl.constexpr,
 ):
     """M, S, A [stretches, N] and AT [N, K] are written."""
-    rows, part = tl.program_id(0) * TN + tl.arange(0, TN), tl.program_id(1)
-    m, s, a = (
-        tl.full((TN,), -float("inf"), FLOAT),
-        tl.zeros((TN,), FLOAT),
-        tl.zeros((TN,), FLOAT),
-    )
+    rows = tl.program_id(0) * TN + tl.arange(0, TN)
+    part = tl.program_id(1)
+    m = tl.full((TN,), -float("inf"), FLOAT)
+    s = tl.zeros((TN,), FLOAT)
+    a = tl.zeros((TN,), FLOAT)
     end = tl.minimum((part + 1) * stretch, V)
     for v0 in range(part * stretch, end, TV):
         columns = v0 + tl.arange(0, TV)
@@ -161,19 +160,13 @@ def dlogits(
 ):
     """DZ [N, stop - start] is written: the gradient of x, the scores before scale, softcap and
     temperature."""
-    rows, columns = (
-        tl.program_id(0) * TN + tl.arange(0, TN),
-        start + tl.program_id(1) * TV + tl.arange(0, TV),
-    )
+    rows = tl.program_id(0) * TN + tl.arange(0, TN)
+    columns = start + tl.program_id(1) * TV + tl.arange(0, TV)
     z = _logits_tile(H, W, rows, columns, N, stop, D, inner, cap, outer, FLOAT, CAP, UP, TD)
-    m, log_s = (
-        tl.load(M + rows, mask=rows < N, other=0.0),
-        tl.load(LOG_S + rows, mask=rows < N, other=0.0),
-    )
-    entropy, e = (
-        tl.load(ENTROPY + rows, mask=rows < N, other=0.0),
-        tl.load(E + rows, mask=rows < N, other=0.0),
-    )
+    m = tl.load(M + rows, mask=rows < N, other=0.0)
+    log_s = tl.load(LOG_S + rows, mask=rows < N, other=0.0)
+    entropy = tl.load(ENTROPY + rows, mask=rows < N, other=0.0)
+    e = tl.load(E + rows, mask=rows < N, other=0.0)
     g_sum = tl.zeros((TN,), FLOAT)
     for k in range(K):
         g_sum += tl.load(G + rows.to(tl.int64) * K + k, mask=rows < N, other=0.0)
@@ -181,10 +174,8 @@ def dlogits(
     dz = -tl.exp(log_p) * (g_sum[:, None] + e[:, None] * (log_p + entropy[:, None]))
     for k in range(K):
         at = rows.to(tl.int64) * K + k
-        ids, g = (
-            tl.load(IDS + at, mask=rows < N, other=-1),
-            tl.load(G + at, mask=rows < N, other=0.0),
-        )
+        ids = tl.load(IDS + at, mask=rows < N, other=-1)
+        g = tl.load(G + at, mask=rows < N, other=0.0)
         dz += tl.where(columns[None, :] == ids[:, None], g[:, None], 0.0)  # ids may repeat
     if CAP:
         tanh = z / (cap * outer)
@@ -250,14 +241,11 @@ def forward(student, teacher, ids, chunk):
         )
     m = ms.amax(0)
     t = ms - m
-    s, a = (t.exp() * ss).sum(0), (t.exp() * (aa + t * ss)).sum(0)
+    s = (t.exp() * ss).sum(0)
+    a = (t.exp() * (aa + t * ss)).sum(0)
     log_s = s.log()
-    return TokenNumbers(at_ids - m[:, None] - log_s[:, None], log_s - a / s), (
-        m,
-        log_s,
-        m,
-        log_s,
-    )
+    numbers = TokenNumbers(at_ids - m[:, None] - log_s[:, None], log_s - a / s)
+    return numbers, (m, log_s, m, log_s)
 
 
 def backward(student, teacher, ids, numbers, normalisers, grads, chunk, d_hidden, d_weight):
@@ -266,11 +254,9 @@ def backward(student, teacher, ids, numbers, normalisers, grads, chunk, d_hidden
     m, log_s = normalisers[:2]
     g = torch.zeros_like(numbers.logp) if grads.logp is None else grads.logp.contiguous()
     e = torch.zeros_like(m) if grads.entropy is None else grads.entropy.contiguous()
-    hidden, weight, ids = (
-        student.hidden.contiguous(),
-        head.weight.contiguous(),
-        ids.contiguous(),
-    )
+    hidden = student.hidden.contiguous()
+    weight = head.weight.contiguous()
+    ids = ids.contiguous()
     for start, stop, (dz,) in _chunks(student, chunk, 1, hidden.dtype):
         if n:
             dlogits[triton.cdiv(n, TILE[0]), triton.cdiv(stop - start, TILE[1])](
@@ -313,16 +299,10 @@ def trusted(device):
     results = []
     try:
         for kernel in ("torch", "triton"):
-            logp, entropy = linear_logp(
-                hidden, weight, ids, vocabulary=999, temperature=0.7, kernel=kernel
-            )
-            results.append(
-                (
-                    logp,
-                    entropy,
-                    *torch.autograd.grad((logp * logp).sum() + entropy.sum(), (hidden, weight)),
-                )
-            )
+            options = dict(vocabulary=999, temperature=0.7, kernel=kernel)
+            logp, entropy = linear_logp(hidden, weight, ids, **options)
+            loss = (logp * logp).sum() + entropy.sum()
+            results.append((logp, entropy, *torch.autograd.grad(loss, (hidden, weight))))
     # no compiler, an unknown GPU, not enough shared memory: whatever it is, torch does the work
     except Exception as error:
         warnings.warn(
@@ -333,8 +313,7 @@ def trusted(device):
     if any((a.float() - b.float()).norm() > 0.01 * a.float().norm() for a, b in zip(*results)):
         warnings.warn(
             "opd/kernel.py: the Triton kernels disagree with torch on this GPU: the torch "
-            "kernel "
-            "is used"
+            "kernel is used"
         )
         return False
     return True
