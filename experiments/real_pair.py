@@ -15,7 +15,7 @@ Arms, all with the same problems and number of updates:
                 spell alike (methods.simct, its `simple-opd`)
     ropd        rubrics from own answers and four of the teacher's: by the judge, or without one
                 by the predicates of experiments.real_checks, which know sums (chain_sum)
-    shuffled    ropd's rewards dealt out at random within each group: must teach nothing
+    shuffled    ropd's rewards dealt out at random within each group: must not help
     answer      reward 1 for the right final answer, by eval.py's grader
     teacher     the teacher
 
@@ -109,8 +109,9 @@ COMPARED = [
     ("Imitation lifts a real student", "sft", "before"),
 ]
 CLAIMS = [more(*each) for each in COMPARED]
-# arms that are compared by problem: these, and two pairs without a claim
-PAIRS = [(arm, other) for _, arm, other in COMPARED] + [("ropd", "sft"), ("ropd", "opd")]
+# arms that are compared by problem: these, and three pairs without a claim
+PAIRS = [(arm, other) for _, arm, other in COMPARED]
+PAIRS += [("ropd", "sft"), ("ropd", "opd"), ("shuffled", "before")]
 
 
 def build(run):
