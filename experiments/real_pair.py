@@ -257,7 +257,7 @@ class Trial(study.Trial):
         for number in range(self.rounds):
             at = self.place / f"round{number}"
             texts = self.how["reads"] == "texts"
-            path = self.asked(number) if texts else at / "rollouts.jsonl"
+            path = self.asked(number, self.settings.n) if texts else at / "rollouts.jsonl"
             found = files.read(path, "rollouts")
             answers = {records.key_of(r, "rollouts"): r for r in found}
             right = {
@@ -281,7 +281,7 @@ class Trial(study.Trial):
     def round(self):
         s, how = self.settings, self.how
         method = how["method"]
-        rollouts = self.ask() if how["reads"] == "texts" else self.rollout()
+        rollouts = self.ask(s.n) if how["reads"] == "texts" else self.rollout()
         options = {"micro_batch_tokens": s.micro_batch_tokens, "dtype": s.dtype}
         options["compute"] = {"shared_prompts": int(shares_prompts(self.start))}
         if how["reads"] == "rewards":
@@ -295,16 +295,14 @@ class Trial(study.Trial):
         rate = getattr(s, f"{how['rate']}_learning_rate")
         self.train(method, rollouts, rate=rate, **options)
 
-    def asked(self, number, n=None):
-        """The file of the teacher's n answers to each problem of a round (by default as many as
-        the student gives): one for all arms of a seed, which ask for the same at the same
-        random numbers, and nothing costs more."""
-        return self.folder / f"answers/round{number}x{n or self.settings.n}.jsonl"
+    def asked(self, number, n):
+        """The file of the teacher's n answers to each problem of a round: one for all arms of a
+        seed, which ask for the same at the same random numbers, and nothing costs more."""
+        return self.folder / f"answers/round{number}x{n}.jsonl"
 
-    def ask(self, n=None):
+    def ask(self, n):
         """Makes that file, unless an arm has done so; returns it."""
-        out = self.asked(self.number, n)
-        return self.answer(out=out, n=n or self.settings.n)
+        return self.answer(out=self.asked(self.number, n), n=n)
 
     def reward(self, rollouts):
         """Rewards by rubrics, or by the final answer."""
@@ -315,7 +313,7 @@ class Trial(study.Trial):
         if s.judge:
             common = dict(model=s.judge, base_url=s.judge_url, timeout=3600)
             common["cache"] = self.place / "judge.jsonl"
-        drawn = {"answers": self.ask(n=4), "prompts": self.prompts, "m": 4}
+        drawn = {"answers": self.ask(4), "prompts": self.prompts, "m": 4}
         drawn["rubricator"] = "llm" if s.judge else "contrast"
         rubrics, _ = self.beside(rollouts, "rubrics", "rubric.py create", **common, **drawn)
         name = "verdicts" if "shuffled" in self.how else "rewards"
