@@ -88,7 +88,7 @@ PARTS = {  # part -> what belongs to it: module, or module.class, and the functi
         "opd.trainer.Trainer load_optimiser",
     ),
     "generate": ("opd.sampling sample_batch",),
-    "score": ("teacher score_batch",),
+    "score": ("opd.scoring score_batch",),
     "gradient": ("train optimise",),
     "save": ("opd.trainer.Trainer save",),
     "jsonl": (

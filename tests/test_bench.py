@@ -7,6 +7,10 @@ from conftest import argv, load, run_program
 
 import bench.faults
 import bench.gpu
+import bench.round
+import rollout  # noqa: F401
+import teacher  # noqa: F401
+import train  # noqa: F401
 from bench import sampler
 
 
@@ -32,6 +36,13 @@ def test_a_round_is_measured_part_by_part_and_tabulated(world, tmp_path):
         )
         assert str(world.base) not in json.dumps(r)
     assert "| one-process | 1 |" in run("bench.round", "table", out)
+
+
+@pytest.mark.parametrize("name", [name for part in bench.round.PARTS.values() for name in part])
+def test_what_a_round_is_measured_by_is_there(name):
+    """...in the modules that the three stages load: another name would not be timed."""
+    home, attribute = bench.round.place_of(name)
+    assert callable(getattr(home, attribute))
 
 
 def test_kernels_are_measured_and_claims_printed(tmp_path):
