@@ -540,8 +540,8 @@ def measure(contender, args, turn):
         return [common | row for row in contender(str(prompts), folder, args, turn)]
 
 
-PROCESS_PARTS = "startup load generate score gradient optimiser jsonl save other exit".split()
-ROUND_PARTS = [x for x in PROCESS_PARTS if x not in ("startup", "load", "exit")]
+ROUND_PARTS = ["generate", "score", "gradient", "optimiser", "jsonl", "save", "other"]
+PROCESS_PARTS = ["startup", "load", *ROUND_PARTS, "exit"]
 
 
 def table(path):
@@ -575,9 +575,7 @@ def print_rounds(rows, names):
     for name in names:
         some = [r for r in rows if r["contender"] == name and r["round"] > 1]
         whole = by_turn(rows, name, lambda r: r["seconds"])
-        parts = [
-            by_turn(rows, name, lambda r: r["parts"].get(part, 0.0)) for part in ROUND_PARTS
-        ]
+        parts = [by_turn(rows, name, seconds_of(part)) for part in ROUND_PARTS]
         first = by_turn(rows, name, lambda r: r["seconds"], first=True)
         print_row(
             [
@@ -609,10 +607,7 @@ def print_processes(rows, names):
                     name,
                     process,
                     middle([run["seconds"] for run in runs], ".1f"),
-                    *(
-                        middle([run["parts"].get(part, 0.0) for run in runs], ".2f")
-                        for part in PROCESS_PARTS
-                    ),
+                    *(middle(map(seconds_of(part), runs), ".2f") for part in PROCESS_PARTS),
                     middle([run["peak_mb"] for run in runs], ".0f"),
                 ]
             )
@@ -641,7 +636,12 @@ def ratio(rows, name, other, value):
 
 
 def without_start(row):
-    return sum(v for k, v in row["parts"].items() if k not in ("startup", "load", "exit"))
+    return sum(row["parts"].get(part, 0.0) for part in ROUND_PARTS)
+
+
+def seconds_of(part):
+    """What reads the seconds of a part off a round or a process."""
+    return lambda row: row["parts"].get(part, 0.0)
 
 
 def peak_of(row):

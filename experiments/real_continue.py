@@ -132,7 +132,8 @@ def by_place(places, hits):
 
 def predictors(pair, places, hits, names):
     """{what is known of a place: its AUC for the teacher ending right, among the places of all
-    answers to a prompt and among those of one answer}."""
+    answers to a prompt (mostly: of a right answer or a wrong one) and among those of one
+    answer}."""
     gaps = pair.gaps()
     weights = pair.rows("cuts_faithful.jsonl", "weights")
     right = {}
