@@ -4,9 +4,12 @@ student wrote.  `pair`: its Pair, with the files of the parts before.
 A continuation is sampled after the very ids of prompt and beginning, and graded together with
 it.  Files: OUT/continued*.jsonl, OUT/saved*.jsonl."""
 
+import json
+
 import numpy as np
 
 from experiments.by_prompt import auc_within, difference, minus, over_prompts
+from experiments.real_tasks import INSTRUCTION
 from methods.sod.weights import measure_file, open_tables
 from opd import files, records
 from opd.answers import final_answer, is_correct
@@ -59,7 +62,7 @@ def beginnings(pair):
     return found
 
 
-def continue_from(pair, name, begun, tools=None):
+def continue_from(pair, name, begun, toolbox=None):
     """{name of a beginning: [whether what the teacher makes of it is right]}.  begun: {name:
     (prompts record, rollout, tokens of its response that stand)}; files NAME*.jsonl."""
     s = pair.settings
@@ -67,14 +70,15 @@ def continue_from(pair, name, begun, tools=None):
     pair.run.write(f"{name}_prompts.jsonl", "prompts of what is continued", rows.values())
     policy = load_policy(pair.teacher, s.dtype)
     sampling = Sampling(max_tokens=s.max_tokens, seed=s.seed + ANSWER_STREAM)
-    sampler = LocalSampler(policy, sampling, Toolbox(tools) if tools else None)
+    sampler = LocalSampler(policy, sampling, toolbox)
     # in place of a rendered prompt; `fill_with` would read these from the file
     sampler.begun = {
         key: r["prompt_ids"] + r["response_ids"][:end] for key, (_, r, end) in begun.items()
     }
     jobs = jobs_by_key(rows.values(), s.continuations)
     ends = {key: end for key, (_, _, end) in sorted(begun.items())}
-    how = {"policy": resume_identity(policy.identity), "from": ends, "tools": tools}
+    how = {"policy": resume_identity(policy.identity), "from": ends}
+    how |= {"tools": toolbox and toolbox.settings}
     how |= {"max_tokens": s.max_tokens, "seed": sampling.seed}
     out, inputs = pair.path(f"{name}.jsonl"), [pair.path(f"{name}_prompts.jsonl")]
 
@@ -88,7 +92,7 @@ def continue_from(pair, name, begun, tools=None):
             continue  # of an earlier run with more of them
         prompt, r, end = begun[answer["id"]]
         text = records.final_text(answer)
-        if not tools:  # the beginning may hold the words before the answer
+        if not toolbox:  # the beginning may hold the words before the answer
             text = policy.tokenizer.decode(r["response_ids"][:end]) + text
         hits.setdefault(answer["id"], []).append(is_correct(text, prompt["answer"]))
     return hits
@@ -157,6 +161,28 @@ def predictors(pair, places, hits, names):
 
 # ---- SOD: steps with a calculator
 
+TOOLS = "calculator"
+CALLS = {"call_format": "json", "max_calls": 4}
+
+
+def worked_example():
+    """Messages that solve an equation by two calls: a small model that has only been told of a
+    tool seldom calls it, or calls it until it is cut."""
+
+    def calling(expression):
+        call = json.dumps({"name": TOOLS, "arguments": {"expression": expression}})
+        return {"role": "assistant", "content": call}
+
+    question = "Determine the value of x that satisfies: 6*x + 3 = 45"
+    return [
+        {"role": "user", "content": f"{question}\n\n{INSTRUCTION}"},
+        calling("45 - 3"),
+        {"role": "tool", "content": "42"},
+        calling("42 / 6"),
+        {"role": "tool", "content": "7"},
+        {"role": "assistant", "content": r"\boxed{7}"},
+    ]
+
 
 def steps_of_calls(pair):
     """Yields (rollout, k, whether its call had a result, d of step k, d of the next step) of
@@ -170,27 +196,30 @@ def steps_of_calls(pair):
 
 
 def sod(pair):
-    tools = "calculator"
-    n = pair.settings.n
-    made = pair.sample("rollout.py", pair.student, "episodes.jsonl", n, tools=tools)
+    prompts = list(pair.read_prompts().values())[: pair.settings.tool_prompts]
+    prompts = [p | {"messages": worked_example() + p["messages"]} for p in prompts]
+    shown = pair.path("episode_prompts.jsonl")
+    pair.run.write("episode_prompts.jsonl", "a worked example before each", prompts)
+    how = dict(tools=TOOLS, tool_options=CALLS, prompts=shown, batch_tokens=65536)
+    made = pair.sample("rollout.py", pair.student, "episodes.jsonl", pair.settings.n, **how)
     on = {"rollouts": pair.path("episodes.jsonl")}
-    evals = pair.stage("eval.py", "episode_evals.jsonl", prompts=pair.prompts, **on)
+    evals = pair.stage("eval.py", "episode_evals.jsonl", prompts=shown, **on)
     found = {"rollouts": made, "evals": evals}
     if not made["calls"]:
         return found
     pair.score("episode_scores.jsonl", pair.teacher, **on, allow_template_mismatch=True)
     scores = {"scores": pair.path("episode_scores.jsonl")}
     drift = pair.stage("experiments.sod_drift", "drift.json", **on, **scores, overwrite=True)
-    prompts = pair.read_prompts()
     found["drift"] = drift
     calls = matched(steps_of_calls(pair))
     if not calls:
         return found
+    asked = {str(p["id"]): p for p in prompts}
     begun = {
-        name: (prompts[str(r["id"])], r, r["steps"][k + 1][0])
+        name: (asked[str(r["id"])], r, r["steps"][k + 1][0])
         for name, (r, k, *_) in calls.items()
     }
-    hits = continue_from(pair, "saved", begun, tools)
+    hits = continue_from(pair, "saved", begun, Toolbox(TOOLS, *CALLS.values()))
     return found | after_calls(calls, hits)
 
 

@@ -18,9 +18,10 @@ OUT/signals.png; `base` comes first, `prefix` before `continue`:
     continue   from where can the teacher, continuing the student's text, still end right?  From
                quarters of a wrong and a right answer to each prompt, and from cuts against
                halfway between cut and end; does the margin predict it?
-    sod        the drift of episodes with a calculator; after a failed call, can the teacher
-               still end right, and does the drift predict it?  Held against results of calls
-               at the same step of the same problem
+    sod        the drift of episodes with a calculator, each after a worked example, on the
+               first --tool-prompts; after a failed call, can the teacher still end right, and
+               does the drift predict it?  Held against results of calls at the same step of
+               the same problem
     support    pass@1 to pass@N of student and teacher: who solves what the other did not.  Says
                nothing where N guesses hit: give prompts with many possible answers
 
@@ -75,6 +76,7 @@ class Settings:
     continuations: int = setting(
         2, "times the teacher continues from a place", smoke=1, free=True
     )
+    tool_prompts: int = setting(12, "prompts of the part `sod`", smoke=3, free=True)
     support_prompts: int = setting(24, "prompts of the part `support`", smoke=3, free=True)
     support_n: int = setting(64, "answers a prompt there", smoke=4, free=True)
     block_end: str = setting(r"""[.!?]["')]*\s+|\n+""", "regular expression that ends a block")

@@ -120,11 +120,15 @@ def next_logits(policy, head, ids, mask, position, cache):
 
 
 @torch.no_grad()
-def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
+def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p, go_on=None):
     """An Answer to each of a batch of token-id prompts.
 
     draws [B, longest] of uniforms; max_tokens: a number, or one a row.  Prompts are padded on
-    the left, and read once for all their answers; a row leaves the batch when it stops."""
+    the left, and read once for all their answers; a row leaves the batch when it stops.
+
+    go_on: called with a row and its Answer when it ends; the ids that it returns are read after
+    it, within max_tokens, and a new Answer of that row begins.  The cache stays: a tool's
+    output costs its own tokens alone.  What is returned are the last Answers."""
     device = policy.device
     number = {}  # of each different prompt
     copies = [number.setdefault(tuple(prompt), len(number)) for prompt in prompts]
@@ -136,6 +140,8 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
     stops = torch.tensor(policy.stop_ids, dtype=torch.int64, device=device)
     head = lifted(policy.head)
     answers = [Answer() for _ in prompts]
+    unread = [[] for _ in prompts]  # ids that a row reads before it writes on
+    drawn = np.zeros(len(prompts), int)  # tokens that it wrote
     rows = np.arange(len(prompts))  # which answer each row of the shrinking batch belongs to
     cache = None
     longest = range(int(limits.max()))
@@ -145,23 +151,33 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
         if t == 0 and len(number) < len(prompts):
             logits, mask, position = (each[copies] for each in (logits, mask, position))
             cache.reorder_cache(copies)
-        tokens, logps = pick(logits, draws[rows, t], temperature, top_p)
+        tokens, logps = pick(logits, draws[rows, drawn[rows]], temperature, top_p)
         if not torch.isfinite(logps).all():
             raise BadInput(
                 "the model's logits are not finite: try --dtype float32, or another checkpoint"
             )
-        for row, token, logp in zip(rows, tokens.tolist(), logps.tolist()):
+        stopped = torch.isin(tokens, stops)
+        for i, (row, token, logp) in enumerate(zip(rows, tokens.tolist(), logps.tolist())):
+            if unread[row]:
+                tokens[i] = unread[row].pop(0)
+                stopped[i] = False
+                continue
             answers[row].response_ids.append(token)
             answers[row].logprobs.append(logp)
-        stopped = torch.isin(tokens, stops)
+            drawn[row] += 1
         ended = stopped | (limits <= t + 1)
         if ended.any():
             last = logits[ended]
             mass = (last[:, stops].logsumexp(-1) - last.logsumexp(-1)).exp()
             columns = (stopped[ended].tolist(), mass.tolist())
-            for row, stop, share in zip(rows[ended.cpu().numpy()], *columns):
+            for i, stop, share in zip(ended.nonzero()[:, 0].tolist(), *columns):
+                row = rows[i]
                 answers[row].finish_reason = "stop" if stop else "length"
                 answers[row].end_mass = share
+                if go_on and (more := go_on(row, answers[row])):
+                    unread[row] = list(more)
+                    answers[row] = Answer()
+                    ended[i] = False
         if ended.all():
             break
         if ended.any():
@@ -213,29 +229,21 @@ def sample_episodes(policy, prompts, draws, toolbox, names, *, max_tokens, tempe
     response, with the tools' outputs; an output that would not fit is left out and the episode
     ends there.  draws are of sampled tokens only."""
     episodes = [Episode() for _ in prompts]
-    going = list(range(len(prompts)))
-    while going:
-        limits = [max_tokens - len(episodes[i].response_ids) for i in going]
-        left = np.zeros((len(going), max(limits)))
-        for row, (i, limit) in enumerate(zip(going, limits)):
-            used = sum(episodes[i].loss_mask)
-            left[row, :limit] = draws[i, used : used + limit]
-        answers = sample_batch(
-            policy,
-            [prompts[i] + episodes[i].response_ids for i in going],
-            left,
-            max_tokens=limits,
-            temperature=temperature,
-            top_p=top_p,
-        )
-        for i, answer in zip(going, answers):
-            episode = episodes[i]
-            read = prompts[i] + episode.response_ids
-            episode.final = final_text(policy.tokenizer, read, answer.response_ids)
-            episode.add_step(answer.response_ids, answer.logprobs)
-            episode.finish_reason = answer.finish_reason
-            episode.end_mass = answer.end_mass
-        going = [i for i in going if toolbox.go_on(policy, episodes[i], names[i], max_tokens)]
+
+    def go_on(row, answer):
+        episode = episodes[row]
+        written = episode.response_ids
+        ids = answer.response_ids
+        episode.final = final_text(policy.tokenizer, prompts[row] + written, ids)
+        episode.add_step(ids, answer.logprobs)
+        episode.finish_reason = answer.finish_reason
+        episode.end_mass = answer.end_mass
+        end = len(written)
+        toolbox.go_on(policy, episode, names[row], max_tokens)
+        return written[end:]
+
+    how = dict(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+    sample_batch(policy, prompts, draws, **how, go_on=go_on)
     return episodes
 
 
@@ -472,8 +480,8 @@ def add_sampling_flags(p, n):
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="call_format (hermes, or brackets) is how the model writes a call; max_calls (16) "
-        "of an episode: one more ends it in finish_reason `tool_limit`",
+        help="call_format (hermes, json or brackets) is how the model writes a call; max_calls "
+        "(16) of an episode: one more ends it in finish_reason `tool_limit`",
     )
     add_model_flags(p)
     p.add_argument("--overwrite", action="store_true", help="begin the output anew")

@@ -11,6 +11,8 @@ another and never decoded and encoded again.
 
     hermes    <tool_call>{"name": "calculator", "arguments": {"expression": "37*4"}}</tool_call>
               as Qwen, Hermes and others write it
+    json      {"name": "calculator", "arguments": {"expression": "37*4"}}
+              without marks or within any: so Qwen2.5-Coder writes, whatever its template says
     brackets  [37*4]
               what stands inside is the first tool's only argument
 
@@ -31,12 +33,14 @@ has no memory; 3. no tools beside a served model.
 
 import importlib
 import json
+import re
 from dataclasses import dataclass, field
 
 from opd.chat import apply, plain_ids, render, token_names
 from opd.records import BadInput
 
 MOST_OUTPUT = 1000
+OBJECT = re.compile(r'\{\s*"name"\s*:')
 ALIASES = {"calculator": "worlds.calculator:Calculator"}
 
 # ---- calls in text
@@ -50,8 +54,21 @@ def hermes(text, _):
     body, closed, _ = rest.partition("</tool_call>")
     if not closed:
         return {"problem": "expected </tool_call> at the end of the call"}
+    return read_call(json.loads, body)
+
+
+def bare(text, _):
+    """The same without marks: the JSON object that begins with its name."""
+    opened = OBJECT.search(text)
+    if not opened:
+        return None
+    return read_call(lambda x: json.JSONDecoder().raw_decode(x)[0], text[opened.start() :])
+
+
+def read_call(read, text):
+    """The call that `read` makes of a text, or its problem."""
     try:
-        call = json.loads(body)
+        call = read(text)
         # NaN and 1e999 are no JSON, and could not be recorded
         json.dumps(call, allow_nan=False)
     except (ValueError, RecursionError):
@@ -79,7 +96,7 @@ def brackets(text, tools):
     return {"name": name, "arguments": {argument: body}}
 
 
-FORMATS = {"hermes": hermes, "brackets": brackets}
+FORMATS = {"hermes": hermes, "json": bare, "brackets": brackets}
 
 # ---- an answer in steps
 

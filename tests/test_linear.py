@@ -48,6 +48,7 @@ READERS = {
     "the longest that is rewritten": lambda text: answers.normal_form(text[:1000]),
     "thoughts": records.visible,
     "calls": lambda text: tools.hermes(f"<tool_call>{text}</tool_call>{text}", {}),
+    "calls without marks": lambda text: tools.bare('{"name":' + text + '{"name": ' * SIZE, {}),
     "calculator": calculate,
     "blocks": lambda text: block_spans([*text[: SIZE // 5]], [1] * (SIZE // 5), NEWLINE),
     "one block": lambda text: block_spans([text[: SIZE // 2]] * 2, [1, 1], NEWLINE),

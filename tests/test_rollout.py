@@ -244,7 +244,10 @@ def poison(model):
         (dict(top_p=0), "--top-p"),
         (dict(tool_options={"max_calls": 1}), "--tools beside it"),
         (dict(tools="calculator", tool_options={"max_calls": 0}), "max_calls of at least 1"),
-        (dict(tools="calculator", tool_options={"call_format": "x"}), "hermes or brackets"),
+        (
+            dict(tools="calculator", tool_options={"call_format": "x"}),
+            "hermes or json or brackets",
+        ),
         (dict(prompts="absent.jsonl", slice=None), "absent.jsonl"),
         (dict(prompts={"prompt": ""}), "prompt 'odd': expected at least one token"),
         (

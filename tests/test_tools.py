@@ -209,6 +209,13 @@ NO_CALL = {"problem": 'expected {"name": ..., "arguments": {...}}'}
         ("hermes", hermes(AN_A.replace("{}", "1e999")), NO_JSON),
         ("hermes", hermes("[" * 100000), NO_JSON),
         ("hermes", hermes(AN_A.replace("{}", '"1+1"')), NO_CALL),
+        ("json", json.dumps(ONE), ONE),
+        ("json", f"So:\n```json\n{json.dumps(ONE, indent=2)}\n```\nand {AN_A}", ONE),
+        ("json", hermes(json.dumps(ONE)), ONE),
+        ("json", f"<think>{AN_A}</think>" + json.dumps(ONE), ONE),
+        ("json", '\\boxed{12}, {"x": 1}, "name": {"a": 2}', None),
+        ("json", AN_A[:-1], NO_JSON),
+        ("json", AN_A.replace("{}", '"1+1"'), NO_CALL),
         ("brackets", "x [1] [2]", ONE),
         ("brackets", "#148", None),
         ("brackets", "[37*4", {"problem": "expected ] at the end of the call"}),
@@ -305,18 +312,22 @@ def scripted(monkeypatch, lines, tokenizer=None):
     )
     waiting, contexts = {k: list(v) for k, v in lines.items()}, []
 
-    def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p):
-        out = []
-        for prompt, limit in zip(prompts, max_tokens):
-            contexts.append(prompt)
-            text = waiting[prompt[0]].pop(0)
-            ids = tokenizer(text.removesuffix("..."), add_special_tokens=False)["input_ids"]
-            ids += [tokenizer.eos_token_id] * (not text.endswith("..."))
-            whole = len(ids) <= limit and not text.endswith("...")
-            ids = ids[:limit]
-            reason = "stop" if whole else "length"
-            out.append(sampling.Answer(ids, [-0.5] * len(ids), reason, 0.5))
-        return out
+    def answer(text, limit):
+        ids = tokenizer(text.removesuffix("..."), add_special_tokens=False)["input_ids"]
+        ids += [tokenizer.eos_token_id] * (not text.endswith("..."))
+        whole = len(ids) <= limit and not text.endswith("...")
+        ids = ids[:limit]
+        return sampling.Answer(ids, [-0.5] * len(ids), "stop" if whole else "length", 0.5)
+
+    def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p, go_on):
+        for row, prompt in enumerate(prompts):
+            read = list(prompt)
+            more = True
+            while more:
+                contexts.append(list(read))
+                said = answer(waiting[prompt[0]].pop(0), max_tokens + len(prompt) - len(read))
+                more = go_on(row, said)
+                read += said.response_ids + more
 
     monkeypatch.setattr(sampling, "sample_batch", sample_batch)
     return a_policy(tokenizer), contexts
@@ -354,7 +365,7 @@ def test_an_episode_step_by_step(monkeypatch):
     assert [(c["output"], c["ok"]) for c in one["calls"]] == list(zip(outputs, oks))
     assert other["steps"] == [[0, 3, None]] and other["calls"] == [] and other["final"] == "#1"
     # what the model read before its last step is exactly what is recorded, token by token
-    assert contexts[-1] == [5, 3] + ids[: one["steps"][-1][0]]
+    assert contexts[3] == [5, 3] + ids[: one["steps"][-1][0]]
 
 
 def test_no_episode_is_longer_than_asked_and_none_ends_in_a_tools_text(monkeypatch):
