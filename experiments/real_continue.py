@@ -215,15 +215,16 @@ def sod(pair):
     if not calls:
         return found
     asked = {str(p["id"]): p for p in prompts}
+    toolbox = Toolbox(TOOLS, CALLS["call_format"], CALLS["max_calls"])
     begun = {
         name: (asked[str(r["id"])], r, r["steps"][k + 1][0])
         for name, (r, k, *_) in calls.items()
     }
-    hits = continue_from(pair, "saved", begun, Toolbox(TOOLS, *CALLS.values()))
+    hits = continue_from(pair, "saved", begun, toolbox)
     return found | after_calls(calls, hits)
 
 
-def matched(calls, most=2):
+def matched(calls, most=1):
     """{name: call} of those that `steps_of_calls` yields: at every step of a prompt where some
     failed and some did not, up to so many of either."""
     groups = {}

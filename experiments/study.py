@@ -286,13 +286,20 @@ class Run:
         return out
 
     def write(self, out, made_of, rows):
-        """Records that no stage makes, unless they are there; commands.sh says what of."""
+        """Records that no stage makes, unless they are there; commands.sh says what of.
+        BadInput where others are there."""
         out = self.out / out
+        text = "".join(json.dumps(row) + "\n" for row in rows)
         if out.exists():
+            if out.read_text(encoding="utf-8") != text:
+                raise records.BadInput(
+                    f"{out}: expected {made_of}, got other records, which other settings made: "
+                    f"give another --out, or remove this file and those made of it"
+                )
             return
         out.parent.mkdir(parents=True, exist_ok=True)
         self.commands.write(f"# {out}: {made_of}\n")
-        files.write_atomically(out, (json.dumps(row) + "\n" for row in rows))
+        files.write_atomically(out, [text])
 
     def record(self, row):
         """Adds a line to the results file, whole or not at all, with what it was made by and

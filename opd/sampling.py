@@ -120,15 +120,16 @@ def next_logits(policy, head, ids, mask, position, cache):
 
 
 @torch.no_grad()
-def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p, go_on=None):
+def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p, after_step=None):
     """An Answer to each of a batch of token-id prompts.
 
     draws [B, longest] of uniforms; max_tokens: a number, or one a row.  Prompts are padded on
     the left, and read once for all their answers; a row leaves the batch when it stops.
 
-    go_on: called with a row and its Answer when it ends; the ids that it returns are read after
-    it, within max_tokens, and a new Answer of that row begins.  The cache stays: a tool's
-    output costs its own tokens alone.  What is returned are the last Answers."""
+    after_step: called with a row and its Answer when it ends.  It returns None, or ids that the
+    row then reads before it writes another Answer; they and a token more must fit max_tokens.
+    What is returned are the last Answers.  The cache stays, so that nothing is read twice, and
+    ids are read one a step, while other rows write."""
     device = policy.device
     number = {}  # of each different prompt
     copies = [number.setdefault(tuple(prompt), len(number)) for prompt in prompts]
@@ -141,7 +142,7 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p, go_o
     head = lifted(policy.head)
     answers = [Answer() for _ in prompts]
     unread = [[] for _ in prompts]  # ids that a row reads before it writes on
-    drawn = np.zeros(len(prompts), int)  # tokens that it wrote
+    used = np.zeros(len(prompts), int)  # draws of a row
     rows = np.arange(len(prompts))  # which answer each row of the shrinking batch belongs to
     cache = None
     longest = range(int(limits.max()))
@@ -151,20 +152,22 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p, go_o
         if t == 0 and len(number) < len(prompts):
             logits, mask, position = (each[copies] for each in (logits, mask, position))
             cache.reorder_cache(copies)
-        tokens, logps = pick(logits, draws[rows, drawn[rows]], temperature, top_p)
+        tokens, logps = pick(logits, draws[rows, used[rows]], temperature, top_p)
         if not torch.isfinite(logps).all():
             raise BadInput(
                 "the model's logits are not finite: try --dtype float32, or another checkpoint"
             )
         stopped = torch.isin(tokens, stops)
+        # what these rows read takes the place of what they would have written
+        reading = [i for i, row in enumerate(rows) if unread[row]]
+        if reading:
+            tokens[reading] = tokens.new_tensor([unread[rows[i]].pop(0) for i in reading])
+            stopped[reading] = False
         for i, (row, token, logp) in enumerate(zip(rows, tokens.tolist(), logps.tolist())):
-            if unread[row]:
-                tokens[i] = unread[row].pop(0)
-                stopped[i] = False
-                continue
-            answers[row].response_ids.append(token)
-            answers[row].logprobs.append(logp)
-            drawn[row] += 1
+            if i not in reading:
+                answers[row].response_ids.append(token)
+                answers[row].logprobs.append(logp)
+                used[row] += 1
         ended = stopped | (limits <= t + 1)
         if ended.any():
             last = logits[ended]
@@ -174,7 +177,8 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p, go_o
                 row = rows[i]
                 answers[row].finish_reason = "stop" if stop else "length"
                 answers[row].end_mass = share
-                if go_on and (more := go_on(row, answers[row])):
+                more = after_step(row, answers[row]) if after_step else None
+                if more is not None:
                     unread[row] = list(more)
                     answers[row] = Answer()
                     ended[i] = False
@@ -230,20 +234,20 @@ def sample_episodes(policy, prompts, draws, toolbox, names, *, max_tokens, tempe
     ends there.  draws are of sampled tokens only."""
     episodes = [Episode() for _ in prompts]
 
-    def go_on(row, answer):
+    def after_step(row, answer):
         episode = episodes[row]
-        written = episode.response_ids
-        ids = answer.response_ids
-        episode.final = final_text(policy.tokenizer, prompts[row] + written, ids)
-        episode.add_step(ids, answer.logprobs)
+        read = prompts[row] + episode.response_ids
+        episode.final = final_text(policy.tokenizer, read, answer.response_ids)
+        episode.add_step(answer.response_ids, answer.logprobs)
         episode.finish_reason = answer.finish_reason
         episode.end_mass = answer.end_mass
-        end = len(written)
-        toolbox.go_on(policy, episode, names[row], max_tokens)
-        return written[end:]
+        end = len(episode.response_ids)
+        if toolbox.answer_call(policy, episode, names[row], max_tokens):
+            return episode.response_ids[end:]
+        return None
 
     how = dict(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
-    sample_batch(policy, prompts, draws, **how, go_on=go_on)
+    sample_batch(policy, prompts, draws, **how, after_step=after_step)
     return episodes
 
 

@@ -32,6 +32,7 @@ has no memory; 3. no tools beside a served model.
 """
 
 import importlib
+import itertools
 import json
 import re
 from dataclasses import dataclass, field
@@ -40,7 +41,9 @@ from opd.chat import apply, plain_ids, render, token_names
 from opd.records import BadInput
 
 MOST_OUTPUT = 1000
-OBJECT = re.compile(r'\{\s*"name"\s*:')
+MOST_OBJECTS = 8  # that are tried
+OBJECT = re.compile(r'\{\s*"name"\s*:\s*"([^"]*)"')
+DECODER = json.JSONDecoder()
 ALIASES = {"calculator": "worlds.calculator:Calculator"}
 
 # ---- calls in text
@@ -57,12 +60,18 @@ def hermes(text, _):
     return read_call(json.loads, body)
 
 
-def bare(text, _):
-    """The same without marks: the JSON object that begins with its name."""
-    opened = OBJECT.search(text)
-    if not opened:
-        return None
-    return read_call(lambda x: json.JSONDecoder().raw_decode(x)[0], text[opened.start() :])
+def json_call(text, tools):
+    """The same without marks: the first JSON object that begins with a name and has arguments.
+    A malformed one is a problem where it names one of the tools, or arguments follow."""
+    problem = None
+    for opened in itertools.islice(OBJECT.finditer(text), MOST_OBJECTS):
+        rest = text[opened.start() :]
+        call = read_call(lambda x: DECODER.raw_decode(x)[0], rest)
+        if "problem" not in call:
+            return call
+        if opened[1] in tools or '"arguments"' in rest:
+            problem = problem or call
+    return problem
 
 
 def read_call(read, text):
@@ -96,7 +105,7 @@ def brackets(text, tools):
     return {"name": name, "arguments": {argument: body}}
 
 
-FORMATS = {"hermes": hermes, "json": bare, "brackets": brackets}
+FORMATS = {"hermes": hermes, "json": json_call, "brackets": brackets}
 
 # ---- an answer in steps
 
@@ -262,7 +271,7 @@ class Toolbox:
         outage = {"outage": True} if ok is None else {}
         return call | {"output": output, "ok": bool(ok)} | outage
 
-    def go_on(self, policy, episode, name, max_tokens):
+    def answer_call(self, policy, episode, name, max_tokens):
         """Answers the call of an episode's last step.  False when the episode is over: no call,
         no calls left, or no room for the output."""
         if episode.finish_reason != "stop":

@@ -28,7 +28,7 @@ import rubric
 import teacher
 from opd import files
 from opd.policy import load_policy
-from opd.sampling import check_cache
+from opd.sampling import check_cache, sample_batch
 
 # ---- what a stage could not make
 
@@ -241,6 +241,56 @@ def test_a_cache_is_proven_on_the_model_before_anything_is_sampled(
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
     for r in load(out):
         np.testing.assert_allclose(r["logprobs"], naive_own(naive, r), atol=tolerance)
+
+
+def answered_anew(policy, prompt, draws, outputs, **how):
+    """Answers to a prompt, with outputs between them: each reads all that is before it anew."""
+    read, used, answers = list(prompt), 0, []
+    for output in [*outputs, None]:
+        left = how["max_tokens"] - (len(read) - len(prompt))
+        one = how | {"max_tokens": left}
+        (answer,) = sample_batch(policy, [read], draws[None, used : used + left], **one)
+        answers.append(answer)
+        if output is None or answer.finish_reason != "stop":
+            return answers
+        used += len(answer.response_ids)
+        read += answer.response_ids + output
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mistral"])
+def test_what_stands_between_answers_is_read_into_the_cache(world, tmp_path, kind):
+    """The mistral has a window of 8.  Outputs: none, empty, and ones with the end token."""
+    torch.manual_seed(0)
+    sizes = SIZES | RECURRENT.get(kind, dict(num_key_value_heads=2, sliding_window=8))
+    config = transformers.AutoConfig.for_model(kind, **sizes | {"num_hidden_layers": 2})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    policy = load_policy(variant(world.base, tmp_path / "m", model=lambda _: model))
+    end = policy.stop_ids[0]
+    prompts = [[5, 6, 7], [8], [5, 6, 7], [9, 4, 4, 4, 4, 9]]
+    outputs = [[[7, end, 8]], [], [[], [4]], [[end], [5] * 6]]
+    draws = np.random.default_rng(0).random((4, 200))
+    how = dict(max_tokens=200, temperature=1.0, top_p=1.0)
+    found = [[] for _ in prompts]
+
+    def after_step(row, answer):
+        found[row].append(answer)
+        if answer.finish_reason == "stop" and len(found[row]) <= len(outputs[row]):
+            return outputs[row][len(found[row]) - 1]
+        return None
+
+    last = sample_batch(policy, prompts, draws, **how, after_step=after_step)
+    assert [len(answers) for answers in found] == [2, 1, 3, 3]
+    for row, answers in enumerate(found):
+        assert last[row] is answers[-1]
+        for got, want in zip(
+            answers,
+            answered_anew(policy, prompts[row], draws[row], outputs[row], **how),
+            strict=True,
+        ):
+            assert got.response_ids == want.response_ids
+            assert got.finish_reason == want.finish_reason
+            assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
+            assert got.end_mass == pytest.approx(want.end_mass, abs=1e-4)
 
 
 def test_a_cache_that_mixes_rows_is_noticed(world, monkeypatch):

@@ -15,7 +15,7 @@ from worlds.predicates import CHECKS
 
 SIZE = 10**6
 UNITS = ["\n", "```\n", "{", "\\boxed{", "1,", "#### ", "1+1=2\n", "<think>", "<tool_call>"]
-UNITS += ['"', "\\", "\u202e", "answer is ", "sk-1"]
+UNITS += ['"', "\\", "\u202e", "answer is ", "sk-1", '{"name": "a"', "{ "]
 NEWLINE = re.compile(r"\n+")
 
 
@@ -48,7 +48,7 @@ READERS = {
     "the longest that is rewritten": lambda text: answers.normal_form(text[:1000]),
     "thoughts": records.visible,
     "calls": lambda text: tools.hermes(f"<tool_call>{text}</tool_call>{text}", {}),
-    "calls without marks": lambda text: tools.bare('{"name":' + text + '{"name": ' * SIZE, {}),
+    "calls without marks": lambda text: tools.json_call('{"name": "a"' + text, {"a": None}),
     "calculator": calculate,
     "blocks": lambda text: block_spans([*text[: SIZE // 5]], [1] * (SIZE // 5), NEWLINE),
     "one block": lambda text: block_spans([text[: SIZE // 2]] * 2, [1, 1], NEWLINE),

@@ -2,6 +2,7 @@
 the rest."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from opd import records
 from opd.answers import final_answer, is_correct
 from opd.policy import load_tokenizer
 from opd.stats import auc_by_prompt
+from opd.tools import Toolbox
 
 
 def test_prompts_weigh_alike_however_many_rollouts_they_have():
@@ -222,6 +224,25 @@ def test_the_teacher_continues_from_the_very_ids(world, pair):
     assert list(by_key(load(pair.path("on.jsonl"))).values()) == list(rows)
 
 
+def test_an_episode_is_continued_behind_an_output_with_the_tool_at_hand(agents, tmp_path):
+    prompts = {p["id"]: p for p in load(agents.prompts)}
+    begun = {}
+    for r in load(agents.rollouts):
+        if r["calls"]:
+            begun[f"{r['id']}~{r['sample']}"] = (prompts[r["id"]], r, r["steps"][1][0])
+    settings = SimpleNamespace(dtype="float32", max_tokens=60, seed=0, continuations=1)
+    run = SimpleNamespace(write=lambda name, _, rows: dump(tmp_path / name, rows))
+    pair = SimpleNamespace(settings=settings, run=run, teacher=str(agents.teacher))
+    pair.path = lambda name: str(tmp_path / name)
+    toolbox = Toolbox("calculator", "brackets", 3)
+    hits = real_continue.continue_from(pair, "on", begun, toolbox)
+    rows = {row["id"]: row for row in load(tmp_path / "on.jsonl")}
+    assert any(row["calls"] for row in rows.values())
+    for name, (prompt, r, end) in begun.items():
+        assert rows[name]["prompt_ids"] == r["prompt_ids"] + r["response_ids"][:end]
+        assert hits[name] == [is_correct(rows[name]["final"], prompt["answer"])]
+
+
 def test_a_failed_call_is_held_against_results_of_the_same_step():
     p, q = {"id": "p", "sample": 0}, {"id": "q", "sample": 0}
     calls = {"e": (p, 1, False, 2.0, 0.5), "f": (q, 0, False, 1.0, 0.1)}
@@ -242,7 +263,8 @@ def test_only_steps_with_both_kinds_of_calls_are_continued():
     r = [{"id": "p", "sample": i} for i in range(5)]
     calls = [(r[i], 0, i != 0, 1.0, 1.0) for i in range(5)]
     calls += [(r[0], 1, True, 1.0, 1.0), ({"id": "q", "sample": 0}, 0, False, 1.0, 1.0)]
-    assert set(real_continue.matched(calls)) == {"p~0~0", "p~1~0", "p~2~0"}
+    assert set(real_continue.matched(calls)) == {"p~0~0", "p~1~0"}
+    assert set(real_continue.matched(calls, most=2)) == {"p~0~0", "p~1~0", "p~2~0"}
 
 
 def test_the_reward_of_one_judgement_is_that_of_the_first():

@@ -214,8 +214,12 @@ NO_CALL = {"problem": 'expected {"name": ..., "arguments": {...}}'}
         ("json", hermes(json.dumps(ONE)), ONE),
         ("json", f"<think>{AN_A}</think>" + json.dumps(ONE), ONE),
         ("json", '\\boxed{12}, {"x": 1}, "name": {"a": 2}', None),
+        ("json", '{"name": "Alice", "age": 3}, so {"name": <name>}: \\boxed{2}', None),
+        ("json", '{"name": "Alice", "age": 3} ' + json.dumps(ONE), ONE),
+        ("json", '{"name": "calculator", "arguments": {"expression": 1 + 2}}', NO_JSON),
+        ("json", '{"name": "calculator", "arguments": "1+1"}', NO_CALL),
+        ("json", json.dumps(ONE)[:-1], NO_JSON),
         ("json", AN_A[:-1], NO_JSON),
-        ("json", AN_A.replace("{}", '"1+1"'), NO_CALL),
         ("brackets", "x [1] [2]", ONE),
         ("brackets", "#148", None),
         ("brackets", "[37*4", {"problem": "expected ] at the end of the call"}),
@@ -319,15 +323,15 @@ def scripted(monkeypatch, lines, tokenizer=None):
         ids = ids[:limit]
         return sampling.Answer(ids, [-0.5] * len(ids), "stop" if whole else "length", 0.5)
 
-    def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p, go_on):
+    def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p, after_step):
         for row, prompt in enumerate(prompts):
             read = list(prompt)
-            more = True
-            while more:
+            more = []
+            while more is not None:
                 contexts.append(list(read))
                 said = answer(waiting[prompt[0]].pop(0), max_tokens + len(prompt) - len(read))
-                more = go_on(row, said)
-                read += said.response_ids + more
+                more = after_step(row, said)
+                read += said.response_ids + (more or [])
 
     monkeypatch.setattr(sampling, "sample_batch", sample_batch)
     return a_policy(tokenizer), contexts
