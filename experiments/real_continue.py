@@ -4,6 +4,7 @@ student wrote.  `pair`: its Pair, with the files of the parts before.
 A continuation is sampled after the very ids of prompt and beginning, and graded together with
 it.  Files: OUT/continued*.jsonl, OUT/saved*.jsonl."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -184,15 +185,28 @@ def worked_example():
     ]
 
 
-def steps_of_calls(pair):
-    """Yields (rollout, k, whether its call had a result, d of step k, d of the next step) of
-    every call that the student went on from."""
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call that the student went on from."""
+
+    rollout: dict
+    step: int  # from 0
+    ok: bool  # it had a result
+    d: float  # drift of its step, nats; NaN where no token of it counts
+    d_next: float  # of the step after it
+
+    @property
+    def place(self):
+        return str(self.rollout["id"]), self.step
+
+
+def calls_of(pair):
     tables = open_tables(pair.path("episodes.jsonl"), pair.path("episode_scores.jsonl"), None)
     drifts = measure_file(*tables)
     for rollout in tables[0]:
         d = drifts[records.key_of(rollout, "rollouts")].d
         for k, (_, _, ok) in enumerate(rollout.get("steps", ())[:-1]):
-            yield rollout, k, ok, d[k], d[k + 1]
+            yield Call(rollout, k, ok, d[k], d[k + 1])
 
 
 def sod(pair):
@@ -211,29 +225,47 @@ def sod(pair):
     scores = {"scores": pair.path("episode_scores.jsonl")}
     drift = pair.stage("experiments.sod_drift", "drift.json", **on, **scores, overwrite=True)
     found["drift"] = drift
-    calls = matched(steps_of_calls(pair))
+    every = list(calls_of(pair))
+    found |= drift_after(every)
+    calls = matched(every)
     if not calls:
         return found
     asked = {str(p["id"]): p for p in prompts}
     toolbox = Toolbox(TOOLS, CALLS["call_format"], CALLS["max_calls"])
-    begun = {
-        name: (asked[str(r["id"])], r, r["steps"][k + 1][0])
-        for name, (r, k, *_) in calls.items()
-    }
+    begun = {}
+    for name, call in calls.items():
+        end = call.rollout["steps"][call.step + 1][0]  # with the tool's output
+        begun[name] = asked[call.place[0]], call.rollout, end
     hits = continue_from(pair, "saved", begun, toolbox)
     return found | after_calls(calls, hits)
 
 
+def drift_after(calls):
+    """By how much more the next step drifts after a failed call than after a result at the same
+    step of the same prompt, and by how much more the drift has changed."""
+    after = {True: {}, False: {}}
+    change = {True: {}, False: {}}
+    for i, call in enumerate(calls):
+        if np.isfinite(call.d + call.d_next):
+            after[call.ok][(*call.place, i)] = call.d_next
+            change[call.ok][(*call.place, i)] = call.d_next - call.d
+    return {
+        "failed call - result, same step": {
+            "d of the next step": difference(after[False], after[True], depth=2),
+            "change of d": difference(change[False], change[True], depth=2),
+        }
+    }
+
+
 def matched(calls, most=1):
-    """{name: call} of those that `steps_of_calls` yields: at every step of a prompt where some
-    failed and some did not, up to so many of either."""
+    """{name: Call}: at every step of a prompt where some failed and some did not, up to so many
+    of either."""
     groups = {}
     for call in calls:
-        rollout, k, ok = call[:3]
-        groups.setdefault((str(rollout["id"]), k), {True: [], False: []})[ok].append(call)
+        groups.setdefault(call.place, {True: [], False: []})[call.ok].append(call)
     return {
-        f"{prompt}~{call[0]['sample']}~{k}": call
-        for (prompt, k), kinds in groups.items()
+        f"{prompt}~{call.rollout['sample']}~{step}": call
+        for (prompt, step), kinds in groups.items()
         if kinds[True] and kinds[False]
         for some in kinds.values()
         for call in some[:most]
@@ -241,20 +273,26 @@ def matched(calls, most=1):
 
 
 def after_calls(calls, hits):
-    """How often the teacher ends right after failed calls and after results, at the same step
-    of the same prompt, and there AUCs of a small drift for that.  calls: {name: what
-    `steps_of_calls` yields};  hits: {name: [whether it ended right]}."""
-    rates = {}
+    """How often the teacher ends right after failed calls and after results, and what tells
+    when: AUCs among the calls of a prompt.  calls {name: Call};  hits {name: [whether it ended
+    right]}."""
+    rates = {True: {}, False: {}}
+    right = {}
+    signals = {"call had a result": {}, "early step": {}}
+    signals |= {"small d": {}, "small d of the next step": {}}
+    for name, call in calls.items():
+        rates[call.ok][(*call.place, name)] = float(np.mean(hits[name]))
+        values = call.ok, -call.step, -call.d, -call.d_next
+        for i, hit in enumerate(hits[name]):
+            of = (*call.place, name, i)
+            right[of] = hit
+            for signal, value in zip(signals.values(), values):
+                if np.isfinite(value):
+                    signal[of] = value
     found = {}
-    for kind, wanted in (("after a failed call", False), ("after a result", True)):
-        some = {name: call for name, call in calls.items() if call[2] is wanted}
-        keys = {name: (str(call[0]["id"]), call[1], name) for name, call in some.items()}
-        rates[wanted] = {keys[name]: float(np.mean(hits[name])) for name in some}
-        found[kind] = {"calls": len(some), "teacher right": over_prompts(rates[wanted])}
-        for field, at in (("d of the step", 3), ("d of the next step", 4)):
-            known = [name for name in some if np.isfinite(some[name][at])]
-            right = {(*keys[name], i): x for name in known for i, x in enumerate(hits[name])}
-            small = {of: -some[of[2]][at] for of in right}
-            found[kind][f"AUC of a small {field}"] = auc_within(small, right, 2)
-    lost = difference(rates[True], rates[False], depth=2)
-    return found | {"result - failed call, same step": lost}
+    for kind, ok in (("after a failed call", False), ("after a result", True)):
+        row = {"calls": len(rates[ok]), "teacher right": over_prompts(rates[ok])}
+        found[kind] = row
+    found["result - failed call, same step"] = difference(rates[True], rates[False], depth=2)
+    aucs = {name: auc_within(x, right, 1) for name, x in signals.items()}
+    return found | {"AUC among calls of a prompt": aucs}

@@ -9,6 +9,7 @@ import pytest
 from conftest import by_key, dump, load
 
 from experiments import by_prompt, real_continue, real_signals
+from experiments.real_continue import Call
 from experiments.study import Run
 from opd import records
 from opd.answers import final_answer, is_correct
@@ -243,26 +244,48 @@ def test_an_episode_is_continued_behind_an_output_with_the_tool_at_hand(agents, 
         assert hits[name] == [is_correct(rows[name]["final"], prompt["answer"])]
 
 
+P, Q = {"id": "p", "sample": 0}, {"id": "q", "sample": 0}
+
+
 def test_a_failed_call_is_held_against_results_of_the_same_step():
-    p, q = {"id": "p", "sample": 0}, {"id": "q", "sample": 0}
-    calls = {"e": (p, 1, False, 2.0, 0.5), "f": (q, 0, False, 1.0, 0.1)}
-    calls |= {"x": (p, 1, True, 1.0, 0.2), "y": (p, 1, True, 3.0, 0.9)}
-    calls |= {"z": (q, 0, True, 1.0, np.nan)}
+    calls = {"e": Call(P, 1, False, 2.0, 0.5), "f": Call(Q, 0, False, 1.0, 0.1)}
+    calls |= {"x": Call(P, 1, True, 1.0, 0.2), "y": Call(P, 1, True, 3.0, 0.9)}
+    calls |= {"z": Call(Q, 0, True, 1.0, np.nan)}
     hits = {"e": [True, False], "f": [True, False], "x": [True, True], "y": [True, False]}
     hits["z"] = [False, False]
     found = real_continue.after_calls(calls, hits)
     # p: 0.75 - 0.5, q: 0 - 0.5
     assert found["result - failed call, same step"]["mean"] == (0.25 - 0.5) / 2
     assert found["after a result"]["teacher right"]["mean"] == (0.75 + 0.0) / 2
-    # of p's step alone, for q's has no hit: one miss at drift 3, above all hits but its own
-    auc = found["after a result"]["AUC of a small d of the step"]
-    assert (auc["mean"], auc["prompts"]) == ((1 + 1 + 0.5) / 3, 1)
+    aucs = found["AUC among calls of a prompt"]
+    # p: hits at drift 1, 1, 2, 3 against misses at 2, 3; q: a hit against misses, all at 1
+    p = (1 + 1 + 1 + 1 + 0.5 + 1 + 0 + 0.5) / 8
+    assert aucs["small d"]["mean"] == (p + 0.5) / 2
+    # p: three of four hits have a result, and one of two misses; q: the hit has none
+    p = (3 + 0.5 + 3 * 0.5) / 8
+    assert aucs["call had a result"]["mean"] == (p + 0.5 / 3) / 2
+    assert aucs["early step"]["mean"] == 0.5
+    # the next step's drift is not known of `z`: q has a hit and a miss at 0.1
+    assert aucs["small d of the next step"]["prompts"] == 2
+
+
+def test_drift_after_a_failed_call_is_that_above_results_of_the_same_step():
+    calls = [
+        Call(P, 0, False, 1.0, 4.0),
+        Call(P, 0, True, 2.0, 2.5),
+        Call(P, 0, True, 1.0, 1.5),
+    ]
+    calls += [Call(P, 1, False, 9.0, 9.0), Call(Q, 0, True, 1.0, 1.0)]
+    calls += [Call(Q, 0, False, 1.0, np.nan)]
+    (found,) = real_continue.drift_after(calls).values()
+    assert found["d of the next step"] == {"mean": 2.0, "half": None, "prompts": 1}
+    assert found["change of d"]["mean"] == 3.0 - 0.5
 
 
 def test_only_steps_with_both_kinds_of_calls_are_continued():
     r = [{"id": "p", "sample": i} for i in range(5)]
-    calls = [(r[i], 0, i != 0, 1.0, 1.0) for i in range(5)]
-    calls += [(r[0], 1, True, 1.0, 1.0), ({"id": "q", "sample": 0}, 0, False, 1.0, 1.0)]
+    calls = [Call(r[i], 0, i != 0, 1.0, 1.0) for i in range(5)]
+    calls += [Call(r[0], 1, True, 1.0, 1.0), Call(Q, 0, False, 1.0, 1.0)]
     assert set(real_continue.matched(calls)) == {"p~0~0", "p~1~0"}
     assert set(real_continue.matched(calls, most=2)) == {"p~0~0", "p~1~0", "p~2~0"}
 
@@ -287,5 +310,6 @@ def test_steps_that_were_gone_on_from_have_their_drift_and_the_next(world, pair)
     score |= {"policy": r["policy"], "logprobs": [-1.0 - gap for gap in gaps]}
     dump(pair.path("episodes.jsonl"), [r])
     dump(pair.path("episode_scores.jsonl"), [score])
-    found = [call[1:] for call in real_continue.steps_of_calls(pair)]
-    assert found == [(0, True, 1.0, 2.0), (1, False, 2.0, 3.0)]
+    found = list(real_continue.calls_of(pair))
+    assert [(call.place[1], call.ok) for call in found] == [(0, True), (1, False)]
+    assert [(call.d, call.d_next) for call in found] == [(1.0, 2.0), (2.0, 3.0)]
