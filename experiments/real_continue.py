@@ -1,5 +1,5 @@
-"""Parts `continue` and `sod` of experiments.real_signals: the teacher goes on from what the
-student wrote.  `pair`: its Pair, with the files of the parts before.
+"""Parts `continue`, `sod` and `saved` of experiments.real_signals: the teacher goes on from
+what the student wrote.  `pair`: its Pair, with the files of the parts before.
 
 A continuation is sampled after the very ids of prompt and beginning, and graded together with
 it.  Files: OUT/continued*.jsonl, OUT/saved*.jsonl."""
@@ -218,26 +218,25 @@ def sod(pair):
     made = pair.sample("rollout.py", pair.student, "episodes.jsonl", pair.settings.n, **how)
     on = {"rollouts": pair.path("episodes.jsonl")}
     evals = pair.stage("eval.py", "episode_evals.jsonl", prompts=shown, **on)
-    found = {"rollouts": made, "evals": evals}
-    if not made["calls"]:
-        return found
     pair.score("episode_scores.jsonl", pair.teacher, **on, allow_template_mismatch=True)
     scores = {"scores": pair.path("episode_scores.jsonl")}
     drift = pair.stage("experiments.sod_drift", "drift.json", **on, **scores, overwrite=True)
-    found["drift"] = drift
-    every = list(calls_of(pair))
-    found |= drift_after(every)
-    calls = matched(every)
+    found = {"rollouts": made, "evals": evals, "drift": drift}
+    return found | drift_after(calls_of(pair))
+
+
+def saved(pair):
+    calls = matched(calls_of(pair))
     if not calls:
-        return found
-    asked = {str(p["id"]): p for p in prompts}
+        return {}
+    shown = pair.path("episode_prompts.jsonl")
+    asked = {str(p["id"]): p for p in files.read(shown, "prompts")}
     toolbox = Toolbox(TOOLS, CALLS["call_format"], CALLS["max_calls"])
     begun = {}
     for name, call in calls.items():
         end = call.rollout["steps"][call.step + 1][0]  # with the tool's output
         begun[name] = asked[call.place[0]], call.rollout, end
-    hits = continue_from(pair, "saved", begun, toolbox)
-    return found | after_calls(calls, hits)
+    return after_calls(calls, continue_from(pair, "saved", begun, toolbox))
 
 
 def drift_after(calls):

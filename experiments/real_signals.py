@@ -5,7 +5,7 @@
     python -m experiments.real_signals ... --parts base positions   # some of the parts
 
 One fixed set of the student's rollouts, and OUT/signals.json with an entry a part, drawn in
-OUT/signals.png; `base` comes first, `prefix` before `continue`:
+OUT/signals.png; `base` comes first, `prefix` before `continue`, `sod` before `saved`:
 
     base       the rollouts, who is right, log-probs of student and teacher
     positions  log mu - log p_T a token, whose expectation is the reverse KL, by position,
@@ -19,9 +19,9 @@ OUT/signals.png; `base` comes first, `prefix` before `continue`:
                quarters of a wrong and a right answer to each prompt, and from cuts against
                halfway between cut and end; does the margin predict it?
     sod        the drift of episodes with a calculator, each after a worked example, on the
-               first --tool-prompts; after a failed call, can the teacher still end right, and
-               does the drift predict it?  Held against results of calls at the same step of
-               the same problem
+               first --tool-prompts: after failed calls, against results of calls at the same
+               step of the same problem
+    saved      from there, can the teacher still end right, and does the drift predict it?
     support    pass@1 to pass@N of student and teacher: who solves what the other did not.  Says
                nothing where N guesses hit: give prompts with many possible answers
 
@@ -43,7 +43,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.by_prompt import difference, minus, over_prompts, quarters
-from experiments.real_continue import continued, sod
+from experiments.real_continue import continued, saved, sod
 from experiments.study import Run, add_settings, say, setting, settings_of, versions
 from opd import files, records
 from opd.answers import final_answer, is_correct
@@ -447,6 +447,7 @@ PARTS = {
     "prefix": prefix,
     "continue": continued,
     "sod": sod,
+    "saved": saved,
     "support": support,
 }
 
