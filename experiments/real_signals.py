@@ -44,6 +44,7 @@ import numpy as np
 
 from experiments.by_prompt import difference, minus, over_prompts, quarters
 from experiments.real_continue import continued, saved, sod
+from experiments.series import band
 from experiments.study import Run, add_settings, say, setting, settings_of, versions
 from opd import files, records
 from opd.answers import final_answer, is_correct
@@ -422,16 +423,32 @@ def draw_places(axes, part):
     axes.legend(frameon=False, fontsize=8)
 
 
+def draw_drift(axes, part):
+    """SOD's d by step, of the kinds of episodes that there are more than a few of."""
+    labels = {"clean": "no call failed", "error": "the last call failed"}
+    labels["recovered"] = "a call failed, the last did not"
+    by_step = part["drift"]["by_step"]
+    kinds = [kind for kind in labels if kind in by_step and by_step[kind][0]["count"] >= 8]
+    for colour, kind in zip(COLOURS, kinds):
+        band(axes, by_step[kind], colour, labels[kind])
+    axes.set(xlabel="step of an episode", ylabel="d: |log mu - log p_T| a token")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
+
+
 def figure(found):
-    """The matplotlib figure of what signals.json has of `positions`, `continue` and `ropd` (or
-    `outcome`); means and 95 % intervals over prompts.  None where there is none."""
-    panels = {"positions": draw_positions, "continue": draw_places}
+    """The matplotlib figure of what signals.json has of `positions`, `continue`, `ropd` (or
+    `outcome`) and `sod`; means and 95 % intervals over prompts, of `sod` over episodes.  None
+    where there is none."""
+    panels = {"positions": draw_positions, "continue": draw_places, "sod": draw_drift}
     panels["ropd" if "ropd" in found else "outcome"] = draw_aucs
     panels = {name: draw for name, draw in panels.items() if name in found}
     if not panels:
         return None
-    picture = new_picture(4.8 * len(panels), 3.6)
-    for axes, name in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels):
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    picture = new_picture(4.8 * columns, 3.6 * rows)
+    for axes, name in zip(picture.subplots(rows, columns, squeeze=False).flat, panels):
         panels[name](axes, found[name])
         tidy(axes)
     return picture
