@@ -109,9 +109,10 @@ COMPARED = [
     ("Imitation lifts a real student", "sft", "before"),
 ]
 CLAIMS = [more(*each) for each in COMPARED]
-# arms that are compared by problem: these, and three pairs without a claim
+# arms that are compared by problem: these, and pairs without a claim
 PAIRS = [(arm, other) for _, arm, other in COMPARED]
-PAIRS += [("ropd", "sft"), ("ropd", "opd"), ("shuffled", "before")]
+PAIRS += [("ropd", "sft"), ("ropd", "opd"), ("shuffled", "before"), ("answer", "before")]
+PAIRS += [("answer", "teacher")]
 
 
 def build(run):
