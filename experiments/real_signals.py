@@ -44,7 +44,7 @@ import numpy as np
 
 from experiments.by_prompt import difference, minus, over_prompts, quarters
 from experiments.real_continue import continued, saved, sod
-from experiments.series import band
+from experiments.sod_drift import draw_steps
 from experiments.study import Run, add_settings, say, setting, settings_of, versions
 from opd import files, records
 from opd.answers import final_answer, is_correct
@@ -429,11 +429,7 @@ def draw_drift(axes, part):
     labels["recovered"] = "a call failed, the last did not"
     by_step = part["drift"]["by_step"]
     kinds = [kind for kind in labels if kind in by_step and by_step[kind][0]["count"] >= 8]
-    for colour, kind in zip(COLOURS, kinds):
-        band(axes, by_step[kind], colour, labels[kind])
-    axes.set(xlabel="step of an episode", ylabel="d: |log mu - log p_T| a token")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8)
+    draw_steps(axes, {labels[kind]: by_step[kind] for kind in kinds})
 
 
 def figure(found):

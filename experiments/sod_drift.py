@@ -316,14 +316,19 @@ def check_writer(rollouts, policy):
             )
 
 
-def figure(by_step):
-    """The matplotlib figure of d by step, for each kind of episode."""
-    picture = new_picture(4.6, 3.9)
-    axes = picture.subplots()
+def draw_steps(axes, by_step):
+    """d by step: {kind of episode: rows of `means`}."""
     for colour, (kind, rows) in zip(COLOURS, by_step.items()):
         band(axes, rows, colour, kind)
     axes.set(xlabel="step", ylabel="d: |log μ − log p_T|, nats a token", ylim=(0, None))
     axes.legend(frameon=False, fontsize=8)
+
+
+def figure(by_step):
+    """The matplotlib figure of d by step, for each kind of episode."""
+    picture = new_picture(4.6, 3.9)
+    axes = picture.subplots()
+    draw_steps(axes, by_step)
     tidy(axes)
     return picture
 
