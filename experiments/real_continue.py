@@ -17,6 +17,7 @@ from opd.answers import final_answer, is_correct
 from opd.policy import load_policy, load_tokenizer, resume_identity
 from opd.sampling import ANSWER_STREAM, LocalSampler, Sampling, jobs_by_key
 from opd.tools import Toolbox
+from rollout import summarise
 
 # ---- places, and what the teacher makes of them
 
@@ -236,7 +237,9 @@ def saved(pair):
     for name, call in calls.items():
         end = call.rollout["steps"][call.step + 1][0]  # with the tool's output
         begun[name] = asked[call.place[0]], call.rollout, end
-    return after_calls(calls, continue_from(pair, "saved", begun, toolbox))
+    found = after_calls(calls, continue_from(pair, "saved", begun, toolbox))
+    lengths, use = summarise(pair.path("saved.jsonl"))
+    return found | {"continuations": lengths | use}
 
 
 def drift_after(calls):
