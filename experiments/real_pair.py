@@ -284,6 +284,8 @@ class Trial(study.Trial):
         method = how["method"]
         rollouts = self.ask(s.n) if how["reads"] == "texts" else self.rollout()
         options = {"micro_batch_tokens": s.micro_batch_tokens, "dtype": s.dtype}
+        if not self.same_vocabulary and how["reads"] == "texts":
+            options["prompts"] = self.prompts  # its tokens are of no use here
         options["compute"] = {"shared_prompts": int(shares_prompts(self.start))}
         if how["reads"] == "rewards":
             options["rewards"] = self.reward(rollouts)

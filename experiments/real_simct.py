@@ -6,18 +6,23 @@ step of each loss leads.
 Trains one step an arm from the same student on the same rollouts, and writes OUT/units.json:
 
     coverage   share of the text in units of one token on either side, by kind of character
-    bits       bits a byte (ends included) of the teacher's answers to other prompts: before,
-               how the step changes them, and by how much more than another arm's
-    cosine     of gradients, which AdamW's first moments are after one step
+    seen       share of the teacher's probability that lies on the candidates, mean over units:
+               of all rollouts, and of those of `few` and `full`
+    bits       bits of the teacher's answers to other prompts, ends included, a byte of their
+               text: before, how the step changes them, and by how much more than another
+               arm's; means over prompts, in which a short answer weighs as a long one
+    cosine     of gradients: AdamW's first moments are proportional to them after one step
 
 Arms: `simple` (one-token units alone, the baseline of arXiv 2605.07711), `simct`, `dropped`
-(without candidates that only begin a unit's text), `sft` (the teacher's own answers); `odd` and
-`even`, as `simct` on every other prompt: how far below 1 sampling alone pulls the cosine of
-half batches; on the first --few prompts, for it is dear: `full` (all shared tokens are
-candidates), and `few`, as `simct`, to hold it against.
+(without candidates that only begin a unit's text), `sft` (one of the teacher's own answers to
+each prompt, in the student's tokens); `odd` and `even`, as `simct` on every other prompt: how
+far below 1 other prompts and answers pull the cosine of half batches; on the first --few
+prompts, for it is dear: `full` (all shared tokens are candidates), and `few`, as `simct`, to
+hold it against.
 
-Simplifications: 1. one step of AdamW moves every weight by about the rate, whatever the size of
-the gradient; 2. intervals are over the prompts that are measured, after one step on one batch;
+Simplifications: 1. a first step of AdamW moves a weight by about the rate, whatever the size of
+its gradient, and leaves alone what has none: rows of tokens that are neither read nor
+candidates; 2. intervals are over the prompts that are measured, after one step on one batch;
 3. answers of tools are left out.
 """
 
@@ -27,6 +32,7 @@ import math
 import shutil
 import unicodedata
 
+import numpy as np
 from safetensors import safe_open
 
 from experiments.by_prompt import minus, over_prompts
@@ -111,6 +117,12 @@ def coverage(tokenizer, rollouts, scores):
             strict[kind] = strict.get(kind, 0) + sum(inside[at : at + size])
             at += size
     return {k: {"bytes": n, "strict": strict[k] / n} for k, n in sorted(bytes_of.items())}
+
+
+def seen(scores):
+    """Mean over all units of these records of the teacher's probability of the candidates."""
+    logps = [records.unpack(record["unit_topk"]["logprobs"]) for record in scores]
+    return float(np.concatenate([np.exp(x.astype(float)).sum(-1) for x in logps]).mean())
 
 
 # ---- bits and gradients
@@ -213,19 +225,22 @@ class Units:
         reads = {"rollouts": self.path(rollouts)}
         reads |= {"scores": self.path(scores)} if scores else {"prompts": self.trained}
         how = dict(steps=1, batch_size=s.train_prompts, learning_rate=s.learning_rate)
+        how["fresh_optimizer"] = True  # a student from train.py has moments
         how |= dict(micro_batch_tokens=s.micro_batch_tokens, dtype=s.dtype, seed=s.seed)
         how |= dict(method=method, model=self.student, set=changed)
         self.run.stage("train.py", **how, **reads, out=out)
         return out
 
     def measure_arms(self, tested):
-        """{"bits": {arm: bits a byte of the texts after its step}, "cosine": {pair: cosine}},
-        kept in OUT/arms.json; a folder goes when nothing is to be held against it any more.
-        tested: arguments of `bits_a_byte`."""
+        """{"bits": {"before" or an arm: bits a byte of the texts, by prompt, after its step},
+        "cosine": {pair: cosine}}, kept in OUT/arms.json; a folder goes when nothing is to be
+        held against it any more.  tested: arguments of `bits_a_byte`."""
         path = self.run.out / "arms.json"
         kept = {"bits": {}, "cosine": {}}
         if path.exists():
             kept = json.loads(path.read_text())
+        if "before" not in kept["bits"]:
+            kept["bits"]["before"] = bits_a_byte(self.student, *tested)
         for arm in ARMS:
             if arm not in kept["bits"]:
                 kept["bits"][arm] = bits_a_byte(self.train(arm), *tested)
@@ -234,7 +249,7 @@ class Units:
                         folders = (self.run.out / each for each in pair)
                         kept["cosine"][", ".join(pair)] = cosine(*folders)
                 files.write_atomically(path, json.dumps(kept, indent=1) + "\n")
-            for done in kept["bits"]:
+            for done in kept["bits"].keys() & ARMS:
                 if all(", ".join(p) in kept["cosine"] for p in COMPARED if done in p):
                     shutil.rmtree(self.run.out / done, ignore_errors=True)
         return kept
@@ -249,20 +264,23 @@ def measure(units):
     tokenizer = load_tokenizer(units.student)
     result = {"units": units.aligned}
     result["coverage"] = coverage(tokenizer, rows["rollouts"], rows["units"])
-    tested = units.path("tested"), units.tested, units.run.settings
-    kept = units.measure_arms(tested)
-    result["bits"] = changes(bits_a_byte(units.student, *tested), kept["bits"])
-    return result | {"cosine": kept["cosine"]}
+    scored = ("units", "units_few", "units_full")
+    result["seen"] = {name: seen(files.read(units.path(name), "scores")) for name in scored}
+    kept = units.measure_arms((units.path("tested"), units.tested, units.run.settings))
+    result["bits"] = changes(kept["bits"])
+    return result | {"cosine": kept["cosine"], "bits by prompt": kept["bits"]}
 
 
-def changes(before, bits):
+def changes(bits):
     """Means over prompts with half of the 95 % t-interval: of the bits before, of what every
-    arm changes them by, and of how much more than another does.  before: {prompt: bits}; bits:
-    the same by arm, after its step."""
+    arm changes them by, and of how much more than another does.  bits: {"before" or an arm:
+    {prompt: bits}}."""
+    before = bits["before"]
     found = {"before": over_prompts({(prompt,): x for prompt, x in before.items()})}
     change = {
         arm: {(prompt,): x - before[prompt] for prompt, x in after.items()}
         for arm, after in bits.items()
+        if arm != "before"
     }
     for arm, values in change.items():
         found[arm] = over_prompts(values)
@@ -284,7 +302,8 @@ def main(argv=None):
     if args.smoke:
         sizes = dict(train_prompts=6, eval_prompts=2, clean=8, mixed=8, student_merges="16")
         run.once("worlds.sums", "world/toy", **sizes)
-        given = (str(run.world / "toy" / x) for x in ("student", "teacher", "train.jsonl"))
+        names = "student_merged", "teacher", "train.jsonl"
+        given = (str(run.world / "toy" / name) for name in names)
     units = Units(run, *given)
     units.prepare()
     result = measure(units)

@@ -9,6 +9,7 @@ from conftest import argv, load, naive_own, refusal
 from safetensors.torch import save_file
 
 from experiments import real_simct
+from opd import records
 from opd.policy import load_tokenizer
 from opd.trainer import MOMENTS
 
@@ -50,10 +51,17 @@ def test_a_character_of_two_tokens_is_one_character(monkeypatch):
     }
 
 
+def test_what_is_seen_is_a_mean_over_units():
+    p = np.array([[0.5, 0.25], [0.25, 0.25]]), np.array([[1.0, 0.0]])
+    with np.errstate(divide="ignore"):
+        packed = [records.pack(np.maximum(np.log(x), -1e9).astype(np.float32)) for x in p]
+    scores = [{"unit_topk": {"logprobs": x}} for x in packed]
+    assert real_simct.seen(scores) == pytest.approx((0.75 + 0.5 + 1) / 3)
+
+
 def test_changes_are_of_the_same_prompts():
-    before = {"a": 2.0, "b": 4.0}
     bits = {"simple": {"a": 1.0, "b": 4.0}, "simct": {"a": 1.0, "b": 2.0}}
-    found = real_simct.changes(before, bits)
+    found = real_simct.changes(bits | {"before": {"a": 2.0, "b": 4.0}})
     assert [found[arm]["mean"] for arm in ("before", "simple", "simct")] == [3.0, -0.5, -1.5]
     assert found["simct"]["minus simple"]["mean"] == -1.0
 
