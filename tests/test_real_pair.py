@@ -13,6 +13,7 @@ from experiments import real_checks, real_pair
 from experiments.study import Run
 from opd import files, records
 from opd.records import BadInput
+from worlds import sums
 from worlds.predicates import Check
 
 
@@ -251,6 +252,19 @@ def test_the_sum_asked_for_is_known_or_refused(tmp_path):
     words = f"--student s --teacher t --problems {tmp_path} --out {tmp_path}/out --rounds 1 "
     with pytest.raises(BadInput, match="train.jsonl: id 'p': expected a sum .* got 'What is 3"):
         real_pair.main((words + "--prompts 1 --arms ropd").split())
+
+
+def test_a_student_of_another_vocabulary_learns(tmp_path):
+    """From the teacher's texts, and from its scores."""
+    toy, out = tmp_path / "toy", tmp_path / "out"
+    sizes = dict(train_prompts=2, eval_prompts=2, clean=8, mixed=8, student_merges="16")
+    sums.main(argv(out=toy, **sizes))
+    how = dict(student=toy / "student_merged", teacher=toy / "teacher", problems=toy, out=out)
+    how |= dict(rounds=1, prompts=2, n=2, max_tokens=12, eval_n=1, final_n=1)
+    real_pair.main(argv(arms="sft,opd", **how))
+    rows = load(out / "results.jsonl")
+    trained = {row["arm"]: row["trained_tokens"] for row in rows if row["final"]}
+    assert trained["sft"] > 0 and trained["opd"] > 0
 
 
 def test_a_rubric_of_real_predicates_grades_what_it_was_drawn_from(tmp_path):
