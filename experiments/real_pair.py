@@ -282,11 +282,13 @@ class Trial(study.Trial):
     def round(self):
         s, how = self.settings, self.how
         method = how["method"]
-        rollouts = self.ask(s.n) if how["reads"] == "texts" else self.rollout()
         options = {"micro_batch_tokens": s.micro_batch_tokens, "dtype": s.dtype}
-        if not self.same_vocabulary and how["reads"] == "texts":
-            options["prompts"] = self.prompts  # its tokens are of no use here
         options["compute"] = {"shared_prompts": int(shares_prompts(self.start))}
+        if how["reads"] == "texts":
+            rollouts = self.ask(s.n)
+            options["prompts"] = self.prompts  # for another vocabulary or template
+        else:
+            rollouts = self.rollout()
         if how["reads"] == "rewards":
             options["rewards"] = self.reward(rollouts)
         elif how["reads"] == "scores" and self.same_vocabulary:
