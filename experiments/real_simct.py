@@ -264,8 +264,9 @@ def measure(units):
     tokenizer = load_tokenizer(units.student)
     result = {"units": units.aligned}
     result["coverage"] = coverage(tokenizer, rows["rollouts"], rows["units"])
-    scored = ("units", "units_few", "units_full")
-    result["seen"] = {name: seen(files.read(units.path(name), "scores")) for name in scored}
+    result["seen"] = {"units": seen(rows["units"].values())}
+    for name in ("units_few", "units_full"):
+        result["seen"][name] = seen(files.read(units.path(name), "scores"))
     kept = units.measure_arms((units.path("tested"), units.tested, units.run.settings))
     result["bits"] = changes(kept["bits"])
     return result | {"cosine": kept["cosine"], "bits by prompt": kept["bits"]}

@@ -225,23 +225,53 @@ def test_the_teacher_continues_from_the_very_ids(world, pair):
     assert list(by_key(load(pair.path("on.jsonl"))).values()) == list(rows)
 
 
-def test_an_episode_is_continued_behind_an_output_with_the_tool_at_hand(agents, tmp_path):
+@pytest.fixture
+def agents_pair(agents, tmp_path):
+    """What continuing asks of a Pair, of the world with tools."""
+    settings = SimpleNamespace(dtype="float32", max_tokens=60, seed=0, continuations=1)
+    run = SimpleNamespace(write=lambda name, _, rows: dump(tmp_path / name, rows))
+    pair = SimpleNamespace(settings=settings, run=run, teacher=str(agents.teacher))
+    pair.path = lambda name: str(tmp_path / name)
+    return pair
+
+
+def test_an_episode_is_continued_behind_an_output_with_the_tool_at_hand(agents, agents_pair):
     prompts = {p["id"]: p for p in load(agents.prompts)}
     begun = {}
     for r in load(agents.rollouts):
         if r["calls"]:
             begun[f"{r['id']}~{r['sample']}"] = (prompts[r["id"]], r, r["steps"][1][0])
-    settings = SimpleNamespace(dtype="float32", max_tokens=60, seed=0, continuations=1)
-    run = SimpleNamespace(write=lambda name, _, rows: dump(tmp_path / name, rows))
-    pair = SimpleNamespace(settings=settings, run=run, teacher=str(agents.teacher))
-    pair.path = lambda name: str(tmp_path / name)
     toolbox = Toolbox("calculator", "brackets", 3)
-    hits = real_continue.continue_from(pair, "on", begun, toolbox)
-    rows = {row["id"]: row for row in load(tmp_path / "on.jsonl")}
+    hits = real_continue.continue_from(agents_pair, "on", begun, toolbox)
+    rows = {row["id"]: row for row in load(agents_pair.path("on.jsonl"))}
     assert any(row["calls"] for row in rows.values())
     for name, (prompt, r, end) in begun.items():
         assert rows[name]["prompt_ids"] == r["prompt_ids"] + r["response_ids"][:end]
         assert hits[name] == [is_correct(rows[name]["final"], prompt["answer"])]
+
+
+def test_what_can_be_saved_is_told_with_the_calls_of_the_teacher(
+    agents, agents_pair, monkeypatch
+):
+    """Two episodes of a prompt whose first calls are taken for a failed one and a result."""
+    how = {"call_format": "brackets", "max_calls": 3}
+    monkeypatch.setattr(real_continue, "CALLS", how)
+    called = {}
+    for r in load(agents.rollouts):
+        if r["calls"]:
+            called.setdefault(r["id"], []).append(r)
+    (one, other) = next(found for found in called.values() if len(found) > 1)[:2]
+    calls = [Call(one, 0, False, 1.0, 1.0), Call(other, 0, True, 1.0, 1.0)]
+    monkeypatch.setattr(real_continue, "calls_of", lambda pair: calls)
+    dump(agents_pair.path("episode_prompts.jsonl"), load(agents.prompts))
+    found = real_continue.saved(agents_pair)
+    rows = by_key(load(agents_pair.path("saved.jsonl"))).values()
+    begun = [r["prompt_ids"] + r["response_ids"][: r["steps"][1][0]] for r in (one, other)]
+    assert sorted(row["prompt_ids"] for row in rows) == sorted(begun)
+    assert [found[f"after a {kind}"]["calls"] for kind in ("failed call", "result")] == [1, 1]
+    own = [call["ok"] for row in rows for call in row["calls"]]
+    assert own and found["continuations"]["calls"] == len(own) / 2
+    assert found["continuations"]["call_errors"] == pytest.approx(1 - np.mean(own))
 
 
 P, Q = {"id": "p", "sample": 0}, {"id": "q", "sample": 0}
