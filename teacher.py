@@ -43,7 +43,7 @@ from opd.policy import (
 from opd.records import BadInput
 from opd.sampling import ANSWER_STREAM, add_sampling_flags, fill_from_flags
 from opd.scoring import Scorer, proposal_of
-from opd.shared import share_prompts
+from opd.shared import add_share_flag, share_prompts
 
 # ---- answer
 
@@ -196,12 +196,7 @@ def add_score_flags(p):
         help="keep the log-probs of the tokens that these scores hold (the student's own, "
         "with --top-k) in place of the likeliest ones",
     )
-    p.add_argument(
-        "--share-prompts",
-        action="store_true",
-        help="read a prompt once for rollouts in one batch (opd/shared.py): equal up to "
-        "rounding; gpt2, llama, mistral, olmo2, qwen2 and qwen3 without sliding windows",
-    )
+    add_share_flag(p)
     p.add_argument(
         "--same-token",
         action="append",

@@ -332,7 +332,7 @@ class Trial(study.Trial):
     def score_units(self, rollouts):
         """Scores of a teacher with another vocabulary."""
         how = dict(student=self.model, prompts=self.prompts, model=self.teacher)
-        how["dtype"] = self.settings.dtype
+        how |= dict(dtype=self.settings.dtype, share_prompts=shares_prompts(self.teacher))
         scores, done = self.beside(rollouts, "units", "methods.simct score", **how)
         self.cost["teacher_tokens"] += done["teacher_tokens"]
         return scores

@@ -135,6 +135,15 @@ def shares_prompts(name):
     return obstacle(config) is None
 
 
+def add_share_flag(p):
+    p.add_argument(
+        "--share-prompts",
+        action="store_true",
+        help="read a prompt once for rollouts in one batch (opd/shared.py): equal up to "
+        f"rounding; {', '.join(FAMILIES)} without sliding windows",
+    )
+
+
 def share_prompts(policy, batch_tokens):
     """Makes answers share rows of at most so many tokens; BadInput for a model of which the
     states would be others."""

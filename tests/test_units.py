@@ -257,6 +257,19 @@ def test_candidates_of_the_students_own_choice_bound_the_file(world, foreign, tm
     assert torch.isfinite(got).all() and got.abs().sum() > 0
 
 
+@pytest.mark.parametrize("budget", [60, 10**5])
+def test_a_shared_prompt_changes_no_score(world, foreign, tmp_path, budget):
+    flags = dict(share_prompts=True, batch_tokens=budget)
+    scored(world, foreign[1], tmp_path / "u.jsonl", **flags)
+    found = by_key(load(tmp_path / "u.jsonl"))
+    for r, s in both(world, foreign):
+        again = found[r["id"], r["sample"]]
+        assert again["units"] == s["units"]
+        assert again["unit_logprobs"] == pytest.approx(s["unit_logprobs"], abs=1e-4)
+        for one, other in zip(candidates_of(again), candidates_of(s)):
+            np.testing.assert_allclose(one, other, atol=1e-4)
+
+
 def test_a_masked_token_takes_its_unit_with_it(world, foreign, tmp_path):
     """The same gradient whatever score stands in such a unit."""
     rows, scores = map(list, zip(*both(world, foreign)))

@@ -54,18 +54,16 @@ from opd.policy import (
     Policy,
     add_model_flags,
     check_tokens,
-    hidden_at,
     identity_of,
     lasting_identity,
     likeliest,
     load_policy,
     load_tokenizer,
-    response_positions,
-    token_batches,
     vocabulary_size,
 )
 from opd.records import BadInput
 from opd.scoring import proposal_of
+from opd.shared import add_share_flag, answer_batches, answer_states, share_prompts
 
 
 def raw_logits(hidden, head, ids, scale=1.0, softcap=None, vocabulary=None):
@@ -96,11 +94,8 @@ def score_units(teacher, prompts, alignments, candidates, largest=0):
     prompts: the teacher's ids of each prompt; candidates: of each answer [U, K] ids in the
     teacher's vocabulary, -1 for none."""
     answers = [a.teacher_ids for a in alignments]
-    hidden = hidden_at(
-        teacher.model,
-        [prompt + ids for prompt, ids in zip(prompts, answers)],
-        [response_positions(prompt, [1] * len(ids)) for prompt, ids in zip(prompts, answers)],
-    )  # [all teacher tokens, D]
+    # [all teacher tokens, D]
+    hidden = answer_states(teacher, prompts, answers, [[1] * len(ids) for ids in answers])
 
     def logps_of(states, ids):
         return linear_logp(states, teacher.head, ids, **teacher.head_options)[0]
@@ -320,6 +315,7 @@ def add_flags(p):
         help="the student's token A ends a turn as the teacher's B does (default: both "
         "tokenizers' end tokens)",
     )
+    add_share_flag(p)
     p.add_argument(
         "--batch-tokens",
         type=int,
@@ -337,12 +333,14 @@ def main(argv=None):
     pair = load_pair(
         args.model, args.student, args.ends, args.dtype, args.device, args.template_options
     )
+    if args.share_prompts:
+        share_prompts(pair.teacher, args.batch_tokens)
     identity = identity_of(args.student, None, pair.student, {})
     vocabulary = vocabulary_size(pair.student)
     prompts = files.Table(args.prompts, "prompts")
     rollouts = files.Table(args.rollouts, "rollouts")
     proposals = files.Table(args.top_k_of, "scores") if args.top_k_of else None
-    lengths = {}
+    sizes = {}  # of the prompt and, at a guess, of the answer in the teacher's tokens
     for key in rollouts.keys():
         rollout = rollouts[key]
         where = rollouts.where(key)
@@ -350,7 +348,7 @@ def main(argv=None):
         check_prompt(rollout, where, prompts)
         if proposals:
             proposal_of(rollout, proposals, rollouts, vocabulary, identity)
-        lengths[key] = len(rollout["prompt_ids"]) + 2 * len(rollout["response_ids"])
+        sizes[key] = len(rollout["prompt_ids"]), 2 * len(rollout["response_ids"])
     settings = {
         "policy": lasting_identity(pair.teacher.identity),
         "student": identity["vocabulary"],
@@ -360,7 +358,9 @@ def main(argv=None):
     }
 
     def score_missing(missing):
-        batches = token_batches([lengths[key] for key in missing], args.batch_tokens)
+        names = [key[0] for key in missing]
+        missing_sizes = [sizes[key] for key in missing]
+        batches = answer_batches(pair.teacher, names, missing_sizes, args.batch_tokens)
         for keys in ([missing[i] for i in batch] for batch in batches):
             topk_ids = [None] * len(keys)
             if proposals:
@@ -374,5 +374,5 @@ def main(argv=None):
             )
 
     inputs = [args.rollouts, args.prompts] + [args.top_k_of] * bool(proposals)
-    files.fill(args.out, "scores", lengths, score_missing, settings, inputs, args.overwrite)
+    files.fill(args.out, "scores", sizes, score_missing, settings, inputs, args.overwrite)
     return summarise(args.out, len(pair.shared))
