@@ -56,7 +56,7 @@ class Settings(study.Measured):
         "", "folder with train, dev and heldout.jsonl (real_tasks make)", smoke="-"
     )
     judge: str = setting("", "name of a served model that writes and applies rubrics")
-    judge_url: str = setting("", "its OpenAI-compatible server")
+    judge_url: str = setting("", "its OpenAI-compatible server", free=True)
     dtype: str = setting("float32", "of both models", choices=("float32", "bfloat16"))
     rounds: int = setting(10, "rounds an arm", smoke=2)
     prompts: int = setting(16, "problems a round", smoke=4)
