@@ -11,11 +11,12 @@ Arms, all with the same problems and number of updates:
     before      the student as it starts
     sft         imitation of the teacher's answers to the round's problems
     opd         reverse KL, on own answers, over the teacher's 20 likeliest tokens and one bin
-                for the rest; under a teacher of another vocabulary over the tokens that both
-                spell alike (methods.simct, its `simple-opd`)
+                for the rest.  Under a teacher of another vocabulary `simple-opd`, where both
+                spell a text with one token: over those of the student's 64 likeliest that the
+                teacher has, too
     ropd        rubrics from own answers and four of the teacher's: by the judge, or without one
                 by the predicates of experiments.real_checks, which know sums (chain_sum)
-    shuffled    ropd's rewards dealt out at random within each group: must not help
+    shuffled    as ropd, its rewards dealt out at random within each group: must not help
     answer      reward 1 for the right final answer, by eval.py's grader
     teacher     the teacher
 
@@ -42,7 +43,13 @@ from experiments.real_tasks import mean_of_known, right_somehow
 from experiments.study import setting
 from opd import files, records
 from opd.answers import final_answer, is_correct, question_of
-from opd.policy import find_folder, hash_weights, load_tokenizer
+from opd.policy import (
+    find_folder,
+    hash_weights,
+    identity_of,
+    load_tokenizer,
+    same_template,
+)
 from opd.records import BadInput
 from opd.shared import shares_prompts
 from opd.stats import auc_by_prompt
@@ -142,11 +149,26 @@ def build(run):
                     f"experiments.real_checks alone"
                 )
     models = {"student": s.student, "teacher": s.teacher}
+    if "opd" in run.arms:
+        check_templates(**models)
     inputs = {name: hash_weights(find_folder(model)) for name, model in models.items()}
     for split in ("train", s.eval_split):
         name = f"{split}.jsonl"
         inputs[name] = files.hash_file(path.with_name(name))["sha256"]
     run.keep("inputs", inputs)
+
+
+def check_templates(student, teacher):
+    """Refuses a teacher that would read the student's tokens in a foreign chat template."""
+    ours, theirs = (
+        identity_of(name, None, load_tokenizer(name), {}) for name in (student, teacher)
+    )
+    if ours["vocabulary"] == theirs["vocabulary"] and not same_template(theirs, ours):
+        raise BadInput(
+            f"--teacher {teacher}: opd: expected the chat template of {student}, whose "
+            f"vocabulary it shares, got another one: a teacher off its own template scores "
+            f"badly: leave the arm out"
+        )
 
 
 def prepare(run, seed):
@@ -186,16 +208,17 @@ class Trial(study.Trial):
             return 0
         kept = json.loads(state.read_text())
         self.began = time.time() - kept["seconds"]
-        for name in ("model", "cost", "steps", "signal"):
+        for name in ("cost", "steps", "signal", "rows"):
             setattr(self, name, kept[name])
-        self.rows = kept["rows"]
         for row in self.rows:
             self.run.record(row)
         self.row = self.rows[-1]
-        for model in self.place.glob("round*/model"):
-            if str(model) != self.model:
-                shutil.rmtree(model)  # a kill has left it
         done = kept["done"]
+        if done:
+            self.model = self.place / self.weights.format(done - 1)
+        for model in self.place.glob(self.weights.format("*")):
+            if model != self.model:
+                shutil.rmtree(model)  # a kill has left it
         due = done == self.rounds or self.due(done)
         if due and self.rows[-1]["step"] != self.step(done):
             self.measure(self.step(done), done == self.rounds)
@@ -203,8 +226,8 @@ class Trial(study.Trial):
 
     def keep(self, done):
         """Writes down that so many rounds stand."""
-        kept = dict(done=done, model=str(self.model), cost=self.cost, steps=self.steps)
-        kept |= dict(signal=self.signal, seconds=time.time() - self.began, rows=self.rows)
+        kept = dict(done=done, cost=self.cost, steps=self.steps, signal=self.signal)
+        kept |= dict(seconds=time.time() - self.began, rows=self.rows)
         files.write_atomically(self.place / "state.json", json.dumps(kept, indent=1) + "\n")
 
     def trained(self, old):
@@ -246,7 +269,7 @@ class Trial(study.Trial):
 
     def columns(self, score, n, final):
         sampled = self.outcomes()
-        found = super().columns(score, n, final)  # greedily, at the end
+        found = super().columns(score, n, final)  # at the end: eval.jsonl is greedy from here
         return found | sampled | (self.outcomes("greedy_") if final else {})
 
     def course(self):
@@ -302,7 +325,8 @@ class Trial(study.Trial):
 
     def asked(self, number, n):
         """The file of the teacher's n answers to each problem of a round: one for all arms of a
-        seed, which ask for the same at the same random numbers, and nothing costs more."""
+        seed, which ask for the same at the same random numbers.  Each arm is charged their
+        tokens, the first to ask also their seconds."""
         return self.folder / f"answers/round{number}x{n}.jsonl"
 
     def ask(self, n):
@@ -314,6 +338,7 @@ class Trial(study.Trial):
         s = self.settings
         if "answer" in self.how:
             return self.grade(rollouts, grader="answer")[0]
+        # the tiny world of --smoke has predicates of its own: the default
         common = {} if self.run.smoke else {"predicates": "experiments.real_checks"}
         if s.judge:
             common = dict(model=s.judge, base_url=s.judge_url, timeout=3600)
@@ -330,19 +355,23 @@ class Trial(study.Trial):
         return rewards
 
     def score_units(self, rollouts):
-        """Scores of a teacher with another vocabulary."""
-        how = dict(student=self.model, prompts=self.prompts, model=self.teacher)
-        how |= dict(dtype=self.settings.dtype, share_prompts=shares_prompts(self.teacher))
+        """Scores of a teacher with another vocabulary, for the student's likeliest tokens: of
+        all shared ones the file would take 15 MB an answer."""
+        dtype = self.settings.dtype
+        shared = dict(dtype=dtype, share_prompts=shares_prompts(self.start))
+        own, _ = self.score(self.model, rollouts, "own", top_k=64, **shared)
+        how = dict(student=self.model, prompts=self.prompts, model=self.teacher, top_k_of=own)
+        how |= dict(dtype=dtype, share_prompts=shares_prompts(self.teacher))
         scores, done = self.beside(rollouts, "units", "methods.simct score", **how)
         self.cost["teacher_tokens"] += done["teacher_tokens"]
         return scores
 
 
 def about_rewards(folder, right):
-    """Of the rewards that a round was trained on (`shuffled`: as they were dealt): mean, and
-    mean over problems of the AUC for right against wrong answers, of how many problems that
-    have both; the share of a rubric's points that each predicate is worth, mean over rubrics
-    of predicates.  right: {key: whether it is}."""
+    """What a round was trained on (`shuffled`: as it was dealt).  Of the rewards: the mean; the
+    mean over problems of the AUC for right against wrong answers; how many problems have both.
+    Of rubrics of predicates: the share of a rubric's points that each is worth, mean over
+    rubrics.  right: {key: whether it is}."""
     found = files.read(folder / "rewards.jsonl", "rewards")
     rewards = {records.key_of(r, "rewards"): r["reward"] for r in found}
     known = {key: x for key, x in rewards.items() if x is not None}

@@ -233,8 +233,8 @@ class Run:
         return summary
 
     def part_of(self, prompts, problems):
-        """A file beside `prompts` of its lines A to B, for `problems` "A:B" (from 0, without
-        B); returns its path."""
+        """A file beside `prompts` of its lines A to B - 1, counted from 0, for `problems`
+        "A:B"; returns its path."""
         first, end = (int(x) if x else 0 for x in problems.split(":"))
         out = Path(f"{prompts}.{first}-{end}")
         if self.out not in out.parents:  # a folder of somebody's

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -35,7 +36,8 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("place", ["measure", "train", "trained"])
 def test_a_killed_arm_ends_as_an_undisturbed_one(whole, tmp_path, monkeypatch, place, number):
     """Killed in the first or second round of two: before its training, after it, before it is
-    measured."""
+    measured.  It goes on in a folder that was moved."""
+    first, moved = tmp_path / "first", tmp_path / "moved"
     method = getattr(real_pair.Trial, place)
 
     def dies(trial, *args, **options):
@@ -48,24 +50,25 @@ def test_a_killed_arm_ends_as_an_undisturbed_one(whole, tmp_path, monkeypatch, p
 
     monkeypatch.setattr(real_pair.Trial, place, dies)
     with pytest.raises(Killed):
-        real_pair.main([*WORDS, str(tmp_path)])
+        real_pair.main([*WORDS, str(first)])
     monkeypatch.undo()
+    first.rename(moved)
     if number:  # a kill after a round's state was written leaves the model before
-        (tmp_path / "seed0" / "opd" / "round0" / "model").mkdir(exist_ok=True)
-    real_pair.main([*WORDS, str(tmp_path)])
+        (moved / "seed0" / "opd" / "round0" / "model").mkdir(exist_ok=True)
+    real_pair.main([*WORDS, str(moved)])
     changing = {"seconds", "command"}
     rows = [
         [
             {k: v for k, v in row.items() if k not in changing}
             for row in load(at / "results.jsonl")
         ]
-        for at in (whole, tmp_path)
+        for at in (whole, moved)
     ]
     assert rows[0] == rows[1]
     assert [row["step"] for row in rows[0] if row["arm"] == "opd"] == [0, 1, 2]
-    folders = [at / "seed0" / "opd" / "round1" / "model" for at in (whole, tmp_path)]
+    folders = [at / "seed0" / "opd" / "round1" / "model" for at in (whole, moved)]
     assert same_bits(*map(weights, folders))
-    assert len(list(tmp_path.glob("seed0/opd/round*/model"))) == 1
+    assert len(list(moved.glob("seed0/opd/round*/model"))) == 1
 
 
 def test_a_study_is_run_once_at_a_time(tmp_path):
@@ -265,6 +268,25 @@ def test_a_student_of_another_vocabulary_learns(tmp_path):
     rows = load(out / "results.jsonl")
     trained = {row["arm"]: row["trained_tokens"] for row in rows if row["final"]}
     assert trained["sft"] > 0 and trained["opd"] > 0
+
+
+def test_a_teacher_of_another_template_is_refused_before_anything_runs(world, tmp_path):
+    """...where teacher.py would refuse it only after the first arm."""
+    other = tmp_path / "other"
+    shutil.copytree(world.teacher, other)
+    path = other / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    jinja = other / "chat_template.jinja"
+    template = jinja.read_text() if jinja.exists() else config["chat_template"]
+    jinja.write_text("Well: " + template)
+    path.write_text(json.dumps(config | {"chat_template": "Well: " + template}))
+    for split in ("train", "heldout"):
+        dump(tmp_path / f"{split}.jsonl", [{"id": "p", "prompt": "1+1=?", "answer": "2"}])
+    how = dict(student=world.base, problems=tmp_path, out=tmp_path / "out")
+    how |= dict(rounds=1, prompts=1)
+    with pytest.raises(BadInput, match="--teacher .*/other: opd: expected the chat template"):
+        real_pair.main(argv(arms="opd", teacher=other, **how))
+    assert list((tmp_path / "out").glob("seed*")) == []
 
 
 def test_a_rubric_of_real_predicates_grades_what_it_was_drawn_from(tmp_path):

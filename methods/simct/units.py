@@ -14,8 +14,8 @@ every score, for U units:
 
     units          [[s0, s1, t0, t1]]: tokens s0..s1-1 of the student, t0..t1-1 of the teacher
     unit_logprobs  [U] the teacher's log-prob of the unit's whole spelling
-    unit_logits    [U] the same sum of its raw logits (only --set span=logit reads these two)
-    unit_logz      [U] the log of the logits' normaliser at the unit's first token
+    unit_logits    [U] the same sum of its raw logits (only --set span=logit reads it)
+    unit_logz      [U] the log of the logits' normaliser at the unit's first token (likewise)
     unit_topk      [U, K] student ids and the teacher's log-probs of these shared tokens at the
                    unit's first token: all shared tokens, or those of --top-k-of (-inf: not
                    shared)
@@ -27,8 +27,8 @@ every score, for U units:
                    own (DPCA, arXiv 2606.09456), for `--method opd`.  A token outside of units
                    keeps the student's log-prob: no advantage
 
-Size: 7 bytes a candidate and unit.  16 candidates of 500 units take 75 kB a rollout, 150,000
-shared tokens would take 700 MB.
+Size: 7 bytes a candidate and unit, 9 for ids above 65,535, and a third more as text.  16
+candidates of 500 units take 100 kB a rollout, 150,000 shared tokens would take 900 MB.
 
 Simplifications: 1. local teachers only; 2. of a prompt with several turns only the last answer
 is scored; 3. episodes with tools are refused.
@@ -194,7 +194,8 @@ def candidate_ids(units, shared, topk_ids=None):
 def score_rollouts(pair, rollouts, prompts, topk_ids, largest=0):
     """Score records of a batch of rollouts.
 
-    prompts: their prompt records; topk_ids: [T, K] a rollout, or None for all shared tokens."""
+    prompts: their prompt records; topk_ids: for each rollout [T, K], or None for all shared
+    tokens."""
     teacher = pair.teacher
     alignments = []
     candidates = []  # student ids
