@@ -5,6 +5,7 @@ step of each loss leads.
 
 Trains one step an arm from the same student on the same rollouts, and writes OUT/units.json:
 
+    units      what methods.simct score says of the rollouts
     coverage   share of the text in units of one token on either side, by kind of character
     seen       share of the teacher's probability that lies on the candidates, mean over units:
                of all rollouts, and of those of `few` and `full`
@@ -12,6 +13,8 @@ Trains one step an arm from the same student on the same rollouts, and writes OU
                text: before, how the step changes them, and by how much more than another
                arm's; means over prompts, in which a short answer weighs as a long one
     cosine     of gradients: AdamW's first moments are proportional to them after one step
+
+and `bits by prompt`, `settings` and `versions`.
 
 Arms: `simple` (one-token units alone, the baseline of arXiv 2605.07711), `simct`, `dropped`
 (without candidates that only begin a unit's text), `sft` (one of the teacher's own answers to
@@ -143,7 +146,7 @@ def bits_a_byte(model, texts, prompts, settings):
 
 
 def cosine(one, other):
-    """Cosine of the first moments of two trained folders, tensor by tensor."""
+    """Cosine of all first moments of two trained folders, one tensor read at a time."""
     dot = squares = others = 0.0
     with safe_open(one / MOMENTS, "pt") as a, safe_open(other / MOMENTS, "pt") as b:
         for name in a.keys():
@@ -158,8 +161,10 @@ def cosine(one, other):
 # ---- the command
 
 
-class Units:
-    """The files of one student and teacher."""
+class Comparison:
+    """The files of one student and teacher: `taught`, the teacher's answers to `train_prompts`,
+    and `tested`, those to `test_prompts`; `rollouts`, the student's, and its `own` scores;
+    `units`, the teacher's scores; parts of both files."""
 
     def __init__(self, run, student, teacher, prompts):
         s = run.settings
@@ -174,9 +179,9 @@ class Units:
                 f"{prompts}: expected {wanted} prompts, {trained} for the step and "
                 f"{s.test_prompts} to measure on, got {found}"
             )
-        self.trained = run.part_of(prompts, f"0:{trained}")
-        self.tested = run.part_of(prompts, f"{trained}:{wanted}")
-        self.few = run.part_of(prompts, f"0:{s.few}")
+        self.train_prompts = run.part_of(prompts, f"0:{trained}")
+        self.test_prompts = run.part_of(prompts, f"{trained}:{wanted}")
+        self.few_prompts = run.part_of(prompts, f"0:{s.few}")
 
     def path(self, name):
         return self.run.out / f"{name}.jsonl"
@@ -189,22 +194,22 @@ class Units:
         """Rollouts, the teacher's scores of them, and its own answers."""
         s = self.run.settings
         how = dict(max_tokens=s.max_tokens, seed=s.seed)
-        for name, prompts in (("taught", self.trained), ("tested", self.tested)):
+        for name, prompts in (("taught", self.train_prompts), ("tested", self.test_prompts)):
             asked = dict(model=self.teacher, prompts=prompts, n=1)
             self.stage("teacher.py answer", name, **asked, **how)
-        asked = dict(model=self.student, prompts=self.trained, n=s.n)
+        asked = dict(model=self.student, prompts=self.train_prompts, n=s.n)
         self.stage("rollout.py", "rollouts", **asked, **how)
         on = {"rollouts": self.path("rollouts")}
         self.stage("teacher.py score", "own", model=self.student, **on, top_k=s.candidates)
-        self.aligned = self.score(
-            "units", **on, prompts=self.trained, top_k_of=self.path("own")
+        self.score_summary = self.score(
+            "units", **on, prompts=self.train_prompts, top_k_of=self.path("own")
         )
-        asked = [str(p["id"]) for p in files.read(self.trained, "prompts")]
+        asked = [str(p["id"]) for p in files.read(self.train_prompts, "prompts")]
         parts = {"few": asked[: s.few], "odd": asked[::2], "even": asked[1::2]}
         for name, some in parts.items():
             self.part(name, "rollouts", set(some))
             self.part(f"units_{name}", "units", set(some))
-        self.score("units_full", rollouts=self.path("few"), prompts=self.few)
+        self.score("units_full", rollouts=self.path("few"), prompts=self.few_prompts)
 
     def part(self, name, whole, prompts):
         """A file of the records of some prompts."""
@@ -223,7 +228,7 @@ class Units:
         method, changed, rollouts, scores = ARMS[arm]
         out = self.run.out / arm
         reads = {"rollouts": self.path(rollouts)}
-        reads |= {"scores": self.path(scores)} if scores else {"prompts": self.trained}
+        reads |= {"scores": self.path(scores)} if scores else {"prompts": self.train_prompts}
         how = dict(steps=1, batch_size=s.train_prompts, learning_rate=s.learning_rate)
         how["fresh_optimizer"] = True  # a student from train.py has moments
         how |= dict(micro_batch_tokens=s.micro_batch_tokens, dtype=s.dtype, seed=s.seed)
@@ -241,6 +246,7 @@ class Units:
             kept = json.loads(path.read_text())
         if "before" not in kept["bits"]:
             kept["bits"]["before"] = bits_a_byte(self.student, *tested)
+            files.write_atomically(path, json.dumps(kept, indent=1) + "\n")
         for arm in ARMS:
             if arm not in kept["bits"]:
                 kept["bits"][arm] = bits_a_byte(self.train(arm), *tested)
@@ -255,19 +261,20 @@ class Units:
         return kept
 
 
-def measure(units):
+def measure(comparison):
     """The numbers of OUT/units.json."""
     rows = {}
     for name, kind in (("rollouts", "rollouts"), ("units", "scores")):
-        found = files.read(units.path(name), kind)
+        found = files.read(comparison.path(name), kind)
         rows[name] = {records.key_of(r, kind): r for r in found}
-    tokenizer = load_tokenizer(units.student)
-    result = {"units": units.aligned}
+    tokenizer = load_tokenizer(comparison.student)
+    result = {"units": comparison.score_summary}
     result["coverage"] = coverage(tokenizer, rows["rollouts"], rows["units"])
     result["seen"] = {"units": seen(rows["units"].values())}
     for name in ("units_few", "units_full"):
-        result["seen"][name] = seen(files.read(units.path(name), "scores"))
-    kept = units.measure_arms((units.path("tested"), units.tested, units.run.settings))
+        result["seen"][name] = seen(files.read(comparison.path(name), "scores"))
+    tested = comparison.path("tested"), comparison.test_prompts, comparison.run.settings
+    kept = comparison.measure_arms(tested)
     result["bits"] = changes(kept["bits"])
     return result | {"cosine": kept["cosine"], "bits by prompt": kept["bits"]}
 
@@ -305,9 +312,10 @@ def main(argv=None):
         run.once("worlds.sums", "world/toy", **sizes)
         names = "student_merged", "teacher", "train.jsonl"
         given = (str(run.world / "toy" / name) for name in names)
-    units = Units(run, *given)
-    units.prepare()
-    result = measure(units)
+    with run.alone():
+        comparison = Comparison(run, *given)
+        comparison.prepare()
+        result = measure(comparison)
     result |= {"settings": dataclasses.asdict(run.settings), "versions": versions()}
     out = run.out / "units.json"
     files.write_atomically(out, json.dumps(result, indent=1) + "\n")
