@@ -12,8 +12,9 @@ OUT/signals.png; `base` comes first, `prefix` before `continue`, `sod` before `s
                length of the answer, repetition and outcome
     outcome    does a signal tell right from wrong answers to one prompt?  AUC of log-probs,
                length, and of having a final answer at all
-    ropd       the same of rubric rewards (m = 1 and 4) and a holistic judge, on the first
-               --judged prompts; failures and flips of verdicts
+    ropd       the same of rubric rewards (m = 1 and 4; the verifier reads all answers to a
+               prompt at once, or one by one) and a holistic judge, on the first --judged
+               prompts; failures and flips of verdicts
     prefix     cuts of methods.prefix, and experiments.prefix_null
     continue   from where can the teacher, continuing the student's text, still end right?  From
                quarters of a wrong and a right answer to each prompt, and from cuts against
@@ -261,29 +262,37 @@ def first_verdicts(rewards, rubrics):
 
 def judgements(pair, asked):
     """({signal: {key: reward or None}}, {signal: summaries of the stages}): rubrics of one and
-    of four reference answers, and the holistic judge."""
+    of four reference answers, the verifier reading all answers to a prompt at once, or one by
+    one; and the holistic judge."""
     s = pair.settings
     common = dict(asked)
     create = {"rubricator": "contrast"}
-    grade = {"grader": "check"}
+    modes = {"": {"grader": "check"}}
     if s.judge:
         common |= dict(model=s.judge, base_url=s.judge_url, cache=pair.path("judge.jsonl"))
         common |= dict(concurrency=s.concurrency, timeout=s.timeout, max_failure_rate=1)
         create = {"rubricator": "llm"}
         grade = {"grader": "judge", "repeats": s.repeats}
+        modes = {"": grade, ", one by one": grade | {"mode": "single"}}
     signals = {}
     told = {}
     for m in (1, 4):
-        name, rubrics, rewards = f"rubric, m = {m}", f"rubrics{m}.jsonl", f"rewards{m}.jsonl"
+        rubrics = f"rubrics{m}.jsonl"
         drawn = {"answers": pair.path("answers.jsonl"), "m": m}
         made = pair.stage("rubric.py create", rubrics, **common, **create, **drawn)
-        on = {"rubrics": pair.path(rubrics)}
-        graded = pair.stage("rubric.py grade", rewards, **common, **grade, **on)
-        told[name] = {"create": made, "grade": graded}
-        rows = pair.rows(rewards, "rewards")
-        signals[name] = {key: row["reward"] for key, row in rows.items()}
-        if first := first_verdicts(rows, pair.rows(rubrics, "rubrics")):
-            signals[f"{name}, one judgement"] = first
+        told[f"rubricator, m = {m}"] = {"create": made}
+        for mode, grade in modes.items():
+            name, rewards = (
+                f"rubric, m = {m}{mode}",
+                f"rewards{m}{'_single' if mode else ''}.jsonl",
+            )
+            on = {"rubrics": pair.path(rubrics)}
+            graded = pair.stage("rubric.py grade", rewards, **common, **grade, **on)
+            told[name] = {"grade": graded}
+            rows = pair.rows(rewards, "rewards")
+            signals[name] = {key: row["reward"] for key, row in rows.items()}
+            if first := first_verdicts(rows, pair.rows(rubrics, "rubrics")):
+                signals[f"{name}, one judgement"] = first
     if s.judge:
         graded = pair.stage("rubric.py grade", "holistic.jsonl", **common, grader="scalar")
         told["holistic judge"] = {"grade": graded}

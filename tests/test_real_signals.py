@@ -1,12 +1,14 @@
 """The numbers of experiments/real_signals.py and real_continue.py, by hand; a smoke run does
 the rest."""
 
+import json
 from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import by_key, dump, load
+from fake_server import FakeServer
 
 from experiments import by_prompt, real_continue, real_signals
 from experiments.real_continue import Call
@@ -318,6 +320,51 @@ def test_only_steps_with_both_kinds_of_calls_are_continued():
     calls += [Call(r[0], 1, True, 1.0, 1.0), Call(Q, 0, False, 1.0, 1.0)]
     assert set(real_continue.matched(calls)) == {"p~0~0", "p~1~0"}
     assert set(real_continue.matched(calls, most=2)) == {"p~0~0", "p~1~0", "p~2~0"}
+
+
+def judge(body):
+    """A rubricator with four criteria; a verifier that approves of everything in a pool and of
+    short answers alone; a holistic judge of length."""
+    document = json.loads(body["messages"][1]["content"])
+    if "answers" in document:
+        verdicts = [{"judgement": [True] * 4} for _ in document["answers"]]
+        return json.dumps(
+            {"verdicts": [v | {"answer_index": i} for i, v in enumerate(verdicts, 1)]}
+        )
+    if "criteria" in document:
+        return json.dumps({"judgement": [len(document["answer"]) < 12, True, True, True]})
+    if "attempts" in document:
+        merit = {"category": "Task Completion", "points": 5}
+        named = [{"id": f"c{i}", "criterion": f"merit {i}"} for i in range(1, 5)]
+        return json.dumps({"criteria": [merit | each for each in named]})
+    return json.dumps({"score": min(10, len(document["answer"]))})
+
+
+def test_a_served_judge_in_all_its_roles(tmp_path):
+    with FakeServer(chat=judge) as fake:
+        words = ["--judge", "j", "--judge-url", fake.base_url, "--out", str(tmp_path)]
+        real_signals.main(["--smoke", *words, "--parts", "base", "ropd"])
+        asked = [json.loads(body["messages"][1]["content"]) for body in fake.bodies()]
+    part = json.loads((tmp_path / "signals.json").read_text())["ropd"]
+    texts = {k: r["text"] for k, r in by_key(load(tmp_path / "judged.jsonl")).items()}
+    assert len({len(text) < 12 for text in texts.values()}) == 2
+    paid = {
+        "rewards1": lambda text: 1.0,
+        "rewards4": lambda text: 1.0,
+        "rewards1_single": lambda text: 1.0 if len(text) < 12 else 0.75,
+        "rewards4_single": lambda text: 1.0 if len(text) < 12 else 0.75,
+        "holistic": lambda text: min(10, len(text)) / 10,
+    }
+    for name, wanted in paid.items():
+        rows = by_key(load(tmp_path / f"{name}.jsonl"))
+        assert {k: row["reward"] for k, row in rows.items()} == {
+            k: pytest.approx(wanted(text)) for k, text in texts.items()
+        }, name
+    kinds = {"rubric, m = 1", "rubric, m = 4", "rubric, m = 1, one by one", "holistic judge"}
+    assert kinds <= part["auc"].keys() and part["rollouts"] == len(texts)
+    one_by_one = [d for d in asked if "criteria" in d and "answer" in d]
+    # twice, with each of two rubrics; equal answers to a prompt come from the cache
+    assert 2 * len(set(texts.values())) <= len(one_by_one) <= 4 * len(texts)
 
 
 def test_the_reward_of_one_judgement_is_that_of_the_first():
