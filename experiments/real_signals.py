@@ -410,7 +410,8 @@ def draw_aucs(axes, part):
     )
     axes.axvline(0.5, color="0.6", linewidth=1)
     axes.set_yticks(range(len(order)), order)
-    axes.set(xlabel="right against wrong answers to one prompt: AUC", xlim=(0, 1))
+    prompts = max((row["prompts"] for row in known.values()), default=0)
+    axes.set(xlabel=f"AUC of right against wrong answers, {prompts} prompts", xlim=(0, 1))
 
 
 def draw_places(axes, part):
@@ -442,18 +443,19 @@ def draw_drift(axes, part):
 
 
 def figure(found):
-    """The matplotlib figure of what signals.json has of `positions`, `continue`, `ropd` (or
-    `outcome`) and `sod`; means and 95 % intervals over prompts, of `sod` over episodes.  None
+    """The matplotlib figure of what signals.json has of `positions`, `continue`, `sod`,
+    `outcome` and `ropd`; means and 95 % intervals over prompts, of `sod` over episodes.  None
     where there is none."""
     panels = {"positions": draw_positions, "continue": draw_places, "sod": draw_drift}
-    panels["ropd" if "ropd" in found else "outcome"] = draw_aucs
+    panels |= {"outcome": draw_aucs, "ropd": draw_aucs}
     panels = {name: draw for name, draw in panels.items() if name in found}
     if not panels:
         return None
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     picture = new_picture(4.8 * columns, 3.6 * rows)
-    for axes, name in zip(picture.subplots(rows, columns, squeeze=False).flat, panels):
+    for place, name in enumerate(panels, 1):
+        axes = picture.add_subplot(rows, columns, place)
         panels[name](axes, found[name])
         tidy(axes)
     return picture

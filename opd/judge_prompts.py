@@ -1,11 +1,12 @@
 """What a language model is told when it plays Rubricator, Verifier or holistic judge.
 
 The prompts are our own, in English.  They ask for criteria and verdicts only; the paper's ask
-for a domain, an expected pass rate and totals too.
+for a domain, an expected pass rate and totals too.  Their forms hold no values: a small judge
+copies them (docs/real_pair.md).
 """
 
 # part of every cache key: raise it when a prompt below or a schema changes
-PROMPT_VERSION = "1"
+PROMPT_VERSION = "2"
 CATEGORIES = ("Task Completion", "Observable Quality", "General Reasoning")
 
 _DATA = """\
@@ -50,7 +51,7 @@ place those hold more than half \
 of all points.
 
 Reply with one JSON object and nothing else:
-{{"criteria": [{{"id": "c1", "category": "...", "criterion": "...", "points": 5}}]}}
+{{"criteria": [{{"id": "c1", "category": "...", "criterion": "...", "points": POINTS}}, ...]}}
 Give 4 to 12 criteria (6 to 8 is usual), with ids c1, c2, c3 and so on. category is one of \
 {", ".join(f'"{c}"' for c in CATEGORIES)}. \
 Add no other fields."""
@@ -72,7 +73,7 @@ about who wrote them. Judge every answer by itself, by the same standard.
 {_STRICT}
 
 Reply with one JSON object and nothing else:
-{{"verdicts": [{{"answer_index": 1, "judgement": [true, false]}}]}}
+{{"verdicts": [{{"answer_index": NUMBER, "judgement": [VERDICT, ...]}}, ...]}}
 with one entry for each answer, answer_index being the number of its label, and in judgement \
 one true or false for each \
 criterion, in the order of the list."""
@@ -85,13 +86,13 @@ You examine one answer to a task against a fixed list of criteria.
 {_STRICT}
 
 Reply with one JSON object and nothing else:
-{{"judgement": [true, false]}}
+{{"judgement": [VERDICT, ...]}}
 with one true or false for each criterion, in the order of the list."""
 
 # follows either Verifier's prompt, so that without it the prompts stay what they were
 WITH_REASONS = """
 
-In place of each true or false write {"reason": "...", "met": true}: first, in at most 20 \
+In place of each true or false write {"reason": "...", "met": VERDICT}: first, in at most 20 \
 words, what in the answer decides it, then whether the criterion is met."""
 
 HOLISTIC = f"""\
@@ -104,4 +105,4 @@ reasoning, 5 for one that is partly \
 right, 0 for one that is wrong or empty. Length, tone and confidence are no evidence.
 
 Reply with one JSON object and nothing else:
-{{"score": 7}}"""
+{{"score": SCORE}}"""

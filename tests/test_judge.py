@@ -324,6 +324,16 @@ def test_a_transport_failure_is_a_failed_judgement_that_map_hands_on_and_a_wrong
     assert all(isinstance(result, ServedFailure) for result in results.values())
 
 
+@pytest.mark.parametrize(
+    "name", ["RUBRICATOR", "BATCH_VERIFIER", "SINGLE_VERIFIER", "WITH_REASONS", "HOLISTIC"]
+)
+def test_the_form_of_a_reply_holds_no_value_to_copy(name):
+    """A judge of 1.5 billion parameters gave what the form held: [true, false], and 7 of 10."""
+    prompt = getattr(judge_prompts, name)
+    (form,) = re.findall(r"^.*\{.*\}.*$", prompt, re.M)
+    assert not re.search(r": *\[?(\d|true|false)", form)
+
+
 # ---- cache
 
 
@@ -340,8 +350,9 @@ def test_the_key_covers_model_address_messages_sampling_and_version(monkeypatch)
     assert len({*keys, key()}) == len(keys) + 1
 
 
-def test_the_key_of_a_request_is_that_of_earlier_caches():
-    """Replies that were paid for stay found."""
+def test_the_key_of_a_request_is_that_of_earlier_caches(monkeypatch):
+    """Replies that were paid for stay found, as long as the prompts stay."""
+    monkeypatch.setattr(judge, "PROMPT_VERSION", "1")
     server = SimpleNamespace(model="m", base_url="http://localhost:8000/v1")
     key = judge.cache_key(server, MESSAGES, temperature=0.0, max_tokens=9)
     assert key.startswith("1d5e1f5700b7f338")
