@@ -355,8 +355,8 @@ class Trial(study.Trial):
         return rewards
 
     def score_units(self, rollouts):
-        """Scores of a teacher with another vocabulary, for the student's likeliest tokens: of
-        all shared ones the file would take 15 MB an answer."""
+        """Scores of a teacher with another vocabulary, for the student's likeliest tokens:
+        for all shared ones the file would take some 15 MB an answer."""
         dtype = self.settings.dtype
         shared = dict(dtype=dtype, share_prompts=shares_prompts(self.start))
         own, _ = self.score(self.model, rollouts, "own", top_k=64, **shared)

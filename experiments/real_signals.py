@@ -282,10 +282,8 @@ def judgements(pair, asked):
         made = pair.stage("rubric.py create", rubrics, **common, **create, **drawn)
         told[f"rubricator, m = {m}"] = {"create": made}
         for mode, grade in modes.items():
-            name, rewards = (
-                f"rubric, m = {m}{mode}",
-                f"rewards{m}{'_single' if mode else ''}.jsonl",
-            )
+            name = f"rubric, m = {m}{mode}"
+            rewards = f"rewards{m}{'_single' if mode else ''}.jsonl"
             on = {"rubrics": pair.path(rubrics)}
             graded = pair.stage("rubric.py grade", rewards, **common, **grade, **on)
             told[name] = {"grade": graded}
