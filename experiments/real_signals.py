@@ -267,7 +267,7 @@ def judgements(pair, asked):
     s = pair.settings
     common = dict(asked)
     create = {"rubricator": "contrast"}
-    modes = {"": {"grader": "check"}}
+    modes = {"": {"grader": "check"}}  # by what they add to the name of a signal
     if s.judge:
         common |= dict(model=s.judge, base_url=s.judge_url, cache=pair.path("judge.jsonl"))
         common |= dict(concurrency=s.concurrency, timeout=s.timeout, max_failure_rate=1)

@@ -13,6 +13,7 @@ import rubric
 from experiments import real_checks, real_pair
 from experiments.study import Run
 from opd import files, records
+from opd.policy import load_tokenizer
 from opd.records import BadInput
 from worlds import sums
 from worlds.predicates import Check
@@ -274,12 +275,9 @@ def test_a_teacher_of_another_template_is_refused_before_anything_runs(world, tm
     """...where teacher.py would refuse it only after the first arm."""
     other = tmp_path / "other"
     shutil.copytree(world.teacher, other)
-    path = other / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    jinja = other / "chat_template.jinja"
-    template = jinja.read_text() if jinja.exists() else config["chat_template"]
-    jinja.write_text("Well: " + template)
-    path.write_text(json.dumps(config | {"chat_template": "Well: " + template}))
+    tokenizer = load_tokenizer(str(other))
+    tokenizer.chat_template = "Well: " + tokenizer.chat_template
+    tokenizer.save_pretrained(other)
     for split in ("train", "heldout"):
         dump(tmp_path / f"{split}.jsonl", [{"id": "p", "prompt": "1+1=?", "answer": "2"}])
     how = dict(student=world.base, problems=tmp_path, out=tmp_path / "out")
