@@ -96,6 +96,46 @@ class Answer:
     end_mass: float | None = None  # probability of ending where the last token stands
 
 
+@dataclass
+class Row:
+    """A row of a batch: the Answer that it writes, and what it reads before it writes on."""
+
+    number: int  # of its prompt
+    draws: np.ndarray  # a uniform for each token that it may write
+    limit: int  # tokens, read or written
+    answer: Answer = field(default_factory=Answer)
+    unread: list = field(default_factory=list)  # ids
+    written: int = 0  # tokens, in all its Answers
+    done: bool = False
+
+    def uniform(self):
+        return self.draws[self.written]
+
+    def take(self, token, logp, stop):
+        """Its next id: one that it has to read, or else the drawn token, which it writes.
+        stop: whether that token ends an answer."""
+        if self.unread:
+            return self.unread.pop(0)
+        self.answer.response_ids.append(token)
+        self.answer.logprobs.append(logp)
+        self.answer.finish_reason = "stop" if stop else "length"
+        self.written += 1
+        return token
+
+    def ends(self, tokens):
+        """Whether its Answer does, after so many tokens in the row."""
+        return self.answer.finish_reason == "stop" or self.limit <= tokens
+
+    def end(self, end_mass, after_step):
+        """Ends its Answer; the row is done unless after_step has something to read."""
+        self.answer.end_mass = end_mass
+        more = after_step(self.number, self.answer) if after_step else None
+        self.done = more is None
+        if not self.done:
+            self.unread = list(more)
+            self.answer = Answer()
+
+
 def left_padded(prompts, device):
     """(ids [B, L], mask [B, L]) of token-id lists:  [[7], [5, 6]] -> [[0, 7], [5, 6]]."""
     width = max(map(len, prompts))
@@ -136,66 +176,45 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p, afte
     copies = torch.tensor(copies, device=device)
     ids, mask = left_padded(list(number), device)
     position = (mask.cumsum(-1) - 1).clamp(min=0)
-    draws = torch.as_tensor(draws, device=device)
-    limits = torch.tensor(max_tokens, device=device).expand(len(prompts))
+    limits = np.broadcast_to(max_tokens, len(prompts)).tolist()
+    rows = [Row(*each) for each in zip(range(len(prompts)), draws, limits)]
     stops = torch.tensor(policy.stop_ids, dtype=torch.int64, device=device)
     head = lifted(policy.head)
-    answers = [Answer() for _ in prompts]
-    unread = [[] for _ in prompts]  # ids that a row reads before it writes on
-    used = np.zeros(len(prompts), int)  # draws of a row
-    rows = np.arange(len(prompts))  # which answer each row of the shrinking batch belongs to
     cache = None
-    longest = range(int(limits.max()))
-    bar = files.progress(longest, desc=f"{len(rows)} answers", unit="token")
-    for t in bar:
+    batch = rows  # those that are not done
+    for t in files.progress(range(max(limits)), desc=f"{len(rows)} answers", unit="token"):
         logits, cache = next_logits(policy, head, ids, mask, position, cache)
         if t == 0 and len(number) < len(prompts):
             logits, mask, position = (each[copies] for each in (logits, mask, position))
             cache.reorder_cache(copies)
-        tokens, logps = pick(logits, draws[rows, used[rows]], temperature, top_p)
+        uniform = torch.tensor(np.array([row.uniform() for row in batch]), device=device)
+        tokens, logps = pick(logits, uniform, temperature, top_p)
         if not torch.isfinite(logps).all():
             raise BadInput(
                 "the model's logits are not finite: try --dtype float32, or another checkpoint"
             )
-        stopped = torch.isin(tokens, stops)
-        # what these rows read takes the place of what they would have written
-        reading = [i for i, row in enumerate(rows) if unread[row]]
-        if reading:
-            tokens[reading] = tokens.new_tensor([unread[rows[i]].pop(0) for i in reading])
-            stopped[reading] = False
-        for i, (row, token, logp) in enumerate(zip(rows, tokens.tolist(), logps.tolist())):
-            if i not in reading:
-                answers[row].response_ids.append(token)
-                answers[row].logprobs.append(logp)
-                used[row] += 1
-        ended = stopped | (limits <= t + 1)
-        if ended.any():
-            last = logits[ended]
-            mass = (last[:, stops].logsumexp(-1) - last.logsumexp(-1)).exp()
-            columns = (stopped[ended].tolist(), mass.tolist())
-            for i, stop, share in zip(ended.nonzero()[:, 0].tolist(), *columns):
-                row = rows[i]
-                answers[row].finish_reason = "stop" if stop else "length"
-                answers[row].end_mass = share
-                more = after_step(row, answers[row]) if after_step else None
-                if more is not None:
-                    unread[row] = list(more)
-                    answers[row] = Answer()
-                    ended[i] = False
-        if ended.all():
+        drawn = zip(tokens.tolist(), logps.tolist(), torch.isin(tokens, stops).tolist())
+        taken = [row.take(*each) for row, each in zip(batch, drawn)]
+        ending = [i for i, row in enumerate(batch) if row.ends(t + 1)]
+        for i, share in zip(ending, end_mass(logits[ending], stops)):
+            batch[i].end(share, after_step)
+        going = [i for i, row in enumerate(batch) if not row.done]
+        if not going:
             break
-        if ended.any():
-            going = (~ended).nonzero()[:, 0]
-            cache.reorder_cache(going)  # which layers with a recurrent state have, too
-            tokens = tokens[going]
-            mask = mask[going]
-            position = position[going]
-            limits = limits[going]
-            rows = rows[going.cpu().numpy()]
-        ids = tokens[:, None]
+        if len(going) < len(batch):
+            cache.reorder_cache(torch.tensor(going, device=device))
+            mask, position = mask[going], position[going]
+            batch = [batch[i] for i in going]
+            taken = [taken[i] for i in going]
+        ids = torch.tensor(taken, device=device)[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         position = position[:, -1:] + 1
-    return answers
+    return [row.answer for row in rows]
+
+
+def end_mass(logits, stops):
+    """List of the probabilities of a token of `stops`, under logits [B, V]."""
+    return (logits[:, stops].logsumexp(-1) - logits.logsumexp(-1)).exp().tolist()
 
 
 def check_cache(policy):
