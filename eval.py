@@ -32,7 +32,7 @@ from collections import Counter
 
 import numpy as np
 
-from opd import files, records
+from opd import cli, files, records
 from opd.answers import add_equality_flag, equal, equality_named, is_correct, read_answerable
 from opd.records import BadInput
 from opd.sampling import EVAL_STREAM, add_sampling_flags, fill_from_flags
@@ -53,7 +53,7 @@ from opd.tools import call_use
 def sample(model, prompts, out, overwrite, flags):
     """Samples answers of a model into the file `out`, with flags as of rollout.py; returns how
     many failed."""
-    p = files.parser("The flags that eval.py --model takes beside its own.")
+    p = cli.parser("The flags that eval.py --model takes beside its own.")
     add_sampling_flags(p, n=16)
     words = ["--model", model, "--prompts", prompts, "--out", out, *flags]
     if overwrite:
@@ -249,7 +249,7 @@ def add_flags(p):
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     add_flags(p)
     args, sampling = p.parse_known_args(argv)
     if args.rollouts and sampling:
@@ -283,4 +283,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

@@ -29,7 +29,7 @@ import opd.quiet  # noqa: F401
 
 import numpy as np
 
-from opd import files, records
+from opd import cli, files, records
 from opd.sampling import ROLLOUT_STREAM, add_sampling_flags, fill_from_flags
 from opd.tools import call_use
 
@@ -52,7 +52,7 @@ def summarise(path):
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     add_sampling_flags(p, n=8)
     args = p.parse_args(argv)
 
@@ -76,4 +76,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

@@ -33,7 +33,7 @@ import opd.quiet  # noqa: F401
 
 from functools import partial
 
-from opd import files, judge, records, rewards, served
+from opd import cli, files, judge, records, rewards, served
 from opd.answers import (
     add_equality_flag,
     equal,
@@ -111,7 +111,7 @@ def rubric_record(prompt, criteria, rubricator, answers, attempts):
 
 
 def create_parser():
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("--prompts", required=True, help="JSONL of prompts")
     p.add_argument("--answers", required=True, help="JSONL of teacher answers")
     p.add_argument(
@@ -259,7 +259,7 @@ def read_rubrics(path, groups, table, frozen):
 
 
 def grade_parser():
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument(
         "--prompts",
         required=True,
@@ -354,7 +354,7 @@ def settings_from_flags(args, llm):
 
 def grade(argv):
     args = grade_parser().parse_args(argv)
-    files.check_at_least_1(repeats=args.repeats)
+    cli.check_at_least_1(repeats=args.repeats)
     if args.grader != "judge" and (args.repeats > 1 or args.reason):
         raise BadInput(
             "--repeats, --reason: expected --grader judge, the only one to read them"
@@ -407,8 +407,8 @@ def grade(argv):
 
 
 def main(argv=None):
-    return files.dispatch(__doc__, {"create": create, "grade": grade}, argv)
+    return cli.dispatch(__doc__, {"create": create, "grade": grade}, argv)
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

@@ -29,7 +29,7 @@ import opd.quiet  # noqa: F401
 
 import numpy as np
 
-from opd import files, records, served
+from opd import cli, files, records, served
 from opd.chat import check_text, render
 from opd.policy import (
     add_model_flags,
@@ -60,7 +60,7 @@ def count_answers(path):
 
 
 def answer(argv):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     add_sampling_flags(p, n=4)
     args = p.parse_args(argv)
     written, failures = fill_from_flags(args, "answers", ANSWER_STREAM)
@@ -309,7 +309,7 @@ def scorer_from_flags(args):
 
 
 def score(argv):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     add_score_flags(p)
     args = p.parse_args(argv)
     check_flags(args)
@@ -356,8 +356,8 @@ def score(argv):
 
 
 def main(argv=None):
-    return files.dispatch(__doc__, {"answer": answer, "score": score}, argv)
+    return cli.dispatch(__doc__, {"answer": answer, "score": score}, argv)
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from methods.rows import METHODS
-from opd import files
+from opd import cli
 from opd import loss as losses
 from opd.batches import Data, Inputs, check_teacher, plan, taught_by
 from opd.kernel import KERNELS, linear_token_loss, token_numbers
@@ -100,7 +100,7 @@ def gradient(trainer, data, items, settings, scale=1.0):
         raise BadInput("a whole optimiser step has no token to train on (loss masks are 0)")
     metrics = StepMetrics()
     total = sum(item["length"] for item in items)
-    with files.progress(total=total, desc="step", unit="token") as bar:
+    with cli.progress(total=total, desc="step", unit="token") as bar:
         for some in micro_batches(trainer.policy, items, settings.micro_batch_tokens):
             loss = micro_batch(trainer.policy, data, some, settings, metrics)
             loss.backward()  # the head's part is done: linear_token_loss walks it only once
@@ -270,12 +270,12 @@ def check_inputs(label, method, own, given, teacher):
     """The files a row reads are there, and none that it does not read.  own, given: the Inputs
     of the rollouts and of --data."""
     scored_data = method.prefix == "mixed" and not teacher
-    files.check_given(label, method.rewards, rewards=own.rewards)
-    files.check_given(label, method.teacher, scores=own.scores, teacher=teacher)
-    files.check_given(label, method.reference, reference=own.reference)
-    files.check_given(label, method.token_weight != "one", token_weights=own.token_weights)
-    files.check_given(label, method.given, data=given.rollouts)
-    files.check_given(label, scored_data, data_scores=given.scores)
+    cli.check_given(label, method.rewards, rewards=own.rewards)
+    cli.check_given(label, method.teacher, scores=own.scores, teacher=teacher)
+    cli.check_given(label, method.reference, reference=own.reference)
+    cli.check_given(label, method.token_weight != "one", token_weights=own.token_weights)
+    cli.check_given(label, method.given, data=given.rollouts)
+    cli.check_given(label, scored_data, data_scores=given.scores)
     if method.prefix == "self" and own.prompts and not given.rollouts:
         raise BadInput(
             f"{label}: --prompts is given, but rollouts bring their prompt's tokens along"
@@ -319,12 +319,12 @@ def load_given(inputs, method, policy, teacher, data):
 
 
 def parse(argv):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     add_input_flags(p)
     add_run_flags(p)
     add_trainer_flags(p)
     args = p.parse_args(argv)
-    files.check_at_least_1(
+    cli.check_at_least_1(
         batch_size=args.batch_size,
         micro_batch_tokens=args.micro_batch_tokens,
         epochs=args.epochs,
@@ -425,4 +425,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

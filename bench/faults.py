@@ -48,7 +48,7 @@ import train
 from bench import faults_server
 from bench.power_cut import CHANGES, Recorder
 from methods import gad
-from opd import files
+from opd import cli, disk, files
 from worlds import sums
 
 RECORDS = 120  # of the stage that is nothing but a Writer
@@ -207,7 +207,7 @@ class Process:
                 sys.stderr = self.log
                 if prepare:
                     prepare()
-                files.run(lambda: world.call(command, out, seed, more))
+                cli.run(lambda: world.call(command, out, seed, more))
                 code = 0
             except SystemExit as end:
                 code = end.code or 0
@@ -255,14 +255,14 @@ def die_at(count, folder, tell=None):
         change()
         real(descriptor)
 
-    def append_whole(file, lines, real=files.append_whole):
+    def append_whole(file, lines, real=disk.append_whole):
         if seen[0] + 1 == count:
             file.write(lines[: len(lines) // 2])
         change()
         real(file, lines)
 
     os.fsync = fsync
-    files.append_whole = append_whole
+    disk.append_whole = append_whole
     if tell:  # counting must not count itself
         tell.touch()
     sys.addaudithook(hook)
@@ -490,7 +490,7 @@ def table(rows):
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     p.add_argument("--short", action="store_true", help="a few faults of each kind")
     p.add_argument("--seed", type=int, default=0)

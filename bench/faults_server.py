@@ -32,7 +32,7 @@ import eval as evaluation  # noqa: E402
 import rollout  # noqa: E402
 import rubric  # noqa: E402
 import teacher  # noqa: E402
-from opd import files, served  # noqa: E402
+from opd import cli, served  # noqa: E402
 from opd.policy import load_tokenizer, vocabulary_size  # noqa: E402
 from opd.records import BadInput  # noqa: E402
 from worlds import sums  # noqa: E402
@@ -296,7 +296,7 @@ def run(short=False, rate=0.2, seed=0):
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("--short", action="store_true", help="seconds instead of minutes")
     args = p.parse_args(argv)
     for row in run(args.short):

@@ -38,7 +38,7 @@ from safetensors.torch import load_file
 import rollout
 import train
 from bench import kernel as bench_kernel
-from opd import files
+from opd import cli
 from opd.kernel import linear_logp
 from opd.policy import load_config, load_tokenizer
 
@@ -353,7 +353,7 @@ def table(rows):
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     p.add_argument("--smoke", action="store_true", help="tiny shapes; runs on a CPU as well")
     p.add_argument("--model", type=Path, help="section round: model folder (default: a toy)")

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from opd import files, records
+from opd import cli, records
 
 SAMPLES = 8  # of a prompt
 
@@ -71,7 +71,7 @@ def measure(folder, work):
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("--records", type=int, default=1_000_000)
     p.add_argument("--commands", nargs="+", default=list(COMMANDS), choices=COMMANDS)
     args = p.parse_args(argv)

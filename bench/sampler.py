@@ -24,7 +24,7 @@ import torch
 import transformers
 
 from bench.round import peak_mb, versions
-from opd import files, sampling, scoring
+from opd import cli, sampling, scoring
 from opd.policy import load_policy
 
 ROOT = Path(__file__).parents[1]
@@ -122,7 +122,7 @@ def row_of(contender, found, model, dtype):
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("--models", nargs="+", required=True, help="folders of models")
     p.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     p.add_argument("--device", help="default: a GPU if there is one")

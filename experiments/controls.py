@@ -21,7 +21,7 @@ import hashlib
 
 import numpy as np
 
-from opd import files, records, rewards
+from opd import cli, files, records, rewards
 from opd.answers import question_of
 from opd.records import BadInput
 from opd.rewards import pass_rate
@@ -30,7 +30,7 @@ from worlds import predicates
 
 def parser(doc, *inputs):
     """The flags of a control that reads these files."""
-    p = files.parser(doc)
+    p = cli.parser(doc)
     for name in inputs:
         p.add_argument(f"--{name}", required=True, help=f"JSONL of {name}")
     p.add_argument("--out", required=True, help="JSONL to write")
@@ -216,8 +216,8 @@ COMMANDS = {
 
 
 def main(argv=None):
-    return files.dispatch(__doc__, COMMANDS, argv)
+    return cli.dispatch(__doc__, COMMANDS, argv)
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

@@ -59,7 +59,7 @@ from dataclasses import dataclass
 from experiments import study
 from experiments.claims import Claim, alike, last, less, more
 from experiments.study import part, setting
-from opd import files, records
+from opd import cli, files, records
 
 
 @dataclass(frozen=True)
@@ -412,4 +412,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from experiments.claims import markdown, plus_minus
-from opd import files
+from opd import cli, disk
 from opd.pictures import new_picture, tidy
 
 CLASSES = 10
@@ -141,7 +141,7 @@ def table(teacher, rows):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("--out", default="runs/gad_toy", help="folder for table, numbers, picture")
     p.add_argument("--seeds", type=int, default=10, help="seeds 0..N-1: samples of both")
     p.add_argument("--steps", type=int, default=3000, help="steps of every phase")
@@ -159,12 +159,12 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     command = f"python -m experiments.gad_toy {' '.join(argv)}".strip()
     found = {"command": command, "teacher": teacher.tolist(), "rows": rows}
-    files.write_atomically(out / "results.json", json.dumps(found, indent=1) + "\n")
-    files.write_atomically(out / "table.md", table(teacher, rows))
+    disk.write_atomically(out / "results.json", json.dumps(found, indent=1) + "\n")
+    disk.write_atomically(out / "table.md", table(teacher, rows))
     plot(teacher, shown, out / "gad_toy.png")
     print(table(teacher, rows) + f"\npicture of seed 0: {out}/gad_toy.png")
     return {"out": str(out), "rows": rows}
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

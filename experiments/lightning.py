@@ -59,7 +59,7 @@ from dataclasses import dataclass, field
 from experiments import study
 from experiments.claims import Claim, alike, last, less, more
 from experiments.study import part, setting
-from opd import files
+from opd import cli, disk
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def prepare(run, seed):
         ledger = run.out / f"seed{seed}/ledger-{name}.json"
         if not ledger.exists():
             found = fine_tune(run, seed, name)
-            files.write_atomically(ledger, json.dumps(found) + "\n")
+            disk.write_atomically(ledger, json.dumps(found) + "\n")
 
 
 def fine_tune(run, seed, name):
@@ -434,4 +434,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

@@ -38,7 +38,7 @@ from dataclasses import dataclass, field
 from experiments import study
 from experiments.claims import Claim, alike, last, more
 from experiments.study import setting
-from opd import files
+from opd import cli
 
 
 @dataclass(frozen=True)
@@ -279,4 +279,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

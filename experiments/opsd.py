@@ -48,7 +48,7 @@ from experiments.study import (
     conduct,
     setting,
 )
-from opd import files
+from opd import cli
 
 
 @dataclass(frozen=True)
@@ -196,4 +196,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

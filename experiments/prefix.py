@@ -37,7 +37,7 @@ from dataclasses import dataclass
 
 from experiments.claims import Claim, last, less, more
 from experiments.study import Measured, Study, Trial, World, build_sums, conduct, setting
-from opd import files
+from opd import cli
 
 
 @dataclass(frozen=True)
@@ -257,4 +257,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

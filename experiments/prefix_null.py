@@ -21,7 +21,7 @@ import numpy as np
 
 from experiments.series import band, by_offset, kept_shares, means
 from methods.prefix import STRONG, BlockReader, add_series_flags, bic_cut
-from opd import files
+from opd import cli, disk, files
 from opd.answers import question_of
 from opd.pictures import COLOURS, check_picture, new_picture, refuse_existing, tidy
 from opd.records import BadInput
@@ -265,7 +265,7 @@ def measure(reader, prompts):
     series = []
     sizes = []
     slips = []
-    for rollout in files.progress(reader.rollouts, desc="measure", unit="rollout"):
+    for rollout in cli.progress(reader.rollouts, desc="measure", unit="rollout"):
         blocks = reader.read(rollout)
         if not blocks.spans:
             continue  # no loss token, nothing to cut
@@ -304,7 +304,7 @@ def tell(out, result):
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     add_series_flags(p)
     p.add_argument("--prompts", help="running-sum prompts: also hold cuts against slips")
     p.add_argument("--out", required=True, help="JSON to write")
@@ -336,7 +336,7 @@ def main(argv=None):
         result["slip"] = {"by_offset": by_offset(series, slips)}
         for name, guard in GUARD.items():
             result["slip"][name] = about_slips(series, sizes, slips, guard, args.seed)
-    files.write_atomically(args.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    disk.write_atomically(args.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
     if args.plot:
         figure(result).savefig(args.plot)
     tell(args.out, result)
@@ -344,4 +344,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

@@ -41,7 +41,7 @@ from experiments.claims import finished_lines, markdown, more, plus_minus
 from experiments.real_checks import sum_asked
 from experiments.real_tasks import mean_of_known, right_somehow
 from experiments.study import setting
-from opd import files, records
+from opd import cli, disk, files, records
 from opd.answers import final_answer, is_correct, question_of
 from opd.policy import (
     find_folder,
@@ -228,7 +228,7 @@ class Trial(study.Trial):
         """Writes down that so many rounds stand."""
         kept = dict(done=done, cost=self.cost, steps=self.steps, signal=self.signal)
         kept |= dict(seconds=time.time() - self.began, rows=self.rows)
-        files.write_atomically(self.place / "state.json", json.dumps(kept, indent=1) + "\n")
+        disk.write_atomically(self.place / "state.json", json.dumps(kept, indent=1) + "\n")
 
     def trained(self, old):
         self.keep(self.number + 1)
@@ -447,4 +447,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

@@ -47,7 +47,7 @@ from experiments.by_prompt import difference, minus, over_prompts, quarters
 from experiments.real_continue import continued, saved, sod
 from experiments.sod_drift import draw_steps
 from experiments.study import Run, add_settings, say, setting, settings_of, versions
-from opd import files, records
+from opd import cli, disk, files, records
 from opd.answers import final_answer, is_correct
 from opd.pictures import COLOURS, new_picture, tidy
 from opd.records import BadInput
@@ -488,7 +488,7 @@ def pair_of(run):
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     p.add_argument("--out", required=True, help="folder for everything")
     p.add_argument("--smoke", action="store_true", help="a tiny run on untrained models")
@@ -508,11 +508,11 @@ def main(argv=None):
         made = PARTS[name](pair) | made
         found = json.loads(path.read_text()) if path.exists() else {}
         found[name] = made
-        files.write_atomically(path, json.dumps(found, indent=1) + "\n")
+        disk.write_atomically(path, json.dumps(found, indent=1) + "\n")
         if picture := figure(found):
             picture.savefig(path.with_suffix(".png"))
     return {"out": str(path), "failed": pair.failed}
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

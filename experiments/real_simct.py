@@ -42,7 +42,7 @@ from experiments.by_prompt import minus, over_prompts
 from experiments.study import Run, add_settings, say, setting, settings_of, versions
 from methods.rows import METHODS
 from methods.simct.align import one_to_one, pieces_of
-from opd import files, records
+from opd import cli, disk, files, records
 from opd.batches import Data, Inputs
 from opd.policy import load_policy, load_tokenizer
 from opd.records import BadInput
@@ -246,7 +246,7 @@ class Comparison:
             kept = json.loads(path.read_text())
         if "before" not in kept["bits"]:
             kept["bits"]["before"] = bits_a_byte(self.student, *tested)
-            files.write_atomically(path, json.dumps(kept, indent=1) + "\n")
+            disk.write_atomically(path, json.dumps(kept, indent=1) + "\n")
         for arm in ARMS:
             if arm not in kept["bits"]:
                 kept["bits"][arm] = bits_a_byte(self.train(arm), *tested)
@@ -254,7 +254,7 @@ class Comparison:
                     if arm in pair and kept["bits"].keys() >= set(pair):
                         folders = (self.run.out / each for each in pair)
                         kept["cosine"][", ".join(pair)] = cosine(*folders)
-                files.write_atomically(path, json.dumps(kept, indent=1) + "\n")
+                disk.write_atomically(path, json.dumps(kept, indent=1) + "\n")
             for done in kept["bits"].keys() & ARMS:
                 if all(", ".join(p) in kept["cosine"] for p in COMPARED if done in p):
                     shutil.rmtree(self.run.out / done, ignore_errors=True)
@@ -299,7 +299,7 @@ def changes(bits):
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("--out", required=True, help="folder for everything")
     p.add_argument("--smoke", action="store_true", help="a tiny run on untrained models")
     add_settings(p, Settings)
@@ -318,9 +318,9 @@ def main(argv=None):
         result = measure(comparison)
     result |= {"settings": dataclasses.asdict(run.settings), "versions": versions()}
     out = run.out / "units.json"
-    files.write_atomically(out, json.dumps(result, indent=1) + "\n")
+    disk.write_atomically(out, json.dumps(result, indent=1) + "\n")
     return {"out": str(out)}
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

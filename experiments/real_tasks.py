@@ -40,7 +40,7 @@ import numpy as np
 from eval import accuracy
 from experiments.claims import markdown
 from experiments.study import append_result, result_lines, say, versions, words_of
-from opd import files, records, rewards, served
+from opd import cli, disk, files, records, rewards, served
 from opd.answers import (
     equal,
     final_answer,
@@ -190,7 +190,7 @@ def distinct(source, seed, count):
 
 
 def make(argv):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--task", choices=TASKS, help="a task of reasoning-gym")
     source.add_argument("--from", dest="task", metavar="FILE", help="problems like GSM8K's")
@@ -201,7 +201,7 @@ def make(argv):
     p.add_argument("--seed", type=int, default=0, help="of the problems")
     p.add_argument("--overwrite", action="store_true", help="replace --out")
     args = p.parse_args(argv)
-    files.check_at_least_1(train=args.train, dev=args.dev, held_out=args.held_out)
+    cli.check_at_least_1(train=args.train, dev=args.dev, held_out=args.held_out)
     # in this order, so that more to train on changes no other file
     sizes = {"heldout": args.held_out, "dev": args.dev, "train": args.train}
     found = iter(distinct(args.task, args.seed, sum(sizes.values())))
@@ -277,7 +277,7 @@ def grade(argv):
     """Writes rewards; returns their summary with `answered`, the share of rollouts that have a
     final answer, `flexible`, the share that is right in whatever form (None: no answer is
     a number), and `agreement`, how often eval.py's grader says the same."""
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("--prompts", required=True, help="problems of `make`")
     p.add_argument("--rollouts", required=True, help="rollouts of them")
     p.add_argument("--out", required=True, help="JSONL of rewards; an interrupted one goes on")
@@ -331,7 +331,7 @@ ASKED = {"sampled": 1.0, "greedy": 0.0}
 
 
 def pilot_parser():
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER")
     p.add_argument(
         "--tasks", nargs="+", default=list(TASKS), help="names of TASKS, files like GSM8K's"
@@ -347,7 +347,7 @@ def pilot_parser():
 
 def sampling_flags(args, folder, more):
     """The parsed flags of rollout.py for a model."""
-    p = files.parser("The flags of rollout.py that the pilot passes on.")
+    p = cli.parser("The flags of rollout.py that the pilot passes on.")
     add_sampling_flags(p, n=args.samples)
     for flag in ("--model", "--prompts", "--n", "--out", "--temperature", "--overwrite"):
         if any(word.split("=")[0] == flag for word in more):
@@ -417,7 +417,7 @@ def write_problems(args):
     for source in args.tasks:
         task = name_of(source)
         prompts[task] = Path(args.work) / task / "prompts.jsonl"
-        files.make_folder(prompts[task].parent)
+        disk.make_folder(prompts[task].parent)
         write_rows(prompts[task], distinct(source, args.seed, args.problems))
         config = TASKS[source] if source in TASKS else files.hash_file(source)
         settings[task] = same | {"config": config}
@@ -436,7 +436,7 @@ def load_sampler(flags, name, done, out):
 
 def pilot(argv):
     args, more = pilot_parser().parse_known_args(argv)
-    files.check_at_least_1(problems=args.problems, samples=args.samples)
+    cli.check_at_least_1(problems=args.problems, samples=args.samples)
     models = named_models(args.models)
     prompts, settings = write_problems(args)
     failed = 0
@@ -491,7 +491,7 @@ def cell(row):
 
 
 def table(argv):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("files", nargs="+", metavar="FILE", help="lines of `pilot`")
     p.add_argument("--student", default="student", help="its name in the files")
     p.add_argument("--teacher", default="teacher", help="its name in the files")
@@ -530,7 +530,7 @@ def table(argv):
 def smoke(argv):
     """Every command on untrained models, with a file like GSM8K's and, if reasoning-gym is
     there, with a task of it."""
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("--smoke", action="store_true", help="a tiny run of every command")
     p.add_argument("--out", default="runs/real_tasks-smoke", help="folder for everything")
     args = p.parse_args(argv)
@@ -556,8 +556,8 @@ def main(argv=None):
     if "--smoke" in argv:
         return smoke(argv)
     commands = {"make": make, "grade": grade, "pilot": pilot, "table": table}
-    return files.dispatch(__doc__, commands, argv)
+    return cli.dispatch(__doc__, commands, argv)
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

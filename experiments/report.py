@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.claims import markdown
-from opd import files
+from opd import cli, disk, files
 from opd.pictures import COLOURS, check_picture, new_picture, refuse_existing, tidy
 from opd.records import BadInput
 from opd.stats import interval, is_number, mean_or_none
@@ -195,7 +195,7 @@ def table_of(path, metric, baseline, columns, partial):
 
 
 def table(argv):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("files", nargs="+", metavar="FILE", help="results; a table each")
     p.add_argument("--metric", default="accuracy", help="the number to compare")
     p.add_argument("--baseline", default="before", help="the arm to take differences to")
@@ -223,7 +223,7 @@ def table(argv):
         texts.append(f"## {Path(path).stem}\n\n{text}")
     print("\n".join(texts), end="")
     if args.out:
-        files.write_atomically(args.out, "\n".join(texts))
+        disk.write_atomically(args.out, "\n".join(texts))
     return tables
 
 
@@ -309,7 +309,7 @@ def rows_to_plot(path, arms, metric, x):
 
 
 def picture_parser():
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("file", metavar="FILE", help="results JSONL")
     p.add_argument("--metric", default="accuracy", help="the number on the vertical axis")
     p.add_argument("--out", required=True, help="picture to write (.png, .svg, .pdf)")
@@ -422,8 +422,8 @@ def gaps(argv):
 
 
 def main(argv=None):
-    return files.dispatch(__doc__, {"table": table, "plot": plot, "gaps": gaps}, argv)
+    return cli.dispatch(__doc__, {"table": table, "plot": plot, "gaps": gaps}, argv)
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

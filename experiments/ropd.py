@@ -48,7 +48,7 @@ from dataclasses import dataclass
 from experiments import study
 from experiments.claims import less, more
 from experiments.study import setting
-from opd import files
+from opd import cli, files
 
 
 @dataclass(frozen=True)
@@ -212,4 +212,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

@@ -44,7 +44,7 @@ from dataclasses import dataclass
 
 from experiments.claims import Claim, alike, last, less, minus, more
 from experiments.study import RAMP, Measured, Spoiled, Study, Trial, conduct, setting
-from opd import files
+from opd import cli
 
 
 @dataclass(frozen=True)
@@ -265,4 +265,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

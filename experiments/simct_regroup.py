@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments import controls
 from methods.simct.align import one_to_one
-from opd import files, records
+from opd import cli, records
 from opd.records import BadInput
 
 
@@ -141,4 +141,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

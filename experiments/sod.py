@@ -64,7 +64,7 @@ from experiments.study import (
     conduct,
     setting,
 )
-from opd import files
+from opd import cli, files
 
 
 @dataclass(frozen=True)
@@ -514,4 +514,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

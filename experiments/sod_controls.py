@@ -32,7 +32,7 @@ from methods.sod.weights import (
     steps_or_whole,
     write_weights,
 )
-from opd import files
+from opd import cli
 
 DECAY = 0.9
 RULES = ("uniform", "no-cap", "mask", "decay", "shuffled", "mean", "amount", "batch")
@@ -120,7 +120,7 @@ def weights_of(rule, drifts, gots, seed=0):
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     add_flags(p)
     p.add_argument("--rule", required=True, choices=RULES, help="see above")
     p.add_argument("--seed", type=int, default=0, help="of --rule shuffled")
@@ -145,4 +145,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

@@ -45,7 +45,7 @@ from methods.sod.weights import (
     step_means,
     steps_or_whole,
 )
-from opd import files, records
+from opd import cli, disk, files, records
 from opd.kernel import linear_logp
 from opd.pictures import COLOURS, check_picture, new_picture, refuse_existing, tidy
 from opd.policy import hidden_at, load_policy, response_positions
@@ -270,7 +270,7 @@ def signal_to_noise(policy, rollouts, scores, episodes, weights):
     and `amount` have the ratio of `uniform`)."""
     spreads = {name: defaultdict(Spread) for name in ("after", "outcome", "rule")}
     rules = [rule for rule in weights if rule not in ("mean", "amount")]
-    done = files.progress(rollouts, desc="gradients", unit="rollout", total=len(rollouts))
+    done = cli.progress(rollouts, desc="gradients", unit="rollout", total=len(rollouts))
     for n, (rollout, e) in enumerate(zip(done, episodes)):
         score = files.record_for(scores, rollout, rollouts)
         before = ["start", *events(e.got)]
@@ -334,7 +334,7 @@ def figure(by_step):
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     add_flags(p)
     p.add_argument("--plot", help="picture to write (.png, .svg, .pdf)")
     p.add_argument(
@@ -363,7 +363,7 @@ def main(argv=None):
     result = summarise_drift(episodes, weights, level)
     if policy:
         result["gradient"] = signal_to_noise(policy, rollouts, scores, episodes, weights)
-    files.write_atomically(args.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    disk.write_atomically(args.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
     if args.plot:
         figure(result["by_step"]).savefig(args.plot)
     above = {event: found["above"] for event, found in result["after"].items()}
@@ -375,4 +375,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

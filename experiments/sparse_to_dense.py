@@ -68,7 +68,7 @@ from experiments.study import (
     conduct,
     setting,
 )
-from opd import files, records
+from opd import cli, disk, files, records
 
 
 @dataclass(frozen=True)
@@ -333,7 +333,7 @@ class SparseTrial(Trial):
             self.model.rename(self.place / "model")
             own[self.arm] = sum(self.cost.values())
         text = json.dumps(self.upstream | own) + "\n"
-        files.write_atomically(self.place / "tokens.json", text)
+        disk.write_atomically(self.place / "tokens.json", text)
         return row
 
     def columns(self, score, n, final):
@@ -460,4 +460,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

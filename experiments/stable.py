@@ -51,7 +51,7 @@ from dataclasses import dataclass
 from experiments import study
 from experiments.claims import Claim, alike, last, less, more
 from experiments.study import setting
-from opd import files, records
+from opd import cli, files, records
 
 
 @dataclass(frozen=True)
@@ -463,4 +463,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

@@ -29,7 +29,7 @@ import transformers
 from tqdm import tqdm
 
 from experiments.claims import claims_table
-from opd import files, records
+from opd import cli, disk, files, records
 
 # ---- settings
 
@@ -195,7 +195,7 @@ class Run:
                 raise records.BadInput(
                     f"{self.out}: was begun with {difference}: give another --out"
                 )
-        files.write_atomically(kept, json.dumps(conditions, indent=1) + "\n")
+        disk.write_atomically(kept, json.dumps(conditions, indent=1) + "\n")
 
     @contextlib.contextmanager
     def alone(self):
@@ -203,7 +203,7 @@ class Run:
         path = Path(f"{self.results}.lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock = files.open_locked(path)
+            lock = disk.open_locked(path)
         except BlockingIOError:
             raise records.BadInput(
                 f"{self.results}: another process is running this study: wait for it, or give "
@@ -241,7 +241,7 @@ class Run:
             out = self.out / out.name
         self.commands.write(f"sed -n {first + 1},{end}p {prompts} > {out}\n")
         with open(prompts, encoding="utf-8") as lines:
-            files.write_atomically(out, itertools.islice(lines, first, end))
+            disk.write_atomically(out, itertools.islice(lines, first, end))
         return out
 
     # `once` to `answers`: models, texts and outputs are named by their place in OUT
@@ -282,7 +282,7 @@ class Run:
         """One file of several, as `cat` does it; returns its path."""
         self.commands.write(f"cat {' '.join(map(str, parts))} > {out}\n")
         lines = (line for part in parts for line in open(part, encoding="utf-8"))
-        files.write_atomically(out, lines)
+        disk.write_atomically(out, lines)
         return out
 
     def write(self, out, made_of, rows):
@@ -299,7 +299,7 @@ class Run:
             return
         out.parent.mkdir(parents=True, exist_ok=True)
         self.commands.write(f"# {out}: {made_of}\n")
-        files.write_atomically(out, [text])
+        disk.write_atomically(out, [text])
 
     def record(self, row):
         """Adds a line to the results file, whole or not at all, with what it was made by and
@@ -321,8 +321,8 @@ def append_result(path, row):
         raise ValueError(f"result: {problem}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as f:
-        files.append_whole(f, json.dumps(row).encode() + b"\n")
-    files.sync(path)
+        disk.append_whole(f, json.dumps(row).encode() + b"\n")
+    disk.sync(path)
 
 
 def versions():
@@ -428,7 +428,7 @@ class Trial:
         if self.row is None:
             self.measure(self.step(0), final=not self.rounds)
         bar = dict(desc=f"seed {self.seed} {self.arm}", unit="round")
-        for number in files.progress(range(first, self.rounds), **bar):
+        for number in cli.progress(range(first, self.rounds), **bar):
             self.number = number
             self.round()
             done = number + 1
@@ -671,7 +671,7 @@ def conduct(study, doc, argv=None):
 
 def parse(study, doc, argv):
     """The parsed command line of a study."""
-    p = files.parser(doc)
+    p = cli.parser(doc)
     p.add_argument("--out", help=f"folder for everything (default: runs/{study.name}[-smoke])")
     p.add_argument(
         "--results",
@@ -739,7 +739,7 @@ def finished(path, settings):
             )
     done = {(r["arm"], r["seed"]) for r in rows if r.get("final")}
     kept = (json.dumps(r) + "\n" for r in rows if (r["arm"], r["seed"]) in done)
-    files.write_atomically(path, kept)
+    disk.write_atomically(path, kept)
     return done
 
 
@@ -773,7 +773,7 @@ def report(study, run, claims=True):
     text = (run.out / "table.md").read_text()
     if claims:
         text += "\n" + claims_text(study, run.results)
-    files.write_atomically(run.out / "report.md", text)
+    disk.write_atomically(run.out / "report.md", text)
     say("\n" + text)
     say(f"report.md, pictures, commands.sh and every record: {run.out}/")
     return table

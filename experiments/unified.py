@@ -46,7 +46,7 @@ from typing import NamedTuple
 
 from experiments.claims import Claim, alike, last, more
 from experiments.study import RAMP, Rounds, Study, Trial, conduct, part, setting
-from opd import files, records
+from opd import cli, files, records
 
 
 @dataclass(frozen=True)
@@ -386,4 +386,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

@@ -25,7 +25,7 @@ import numpy as np
 from experiments import controls
 from experiments.series import kept_shares
 from methods.prefix import summarise, tell, token_weights, weights_record
-from opd import files, records
+from opd import cli, files, records
 from opd.records import BadInput
 
 OF_WEIGHTS = ("shuffled", "suffix", "boost")
@@ -136,4 +136,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

@@ -1,7 +1,7 @@
 """python -m methods: all rows of train.py --method as a markdown table, for docs/methods.md."""
 
 from methods.rows import METHODS
-from opd import files
+from opd import cli
 
 OMEGAS = {
     "one": "1",
@@ -42,10 +42,10 @@ def table():
 
 
 def main(argv=None):
-    files.parser(__doc__).parse_args(argv)
+    cli.parser(__doc__).parse_args(argv)
     print(table())
     return METHODS
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import transformers
 
-from opd import files, rewards
+from opd import cli, files, rewards
 from opd.batches import Data, Inputs, answer_ids, plan
 from opd.chat import check_text
 from opd.loss import PPO, Method
@@ -281,7 +281,7 @@ def weigh_scores(scorer, loss, own, given, batch_tokens):
 
 
 def train_parser():
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("--model", required=True, help="a discriminator, or a model to make one of")
     p.add_argument("--rollouts", required=True, help="JSONL of a policy's answers")
     p.add_argument(
@@ -316,7 +316,7 @@ def train_parser():
 
 def train(argv=None):
     args = train_parser().parse_args(argv)
-    files.check_at_least_1(
+    cli.check_at_least_1(
         batch_size=args.batch_size,
         epochs=args.epochs,
         micro_batch_tokens=args.micro_batch_tokens,
@@ -375,7 +375,7 @@ def group_sequences(scorer, rollouts, answers):
 
 
 def grade_parser():
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("--discriminator", required=True, help="folder whose score is the reward")
     p.add_argument("--rollouts", required=True, help="JSONL of rollouts to grade")
     p.add_argument(
@@ -432,8 +432,8 @@ def grade(argv=None):
 
 
 def main(argv=None):
-    return files.dispatch(__doc__, {"train": train, "grade": grade}, argv)
+    return cli.dispatch(__doc__, {"train": train, "grade": grade}, argv)
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

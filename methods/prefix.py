@@ -40,7 +40,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from opd import files, records
+from opd import cli, files, records
 from opd.loss import Method
 from opd.policy import check_tokens, identity_of, load_tokenizer, vocabulary_size
 from opd.records import (
@@ -370,7 +370,7 @@ def add_series_flags(p):
 
 
 def weigh(argv):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     add_series_flags(p)
     p.add_argument("--out", required=True, help="JSONL of weights to write")
     p.add_argument(
@@ -408,8 +408,8 @@ def weigh(argv):
 
 
 def main(argv=None):
-    return files.dispatch(__doc__, {"weigh": weigh}, argv)
+    return cli.dispatch(__doc__, {"weigh": weigh}, argv)
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

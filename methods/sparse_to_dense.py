@@ -22,7 +22,7 @@ import json
 import os
 from pathlib import Path
 
-from opd import files
+from opd import cli, disk, files
 from opd.records import BadInput
 
 
@@ -45,9 +45,9 @@ def spend(ledger, prompts, purpose, again=False):
     fresh = []
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as file:
-        if files.fcntl:
+        if disk.fcntl:
             # two arms that share a ledger take turns
-            files.fcntl.flock(file, files.fcntl.LOCK_EX)
+            disk.fcntl.flock(file, disk.fcntl.LOCK_EX)
         files.cut_torn_line(path)
         if os.fstat(file.fileno()).st_size:
             for number, line in enumerate(files.read(path, "labels"), 1):
@@ -75,8 +75,8 @@ def spend(ledger, prompts, purpose, again=False):
                 }
             )
             earlier[purpose] = None
-        files.append_whole(file, b"".join(json.dumps(line).encode() + b"\n" for line in fresh))
-        files.sync(path)
+        disk.append_whole(file, b"".join(json.dumps(line).encode() + b"\n" for line in fresh))
+        disk.sync(path)
     return {
         "labels": len({question_hash(p) for p in prompts}),
         "labels_new": len(known) - before,
@@ -85,7 +85,7 @@ def spend(ledger, prompts, purpose, again=False):
 
 
 def spend_command(argv=None):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("--ledger", required=True, help="JSONL of labels, begun or added to")
     p.add_argument("--prompts", required=True, help="JSONL of prompts with an `answer`")
     p.add_argument(
@@ -115,8 +115,8 @@ def spend_command(argv=None):
 
 
 def main(argv=None):
-    return files.dispatch(__doc__, {"spend": spend_command}, argv)
+    return cli.dispatch(__doc__, {"spend": spend_command}, argv)
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

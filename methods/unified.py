@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 import torch
 
-from opd import files, records
+from opd import cli, disk, records
 from opd.answers import is_correct, read_answerable
 from opd.chat import render
 from opd.kernel import all_logits
@@ -217,7 +217,7 @@ def all_answers(policy, states, weight, limits):
     model = policy.identity["model"]
     answers = {}
     stubs = {}
-    for x, ids in enumerate(files.progress(states, desc="enumerate", unit="prompt")):
+    for x, ids in enumerate(cli.progress(states, desc="enumerate", unit="prompt")):
         left = limits.max_prefixes - len(answers)
         found = enumerate_answers(policy, ids, limits._replace(max_prefixes=left))
         if found is None:
@@ -374,7 +374,7 @@ def add_flags(p):
 
 
 def support(argv):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     add_flags(p)
     args = p.parse_args(argv)
     limits = Limits(args.max_tokens, args.floor, args.max_prefixes)
@@ -398,7 +398,7 @@ def support(argv):
         "floor": limits.floor,
     }
     lines = [first | numbers, *({"eps": eps} | line for eps, line in at_eps.items())]
-    files.write_atomically(args.out, (json.dumps(line) + "\n" for line in lines))
+    disk.write_atomically(args.out, (json.dumps(line) + "\n" for line in lines))
     tell(args.out, numbers, at_eps)
     summary = {"out": args.out} | numbers
     for eps, line in at_eps.items():
@@ -407,8 +407,8 @@ def support(argv):
 
 
 def main(argv=None):
-    return files.dispatch(__doc__, {"support": support}, argv)
+    return cli.dispatch(__doc__, {"support": support}, argv)
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

@@ -1,4 +1,4 @@
-"""Reads, joins, appends and resumes JSONL files; the command line of a stage.
+"""Reads, joins, appends and resumes JSONL files.
 
     python -m opd.files check runs/ropd/rollouts.jsonl    # validates, names the first bad line
 
@@ -18,16 +18,10 @@ Files are walked, not loaded.  A `Table` keeps the place of every record, 40 byt
 of prompts: about 145 bytes a record where each has a prompt of its own.
 """
 
-import argparse
-import contextlib
-import dataclasses
-import errno
 import hashlib
 import json
 import os
 import re
-import signal
-import sys
 import threading
 import time
 from array import array
@@ -37,8 +31,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
+from opd import cli, disk
 from opd.records import (
     KINDS,
     BadInput,
@@ -50,11 +44,6 @@ from opd.records import (
     validate,
 )
 from opd.redact import printable
-
-try:
-    import fcntl
-except ImportError:  # Windows: no lock, two writers of one file are not noticed there
-    fcntl = None
 
 # ---- reading
 
@@ -355,6 +344,8 @@ def record_for(table, rollout, rollouts):
 
 # ---- writing
 
+SYNC_SECONDS = 5  # as much of its work a stage may lose when the power goes
+
 
 class Writer:
     """Appends records to `path`; `key in writer` tells what an earlier, interrupted run has
@@ -375,7 +366,7 @@ class Writer:
         # one file may be given for two flags
         inputs = list({Path(p).resolve(): p for p in inputs}.values())
         try:
-            make_folder(self.path.parent)
+            disk.make_folder(self.path.parent)
         except OSError as error:
             raise BadInput(
                 f"{path}: cannot be written: {self.path.parent}: {error.strerror}"
@@ -407,7 +398,7 @@ class Writer:
 
     def _open(self):
         try:
-            self._file = open_locked(self.path)
+            self._file = disk.open_locked(self.path)
         except BlockingIOError:
             raise BadInput(
                 f"{self.path}: another process is writing this file: wait for it, or give "
@@ -428,7 +419,7 @@ class Writer:
 
     def _keep_state(self):
         text = json.dumps(self.state, indent=1, default=str)
-        write_atomically(sidecar_of(self.path), text + "\n")
+        disk.write_atomically(sidecar_of(self.path), text + "\n")
 
     def finish(self, failed):
         """Says in the sidecar which records could not be made (keys): a reader goes on without
@@ -477,7 +468,7 @@ class Writer:
         if again:
             lines = _lines(self.path, self.kind, unfinished=True)
             kept = (record for _, _, record in lines if not retry(record))
-            write_atomically(self.path, (_dump(r).decode() for r in kept))
+            disk.write_atomically(self.path, (_dump(r).decode() for r in kept))
             self._file.close()
             self._open()  # the file has been replaced by a new one
 
@@ -496,7 +487,7 @@ class Writer:
         keys = [key_of(r, self.kind) for r in records] if KINDS[self.kind].key else []
         if len({*keys}) < len(keys) or any(key in self.done for key in keys):
             raise ValueError(f"{self.path}: refusing to write a key twice: {keys}")
-        append_whole(self._file, lines)
+        disk.append_whole(self._file, lines)
         for key in keys:
             self.done.add(key)
         if time.monotonic() - self._synced > SYNC_SECONDS:
@@ -567,7 +558,9 @@ def fill(
         missing = [key for key in keys if key not in writer]
         done = len(writer.done)
         tokens = 0  # of this call
-        bar = progress(total=len(keys), initial=len(keys) - len(missing), desc=Path(out).name)
+        bar = cli.progress(
+            total=len(keys), initial=len(keys) - len(missing), desc=Path(out).name
+        )
         with bar:
             for result in work(missing) if missing else ():
                 if isinstance(result, Exception):
@@ -620,22 +613,6 @@ def named(keys, most=3):
     return f" [{shown}{', ...' if len(keys) > most else ''}]"
 
 
-def append_whole(file, lines):
-    """Appends bytes to an unbuffered file in one piece; on a full disk the file is cut back to
-    what it was."""
-    before = os.fstat(file.fileno()).st_size
-    written = 0
-    try:
-        while written < len(lines):
-            written += file.write(lines[written:])
-    except OSError as error:
-        os.ftruncate(file.fileno(), before)
-        raise BadInput(
-            f"{file.name}: could not append ({error.strerror}); every record written before "
-            f"is whole: make room and run the same command again"
-        ) from None
-
-
 def cut_torn_line(path):
     """A kill can leave half a line at the end of a JSONL file, and a power cut zeros in place
     of lines that were not on the disk yet: cut it off (its records are made again)."""
@@ -683,227 +660,7 @@ def hash_file(path, limit=None):
     return {"bytes": total, "sha256": digest.hexdigest()}
 
 
-# ---- on the disk
-
-SYNC_SECONDS = 5  # as much of its work a stage may lose when the power goes
-
-
-def sync(path):
-    """Puts the bytes of a file, or the names in a folder, on the disk.  Until then a power cut
-    may take them, or leave zeros in their place."""
-    if not fcntl:  # Windows cannot do it to a folder
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(folder):
-    """Puts a folder with all that is in it on the disk."""
-    for place, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            sync(os.path.join(place, name))
-        sync(place)
-
-
-def make_folder(path):
-    """Makes a folder and its parents, and puts their names on the disk."""
-    path = Path(path)
-    new = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in new:
-        sync(folder.parent)
-
-
-def rename_durably(old, new):
-    """Moves a file or folder whose content is on the disk, so that the move is, too."""
-    os.replace(old, new)
-    for folder in {Path(new).parent, Path(old).parent}:
-        sync(folder)
-
-
-def write_atomically(path, text):
-    """Writes a small file (a string, or an iterable of strings) so that a reader sees the old
-    one or the new one, even after a power cut."""
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.writelines([text] if isinstance(text, str) else text)
-            f.flush()
-            os.fsync(f.fileno())
-        rename_durably(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # a name that is too long is none to delete either
-            temporary.unlink(missing_ok=True)
-        raise BadInput(
-            f"{path}: could not write ({error.strerror}): {advice_on_error(error)}"
-        ) from None
-
-
-def open_locked(path):
-    """The file, open to append, with a lock that ends with this process or its close().  Raises
-    BlockingIOError where another process has it."""
-    while True:
-        file = open(path, "ab", buffering=0)
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise
-        except OSError:
-            pass  # a file system without locks
-        # who had the lock before may have replaced or removed the file meanwhile
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file
-        file.close()
-
-
-def advice_on_error(error):
-    """What to do about an OSError."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "make room and run the same command again"
-    return "give another --out, or change what stands in its way and run again"
-
-
-# ---- command lines
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):
-        text = action.help or ""
-        if action.default in (None, False, argparse.SUPPRESS) or "%(default)" in text:
-            return action.help
-        return text + " (default: %(default)s)"
-
-
-class _Parser(argparse.ArgumentParser):
-    # add_parser makes subcommands of the same class, so the rules hold for them too
-    def __init__(self, **options):
-        super().__init__(**{"formatter_class": _Formatter, "allow_abbrev": False} | options)
-
-
-def parser(doc):
-    """An ArgumentParser whose --help opens with the stage's docstring and shows every
-    default."""
-    return _Parser(description=doc)
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: a machine that is shut down, or a time limit.  Handled as Ctrl-C is."""
-
-
-def _terminate(*_):
-    raise Terminated
-
-
-# faults of the place a stage runs in, not bugs: no traceback
-ENVIRONMENT = (
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ENOSPC,
-    errno.EPERM,
-    errno.EROFS,
-)
-
-
-def run(main):
-    """Runs a stage's `main()` as a program, and exits with its code:
-
-    0  done             2  BadInput, or a disk that cannot be written: one line on stderr
-    3  done, but for records that could not be made ("failed" in the summary)
-    130, 143  Ctrl-C, SIGTERM        141  nobody reads what it prints"""
-    signal.signal(signal.SIGTERM, _terminate)
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-        sys.stdout.reconfigure(errors="backslashreplace")  # the locale may have ASCII only
-    try:
-        try:
-            summary = main()
-        finally:
-            sys.stdout.flush()
-    except BadInput as error:
-        stop(2, f"error: {printable(str(error))}")
-    except KeyboardInterrupt as error:
-        code = 143 if isinstance(error, Terminated) else 130
-        stop(code, "stopped; run the same command again to go on")
-    except BrokenPipeError:
-        # what is left in the buffer goes nowhere, or Python would complain at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        stop(141, "stopped: nobody reads the output any more; run the same command again")
-    except OSError as error:
-        if error.errno not in ENVIRONMENT:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        stop(2, f"error: {where}{error.strerror}: {advice_on_error(error)}")
-    if isinstance(summary, dict) and summary.get("failed"):
-        sys.exit(3)
-
-
-def stop(code, message):
-    print(message, file=sys.stderr)
-    sys.exit(code)
-
-
-def dispatch(doc, commands, argv):
-    """Runs commands[argv[0]](argv[1:]): the main of a stage that has subcommands, each with a
-    parser of its own."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0] not in commands:
-        p = parser(doc)
-        p.add_argument(
-            "command", choices=list(commands), help="COMMAND --help lists the flags of one"
-        )
-        p.parse_args(argv[:1])
-    return commands[argv[0]](argv[1:])
-
-
-def check_at_least_1(**options):
-    """Refuses flags whose value is given and below 1."""
-    for name, value in options.items():
-        if value is not None and value < 1:
-            raise BadInput(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
-
-
-def check_given(label, needed, **options):
-    """Exactly one of the flags is given where one is needed, and else none."""
-    names = ["--" + name.replace("_", "-") for name in options]
-    found = [name for name, value in zip(names, options.values()) if value]
-    if needed and not found:
-        raise BadInput(f"{label}: expected {' or '.join(names)}, but it is missing")
-    if found and not needed:
-        raise BadInput(f"{label}: {found[0]} is given, but this method does not read it")
-    if len(found) > 1:
-        raise BadInput(f"{' and '.join(found)} are both a teacher's numbers: give one of them")
-
-
-def changed_field(row, flag, text, fixed=()):
-    """The dataclass `row` with one field changed by the text NAME=VALUE of a flag.  Fields are
-    str, int or float, and none of `fixed`; BadInput names the flag, what was expected and what
-    was got."""
-    types = {f.name: f.type for f in dataclasses.fields(row) if f.type in (str, int, float)}
-    types = {name: kind for name, kind in types.items() if name not in fixed}
-    name, equals, value = text.partition("=")
-    if not equals or name not in types:
-        raise BadInput(f"{flag} {text}: expected NAME=VALUE with a name of {', '.join(types)}")
-    try:
-        typed = types[name](value)
-    except ValueError:
-        kind = types[name].__name__
-        raise BadInput(f"{flag} {text}: expected a {kind}, got {value!r}") from None
-    return dataclasses.replace(row, **{name: typed})
-
-
-def progress(iterable=None, **options):
-    """A progress bar on a terminal, nothing in a log file; the stage's last line says how it
-    ended."""
-    return tqdm(iterable, disable=not sys.stderr.isatty(), leave=False, **options)
+# ---- python -m opd.files check
 
 
 def guess_kind(path):
@@ -919,7 +676,7 @@ def guess_kind(path):
 
 
 def main(argv=None):
-    p = parser(__doc__)
+    p = cli.parser(__doc__)
     commands = p.add_subparsers(dest="command", required=True)
     check = commands.add_parser(
         "check",
@@ -942,4 +699,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -31,7 +31,7 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from opd import files, served
+from opd import cli, disk, files, served
 from opd.judge_prompts import (
     BATCH_VERIFIER,
     HOLISTIC,
@@ -120,8 +120,8 @@ class Cache:
             if self.path:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with open(self.path, "ab", buffering=0) as file:
-                    files.append_whole(file, line)
-                files.sync(self.path)
+                    disk.append_whole(file, line)
+                disk.sync(self.path)
 
 
 def cache_key(server, messages, **sampling):
@@ -407,7 +407,7 @@ def from_flags(args, reasons=False):
     """The Judge that the flags of `add_flags` name."""
     if not args.base_url or not args.model:
         raise BadInput("a served judge needs --base-url and --model")
-    files.check_at_least_1(budget_tokens=args.budget_tokens)
+    cli.check_at_least_1(budget_tokens=args.budget_tokens)
     server = served.Server.from_flags(args)
     return Judge(
         server,

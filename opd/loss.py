@@ -69,7 +69,7 @@ from dataclasses import dataclass
 
 import torch
 
-from opd.files import changed_field
+from opd.cli import changed_field
 from opd.records import BadInput
 
 

@@ -1,5 +1,5 @@
 """Ctrl-C while a program is still loading ends in one line, not in a traceback.  Programs
-import this first, before torch; once `main` runs, opd.files.run does the same."""
+import this first, before torch; once `main` runs, opd.cli.run does the same."""
 
 import sys
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from opd import files, records, served
+from opd import cli, files, records, served
 from opd.chat import bare, final_text, render
 from opd.kernel import all_logits, lifted
 from opd.policy import (
@@ -182,7 +182,7 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p, afte
     head = lifted(policy.head)
     cache = None
     batch = rows  # those that are not done
-    for t in files.progress(range(max(limits)), desc=f"{len(rows)} answers", unit="token"):
+    for t in cli.progress(range(max(limits)), desc=f"{len(rows)} answers", unit="token"):
         logits, cache = next_logits(policy, head, ids, mask, position, cache)
         if t == 0 and len(number) < len(prompts):
             logits, mask, position = (each[copies] for each in (logits, mask, position))
@@ -519,7 +519,7 @@ def toolbox_from_flags(args):
         return None
     options = ToolOptions()
     for text in args.tool_options:
-        options = files.changed_field(options, "--tool-options", text)
+        options = cli.changed_field(options, "--tool-options", text)
     return Toolbox(args.tools, options.call_format, options.max_calls)
 
 

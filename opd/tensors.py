@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from opd import files
+from opd import cli
 from opd.kernel import KERNELS, token_numbers
 from opd.policy import likeliest
 from opd.records import BadInput
@@ -29,7 +29,7 @@ class StepSettings:
         fixed = ("micro_batch_tokens", "teacher_top_k", *fixed)
         settings = self
         for text in texts:
-            settings = files.changed_field(settings, "--compute", text, fixed)
+            settings = cli.changed_field(settings, "--compute", text, fixed)
         if settings.kernel not in KERNELS:
             raise BadInput(
                 f"--compute kernel: expected {', '.join(KERNELS)}, got {settings.kernel!r}"

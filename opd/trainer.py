@@ -31,7 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from opd import files
+from opd import cli, disk, files
 from opd.metrics import collapsed
 from opd.policy import NO_CODE, hash_config
 from opd.records import BadInput, show
@@ -108,7 +108,7 @@ def trainer_settings(args):
     """The TrainerSettings that a parsed command line asks for."""
     settings = TrainerSettings(args.learning_rate, save_every=args.save_every)
     for text in args.optimizer:
-        settings = files.changed_field(settings, "--optimizer", text)
+        settings = cli.changed_field(settings, "--optimizer", text)
     settings.check()
     return settings
 
@@ -285,11 +285,11 @@ CHANGED = "damaged or changed since it was saved"
 
 def seal(folder):
     """Puts a folder on the disk, then the list of its files."""
-    files.sync_tree(folder)
+    disk.sync_tree(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     listed = {path.relative_to(folder).as_posix(): files.hash_file(path) for path in paths}
-    files.write_atomically(folder / LIST, json.dumps(listed, indent=1) + "\n")
-    files.sync(folder.parent)
+    disk.write_atomically(folder / LIST, json.dumps(listed, indent=1) + "\n")
+    disk.sync(folder.parent)
 
 
 def damage(folder, spared=()):
@@ -355,8 +355,8 @@ class Run:
     def _lock(self):
         path = self.out.with_name(self.out.name + ".lock")
         try:
-            files.make_folder(path.parent)
-            self.lock = files.open_locked(path)
+            disk.make_folder(path.parent)
+            self.lock = disk.open_locked(path)
         except BlockingIOError:
             raise BadInput(
                 f"{self.out}: another process is training into this folder: wait for it, or "
@@ -460,15 +460,15 @@ class Run:
         if saved := self._last_checkpoint():
             self._resume(*saved)
         else:
-            files.make_folder(self.partial)
+            disk.make_folder(self.partial)
             text = json.dumps({"run": self.identity}, indent=1)
-            files.write_atomically(self.partial / "run.json", text + "\n")
+            disk.write_atomically(self.partial / "run.json", text + "\n")
             (self.partial / "metrics.jsonl").unlink(missing_ok=True)
             self._continue_optimiser(fresh)
             self.tokens = self.before["tokens"]
         if self.out.exists():  # aside, and away with OUT.partial when this run is finished
             remove(self.partial / "replaced")
-            files.rename_durably(self.out, self.partial / "replaced")
+            disk.rename_durably(self.out, self.partial / "replaced")
 
     def _resume(self, folder, state, logged):
         self.trainer.load_weights(folder)
@@ -476,7 +476,7 @@ class Run:
         self.done = state["done"]
         self.before = state["before"]
         self.tokens = state["tokens"]
-        files.write_atomically(self.partial / "metrics.jsonl", logged)
+        disk.write_atomically(self.partial / "metrics.jsonl", logged)
         for metrics in map(json.loads, logged):
             self.truncated = metrics["rollout/truncated"]
             self.alarms += metrics["alarm/collapse"]
@@ -511,7 +511,7 @@ class Run:
         total = settings.total_steps or self.before["step"] + count
         left = range(self.done, count)
         name = self.identity["flags"]["method"]
-        bar = files.progress(left, initial=self.done, total=count, desc=f"train {name}")
+        bar = cli.progress(left, initial=self.done, total=count, desc=f"train {name}")
         with open(self.partial / "metrics.jsonl", "ab", buffering=0) as self.file:
             for index in bar:
                 self.step = self.before["step"] + index
@@ -534,7 +534,7 @@ class Run:
             "train/tokens_total": self.tokens,
         }
         line = json.dumps({"step": self.step + 1} | self.metrics)
-        files.append_whole(self.file, line.encode() + b"\n")
+        disk.append_whole(self.file, line.encode() + b"\n")
 
     def _checkpoint(self, done):
         """Writes OUT.partial/step-N, then points LATEST at it: a kill or a power cut at any
@@ -549,7 +549,7 @@ class Run:
         }
         name = f"step-{done}"
         self.trainer.save(self.partial / name, state, {})
-        files.write_atomically(self.partial / "LATEST", name)
+        disk.write_atomically(self.partial / "LATEST", name)
         reached = [p for p in self._checkpoints() if int(p.name[5:]) <= done]
         for old in {*self._checkpoints()} - {*reached[:2]}:
             shutil.rmtree(old)
@@ -578,7 +578,7 @@ class Run:
             texts["sft_teacher.json"] = json.dumps(taught) + "\n"
         final = self.partial / "final"
         self.trainer.save(final, state, texts)
-        files.rename_durably(final, self.out)
+        disk.rename_durably(final, self.out)
         shutil.rmtree(self.partial)
         if self.alarms:
             print(

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 import rollout  # noqa: E402
 import teacher  # noqa: E402
 import train  # noqa: E402
-from opd import files, records  # noqa: E402
+from opd import cli, files, records  # noqa: E402
 from worlds import agents as agent_world  # noqa: E402
 from worlds import sums  # noqa: E402
 
@@ -86,7 +86,7 @@ def refusal(main, arguments, capsys):
 
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        files.run(lambda: main(arguments))
+        cli.run(lambda: main(arguments))
     message = capsys.readouterr().err
     assert stop.value.code == 2, message
     assert message.startswith("error: ") and message.count("\n") == 1, message

@@ -16,7 +16,7 @@ from conftest import ROOT, argv, load, refusal
 
 import train
 from bench.power_cut import Recorder
-from opd import files, judge, trainer
+from opd import cli, disk, files, judge, trainer
 from opd.records import BadInput
 
 STEPS = 5
@@ -62,13 +62,13 @@ def interrupted(world, tmp_path, monkeypatch):
 def killed(monkeypatch, words):
     """Runs train.py until it moves the finished model to its place."""
 
-    def die(old, new, real=files.rename_durably):
+    def die(old, new, real=disk.rename_durably):
         if old.name == "final":
             raise Killed
         real(old, new)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "rename_durably", die)
+        patch.setattr(disk, "rename_durably", die)
         with pytest.raises(Killed):
             train.main(words)
 
@@ -204,7 +204,7 @@ def test_a_finished_model_that_is_damaged_is_not_complete(
 
 
 def test_a_second_trainer_is_refused_until_the_first_has_ended(world, tmp_path, capsys):
-    lock = files.open_locked(tmp_path / "m.lock")
+    lock = disk.open_locked(tmp_path / "m.lock")
     for more in ({}, {"overwrite": True}):
         message = refusal(train.main, flags(world, tmp_path / "m", **more), capsys)
         assert "another process is training into this folder" in message
@@ -267,9 +267,9 @@ def test_warnings_and_alarms_after_a_resume_are_those_of_an_undisturbed_run(
 
 def test_left_over_failures_are_exit_code_3():
     for summary in ({"failed": 0}, {}, None):
-        files.run(lambda: summary)
+        cli.run(lambda: summary)
     with pytest.raises(SystemExit) as end:
-        files.run(lambda: {"failed": 2})
+        cli.run(lambda: {"failed": 2})
     assert end.value.code == 3
 
 
@@ -283,12 +283,12 @@ def started(code, **more):
 
 TALK = """
 import time
-from opd import files
+from opd import cli
 def main():
     for i in range(100_000):
         print("é", i, flush=True)
         time.sleep(0.001)
-files.run(main)
+cli.run(main)
 """
 
 
@@ -353,7 +353,7 @@ def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
                 try:
-                    files.run(lambda: train.main(words))
+                    cli.run(lambda: train.main(words))
                 except SystemExit as end:
                     file.flush()
                     os._exit(end.code)

@@ -16,7 +16,7 @@ from fake_server import FakeServer, event  # noqa: E402
 
 from bench import faults_server  # noqa: E402
 from bench.faults_server import Stages, reply, short_pauses, words  # noqa: E402
-from opd import files, redact, served  # noqa: E402
+from opd import cli, files, redact, served  # noqa: E402
 from opd.judge import document  # noqa: E402
 from opd.records import BadInput  # noqa: E402
 from opd.served import Server  # noqa: E402
@@ -176,7 +176,7 @@ def asked_through(stages, name, out, raw):
             flags |= {"cache": out / "cache.jsonl", "re-asks": 1}
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
             with contextlib.suppress(SystemExit):
-                files.run(lambda: main([*given, *words(**flags)]))
+                cli.run(lambda: main([*given, *words(**flags)]))
     written = [path.read_text(encoding="utf-8") for path in out.rglob("*") if path.is_file()]
     return shown.getvalue() + "".join(written)
 
@@ -248,7 +248,7 @@ def test_characters_that_nobody_sees_are_written_out(tmp_path, capsys):
     assert json.loads(document({"answer": UNSEEN})) == {"answer": UNSEEN}
     row = {"id": f"p{UNSEEN}", "messages": [{"role": f"r{UNSEEN}", "content": "x"}]}
     with pytest.raises(SystemExit):
-        files.run(lambda: files.main(argv("check", dump(tmp_path / "p.jsonl", [row, row]))))
+        cli.run(lambda: files.main(argv("check", dump(tmp_path / "p.jsonl", [row, row]))))
     assert not set(capsys.readouterr().err) & set(UNSEEN)
     assert not set(files.named([(f"p{UNSEEN}", 0)])) & set(UNSEEN)
 

@@ -12,7 +12,7 @@ from test_rubric import rollout
 import rubric
 from experiments import real_checks, real_pair
 from experiments.study import Run
-from opd import files, records
+from opd import disk, records
 from opd.policy import load_tokenizer
 from opd.records import BadInput
 from worlds import sums
@@ -74,7 +74,7 @@ def test_a_killed_arm_ends_as_an_undisturbed_one(whole, tmp_path, monkeypatch, p
 
 def test_a_study_is_run_once_at_a_time(tmp_path):
     (tmp_path / "results.jsonl").touch()
-    with files.open_locked(tmp_path / "results.jsonl.lock"):
+    with disk.open_locked(tmp_path / "results.jsonl.lock"):
         with pytest.raises(BadInput, match="results.jsonl: another process is running"):
             real_pair.main([*WORDS, str(tmp_path)])
     assert list(tmp_path.glob("*/*")) == []  # nothing was begun

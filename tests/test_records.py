@@ -21,7 +21,7 @@ import methods.prefix  # noqa: F401  declares fields
 import methods.simct  # noqa: F401
 import methods.sod.weights  # noqa: F401
 import methods.sparse_to_dense  # noqa: F401  declares a kind
-from opd import files, records
+from opd import cli, disk, files, records
 from opd.files import Table, Writer, read
 from opd.records import BadInput
 
@@ -674,7 +674,7 @@ def test_two_writers_of_one_file_are_refused(path):
 
 WRITE_MANY = """
 import resource, signal, sys
-from opd import files
+from opd import cli, files
 def main():
     path, count, limit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     if limit:  # a file may not grow beyond this: the same failure as a full disk
@@ -688,7 +688,7 @@ def main():
             out.write(*(r for r in new if (str(r["id"]), 0) not in out))
             if i == 0:
                 print("begun", flush=True)
-files.run(main)
+cli.run(main)
 """
 
 
@@ -730,16 +730,16 @@ def test_kill_9_loses_and_doubles_nothing(path):
 
 
 def test_write_atomically_leaves_the_old_file_when_it_fails(path):
-    files.write_atomically(path, "old")
+    disk.write_atomically(path, "old")
 
     def parts():
         yield "new"
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError):
-        files.write_atomically(path, parts())
+        disk.write_atomically(path, parts())
     assert path.read_text() == "old"
-    files.write_atomically(path, iter(["ne", "w ü"]))
+    disk.write_atomically(path, iter(["ne", "w ü"]))
     assert path.read_text(encoding="utf-8") == "new ü"
 
 
@@ -765,9 +765,9 @@ def test_run_turns_bad_input_into_exit_code_2(capsys):
     # a message may quote a file
     assert refusal(raising, BadInput("a\nb \x1b ü"), capsys) == "error: a\\u000ab \\u001b ü\n"
     with pytest.raises(SystemExit, match="130"):
-        files.run(partial(raising, KeyboardInterrupt()))
+        cli.run(partial(raising, KeyboardInterrupt()))
     with pytest.raises(RuntimeError):  # a bug is not bad input: it keeps its traceback
-        files.run(partial(raising, RuntimeError("bug")))
+        cli.run(partial(raising, RuntimeError("bug")))
 
 
 def test_guess_kind_looks_past_blanks_and_says_prompts_when_it_cannot_tell(path):

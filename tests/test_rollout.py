@@ -23,7 +23,7 @@ from conftest import (
 from fake_server import FakeServer
 
 import rollout
-from opd import files, sampling, scoring, tensors
+from opd import cli, sampling, scoring, tensors
 from opd import policy as policies
 from opd.kernel import linear_logp, token_numbers
 
@@ -117,8 +117,8 @@ def test_on_a_terminal_a_bar_tells_tokens_a_second_and_time_left(
     world, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    every = partial(files.tqdm, mininterval=0, miniters=1)  # it waits for 0.1 s by default
-    monkeypatch.setattr(files, "tqdm", every)
+    every = partial(cli.tqdm, mininterval=0, miniters=1)  # it waits for 0.1 s by default
+    monkeypatch.setattr(cli, "tqdm", every)
     sample(world, tmp_path / "r.jsonl", batch_tokens=200)
     told = capsys.readouterr().err
     assert "r.jsonl: 100%" in told and "tokens/s" in told and "answers: " in told

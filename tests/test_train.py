@@ -39,7 +39,7 @@ import rollout
 import teacher
 import train
 from methods.rows import METHODS
-from opd import batches, files, kernel, pairs, records
+from opd import batches, disk, kernel, pairs, records
 from opd import loss as losses
 from opd import policy as policies
 from opd import trainer as trainers
@@ -696,11 +696,11 @@ class Killed(BaseException):
 
 
 PLACES = {  # what dies: function, on the n-th call (from 0) whose first argument ends like this
-    "before the log line": (files, "append_whole", 3, ""),
+    "before the log line": (disk, "append_whole", 3, ""),
     "model half written": (trainers, "save_file", 3, ""),
-    "model written, LATEST still old": (files, "write_atomically", 3, "LATEST"),
+    "model written, LATEST still old": (disk, "write_atomically", 3, "LATEST"),
     "LATEST new, old checkpoint still there": (shutil, "rmtree", 2, "step-"),
-    "everything saved, not yet renamed": (files, "rename_durably", 0, "/final"),
+    "everything saved, not yet renamed": (disk, "rename_durably", 0, "/final"),
     "renamed, partial still there": (shutil, "rmtree", 0, ".partial"),
 }
 

@@ -22,7 +22,7 @@ from functools import partial
 from types import SimpleNamespace
 
 from opd.chat import render
-from opd.files import run
+from opd.cli import run
 from opd.policy import identity_of
 from opd.tools import Episode, Toolbox
 from worlds.build import (

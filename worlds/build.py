@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from opd.files import parser, rename_durably, sync_tree, write_atomically
+from opd.cli import parser
+from opd.disk import rename_durably, sync_tree, write_atomically
 from opd.records import BadInput
 
 # width, layers, heads

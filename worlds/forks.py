@@ -29,7 +29,7 @@ All three splits hold the same 8 problems, for there are no others: this world a
 policy can write, not whether it generalises.
 """
 
-from opd.files import run
+from opd.cli import run
 from worlds.build import (
     build_tokenizer,
     new_folder,

@@ -52,7 +52,8 @@ from functools import partial
 import numpy as np
 from tokenizers import Tokenizer, models, trainers
 
-from opd.files import read, run
+from opd.cli import run
+from opd.files import read
 from opd.records import BadInput
 from worlds.build import (
     END,

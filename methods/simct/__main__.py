@@ -7,12 +7,12 @@ Scores of rollouts, unit by unit (units.py), and the units of a text (align.py):
 """
 
 from methods.simct import align, units
-from opd import files
+from opd import cli
 
 
 def main(argv=None):
-    return files.dispatch(__doc__, {"score": units.main, "align": align.main}, argv)
+    return cli.dispatch(__doc__, {"score": units.main, "align": align.main}, argv)
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

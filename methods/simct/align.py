@@ -43,7 +43,7 @@ from itertools import accumulate
 import regex
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from opd import files
+from opd import cli, files
 from opd.policy import load_tokenizer
 from opd.records import BadInput
 
@@ -343,7 +343,7 @@ def describe_units(student, units, student_ids):
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     p.add_argument("--student", required=True, help="whose tokenizer wrote the answers")
     p.add_argument("--teacher", required=True, help="whose tokenizer they are aligned with")
     source = p.add_mutually_exclusive_group(required=True)

@@ -47,7 +47,7 @@ from methods.simct.align import (
     shared_vocabulary,
     token_bytes,
 )
-from opd import files, records
+from opd import cli, files, records
 from opd.chat import render
 from opd.kernel import linear_logp
 from opd.policy import (
@@ -328,7 +328,7 @@ def add_flags(p):
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     add_flags(p)
     args = p.parse_args(argv)
     pair = load_pair(

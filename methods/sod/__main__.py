@@ -6,12 +6,12 @@ A weight for every step (weights.py):
 """
 
 from methods.sod import weights
-from opd import files
+from opd import cli
 
 
 def main(argv=None):
-    return files.dispatch(__doc__, {"weigh": weights.main}, argv)
+    return cli.dispatch(__doc__, {"weigh": weights.main}, argv)
 
 
 if __name__ == "__main__":
-    files.run(main)
+    cli.run(main)

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opd import files, records
+from opd import cli, files, records
 from opd.records import LARGEST, NUMBERS, BadInput, Type, declare, list_of, number_in, or_none
 
 DRIFTS = Type("a list of numbers >= 0 or null", list_of(or_none(number_in(0, LARGEST))))
@@ -212,7 +212,7 @@ def open_tables(rollouts, scores, own):
 
 
 def main(argv=None):
-    p = files.parser(__doc__)
+    p = cli.parser(__doc__)
     add_flags(p)
     args = p.parse_args(argv)
     rollouts, scores, own = open_tables(args.rollouts, args.scores, args.own_scores)
