@@ -202,7 +202,7 @@ class Trial(study.Trial):
     def round(self):
         how = self.how
         if how.source == "facts":
-            rollouts = self.toy / "facts.jsonl"
+            rollouts = self.data / "facts.jsonl"
             options = dict(epochs=self.settings.facts_epochs, batch_size=None)
         elif how.source == "answers":
             rollouts, tokens = self.given(self.number)
@@ -251,7 +251,7 @@ class Trial(study.Trial):
         columns = super().columns(score, n, final)
         columns["pass@n"] = score[f"pass@{n}"]
         if final:
-            facts = self.evaluate(self.toy / "facts_prompts.jsonl", 4)
+            facts = self.evaluate(self.data / "facts_prompts.jsonl", 4)
             columns["facts"] = facts["accuracy"]
         return columns
 

@@ -165,7 +165,7 @@ class OpsdTrial(Trial):
     def ask_teacher(self, rollouts):
         teacher = self.run.world / "base" if "teacher" in self.how else self.start
         self.teacher = self.model if self.how.get("live") else teacher
-        prompts = self.toy / f"{self.how.get('prompts', 'told_train')}.jsonl"
+        prompts = self.data / f"{self.how.get('prompts', 'told_train')}.jsonl"
         top_k = 1000 if self.method == "opd-full" else None
         scores, done = self.teach(rollouts, prompts=prompts, top_k=top_k)
         self.signal["kl"] = done["kl_mean"]

@@ -170,7 +170,7 @@ class PrefixTrial(Trial):
     def columns(self, score, n, final):
         columns = {}
         if final:
-            columns["dev_accuracy"] = self.evaluate(self.toy / "dev.jsonl", n)["accuracy"]
+            columns["dev_accuracy"] = self.evaluate(self.data / "dev.jsonl", n)["accuracy"]
         return columns | super().columns(score, n, final)
 
     def teach_contrast(self, rollouts):

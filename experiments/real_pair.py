@@ -186,10 +186,10 @@ class Trial(study.Trial):
         self.rows = []  # result lines so far
         self.start = s.student
         self.teacher = s.teacher
-        self.toy = Path(s.problems)  # where Trial looks for problems
+        self.data = Path(s.problems)
         if self.run.smoke:
-            self.toy = self.run.world / "toy"
-            self.start, self.teacher = str(self.toy / "student"), str(self.toy / "teacher")
+            self.data = self.run.world / "toy"
+            self.start, self.teacher = str(self.data / "student"), str(self.data / "teacher")
         vocabularies = [load_tokenizer(x).get_vocab() for x in (self.start, self.teacher)]
         self.same_vocabulary = vocabularies[0] == vocabularies[1]
         if self.arm == "teacher":

@@ -200,7 +200,7 @@ class SimctTrial(Trial):
             self.rounds = 0
         if self.arm != "teacher":
             self.start = self.folder / f"student-{self.how['vocabulary']}"
-        self.toy = self.run.world / MAIN
+        self.data = self.run.world / MAIN
 
     def round(self):
         s = self.settings

@@ -327,7 +327,7 @@ class Trial(study.Trial):
         self.length = s.hot_rounds if how.hot else s.rounds
         if how.eos:
             self.length = s.eos_rounds
-            self.toy = world / "eos"
+            self.data = world / "eos"
             self.teacher = world / "eos-teacher"
         self.rounds = -(-self.length // s.eval_every) if self.gold else self.length
         if not how.source:
@@ -404,7 +404,7 @@ class Trial(study.Trial):
         return super().evaluate(prompts, n, out=self.place / prompts.name, **options)
 
     def columns(self, score, n, final):
-        dev = self.evaluate(self.toy / "dev.jsonl", self.settings.eval_n)["accuracy"]
+        dev = self.evaluate(self.data / "dev.jsonl", self.settings.eval_n)["accuracy"]
         if dev > self.best_dev and self.rounds:
             self.best_dev = dev
             self.keep_best()

@@ -397,7 +397,7 @@ class Trial:
         self.arm = arm
         self.how = how
         self.folder = run.out / f"seed{seed}"
-        self.toy = run.world / "toy"
+        self.data = run.world / "toy"  # train, dev and heldout.jsonl
         self.teacher = run.world / "teacher"
         self.start = self.teacher if arm == "teacher" else self.folder / "student"
         self.rounds = run.settings.rounds  # 0 for an arm that is only measured
@@ -462,12 +462,12 @@ class Trial:
     @property
     def prompts(self):
         """The problems that are trained on."""
-        return self.toy / "train.jsonl"
+        return self.data / "train.jsonl"
 
     @property
     def heldout(self):
         """The problems that arms are measured on."""
-        return self.toy / f"{self.settings.eval_split}.jsonl"
+        return self.data / f"{self.settings.eval_split}.jsonl"
 
     def generation(self):
         """How answers are sampled, in rounds and in evaluations."""

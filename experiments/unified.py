@@ -272,7 +272,7 @@ class UnifiedTrial(Trial):
     def setup(self):
         self.turns = turns(self.how, self.settings)
         self.rounds = len(self.turns)
-        self.toy = self.run.world / "forks"
+        self.data = self.run.world / "forks"
         self.done = 0  # rounds
         self.skipped = False
 
@@ -283,7 +283,7 @@ class UnifiedTrial(Trial):
         return super().step(self.done)
 
     def sample(self, name, n):
-        prompts = self.toy / f"{name}.jsonl"
+        prompts = self.data / f"{name}.jsonl"
         return self.evaluate(prompts, n, out=self.place / f"{name}.jsonl")
 
     def examine(self, final):
@@ -305,7 +305,7 @@ class UnifiedTrial(Trial):
             "methods.unified support",
             before=self.start,
             after=self.model,
-            prompts=self.toy / "heldout.jsonl",
+            prompts=self.data / "heldout.jsonl",
             max_tokens=s.max_tokens,
             eps=EPS,
             floor=s.floor,
@@ -335,7 +335,7 @@ class UnifiedTrial(Trial):
             rollouts = self.given(turn, "answers")
             given = dict(teacher=self.teacher) if turn.method == "fkl" else {}
         else:
-            rollouts = self.toy / f"{turn.source}.jsonl"
+            rollouts = self.data / f"{turn.source}.jsonl"
             given = dict(batch_size=s.prompts * s.n // s.updates, steps=s.updates * turn.rounds)
         self.skipped = given is None
         if not self.skipped:
