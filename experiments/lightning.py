@@ -328,7 +328,8 @@ class Trial(study.Trial):
         if self.arm in FINE_TUNED:
             ledger = self.folder / f"ledger-{self.arm}.json"
             self.cost |= json.loads(ledger.read_text())
-        self.sampled = []  # (rollouts, options of train.py) for the rounds until the next sampling
+        # (rollouts, options of train.py) for the rounds until the next sampling
+        self.batches = []
         self.sampled = 0
 
     def clear(self):
@@ -347,8 +348,8 @@ class Trial(study.Trial):
         if how.long:
             refresh, reuse = self.rounds, how.reuse * s.long
         if self.number % refresh == 0:
-            self.sampled = [self.sample() for _ in range(max(1, -(-refresh // reuse)))]
-        rollouts, options = self.sampled[self.number % refresh % len(self.sampled)]
+            self.batches = [self.sample() for _ in range(max(1, -(-refresh // reuse)))]
+        rollouts, options = self.batches[self.number % refresh % len(self.batches)]
         rate = s.sft_learning_rate if how.method == "seqkd" else s.learning_rate * how.rate
         with self.timed("train"):
             self.train(how.method, rollouts, rate, **options)
