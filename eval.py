@@ -67,7 +67,7 @@ def read_answers(path, prompts, partial):
     answers = files.Table(path, "answers")  # a rollout has every field of an answer
     counts = Counter(key[:1] for key in answers.keys())
     most = max(counts.values())
-    failed = Counter(key[:1] for key in files.failed_keys(path))
+    failed = Counter(key[:1] for key in files.wanted_and_failed(path)[1])
     for key in counts.keys() - prompts.keys():
         raise BadInput(f"{path}: id: expected the ids of {prompts.path}, got {key[0]!r}")
     for key in prompts.keys():

@@ -18,9 +18,8 @@ With --tools an answer is an episode (opd/tools.py): `response_ids` holds all of
 is 0 on the tools' outputs, `steps` are [start, end, whether its call had a result], `calls`
 what was asked and said, `final` is the text of the last step, which is the answer.
 
-Simplifications: 1. no prefix sharing between the samples of a prompt; 2. no paged cache or
-speculative decoding: serve large models with vLLM and use --base-url; 3. every step of an
-episode reads its whole context anew.
+Simplifications: 1. the answers of a batch read a prompt once, but each keeps a cache of it;
+2. no paged cache or speculative decoding: serve large models with vLLM and use --base-url.
 """
 
 import opd.quiet  # noqa: F401

@@ -719,7 +719,7 @@ def result_lines(path):
     """The lines of a results file, without one that a kill has torn; [] if there are none."""
     path = Path(path)
     if path.exists():
-        files.cut_torn_line(path)
+        disk.cut_torn_line(path)
     if not path.exists() or not path.stat().st_size:
         return []
     return list(files.read(path, "results"))

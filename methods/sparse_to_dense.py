@@ -48,7 +48,7 @@ def spend(ledger, prompts, purpose, again=False):
         if disk.fcntl:
             # two arms that share a ledger take turns
             disk.fcntl.flock(file, disk.fcntl.LOCK_EX)
-        files.cut_torn_line(path)
+        disk.cut_torn_line(path)
         if os.fstat(file.fileno()).st_size:
             for number, line in enumerate(files.read(path, "labels"), 1):
                 known.setdefault(line["question"], {})[line["spent_on"]] = number

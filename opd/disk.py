@@ -29,6 +29,14 @@ def append_whole(file, lines):
         ) from None
 
 
+def cut_torn_line(path):
+    """A kill can leave half a line at the end of a JSONL file, and a power cut zeros in place
+    of lines that were not on the disk yet: cut it off (its records are made again)."""
+    with open(path, "r+b") as f:
+        whole = sum(len(line) for line in f if line.endswith(b"\n"))
+        f.truncate(whole)
+
+
 def sync(path):
     """Puts the bytes of a file, or the names in a folder, on the disk.  Until then a power cut
     may take them, or leave zeros in their place."""

@@ -26,7 +26,6 @@ import threading
 import time
 from array import array
 from bisect import bisect_left
-from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,7 +160,7 @@ def _lines(path, kind, unfinished=False):
             if KINDS[kind].key:
                 key = key_of(record, kind)
                 if key in seen:
-                    shown = ", ".join(f"{f} {record[f]!r}" for f in KINDS[kind].key)
+                    shown = ", ".join(f"{name} {record[name]!r}" for name in KINDS[kind].key)
                     raise BadInput(
                         f"{place}: duplicate key: {shown} stands on an earlier line too"
                     )
@@ -202,11 +201,6 @@ def wanted_and_failed(path):
         return int(state["wanted"]), {tuple(key) for key in state["failed"]}
     except (OSError, ValueError, KeyError, TypeError):
         return 0, set()
-
-
-def failed_keys(path):
-    """Keys of the records that a stage could not make."""
-    return wanted_and_failed(path)[1]
 
 
 def check_finished(path, kind, found):
@@ -283,7 +277,8 @@ class Table:
         return map(self._read, range(len(self)))
 
     def keys(self):
-        return Keys(self)
+        """In the order of the file."""
+        return map(self.key, range(len(self)))
 
     def key(self, row):
         name = self._names[self._name[row]]
@@ -291,26 +286,6 @@ class Table:
 
     def where(self, key):
         return f"{self.path}:{self._line[self.row(key)]}"
-
-
-class Keys(Set):
-    """The keys of a Table in its order; every walk makes them anew."""
-
-    def __init__(self, table):
-        self.table = table
-
-    def __len__(self):
-        return len(self.table)
-
-    def __contains__(self, key):
-        return key in self.table
-
-    def __iter__(self):
-        return map(self.table.key, range(len(self.table)))
-
-    @classmethod
-    def _from_iterable(cls, keys):
-        return set(keys)
 
 
 def record_for(table, rollout, rollouts):
@@ -342,9 +317,68 @@ def record_for(table, rollout, rollouts):
     return record
 
 
+def without(groups, gone, reason):
+    """groups, a dict by prompt id, less the prompts of `gone`, which are named on the screen;
+    BadInput if none is left."""
+    kept = {name: group for name, group in groups.items() if name not in gone}
+    missing = [(name,) for name in groups if name in gone]
+    if missing:
+        text = f"{len(missing)} of {len(groups)} prompts are left out: {reason}{named(missing)}"
+        if not kept:
+            raise BadInput(text)
+        print(f"WARNING: {text}")
+    return kept
+
+
+def named(keys, most=3):
+    """The first keys in brackets, for messages:  [("t7", 0)] -> " [t7 0]"."""
+    if not keys:
+        return ""
+    shown = printable(", ".join(" ".join(map(str, key)) for key in keys[:most]))
+    return f" [{shown}{', ...' if len(keys) > most else ''}]"
+
+
 # ---- writing
 
 SYNC_SECONDS = 5  # as much of its work a stage may lose when the power goes
+
+
+def _dump(record):
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "replace") + b"\n"  # half a surrogate pair is no text
+
+
+def first_difference(before, now):
+    """The first setting that two JSON objects do not share, in words, or None.
+
+    first_difference({"flags": {"n": 2}}, {"flags": {"n": 4}}) -> "n = 2, now it is 4"."""
+    before, now = (json.loads(json.dumps(x, default=str)) or {} for x in (before, now))
+    names = sorted((before.keys() | now.keys()) - {"config"})
+    if "config" in before:  # a model's, which an earlier version did not write
+        names.append("config")
+    for name in names:
+        old = before.get(name)
+        new = now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            if found := first_difference(old, new):
+                return found
+        elif old != new:
+            return f"{name} = {show(old)}, now it is {show(new)}"
+    return None
+
+
+def hash_file(path, limit=None):
+    """{"bytes", "sha256"} of the first `limit` bytes of a file (of all of it by default)."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: expected a file, but there is no such file")
+    digest = hashlib.sha256()
+    left = Path(path).stat().st_size if limit is None else limit
+    total = 0
+    with open(path, "rb") as f:
+        while block := f.read(min(left - total, 1 << 20)):
+            digest.update(block)
+            total += len(block)
+    return {"bytes": total, "sha256": digest.hexdigest()}
 
 
 class Writer:
@@ -361,7 +395,7 @@ class Writer:
     ):
         self.path = Path(path)
         self.kind = kind
-        self.state = {"settings": settings, "inputs": inputs, "wanted": wanted, "failed": []}
+        self.state = {"settings": settings, "inputs": {}, "wanted": wanted, "failed": []}
         self.done = KeySet()
         # one file may be given for two flags
         inputs = list({Path(p).resolve(): p for p in inputs}.values())
@@ -411,7 +445,7 @@ class Writer:
     def _resume(self, settings, inputs, retry):
         if self.path.stat().st_size:
             self._check_same_run(sidecar_of(self.path), settings, inputs)
-            cut_torn_line(self.path)
+            disk.cut_torn_line(self.path)
         if self.path.stat().st_size:
             self._load_done(retry)
         self.state["inputs"] = {str(p): hash_file(p) for p in inputs}
@@ -590,74 +624,6 @@ def fill(
             f"to try them again"
         )
     return written, failures
-
-
-def without(groups, gone, reason):
-    """groups, a dict by prompt id, less the prompts of `gone`, which are named on the screen;
-    BadInput if none is left."""
-    kept = {name: group for name, group in groups.items() if name not in gone}
-    missing = [(name,) for name in groups if name in gone]
-    if missing:
-        text = f"{len(missing)} of {len(groups)} prompts are left out: {reason}{named(missing)}"
-        if not kept:
-            raise BadInput(text)
-        print(f"WARNING: {text}")
-    return kept
-
-
-def named(keys, most=3):
-    """The first keys in brackets, for messages:  [("t7", 0)] -> " [t7 0]"."""
-    if not keys:
-        return ""
-    shown = printable(", ".join(" ".join(map(str, key)) for key in keys[:most]))
-    return f" [{shown}{', ...' if len(keys) > most else ''}]"
-
-
-def cut_torn_line(path):
-    """A kill can leave half a line at the end of a JSONL file, and a power cut zeros in place
-    of lines that were not on the disk yet: cut it off (its records are made again)."""
-    with open(path, "r+b") as f:
-        whole = sum(len(line) for line in f if line.endswith(b"\n"))
-        f.truncate(whole)
-
-
-def _dump(record):
-    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "replace") + b"\n"  # half a surrogate pair is no text
-
-
-def first_difference(before, now):
-    """The first setting that two JSON objects do not share, in words, or None.
-
-    first_difference({"lr": 1, "flags": {"n": 2}}, {"lr": 1, "flags": {"n": 4}}) -> "n = 2, now
-    it is 4"."""
-    before, now = (json.loads(json.dumps(x, default=str)) or {} for x in (before, now))
-    names = sorted((before.keys() | now.keys()) - {"config"})
-    if "config" in before:  # a model's, which an earlier version did not write
-        names.append("config")
-    for name in names:
-        old = before.get(name)
-        new = now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            if found := first_difference(old, new):
-                return found
-        elif old != new:
-            return f"{name} = {show(old)}, now it is {show(new)}"
-    return None
-
-
-def hash_file(path, limit=None):
-    """{"bytes", "sha256"} of the first `limit` bytes of a file (of all of it by default)."""
-    if not Path(path).is_file():
-        raise BadInput(f"{path}: expected a file, but there is no such file")
-    digest = hashlib.sha256()
-    left = Path(path).stat().st_size if limit is None else limit
-    total = 0
-    with open(path, "rb") as f:
-        while block := f.read(min(left - total, 1 << 20)):
-            digest.update(block)
-            total += len(block)
-    return {"bytes": total, "sha256": digest.hexdigest()}
 
 
 # ---- python -m opd.files check

@@ -31,7 +31,7 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from opd import cli, disk, files, served
+from opd import cli, disk, served
 from opd.judge_prompts import (
     BATCH_VERIFIER,
     HOLISTIC,
@@ -102,7 +102,7 @@ class Cache:
         self.lock = threading.Lock()
         if self.path is None or not self.path.exists():
             return
-        files.cut_torn_line(self.path)  # torn by a kill: that reply is asked for again
+        disk.cut_torn_line(self.path)  # torn by a kill: that reply is asked for again
         for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
             try:
                 entry = json.loads(line)

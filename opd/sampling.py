@@ -47,6 +47,7 @@ def invert(p, fraction):
     exceeds `fraction` [B] in [0, 1) of the whole, in float64."""
     cumulative = p.double().cumsum(-1)
     total = cumulative[:, -1:]
+    # a product near 1 may round up to the total, which no entry exceeds
     wanted = torch.minimum(fraction[:, None] * total, total.nextafter(0 * total))
     index = torch.searchsorted(cumulative, wanted, right=True).clamp(max=p.shape[-1] - 1)
     above = (cumulative.gather(-1, index) - wanted) / p.gather(-1, index)
@@ -100,16 +101,13 @@ class Answer:
 class Row:
     """A row of a batch: the Answer that it writes, and what it reads before it writes on."""
 
-    number: int  # of its prompt
+    index: int  # of its prompt
     draws: np.ndarray  # a uniform for each token that it may write
-    limit: int  # tokens, read or written
+    limit: int  # tokens after the prompt, read or written
     answer: Answer = field(default_factory=Answer)
     unread: list = field(default_factory=list)  # ids
     written: int = 0  # tokens, in all its Answers
     done: bool = False
-
-    def uniform(self):
-        return self.draws[self.written]
 
     def take(self, token, logp, stop):
         """Its next id: one that it has to read, or else the drawn token, which it writes.
@@ -123,13 +121,13 @@ class Row:
         return token
 
     def ends(self, tokens):
-        """Whether its Answer does, after so many tokens in the row."""
+        """Whether its Answer does, after so many tokens behind the prompt."""
         return self.answer.finish_reason == "stop" or self.limit <= tokens
 
     def end(self, end_mass, after_step):
         """Ends its Answer; the row is done unless after_step has something to read."""
         self.answer.end_mass = end_mass
-        more = after_step(self.number, self.answer) if after_step else None
+        more = after_step(self.index, self.answer) if after_step else None
         self.done = more is None
         if not self.done:
             self.unread = list(more)
@@ -166,28 +164,29 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p, afte
     draws [B, longest] of uniforms; max_tokens: a number, or one a row.  Prompts are padded on
     the left, and read once for all their answers; a row leaves the batch when it stops.
 
-    after_step: called with a row and its Answer when it ends.  It returns None, or ids that the
-    row then reads before it writes another Answer; they and a token more must fit max_tokens.
-    What is returned are the last Answers.  The cache stays, so that nothing is read twice, and
-    ids are read one a step, while other rows write."""
+    after_step: called with a row's index and its Answer when that ends.  It returns None, or
+    ids that the row then reads before it writes another Answer; they and a token more must fit
+    max_tokens.  What is returned are the last Answers.  The cache stays, so that nothing is
+    read twice, and ids are read one a step, while other rows write."""
     device = policy.device
-    number = {}  # of each different prompt
-    copies = [number.setdefault(tuple(prompt), len(number)) for prompt in prompts]
+    place = {}  # of each different prompt
+    copies = [place.setdefault(tuple(prompt), len(place)) for prompt in prompts]
     copies = torch.tensor(copies, device=device)
-    ids, mask = left_padded(list(number), device)
+    ids, mask = left_padded(list(place), device)
     position = (mask.cumsum(-1) - 1).clamp(min=0)
     limits = np.broadcast_to(max_tokens, len(prompts)).tolist()
-    rows = [Row(*each) for each in zip(range(len(prompts)), draws, limits)]
+    rows = [Row(i, draws[i], limits[i]) for i in range(len(prompts))]
     stops = torch.tensor(policy.stop_ids, dtype=torch.int64, device=device)
     head = lifted(policy.head)
     cache = None
     batch = rows  # those that are not done
     for t in cli.progress(range(max(limits)), desc=f"{len(rows)} answers", unit="token"):
         logits, cache = next_logits(policy, head, ids, mask, position, cache)
-        if t == 0 and len(number) < len(prompts):
+        if t == 0 and len(place) < len(prompts):
             logits, mask, position = (each[copies] for each in (logits, mask, position))
             cache.reorder_cache(copies)
-        uniform = torch.tensor(np.array([row.uniform() for row in batch]), device=device)
+        uniform = [row.draws[row.written] for row in batch]
+        uniform = torch.tensor(uniform, dtype=torch.float64, device=device)
         tokens, logps = pick(logits, uniform, temperature, top_p)
         if not torch.isfinite(logps).all():
             raise BadInput(
@@ -196,7 +195,7 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p, afte
         drawn = zip(tokens.tolist(), logps.tolist(), torch.isin(tokens, stops).tolist())
         taken = [row.take(*each) for row, each in zip(batch, drawn)]
         ending = [i for i, row in enumerate(batch) if row.ends(t + 1)]
-        for i, share in zip(ending, end_mass(logits[ending], stops)):
+        for i, share in zip(ending, stop_mass(logits[ending], stops)):
             batch[i].end(share, after_step)
         going = [i for i, row in enumerate(batch) if not row.done]
         if not going:
@@ -212,7 +211,7 @@ def sample_batch(policy, prompts, draws, *, max_tokens, temperature, top_p, afte
     return [row.answer for row in rows]
 
 
-def end_mass(logits, stops):
+def stop_mass(logits, stops):
     """List of the probabilities of a token of `stops`, under logits [B, V]."""
     return (logits[:, stops].logsumexp(-1) - logits.logsumexp(-1)).exp().tolist()
 
@@ -467,29 +466,32 @@ def add_sampling_flags(p, n):
     p.add_argument(
         "--max-tokens",
         type=int,
-        default=512,
+        default=Sampling.max_tokens,
         help="longest answer, tools' outputs included; a cut one ends in finish_reason "
         "`length`",
     )
     p.add_argument(
         "--temperature",
         type=float,
-        default=1.0,
+        default=Sampling.temperature,
         help="1 is what the losses assume; 0 is greedy (evaluation)",
     )
     p.add_argument(
-        "--top-p", type=float, default=1.0, help="nucleus mass; below 1 is for evaluation only"
+        "--top-p",
+        type=float,
+        default=Sampling.top_p,
+        help="nucleus mass; below 1 is for evaluation only",
     )
     p.add_argument(
         "--seed",
         type=int,
-        default=0,
+        default=Sampling.seed,
         help="with the stage, the prompt id and the sample number, fixes every answer",
     )
     p.add_argument(
         "--batch-tokens",
         type=int,
-        default=16384,
+        default=Sampling.batch_tokens,
         help="rows x (prompt + max-tokens) held at once: memory against speed",
     )
     p.add_argument(

@@ -819,7 +819,7 @@ def test_fill_counts_failures_and_stops_beyond_the_limit(path, tmp_path):
     written, failures = fill(path, 0.5, odd)
     assert written == 5 and [str(f) for f in failures] == ["1", "3", "5", "7", "9"]
     assert len(list(files.read(path, "rewards"))) == 5, "what failed is named, not missed"
-    assert files.failed_keys(path) == {(str(i), 0) for i in odd}
+    assert files.wanted_and_failed(path)[1] == {(str(i), 0) for i in odd}
     # two failures are no rate yet, three of ten are
     for out, rate, failed, words in (
         (path, 0.1, odd, r"3 of 10 records failed, 5 succeeded .*last: 5\): look"),
