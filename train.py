@@ -23,7 +23,7 @@ Read main, train_steps, optimise, gradient, micro_batch; for ROPD `given`, `teac
 and `support` are empty.
 
 Simplifications: 1. one device; 2. models run in evaluation mode (no dropout), so no random
-state needs saving; 3. rows of a micro-batch are padded, not packed; 4. no LoRA."""
+state needs saving; 3. rows of a micro-batch are padded, not packed."""
 
 import opd.quiet  # noqa: F401
 

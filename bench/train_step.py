@@ -1,9 +1,9 @@
 """One train.py step on a real model: time and peak memory of the process, by log-prob kernel,
-dtype, gradient checkpointing, and round (the second continues the first one's optimiser).
+dtype, gradient checkpointing, rank of LoRA, and round (the second continues the first one's optimiser).
 
     python -m bench.train_step --model FOLDER --out results/train_step.jsonl
     python -m bench.train_step --model FOLDER --kernels auto --dtypes float32 bfloat16 \\
-        --checkpointing 0 1 --rounds 2 --turns 1
+        --checkpointing 0 1 --lora-ranks 0 8 --rounds 2 --turns 1
 
 Makes rollouts of random tokens (by default 8 of 512) and scores for them, then runs `train.py
 --method opd` as a person would, the contenders taking turns: a minute a run of SmolLM2-135M.  A
@@ -64,7 +64,7 @@ def make_records(model, folder, rollouts, length):
             s.write(json.dumps(score) + "\n")
 
 
-def run(model, folder, out, micro, kernel, dtype, checkpointing):
+def run(model, folder, out, micro, kernel, dtype, checkpointing, rank):
     """(seconds of the step, seconds of the process, its peak resident megabytes)."""
     flags = {
         "method": "opd",
@@ -75,6 +75,7 @@ def run(model, folder, out, micro, kernel, dtype, checkpointing):
         "batch-size": 1 << 20,
         "micro-batch-tokens": micro,
         "learning-rate": 1e-6,
+        "optimizer": f"lora_rank={rank}",
         "dtype": dtype,
         "out": out,
     }
@@ -102,6 +103,7 @@ def parse(argv):
     p.add_argument("--kernels", nargs="+", default=["naive", "torch"])
     p.add_argument("--dtypes", nargs="+", default=["float32"])
     p.add_argument("--checkpointing", nargs="+", type=int, default=[0], choices=(0, 1))
+    p.add_argument("--lora-ranks", nargs="+", type=int, default=[0], help="0: without LoRA")
     p.add_argument("--rounds", type=int, default=1)
     p.add_argument("--rollouts", type=int, default=8)
     p.add_argument("--length", type=int, default=512, help="tokens of a rollout")
@@ -114,7 +116,8 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     model = Path(args.model).resolve()
-    contenders = [*itertools.product(args.kernels, args.dtypes, args.checkpointing)]
+    ways = (args.kernels, args.dtypes, args.checkpointing, args.lora_ranks)
+    contenders = [*itertools.product(*ways)]
     rounds = range(1, args.rounds + 1)
     runs = {key: [] for key in itertools.product(contenders, rounds)}
     micro = args.micro_batch * (PROMPT_TOKENS + args.length)
@@ -129,7 +132,7 @@ def main(argv=None):
                     measured = run(start, folder, out, micro, *contender)
                     runs[contender, number].append(measured)
                     start = out
-    for ((kernel, dtype, checkpointing), number), values in runs.items():
+    for ((kernel, dtype, checkpointing, rank), number), values in runs.items():
         step, process, peak = (statistics.median(column) for column in zip(*values))
         row = {
             "bench": "train_step",
@@ -137,6 +140,7 @@ def main(argv=None):
             "kernel": kernel,
             "dtype": dtype,
             "gradient_checkpointing": checkpointing,
+            "lora_rank": rank,
             "round": number,
             "loss_tokens": args.rollouts * args.length,
             "micro_batch_loss_tokens": args.micro_batch * args.length,

@@ -1,7 +1,7 @@
-"""What every training run shares: float32 master weights, AdamW, the schedule, and a folder
-that a killed run continues from, ending in the same bits.
+"""What every training run shares: AdamW, its schedule, and a folder that a killed run
+continues from, ending in the same bits.
 
-    trainer = Trainer(policy, settings)         masters, optimiser
+    trainer = Trainer(policy, settings)         masters (opd/masters.py), optimiser
     with Run(out, identity, ...) as run:        refuses a folder that holds something else
         run.begin(trainer, fresh)               or goes on from its last checkpoint
         for index, step in run.steps(count):    backward passes, whose gradients add up
@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from opd import cli, disk, files
+from opd.masters import masters_of
 from opd.metrics import collapsed
 from opd.policy import NO_CODE, hash_config
 from opd.records import BadInput, show
@@ -50,6 +51,7 @@ class TrainerSettings:
     warmup_steps: int = 0  # of linear warm-up, counted over all rounds
     total_steps: int = 0  # end of the decay over all rounds; 0: this call's last step
     save_every: int = 100
+    lora_rank: int = 0  # of the change of each weight matrix; 0: whole matrices are trained
 
     def check(self):
         """Raises BadInput for a value that makes no sense."""
@@ -82,7 +84,8 @@ def add_trainer_flags(p):
         metavar="NAME=VALUE",
         help="weight_decay (0.01), adam_beta2 (0.999), grad_clip (1.0; 0 is off), schedule "
         "(constant, linear or cosine), warmup_steps (0), total_steps (end of the decay over "
-        "all rounds; by default this call's last step)",
+        "all rounds; by default this call's last step), lora_rank (0; 8: LoRA, of every "
+        "matrix a change of rank 8 is trained)",
     )
     p.add_argument(
         "--micro-batch-tokens",
@@ -127,20 +130,13 @@ def learning_rate(settings, step, total_steps):
 
 
 class Trainer:
-    """A policy's float32 master weights (the weights themselves where they are float32) and
-    AdamW on them."""
+    """What is trained of a policy (opd/masters.py), and AdamW on it."""
 
     def __init__(self, policy, settings):
         self.policy = policy
         self.settings = settings
-        self.parameters = list(policy.model.parameters())
-        self.masters = [
-            p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-            for p in self.parameters
-        ]
-        for p, master in zip(self.parameters, self.masters):
-            if master is not p:
-                p.register_post_accumulate_grad_hook(partial(add_gradient, master))
+        self.parts = masters_of(policy.model, settings.lora_rank)
+        self.masters = [master for part in self.parts for master in part.masters.values()]
         # one pass over memory in place of ten; a tiny model gains nothing
         fused = sum(m.numel() for m in self.masters) > 10_000_000
         self.optimiser = torch.optim.AdamW(
@@ -163,9 +159,8 @@ class Trainer:
         self.optimiser.step()
         self.optimiser.zero_grad()
         with torch.no_grad():
-            for p, master in zip(self.parameters, self.masters):
-                if master is not p:
-                    p.copy_(master)
+            for part in self.parts:
+                part.write()
         return float(norm)
 
     def set_rate(self, rate):
@@ -173,19 +168,18 @@ class Trainer:
             group["lr"] = rate
 
     def named(self):
-        """(name, parameter, master) of every parameter."""
-        names = [name for name, _ in self.policy.model.named_parameters()]
-        return zip(names, self.parameters, self.masters)
+        """(name, master) of all."""
+        return [pair for part in self.parts for pair in part.masters.items()]
 
     def save(self, folder, state, texts):
         """Writes a complete model folder and puts it on the disk.  state: the JSON part of
         trainer/;  texts: {name: content} of other files."""
         tensors = {}
-        for name, p, master in self.named():
+        for name, master in self.named():
             for key, value in self.optimiser.state.get(master, {}).items():
                 tensors[f"{key}/{name}"] = value.contiguous()
-            if master is not p:
-                tensors[f"master/{name}"] = master.detach()
+        for part in self.parts:
+            tensors |= part.saved()
         try:
             remove(folder)  # what a killed run has left of it
             (folder / "trainer").mkdir(parents=True)
@@ -209,38 +203,22 @@ class Trainer:
         try:
             # tensor by tensor, read and not mapped: never two copies of the state in memory
             with safe_open(path, "pt", backend="pread") as saved:
-                names = set(saved.keys())
-                for name, parameter, master in self.named():
-                    if f"master/{name}" in names:
-                        tensor = saved.get_tensor(f"master/{name}")
-                        self._restore_master(master, parameter, tensor, folder, name)
-                    if moments:
-                        self._restore_moments(master, saved, names, name)
+                reads = {name: partial(saved.get_tensor, name) for name in saved.keys()}
+                for part in self.parts:
+                    part.restore(reads, folder)
+                for name, master in self.named() if moments else ():
+                    self._restore_moments(master, reads, name)
         except SafetensorError as error:
             raise BadInput(f"{path}: could not be loaded: {error}") from None
 
-    def _restore_moments(self, master, saved, names, name):
+    def _restore_moments(self, master, reads, name):
         entry = {}
         for key in ("step", "exp_avg", "exp_avg_sq"):
-            if f"{key}/{name}" in names:
+            if read := reads.get(f"{key}/{name}"):
                 on_cpu = key == "step" and not self.optimiser.defaults["fused"]
-                device = "cpu" if on_cpu else master.device
-                entry[key] = saved.get_tensor(f"{key}/{name}").to(device)
+                entry[key] = read().to("cpu" if on_cpu else master.device)
         if entry:
             self.optimiser.state[master] = entry
-
-    @staticmethod
-    def _restore_master(master, parameter, saved, folder, name):
-        """A master weight from a file.  The weights of the folder are these, rounded; BadInput
-        where they are not, for then somebody has changed them since."""
-        close = (saved.to(parameter) - parameter).abs() <= parameter.abs() / 100
-        if not close.all():
-            raise BadInput(
-                f"{folder}/trainer: expected master weights of {name} that round to the "
-                f"folder's weights, got others: the weights were changed after the training; "
-                f"remove the folder's trainer/ to start from them"
-            )
-        master.data.copy_(saved)
 
     def load_weights(self, folder):
         """Puts the weights of a checkpoint back."""
@@ -248,16 +226,6 @@ class Trainer:
         how = {"dtype": model.dtype, "use_safetensors": True}
         saved = type(model).from_pretrained(folder, **how, **NO_CODE)
         model.load_state_dict(saved.state_dict())
-
-
-def add_gradient(master, p):
-    """Moves a gradient to the master weight, as soon as a backward pass has it: those of
-    micro-batches add up in float32, and no two of a whole model are in memory."""
-    if master.grad is None:
-        master.grad = p.grad.float()
-    else:
-        master.grad.add_(p.grad)
-    p.grad = None
 
 
 def run_identity(flags, source, weights, inputs, **more):
