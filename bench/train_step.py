@@ -1,5 +1,6 @@
 """One train.py step on a real model: time and peak memory of the process, by log-prob kernel,
-dtype, gradient checkpointing, rank of LoRA, and round (the second continues the first one's optimiser).
+dtype, gradient checkpointing, rank of LoRA, and round (the second continues the optimiser of
+the first).
 
     python -m bench.train_step --model FOLDER --out results/train_step.jsonl
     python -m bench.train_step --model FOLDER --kernels auto --dtypes float32 bfloat16 \\
