@@ -120,9 +120,14 @@ class LowRank:
                     )
                 x.data.copy_(kept)
         self.written = (self.a.detach().clone(), self.b.detach().clone())
-        if self.start is not None and (read := saved.get(f"start/{self.name}")):
+        if self.start is None:
+            return
+        change = self.change(self.a, self.b)
+        if read := saved.get(f"start/{self.name}"):
             self.start.copy_(read())
-            check_rounded(self.start + self.change(self.a, self.b), self, folder)
+            check_rounded(self.start + change, self, folder)
+        else:  # it was trained in float32
+            self.start.copy_(self.parameter - change)
 
 
 def add_gradient(master, gradient):

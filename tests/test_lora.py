@@ -141,6 +141,18 @@ def test_another_rank_is_refused_and_no_rank_trains_what_was_learnt(world, tmp_p
     assert 0 < min(moved) and max(moved) < 1e-5
 
 
+def test_what_was_learnt_in_float32_goes_on_in_bfloat16_and_back(world, tmp_path):
+    flags = dict(epochs=3, learning_rate=1e-2) | LORA
+    run(world, tmp_path / "m", **flags, fresh_optimizer=True)
+    flags |= dict(steps=1, epochs=None, learning_rate=0, allow="stale")
+    run(world, tmp_path / "half", **flags, model=tmp_path / "m", dtype="bfloat16")
+    run(world, tmp_path / "back", **flags, model=tmp_path / "half", dtype="float32")
+    want = weights(tmp_path / "m")
+    for folder in ("half", "back"):
+        for name, x in weights(tmp_path / folder).items():
+            assert torch.allclose(x.float(), want[name], rtol=2**-7, atol=2**-10)
+
+
 def test_a_score_head_is_trained_whole_and_a_model_without_linear_layers_not_at_all():
     sizes = dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
     sizes |= dict(num_attention_heads=1, num_labels=1)
