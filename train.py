@@ -368,6 +368,7 @@ def main(argv=None):
     method = losses.settings(METHODS, args.method, args.set)
     settings = StepSettings(args.micro_batch_tokens, teacher_top_k=args.teacher_top_k)
     settings = settings.changed(args.compute)
+    optimizer = trainer_settings(args)
     own_files, given_files = input_files(args)
     check_inputs(f"--method {args.method}", method, own_files, given_files, args.teacher)
     check_teacher_flags(method, args.teacher, settings)
@@ -416,7 +417,7 @@ def main(argv=None):
         several = method.on_policy and len(steps) > 1
         old = starting_logps(policy, data, settings) if several else {}
 
-        trainer = Trainer(policy, trainer_settings(args))
+        trainer = Trainer(policy, optimizer)
         run.begin(trainer, args.fresh_optimizer)
         train_steps(trainer, run, steps, data, given, settings, args.seed, old)
         summary = run.finish(data.counts(), taught_by(source, method, data))

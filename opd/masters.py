@@ -2,7 +2,7 @@
 matrix, a change of low rank (LoRA).
 
 A backward pass gives a parameter's gradient to its masters at once: those of micro-batches add
-up in float32, and no two of a whole model are in memory.
+up in float32, and the 16-bit gradients of a whole model never stand beside them.
 
 Simplification: the gradient of a matrix is computed whole also where only a change of low rank
 is trained, which saves memory and no time."""
@@ -55,9 +55,8 @@ class Whole:
 
 class LowRank:
     """A weight matrix W = W_0 + 2 B A, of which A [rank, in] and B [out, rank] are trained
-    (LoRA, arXiv 2106.09685, section 4.1, with alpha = 2 rank: under AdamW another factor is
-    another learning rate).  B starts at 0, A at random numbers that the matrix' name alone
-    decides.
+    (LoRA, arXiv 2106.09685, section 4.1, with alpha = 2 rank).  B starts at 0, A at random
+    numbers that the matrix' name alone decides; weight decay pulls W back to W_0.
 
     The model holds W, so passes over it and readers of its folder see a plain matrix.  From the
     gradient G of W, B gets 2 G A^T and A 2 B^T G."""
@@ -70,16 +69,26 @@ class LowRank:
         a = (2 * torch.rand(rank, columns, generator=numbers) - 1) / columns**0.5
         self.a = a.to(parameter.device).requires_grad_()
         self.b = torch.zeros(rows, rank, device=parameter.device, requires_grad=True)
-        self.written = (self.a.detach().clone(), self.b.detach().clone())
-        # W_0, where 16 bits would lose small steps from W to the next W
+        # in 16 bits W is always rounded from W_0 + 2 B A, never from the last W; in float32 it
+        # moves by what 2 B A has moved, and W_0 is not kept
         self.start = None
         if parameter.dtype != torch.float32:
             self.start = parameter.detach().clone()
+        self.written = self.factors()
         parameter.register_post_accumulate_grad_hook(self.take_gradient)
 
     @property
     def masters(self):
         return {f"{self.name}.lora_A": self.a, f"{self.name}.lora_B": self.b}
+
+    def factors(self):
+        """Copies of A and B."""
+        return self.a.detach().clone(), self.b.detach().clone()
+
+    @staticmethod
+    def change(a, b):
+        """W - W_0, in float32."""
+        return 2 * (b @ a)
 
     @torch.no_grad()
     def take_gradient(self, parameter):
@@ -88,16 +97,12 @@ class LowRank:
         add_gradient(self.b, 2 * (gradient @ self.a.T))
         parameter.grad = None
 
-    def change(self, a, b):
-        """W - W_0, in float32."""
-        return 2 * (b @ a)
-
     @torch.no_grad()
     def write(self):
         new = self.change(self.a, self.b)
         if self.start is None:
             self.parameter.add_(new - self.change(*self.written))
-            self.written = (self.a.detach().clone(), self.b.detach().clone())
+            self.written = self.factors()
         else:
             self.parameter.copy_(self.start + new)
 
@@ -109,25 +114,24 @@ class LowRank:
 
     @torch.no_grad()
     def restore(self, saved, folder):
-        for name, x in self.masters.items():
-            if read := saved.get(f"master/{name}"):
-                kept = read()
-                if kept.shape != x.shape:
-                    raise BadInput(
-                        f"{folder}/trainer: {name}: expected the shape {list(x.shape)}, got "
-                        f"{list(kept.shape)}: it was trained with another lora_rank; remove "
-                        f"the folder's trainer/ to begin a new change of its weights"
-                    )
-                x.data.copy_(kept)
-        self.written = (self.a.detach().clone(), self.b.detach().clone())
-        if self.start is None:
-            return
+        reads = [saved.get(f"master/{name}") for name in self.masters]
+        if None in reads:
+            return  # a part that another model has not
+        for x, read in zip(self.masters.values(), reads):
+            x.copy_(read())
+        self.written = self.factors()
         change = self.change(self.a, self.b)
+        start = None
         if read := saved.get(f"start/{self.name}"):
-            self.start.copy_(read())
-            check_rounded(self.start + change, self, folder)
-        else:  # it was trained in float32
+            start = read().to(change)
+        if self.start is None:
+            if start is not None:  # it was trained in 16 bits
+                self.parameter.copy_(start + change)
+        elif start is None:  # it was trained in float32
             self.start.copy_(self.parameter - change)
+        else:
+            check_rounded(start + change, self, folder, slack=start.abs() + change.abs())
+            self.start.copy_(start)
 
 
 def add_gradient(master, gradient):
@@ -137,11 +141,11 @@ def add_gradient(master, gradient):
         master.grad.add_(gradient)
 
 
-def check_rounded(exact, part, folder):
+def check_rounded(exact, part, folder, slack=0.0):
     """Refuses a folder whose weights are not those that were learnt, rounded: then somebody has
-    changed them since."""
+    changed them since.  slack: what `exact` is the small difference of."""
     now = part.parameter
-    if not ((exact.to(now) - now).abs() <= now.abs() / 100).all():
+    if not ((exact.to(now) - now).abs() <= now.abs() / 100 + slack / 1e5).all():
         raise BadInput(
             f"{folder}/trainer: expected master weights of {part.name} that round to the "
             f"folder's weights, got others: the weights were changed after the training; "
@@ -150,23 +154,28 @@ def check_rounded(exact, part, folder):
 
 
 def masters_of(model, rank=0):
-    """What is trained of a model: all of it; or with a `rank` a LowRank of every matrix of a
-    linear layer but the head, those as small as that whole, and of the rest nothing."""
+    """What is trained of a model: all of it; or with a `rank` a LowRank of the matrix of every
+    torch.nn.Linear but the head, whole where that has fewer numbers, and of the rest nothing
+    (embeddings, norms, experts in one tensor)."""
     if not rank:
         return [Whole(name, p) for name, p in model.named_parameters()]
     model.requires_grad_(False)
     head = model.get_output_embeddings()
+    taken = [] if head is None else [head.weight]
     parts = []
     for name, layer in model.named_modules():
-        if isinstance(layer, torch.nn.Linear) and layer is not head:
-            layer.weight.requires_grad_()
-            if min(layer.weight.shape) > rank:
-                parts.append(LowRank(f"{name}.weight", layer.weight, rank))
-            else:
-                parts.append(Whole(f"{name}.weight", layer.weight))
-    if not parts:
+        if not isinstance(layer, torch.nn.Linear) or any(layer.weight is x for x in taken):
+            continue
+        taken.append(layer.weight)  # layers may share it
+        layer.weight.requires_grad_()
+        rows, columns = layer.weight.shape
+        if rank * (rows + columns) < rows * columns:
+            parts.append(LowRank(f"{name}.weight", layer.weight, rank))
+        else:
+            parts.append(Whole(f"{name}.weight", layer.weight))
+    if not any(isinstance(part, LowRank) for part in parts):
         raise BadInput(
-            f"--optimizer lora_rank: expected a model with linear layers, got "
-            f"{type(model).__name__}"
+            f"--optimizer lora_rank={rank}: expected a model with larger torch.nn.Linear "
+            f"layers beside its head, got {type(model).__name__}"
         )
     return parts

@@ -84,8 +84,8 @@ def add_trainer_flags(p):
         metavar="NAME=VALUE",
         help="weight_decay (0.01), adam_beta2 (0.999), grad_clip (1.0; 0 is off), schedule "
         "(constant, linear or cosine), warmup_steps (0), total_steps (end of the decay over "
-        "all rounds; by default this call's last step), lora_rank (0; 8: LoRA, of every "
-        "matrix a change of rank 8 is trained)",
+        "all rounds; by default this call's last step), lora_rank (0; 8: LoRA, a change of "
+        "rank 8 of every torch.nn.Linear but the head is trained and nothing else)",
     )
     p.add_argument(
         "--micro-batch-tokens",
@@ -416,7 +416,8 @@ class Run:
 
     def begin(self, trainer, fresh):
         """Goes on from the last checkpoint, or else with the starting folder's master weights,
-        and with its moments and step count unless `fresh` or trained by another method."""
+        and with its moments and step count unless `fresh` or trained by another method; with
+        nothing of a folder that was trained with another lora_rank but its weights."""
         self.trainer = trainer
         self.started = time.time()
         self.done = 0  # steps of this call
@@ -466,6 +467,8 @@ class Run:
                 f"{path}: expected a JSON object: it is damaged; remove the folder's trainer/ "
                 f"to start without its moments"
             )
+        if state.get("lora_rank", 0) != self.trainer.settings.lora_rank:
+            return  # another kind of masters: a new start from the folder's weights
         same = state["run"]["flags"]["method"] == self.identity["flags"]["method"]
         self.trainer.load_optimiser(self.source, moments=same and not fresh)
         if same and not fresh:
@@ -510,6 +513,7 @@ class Run:
         os.fsync(self.file.fileno())
         state = {
             "run": self.identity,
+            "lora_rank": self.trainer.settings.lora_rank,
             "done": done,
             "before": self.before,
             "step": self.step + 1,
@@ -537,6 +541,7 @@ class Run:
         }
         state = {
             "run": self.identity,
+            "lora_rank": self.trainer.settings.lora_rank,
             "step": step,
             "tokens": self.tokens,
             "summary": summary,

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 import transformers
-from conftest import load, naive_logps, naive_model, same_bits, weights
-from safetensors.torch import load_file
+from conftest import load, naive_logps, naive_model, same_bits, variant, weights
+from safetensors.torch import load_file, save_file
 from test_train import (
     PLAIN,
     RESUME,
@@ -130,36 +130,93 @@ def test_a_killed_run_and_a_second_round_go_on_with_the_same_bits(
     assert same_bits(weights(tmp_path / "four"), weights(tmp_path / "two_two"))
 
 
-def test_another_rank_is_refused_and_no_rank_trains_what_was_learnt(world, tmp_path, capsys):
-    run(world, tmp_path / "m", **LORA)
-    model = dict(model=tmp_path / "m", allow="stale")
-    message = refused(world, tmp_path, capsys, **model, optimizer=dict(lora_rank=3))
-    assert "lora_A: expected the shape [3, " in message and "got [2, " in message
-    run(world, tmp_path / "rest", **model, steps=1, learning_rate=1e-6)
-    start, rest = weights(tmp_path / "m"), weights(tmp_path / "rest")
-    moved = [float((rest[name] - start[name]).abs().max()) for name in start]
-    assert 0 < min(moved) and max(moved) < 1e-5
+def learnt(folder):
+    """{name: (A, B)} of a folder's matrices."""
+    state = load_file(folder / MOMENTS)
+    names = [
+        name[len("master/") : -len(".lora_A")] for name in state if name.endswith("lora_A")
+    ]
+    names = [name for name in names if f"master/{name}.lora_A" in state]
+    return {n: tuple(state[f"master/{n}.lora_{x}"] for x in "AB") for n in names}
+
+
+def test_another_kind_of_run_starts_from_the_weights_alone(world, tmp_path):
+    """Another rank, or none, has other masters; fresh moments or another method keep these."""
+    flags = dict(method="sft", steps=3) | LORA
+    run(world, tmp_path / "m", **flags, fresh_optimizer=True)
+    start, product = weights(tmp_path / "m"), learnt(tmp_path / "m")
+    flags |= dict(model=tmp_path / "m", learning_rate=0, steps=1, allow="stale")
+    for name, kept, more in (
+        ("rank", False, dict(optimizer=dict(lora_rank=3))),
+        ("whole", False, dict(optimizer=())),
+        ("fresh", True, dict(fresh_optimizer=True)),
+        ("method", True, dict(method="opd")),
+    ):
+        summary = run(world, tmp_path / name, **flags | more)
+        assert summary["step"] == 1 and same_bits(weights(tmp_path / name), start)
+        found = learnt(tmp_path / name)
+        same = {n: all(map(torch.equal, ab, product[n])) for n, ab in found.items()}
+        assert all(same.values()) == kept or name == "whole" and not found
 
 
 def test_what_was_learnt_in_float32_goes_on_in_bfloat16_and_back(world, tmp_path):
     flags = dict(epochs=3, learning_rate=1e-2) | LORA
     run(world, tmp_path / "m", **flags, fresh_optimizer=True)
+    want, product = weights(tmp_path / "m"), learnt(tmp_path / "m")
     flags |= dict(steps=1, epochs=None, learning_rate=0, allow="stale")
     run(world, tmp_path / "half", **flags, model=tmp_path / "m", dtype="bfloat16")
     run(world, tmp_path / "back", **flags, model=tmp_path / "half", dtype="float32")
-    want = weights(tmp_path / "m")
-    for folder in ("half", "back"):
-        for name, x in weights(tmp_path / folder).items():
-            assert torch.allclose(x.float(), want[name], rtol=2**-7, atol=2**-10)
+    kept = load_file(tmp_path / "half" / MOMENTS)
+    half, back = weights(tmp_path / "half"), weights(tmp_path / "back")
+    for name, ab in product.items():
+        for folder in ("half", "back"):
+            assert all(map(torch.equal, learnt(tmp_path / folder)[name], ab))
+        exact = kept[f"start/{name}"].float() + 2 * ab[1] @ ab[0]
+        assert torch.allclose(half[name].float(), want[name], rtol=2**-7, atol=2**-10)
+        assert torch.allclose(back[name], exact, atol=1e-6)
+        assert not torch.allclose(half[name].float(), exact, atol=1e-6)
 
 
-def test_a_score_head_is_trained_whole_and_a_model_without_linear_layers_not_at_all():
+def test_a_bfloat16_folder_whose_weights_were_changed_since_is_refused(world, tmp_path, capsys):
+    flags = dict(dtype="bfloat16") | LORA
+    run(world, tmp_path / "m", **flags, fresh_optimizer=True)
+    changed = weights(tmp_path / "m")
+    name = next(iter(learnt(tmp_path / "m")))
+    changed[name] = changed[name] * 1.1
+    save_file(changed, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    more = dict(model=tmp_path / "m", allow="stale")
+    message = refused(world, tmp_path, capsys, **flags | more)
+    assert f"master weights of {name} that round to the folder's weights" in message
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checkpointing_and_a_tied_head_change_no_bit(world, tmp_path, dtype):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    sizes |= dict(num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    folder = variant(world.base, tmp_path / "tied", model=lambda _: model)
+    flags = dict(method="sft", model=folder, steps=3, dtype=dtype, micro_batch_tokens=100)
+    flags |= dict(rollouts=world.rollouts, prompts=world.prompts) | LORA
+    run(world, tmp_path / "plain", **flags)
+    run(world, tmp_path / "again", **flags, compute=dict(gradient_checkpointing=1))
+    same_run(tmp_path / "again", tmp_path / "plain")
+    embedding = "model.embed_tokens.weight"
+    before, after = weights(folder)[embedding], weights(tmp_path / "plain")[embedding]
+    assert torch.equal(before.to(after.dtype), after)
+
+
+def test_which_matrices_are_trained_and_how():
     sizes = dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
-    sizes |= dict(num_attention_heads=1, num_labels=1)
-    config = transformers.LlamaConfig(**sizes)
-    parts = masters_of(transformers.LlamaForSequenceClassification(config), RANK)
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=1, num_labels=1)
+    model = transformers.LlamaForSequenceClassification(config)
+    parts = masters_of(model, RANK)
     assert [p.name for p in parts if type(p) is Whole] == ["score.weight"]
     assert sum(type(p) is LowRank for p in parts) == 7
-    config = transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)
-    with pytest.raises(BadInput, match="linear layers, got GPT2LMHeadModel"):
-        masters_of(transformers.GPT2LMHeadModel(config), RANK)
+    attention = model.model.layers[0].self_attn
+    attention.k_proj.weight = attention.q_proj.weight
+    assert len(masters_of(model, RANK)) == 7, "a matrix of two layers is one"
+    for kind in (transformers.GPT2LMHeadModel, transformers.GPT2ForSequenceClassification):
+        config = transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)
+        with pytest.raises(BadInput, match=f"torch.nn.Linear layers .*got {kind.__name__}"):
+            masters_of(kind(config), RANK)
