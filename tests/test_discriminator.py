@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import argv, dump, load, refusal, same_bits, variant
+from safetensors.torch import load_file
 from test_train import PLAIN, Recorder
 from transformers import AutoModelForSequenceClassification
 
@@ -16,8 +17,8 @@ import rollout
 import teacher
 from methods import gad
 from methods.gad import load_scorer, pair_weights, verdicts
+from opd import files, records
 from opd import policy as policies
-from opd import records
 from opd.batches import Data, Inputs
 from opd.trainer import Trainer
 
@@ -190,6 +191,18 @@ def test_the_folder_is_a_transformers_classifier_and_goes_on(world, pairs, tmp_p
         for folder in (pairs.d, tmp_path / "d2")
     )
     assert after < before - 1e-3
+
+
+def test_lora_trains_the_score_head_whole_and_freezes_the_embedding(world, pairs, tmp_path):
+    lora = dict(optimizer=dict(lora_rank=2), seed=0, epochs=3)
+    gad.main(learn(world, pairs.answers, tmp_path / "d", **lora))
+    base, found = (load_file(f / "model.safetensors") for f in (world.base, tmp_path / "d"))
+    embedding = "model.embed_tokens.weight"
+    assert torch.equal(found[embedding], base[embedding])
+    drawn = load_scorer(str(world.base), view="text", seed=0).model.score.weight.detach()
+    assert float((found["score.weight"] - drawn).abs().max()) > 1e-3
+    losses = [row["train/loss"] for row in files.read(tmp_path / "d/metrics.jsonl", "metrics")]
+    assert losses[-1] < losses[0] - 1e-2
 
 
 # ---- grading
