@@ -4,8 +4,8 @@ matrix, a change of low rank (LoRA).
 A backward pass gives a parameter's gradient to its masters at once: those of micro-batches add
 up in float32, and the 16-bit gradients of a whole model never stand beside them.
 
-Simplification: the gradient of a matrix is computed whole also where only a change of low rank
-is trained, which saves memory and no time."""
+Simplification: where a change of low rank is trained, the gradient of the matrix is computed
+whole all the same: that saves memory rather than time."""
 
 import zlib
 
