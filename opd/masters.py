@@ -32,7 +32,7 @@ class Whole:
         return {self.name: self.master}
 
     def take_gradient(self, parameter):
-        add_gradient(self.master, parameter.grad.float())
+        add_gradient(self.master, parameter.grad)
         parameter.grad = None
 
     def write(self):
@@ -135,8 +135,9 @@ class LowRank:
 
 
 def add_gradient(master, gradient):
+    """Adds it up in float32."""
     if master.grad is None:
-        master.grad = gradient
+        master.grad = gradient.float()
     else:
         master.grad.add_(gradient)
 
