@@ -121,14 +121,14 @@ class LowRank:
             x.copy_(read())
         self.written = self.factors()
         change = self.change(self.a, self.b)
-        start = None
-        if read := saved.get(f"start/{self.name}"):
-            start = read().to(change)
+        read = saved.get(f"start/{self.name}")
+        if read is None:  # it was trained in float32
+            if self.start is not None:
+                self.start.copy_(self.parameter - change)
+            return
+        start = read().to(change)
         if self.start is None:
-            if start is not None:  # it was trained in 16 bits
-                self.parameter.copy_(start + change)
-        elif start is None:  # it was trained in float32
-            self.start.copy_(self.parameter - change)
+            self.parameter.copy_(start + change)
         else:
             check_rounded(start + change, self, folder, slack=start.abs() + change.abs())
             self.start.copy_(start)

@@ -186,6 +186,7 @@ class Trainer:
             self.policy.model.save_pretrained(folder)
             self.policy.tokenizer.save_pretrained(folder)
             save_file(tensors, folder / MOMENTS)
+            state = state | {"lora_rank": self.settings.lora_rank}
             text = json.dumps(state, indent=1, default=str)
             for name, text in {STATE: text + "\n", **texts}.items():
                 (folder / name).write_text(text, encoding="utf-8")
@@ -513,7 +514,6 @@ class Run:
         os.fsync(self.file.fileno())
         state = {
             "run": self.identity,
-            "lora_rank": self.trainer.settings.lora_rank,
             "done": done,
             "before": self.before,
             "step": self.step + 1,
@@ -541,7 +541,6 @@ class Run:
         }
         state = {
             "run": self.identity,
-            "lora_rank": self.trainer.settings.lora_rank,
             "step": step,
             "tokens": self.tokens,
             "summary": summary,
