@@ -52,32 +52,39 @@ def last_boxed(text):
     return text[found].strip() if found else None
 
 
-def last_marked(text):
-    """What follows the last `####` of a line, else the last `#`s, or None: "## Step 1" is a
-    heading, "#12" and "# 12" are answers."""
-    for mark in ("####", r"#+(?!#|[^\S\n]+[^\W\d_])"):
-        if found := re.findall(rf"^{mark}[^\S\n]*(\S.*)$", text, re.M):
-            return found[-1].strip()
-    return None
+# "## Step 1" and "## 2. Solve": `#`s that begin no answer
+HEADING = r"[^\S\n]+(?:\d+[.):][^\S\n]*)?[^\W\d_]"
+
+
+def last_marked(text, mark):
+    """What follows the last of these marks that begins a line, or None."""
+    found = re.findall(rf"^{mark}[^\S\n]*(\S.*)$", text, re.M)
+    return found[-1].strip() if found else None
 
 
 def last_stated(text):
-    """What follows the last "answer is" or "answer:" in its sentence, or None."""
-    ends = [
-        m.end() for m in re.finditer(r"\banswer(?:\*\*)?(?: is\b:?|:(?:\*\*)?)", text, re.I)
-    ]
+    """What follows the last "answer is", "answer:" or `####` in its sentence, or None."""
+    said = r"^####[^\S\n]*(?=\S)|\banswer(?:\*\*)?(?: is\b:?|:(?:\*\*)?)"
+    ends = [m.end() for m in re.finditer(said, text, re.I | re.M)]
     return re.split(r"\n|\. ", text[ends[-1] :].strip(), maxsplit=1)[0] if ends else None
 
 
 def final_answer(text):
     """The final answer a text commits to, or None: the last \\boxed{...}, else what follows the
-    last `####` of a line, else the last `#`s that begin no heading, else "answer is".
+    last `####` of a line, else the last `#`s, which may begin no heading ("## Step 1"), else
+    the last "answer is" or `####` with words.
 
     final_answer("7+5=12\\n#12") -> "12";   final_answer("... so \\\\boxed{\\\\frac{1}{2}}") ->
                                             "\\\\frac{1}{2}";   final_answer("12") -> None.
     The text is an answer without thoughts (records.final_text)."""
     text = text.strip()
-    return last_boxed(text) or last_marked(text) or last_stated(text) or None
+    return (
+        last_boxed(text)
+        or last_marked(text, rf"####(?!#|{HEADING})")
+        or last_marked(text, rf"#+(?!#|{HEADING})")
+        or last_stated(text)
+        or None
+    )
 
 
 @lru_cache(1 << 12)
