@@ -7,9 +7,9 @@ Reads prompts that have an `answer`, and answers to them: the file --rollouts, o
 samples from --model (kept beside --out as `*.rollouts.jsonl`; --n, 16 answers a prompt by
 default, and every other sampling flag of rollout.py goes with --model).  Writes one line an
 answer: `id`, `sample`, `text`, `correct`, `length` (tokens; null where an API shows none),
-`truncated`, `repetition`, of an episode with tools also `calls` and `tool_limit`.  With
---rewards it also says how well these rewards tell right from wrong answers (ROPD, arXiv
-2605.07396, section 4.3).
+`truncated`, `repetition`, `final` where the answer is not all of the text, of an episode with
+tools also `calls` and `tool_limit`.  With --rewards it also says how well these rewards tell
+right from wrong answers (ROPD, arXiv 2605.07396, section 4.3).
 
 Accuracy is avg@n, the mean over prompts of the share of right answers.  pass@k is the unbiased
 estimator of Chen et al. 2021 (arXiv 2107.03374, eq. 1).  Truncated and repetition rates are
@@ -95,6 +95,8 @@ def grade(rollout, answer, tail, same=equal):
         "truncated": rollout["finish_reason"] == "length",
         "repetition": round(repetition_ratio(records.searched_for_loops(rollout), tail), 3),
     }
+    if "final" in rollout:
+        row["final"] = rollout["final"]
     if "calls" in rollout:
         row["calls"] = [call["ok"] for call in rollout["calls"]]
         row["tool_limit"] = rollout["finish_reason"] == "tool_limit"
@@ -115,7 +117,8 @@ def summarise(evals, tail, threshold):
         right.setdefault(str(row["id"]), []).append(row["correct"])
         lengths.append(row["length"])
         truncated += row["truncated"]
-        repetitive += len(row["text"]) >= tail and row["repetition"] > threshold
+        long = len(records.searched_for_loops(row)) >= tail
+        repetitive += long and row["repetition"] > threshold
         if "calls" in row:
             episodes.append((row["calls"], row["tool_limit"], row["correct"]))
     summary = accuracy(list(right.values()))
@@ -169,23 +172,28 @@ def tool_use(calls, limited, right):
 
 def reward_quality(rewards, evals, answers):
     """How well rewards tell right from wrong: AUC over all answers, and the mean AUC within a
-    prompt's group, which is all that a group advantage sees.  Failed judgements are left
-    out."""
+    prompt's group, which is all that a group advantage sees.  Failed judgements and answers
+    without a reward are left out; `unrewarded` counts these."""
     values = {}
     right = {}
+    unrewarded = 0
     for row in evals:
         key = records.key_of(row, "evals")
+        if key not in rewards:  # of a prompt that rubric.py went on without
+            unrewarded += 1
+            continue
         reward = files.record_for(rewards, answers[key], answers)["reward"]
         if reward is not None:
             values[key] = reward
             right[key] = row["correct"]
     if not values:
-        raise BadInput(f"{rewards.path}: expected rewards, but every judgement failed")
+        raise BadInput(f"{rewards.path}: expected rewards of these answers, but has none")
     within = auc_by_prompt(values, right).values()
     return {
         "reward_auc": auc(list(values.values()), list(right.values())),
         "reward_auc_within": mean_or_none([x for x in within if x is not None]),
         "reward_mean": float(np.mean(list(values.values()))),
+        "unrewarded": unrewarded,
     }
 
 
@@ -214,7 +222,8 @@ def tell(out, summary, asked):
     if "reward_auc" in s:
         print(
             f"eval.py: {out}: of rewards, AUC for correctness {shown(s['reward_auc'])}, "
-            f"within a prompt {shown(s['reward_auc_within'])}, mean {s['reward_mean']:.3f}"
+            f"within a prompt {shown(s['reward_auc_within'])}, mean {s['reward_mean']:.3f}, "
+            f"{s['unrewarded']} answers have none"
         )
 
 
@@ -253,7 +262,9 @@ def main(argv=None):
     add_flags(p)
     args, sampling = p.parse_known_args(argv)
     if args.rollouts and sampling:
-        p.error(f"{' '.join(sampling)}: without --model there is nothing to sample")
+        p.error(
+            f"{' '.join(sampling)}: expected flags of eval.py, got none that --rollouts has"
+        )
     if args.rewards and args.model:
         p.error("--rewards: belong to rollouts that exist already: expected --rollouts")
     if args.tail < 1:

@@ -1,14 +1,16 @@
 """Stage 3: rubrics from contrasts, rewards from rubrics.  The heart of ROPD (arXiv 2605.07396).
 
-    python rubric.py create --prompts P --answers A --rollouts R --out rubrics.jsonl
-    python rubric.py grade --prompts P --rubrics rubrics.jsonl --rollouts R --out rewards.jsonl
+    python rubric.py create --predicates worlds.predicates --prompts P --answers A \
+        --rollouts R --out rubrics.jsonl
+    python rubric.py grade --predicates worlds.predicates --prompts P --rubrics rubrics.jsonl \
+        --rollouts R --out rewards.jsonl
 
 `create` (section 3, eq. 2) looks at m teacher answers and all n rollouts of a prompt and writes
 one rubric for the whole group: 4 to 12 criteria, each a property that an answer has or has
 not, with 1 to 5 points.  `--rubricator contrast` (opd/contrast.py) chooses at most 8 from a
-library of predicates (`--predicates MODULE`): those that at least 3/4 of the teacher's answers
-pass, ranked by how much rarer the rollouts pass them.  `llm` asks a served model (--model,
---base-url).
+library of predicates for the task (worlds.predicates knows running sums): those that at least
+3/4 of the teacher's answers pass, ranked by how much rarer the rollouts pass them.  `llm` asks
+a served model (--model, --base-url).
 
     {"id": "t7", "criteria": [{"id": "c1", "category": "result", "criterion": "The final result
      is ...", "points": 5, "check": ["total_right"], "gap": 0.875}, ...], "rubricator":
@@ -76,10 +78,21 @@ def by_prompt(path, kind, most=None):
 def add_library_flag(p):
     p.add_argument(
         "--predicates",
-        default="worlds.predicates",
         metavar="MODULE",
-        help="contrast, check: the library of predicates, CHECKS of a module or MODULE:NAME",
+        help="contrast, check: the task's library of predicates, CHECKS of a module or "
+        "MODULE:NAME",
     )
+
+
+def served_judge(args, asked, asker, reasons=False):
+    """The Judge that the flags name, or None where nobody asks one."""
+    if asked:
+        return judge.from_flags(args, reasons)
+    if args.model or args.base_url:
+        raise BadInput(
+            f"--model, --base-url: expected {asker}, which asks a served model, got none"
+        )
+    return None
 
 
 def texts(group):
@@ -110,6 +123,12 @@ def rubric_record(prompt, criteria, rubricator, answers, attempts):
     }
 
 
+def drawn_from_others(rubric, rollouts):
+    """Whether a rubric was drawn from others than these rollouts, given as fingerprints."""
+    made_for = rubric.get("drawn_from", {}).get("rollouts")
+    return made_for is not None and set(made_for) != set(rollouts)
+
+
 def create_parser():
     p = cli.parser(__doc__)
     p.add_argument("--prompts", required=True, help="JSONL of prompts")
@@ -132,7 +151,8 @@ def create_parser():
         "--m",
         type=int,
         default=4,
-        help="teacher answers a prompt to draw the rubric from; 1 anchors it to one style",
+        help="teacher answers per prompt that the rubric is drawn from; 1 anchors it to one "
+        "style",
     )
     add_library_flag(p)
     judge.add_flags(p, temperature=0.7, max_tokens=8192)
@@ -141,6 +161,7 @@ def create_parser():
 
 def create(argv):
     args = create_parser().parse_args(argv)
+    cli.check_at_least_1(m=args.m)
     prompts = files.Table(args.prompts, "prompts")
     answers = by_prompt(args.answers, "answers", args.m)
     attempts = by_prompt(args.rollouts, "rollouts")
@@ -153,7 +174,7 @@ def create(argv):
     short = [key for key in attempts if len(answers.get(key, ())) < args.m]
     what = f"{args.answers} has fewer than {args.m} answers (--m) to them"
     attempts = files.without(attempts, short, what)
-    llm = judge.from_flags(args) if args.rubricator == "llm" else None
+    llm = served_judge(args, args.rubricator == "llm", "--rubricator llm")
     settings = {"rubricator": args.rubricator, "m": args.m}
     settings |= llm.settings() if llm else {"predicates": args.predicates}
     name = llm.name if llm else args.rubricator
@@ -161,6 +182,12 @@ def create(argv):
 
     def propose_for(key):
         return propose(question_of(prompts[(key,)]), texts(answers[key]), texts(attempts[key]))
+
+    def outdated(rubric):
+        """Why a rubric is drawn anew: its prompt has got more rollouts since."""
+        group = attempts.get(str(rubric["id"]))
+        if group and drawn_from_others(rubric, [each["fingerprint"] for each in group]):
+            return "drawn from other rollouts"
 
     def work(missing):
         for key, criteria in for_each(llm, propose_for, [key for (key,) in missing]):
@@ -181,7 +208,8 @@ def create(argv):
         settings,
         [args.prompts, args.answers, args.rollouts],
         args.overwrite,
-        limit=served.failure_limit(args),
+        outdated,
+        served.failure_limit(args),
     )
     summary = {"out": args.out, "records": made, "failed": len(failures)}
     summary |= llm.spent() if llm else {}
@@ -246,10 +274,8 @@ def read_rubrics(path, groups, table, frozen):
     for prompt_id, keys in groups.items():
         if frozen or (prompt_id,) not in rubrics:
             continue
-        made_for = rubrics[(prompt_id,)].get("drawn_from", {}).get("rollouts")
-        if made_for is None:
-            continue
-        if set(made_for) != {records.fingerprint(table[key]) for key in keys}:
+        group = [records.fingerprint(table[key]) for key in keys]
+        if drawn_from_others(rubrics[(prompt_id,)], group):
             raise BadInput(
                 f"{path}: id {prompt_id!r}: drawn_from: expected the rollouts of "
                 f"{table.path}, but the rubric was drawn from others: run rubric.py create for "
@@ -349,7 +375,9 @@ def settings_from_flags(args, llm):
         settings["repeats"] = args.repeats
     if args.grader == "answer":
         settings["equality"] = args.equality
-    return settings | (llm.settings() if llm else {"predicates": args.predicates})
+    if args.grader == "check":
+        settings["predicates"] = args.predicates
+    return settings | (llm.settings() if llm else {})
 
 
 def grade(argv):
@@ -362,8 +390,8 @@ def grade(argv):
     prompts = files.Table(args.prompts, "prompts")
     table = files.Table(args.rollouts, "rollouts")
     groups = read_groups(table, prompts, args.prompts, args.grader)
-    served_judge = args.grader in ("judge", "scalar")
-    llm = judge.from_flags(args, args.reason) if served_judge else None
+    asked = args.grader in ("judge", "scalar")
+    llm = served_judge(args, asked, "--grader judge or scalar", args.reason)
     rubrics = references = {}
     if args.grader in ("check", "judge"):
         if not args.rubrics:

@@ -15,10 +15,10 @@ ending where the last token stands.  With --prompts the teacher reads other prom
 student did: a model with the answer in its prompt can teach itself (OPSD, arXiv 2601.18734).
 
 Scoring starts with a self-test: one rollout is scored alone and inside a padded batch (with
---share-prompts in a row with others, where the first ones answer one prompt).  The difference
-is the noise floor; a teacher-student gap below it is no signal.  Token ids mean the same only
-if both models share a token -> id map and a template: both are compared by hash with the
-rollouts.  Another vocabulary is refused, another template unless it is meant.
+--share-prompts behind a shared prompt, if several of the first rollouts have one).  The
+difference is the noise floor; a teacher-student gap below it is no signal.  Token ids mean the
+same only if both models share a token -> id map and a template: both are compared by hash with
+the rollouts.  Another vocabulary is refused, another template unless it is meant.
 
 Simplifications: 1. one teacher a file.
 """
@@ -33,6 +33,8 @@ from opd import cli, files, records, served
 from opd.chat import check_text, render
 from opd.policy import (
     add_model_flags,
+    add_tokenizer_flag,
+    check_tokenizer_flag,
     check_tokens,
     load_policy,
     resume_identity,
@@ -44,6 +46,7 @@ from opd.records import BadInput
 from opd.sampling import ANSWER_STREAM, add_sampling_flags, fill_from_flags
 from opd.scoring import Scorer, proposal_of
 from opd.shared import add_share_flag, share_prompts
+from opd.stats import shown
 
 # ---- answer
 
@@ -95,6 +98,8 @@ def hinted(prompt, hint, where):
             f"{where}: messages: expected one of the user's for --hint to stand in, got none"
         )
     fields = {name: prompt[name] for name in ("answer", "solution") if name in prompt}
+    if isinstance(fields.get("answer"), list):
+        fields["answer"] = fields["answer"][0]  # one of the writings that are right
     fields["question"] = asked[-1]["content"] if asked else prompt["prompt"]
     try:
         text = hint.format(**fields)
@@ -118,6 +123,12 @@ def read_other_prompts(path, hint, tokenizer, template_options, rollouts):
     """{prompt id: token ids} of what the teacher reads in place of the student's prompts."""
     prompts = files.Table(path, "prompts")
     found = {}
+    for rollout in rollouts:
+        if "calls" in rollout:
+            raise BadInput(
+                f"{rollouts.where(records.key_of(rollout, 'rollouts'))}: calls: expected an "
+                f"answer without tools, of which --prompts would not tell the teacher"
+            )
     for name in dict.fromkeys(name for name, _ in rollouts.keys()):  # strings, whatever the ids
         if (name,) not in prompts:
             raise BadInput(
@@ -222,6 +233,7 @@ def add_score_flags(p):
         "answer is {answer}.'; also {solution}",
     )
     add_model_flags(p)
+    add_tokenizer_flag(p)
     p.add_argument(
         "--allow-template-mismatch",
         action="store_true",
@@ -232,6 +244,7 @@ def add_score_flags(p):
 
 
 def check_flags(args):
+    check_tokenizer_flag(args)
     if args.top_k < 0:
         raise BadInput(f"--top-k: expected 0 or more, got {args.top_k}")
     if args.top_k_of and args.top_k:
@@ -252,8 +265,10 @@ def check_flags(args):
 
 
 def summarise(path, rollouts):
-    """log mu - log p_T on the sampled tokens; its mean estimates the reverse KL."""
+    """log mu - log p_T on the sampled tokens; its mean, `kl_mean`, estimates the reverse KL
+    (None where mu sampled at another temperature than 1)."""
     tokens = 0
+    plain = True
     gap_sum = 0.0
     gap_max = 0.0
     for record in files.read(path, "scores"):
@@ -261,12 +276,13 @@ def summarise(path, rollouts):
         gap = np.subtract(rollout["logprobs"], record["logprobs"])
         if "steps" in rollout:  # without the tools' outputs
             gap = np.concatenate([gap[start:end] for start, end, _ in rollout["steps"]])
+        plain &= rollout["temperature"] == 1
         tokens += len(gap)
         gap_sum += gap.sum()
         gap_max = max(gap_max, np.abs(gap).max(initial=0.0))
     return {
         "teacher_tokens": tokens,
-        "kl_mean": float(gap_sum / max(1, tokens)),
+        "kl_mean": float(gap_sum / max(1, tokens)) if plain else None,
         "gap_max": float(gap_max),
     }
 
@@ -349,8 +365,8 @@ def score(argv):
     summary |= summarise(args.out, rollouts) | {"noise_floor": floor}
     print(
         f"teacher.py score: {args.out}: {written} rollouts, {summary['teacher_tokens']} "
-        f"tokens, student - teacher log-prob {summary['kl_mean']:+.4f} nats a token (largest "
-        f"gap {summary['gap_max']:.1e}), noise floor {floor:.1e}"
+        f"tokens, student - teacher log-prob {shown(summary['kl_mean'], '+.4f')} nats a token "
+        f"(largest gap {summary['gap_max']:.1e}), noise floor {shown(floor, '.1e')}"
     )
     return summary
 

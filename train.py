@@ -236,7 +236,7 @@ def add_run_flags(p):
         "--batch-size",
         type=int,
         default=32,
-        help="prompts an optimiser step, each with all its rollouts",
+        help="prompts per optimiser step, each with all its rollouts",
     )
     p.add_argument(
         "--epochs",

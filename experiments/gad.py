@@ -336,9 +336,10 @@ class Trial(Pair):
             return self.grade_by_judge(rollouts)
         if self.how.signal == "answer":
             return self.grade(rollouts, grader="answer")
+        library = {"predicates": "worlds.predicates"}
         given = dict(prompts=self.prompts, answers=self.answers(self.number), m=1)
-        rubrics, _ = self.beside(rollouts, "rubrics", "rubric.py create", **given)
-        return self.grade(rollouts, rubrics=rubrics)
+        rubrics, _ = self.beside(rollouts, "rubrics", "rubric.py create", **library, **given)
+        return self.grade(rollouts, rubrics=rubrics, **library)
 
     def grade_by_judge(self, rollouts):
         """Rewards by the discriminator of the round before, which then learns from these very

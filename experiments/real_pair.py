@@ -338,8 +338,8 @@ class Trial(study.Trial):
         s = self.settings
         if "answer" in self.how:
             return self.grade(rollouts, grader="answer")[0]
-        # the tiny world of --smoke has predicates of its own: the default
-        common = {} if self.run.smoke else {"predicates": "experiments.real_checks"}
+        library = "worlds.predicates" if self.run.smoke else "experiments.real_checks"
+        common = {"predicates": library}
         if s.judge:
             common = dict(model=s.judge, base_url=s.judge_url, timeout=3600)
             common["cache"] = self.place / "judge.jsonl"

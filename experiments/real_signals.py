@@ -266,8 +266,8 @@ def judgements(pair, asked):
     one; and the holistic judge."""
     s = pair.settings
     common = dict(asked)
-    create = {"rubricator": "contrast"}
-    modes = {"": {"grader": "check"}}  # by what they add to the name of a signal
+    create = {"predicates": "worlds.predicates"}  # the sums of --smoke
+    modes = {"": {"grader": "check"} | create}  # by what they add to the name of a signal
     if s.judge:
         common |= dict(model=s.judge, base_url=s.judge_url, cache=pair.path("judge.jsonl"))
         common |= dict(concurrency=s.concurrency, timeout=s.timeout, max_failure_rate=1)

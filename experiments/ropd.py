@@ -65,6 +65,7 @@ class Settings(study.World, study.Rounds):
     )
 
 
+LIBRARY = "worlds.predicates"
 ARMS = {  # create: flags of rubric.py create; view: of the impression; method: row of train.py
     "before": {},
     "sft": dict(method="sft"),
@@ -74,7 +75,7 @@ ARMS = {  # create: flags of rubric.py create; view: of the impression; method: 
     "ropd-paper": dict(create=dict(m=4), method="ropd-paper"),
     "ropd-m1": dict(create=dict(m=1)),
     "ropd-flat": dict(create=dict(m=4), flat=True),
-    "ropd-unchecked": dict(create=dict(m=4, predicates="worlds.predicates:UNCHECKED")),
+    "ropd-unchecked": dict(create=dict(m=4, predicates=f"{LIBRARY}:UNCHECKED")),
     "shuffled": dict(create=dict(m=4), shuffled=True),
     "answer": dict(answer=True),
     "teacher": {},
@@ -152,16 +153,18 @@ class Trial(study.Trial):
             prompts = self.prompts
             return self.beside(self.rollouts, "rewards", command, prompts=prompts, **how)
         rubrics = self.create()
-        verdicts, _ = self.grade(self.rollouts, "verdicts", rubrics=rubrics)
+        common = dict(rubrics=rubrics)
+        verdicts, _ = self.grade(self.rollouts, "verdicts", predicates=LIBRARY, **common)
         shuffled = self.how.get("shuffled")
         name = "flipped" if shuffled else "rewards"
-        rewards = self.control("flip-verdicts", verdicts, name, rubrics=rubrics, rate=noise)
+        rewards = self.control("flip-verdicts", verdicts, name, rate=noise, **common)
         return self.control("shuffle-rewards", rewards[0]) if shuffled else rewards
 
     def create(self):
         """The round's rubrics; returns their file."""
         flat = "flat" in self.how
-        options = dict(prompts=self.prompts, answers=self.answers, **self.how["create"])
+        options = dict(prompts=self.prompts, answers=self.answers, predicates=LIBRARY)
+        options |= self.how["create"]
         name = "drawn" if flat else "rubrics"
         rubrics, _ = self.beside(self.rollouts, name, "rubric.py create", **options)
         if flat:

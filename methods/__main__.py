@@ -19,12 +19,15 @@ def reads(method):
     if method.rewards:
         flags.append("--rewards")
     if method.teacher:
-        flags.append("--scores" if method.own else "--scores or --teacher")
+        scores = "--scores (--top-k)" if method.support else "--scores"
+        flags.append(scores if method.own else f"{scores} or --teacher")
     if method.reference:
         flags.append("--reference")
     if method.token_weight != "one":
         flags.append("--token-weights")
-    if method.given:
+    if method.prefix == "mixed":
+        flags.append("--data (with --scores also --data-scores)")
+    elif method.given:
         flags.append("--data")
     return ", ".join(flags) or "-"
 

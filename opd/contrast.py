@@ -19,6 +19,12 @@ from opd.records import BadInput
 
 def load_library(name):
     """The library MODULE (its CHECKS) or MODULE:NAME."""
+    if not name:
+        raise BadInput(
+            "--predicates: expected MODULE, a library for your task, got none: "
+            "worlds.predicates knows running sums; a served model needs no library: "
+            "--rubricator llm, --grader judge"
+        )
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute or "CHECKS")

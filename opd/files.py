@@ -307,9 +307,8 @@ def record_for(table, rollout, rollouts):
             f"{rollouts.where(key)}, got {record['rollout']}: these {table.kind} were made for "
             f"other rollouts"
         )
-    length = len(rollout["response_ids"])
     field = {"scores": "logprobs", "weights": "weights"}.get(table.kind)
-    if field and len(record[field]) != length:
+    if field and len(record[field]) != (length := len(rollout["response_ids"])):
         raise BadInput(
             f"{where}: {field}: expected {length} values, one per response token, got "
             f"{len(record[field])}"

@@ -120,7 +120,7 @@ def load_weights(name, folder, kind, dtype, device, **options):
     transformers.utils.logging.disable_progress_bar()
     if not weight_files(folder):
         raise BadInput(
-            f"--model {name}: expected safetensors weights in {folder}, found none (pickled "
+            f"{name}: expected safetensors weights in {folder}, found none (pickled "
             f"weights are never loaded)"
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -129,7 +129,7 @@ def load_weights(name, folder, kind, dtype, device, **options):
         model = getattr(transformers, kind).from_pretrained(folder, **options).to(device)
     # truncated or foreign files, no such device, a config of nonsense
     except Exception as error:
-        raise unloadable(f"--model {name}", error) from None
+        raise unloadable(f"model {name}", error) from None
     if is_emulated(model.dtype, model.device):
         print(
             f"WARNING: {name}: this processor has no {str(model.dtype)[6:]} arithmetic, it is "
@@ -161,7 +161,7 @@ def load_config(name, folder):
     try:
         return transformers.AutoConfig.from_pretrained(folder, **NO_CODE)
     except Exception as error:
-        raise unloadable(f"--model {name}", error) from None
+        raise unloadable(f"model {name}", error) from None
 
 
 def unloadable(what, error):
@@ -176,8 +176,7 @@ def find_folder(name):
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise BadInput(
-                f"--model {name}: expected a transformers model folder, but it has no "
-                f"config.json"
+                f"{name}: expected a transformers model folder, but it has no config.json"
             )
         return Path(name)
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -186,7 +185,7 @@ def find_folder(name):
     # the hub raises a dozen unrelated types: bad name, no such repository, no network
     except Exception as error:
         raise BadInput(
-            f"--model {name}: neither a folder here nor a model the hub could give "
+            f"{name}: neither a model folder here nor a model that the hub could give "
             f"({type(error).__name__})"
         ) from None
 
@@ -477,8 +476,7 @@ def add_place_flags(p):
 
 
 def add_model_flags(p):
-    """How a model is loaded, or which folder speaks for a served one; shared with teacher.py
-    score."""
+    """How a model is loaded."""
     p.add_argument(
         "--dtype",
         default="auto",
@@ -486,11 +484,23 @@ def add_model_flags(p):
         help="auto: as the folder stores it",
     )
     add_place_flags(p)
+
+
+def add_tokenizer_flag(p):
+    """Which folder speaks for a served model; `check_tokenizer_flag` refuses it for others."""
     p.add_argument(
         "--tokenizer",
         help="served models: folder whose template and vocabulary the server uses (default: "
         "--model if a folder)",
     )
+
+
+def check_tokenizer_flag(args):
+    if args.tokenizer and not args.base_url:
+        raise BadInput(
+            "--tokenizer: expected --base-url beside it, got none: a model that is loaded here "
+            "has its own"
+        )
 
 
 def served_policy(model, tokenizer=None, template_options=None):

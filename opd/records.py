@@ -228,7 +228,7 @@ EVAL = SAMPLE | {
     "truncated": BOOL,
     "repetition": NUMBER,
 }
-EVAL_MORE = {"calls": BOOLS, "tool_limit": BOOL}
+EVAL_MORE = {"final": TEXT, "calls": BOOLS, "tool_limit": BOOL}
 LABEL = {"id": ID, "question": TEXT, "spent_on": TEXT, "again": ANY}
 RESULT = {"arm": TEXT, "seed": COUNT, "step": COUNT, "accuracy": SHARE}
 QUESTION = {

@@ -17,7 +17,9 @@ from opd.chat import bare, final_text, render
 from opd.kernel import all_logits, lifted
 from opd.policy import (
     add_model_flags,
+    add_tokenizer_flag,
     check_ids,
+    check_tokenizer_flag,
     hidden_at,
     load_policy,
     resume_identity,
@@ -459,7 +461,7 @@ def add_sampling_flags(p, n):
         help="folder, Hugging Face id, or the name a server knows the model by",
     )
     p.add_argument("--prompts", required=True, help="JSONL of prompts")
-    p.add_argument("--n", type=int, default=n, help="answers a prompt")
+    p.add_argument("--n", type=int, default=n, help="answers per prompt")
     p.add_argument(
         "--out", required=True, help="JSONL to write; run again to complete an interrupted file"
     )
@@ -474,13 +476,14 @@ def add_sampling_flags(p, n):
         "--temperature",
         type=float,
         default=Sampling.temperature,
-        help="1 is what the losses assume; 0 is greedy (evaluation)",
+        help="0 is greedy (evaluation); for training 1 with a teacher's numbers, any above 0 "
+        "with rewards",
     )
     p.add_argument(
         "--top-p",
         type=float,
         default=Sampling.top_p,
-        help="nucleus mass; below 1 is for evaluation only",
+        help="nucleus mass; below 1 is for evaluation, and for a teacher's answers",
     )
     p.add_argument(
         "--seed",
@@ -509,6 +512,7 @@ def add_sampling_flags(p, n):
         "(16) of an episode: one more ends it in finish_reason `tool_limit`",
     )
     add_model_flags(p)
+    add_tokenizer_flag(p)
     p.add_argument("--overwrite", action="store_true", help="begin the output anew")
     served.add_flags(p)
 
@@ -559,6 +563,7 @@ def sampler_from_flags(args, need_tokens, stream):
             args.template_options,
         )
     else:
+        check_tokenizer_flag(args)
         policy = load_policy(args.model, args.dtype, args.device, args.template_options)
         sampler = LocalSampler(policy, settings, toolbox)
     determined_by = {

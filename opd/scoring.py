@@ -88,7 +88,9 @@ def proposal_of(rollout, proposals, rollouts, vocabulary, identity):
 
 def noise_floor(policy, rollouts):
     """Largest difference in nats between scoring the first rollout alone and inside a padded
-    batch."""
+    batch with the others; None without others."""
+    if len(rollouts) < 2:
+        return None
     alone = score_batch(policy, [rollouts[0]])[0][0]
     together = score_batch(policy, rollouts)[0][0]
     return float(np.abs(alone - together).max(initial=0.0))

@@ -83,8 +83,9 @@ def add_trainer_flags(p):
         default=[],
         metavar="NAME=VALUE",
         help="weight_decay (0.01), adam_beta2 (0.999), grad_clip (1.0; 0 is off), schedule "
-        "(constant, linear or cosine), warmup_steps (0), total_steps (end of the decay over "
-        "all rounds; by default this call's last step), lora_rank (0; 8: LoRA, a change of "
+        "(constant, linear or cosine), warmup_steps (0), total_steps (where the decay ends, "
+        "counted over all rounds; by default this call's last step, so that each round decays "
+        "to 0), lora_rank (0; 8: LoRA, a change of "
         "rank 8 of every torch.nn.Linear but the head is trained and nothing else)",
     )
     p.add_argument(

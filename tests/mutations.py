@@ -205,6 +205,8 @@ def pairs(record, rng):
 
 GRADED = {"prompts": "prompts", "rollouts": "rollouts"}
 TRAINED = {"rollouts": "rollouts"}
+SUMS = "worlds.predicates"
+CREATE = dict(predicates=SUMS, m=2, max_failure_rate=1)
 
 
 class World:
@@ -279,7 +281,7 @@ class World:
         sod.main(argv("weigh", out=out, **flags))
         flags = dict(prompts=self["prompts"], answers=self["answers"], **on)
         out = self.add("rubrics", "rubrics")
-        rubric.main(argv("create", out=out, m=2, max_failure_rate=1, **flags))
+        rubric.main(argv("create", out=out, **CREATE, **flags))
         out = self.add("evals", "evals")
         eval_stage.main(argv(prompts=self["prompts"], out=out, **on))
         out = self.add("rewards", "rewards")
@@ -337,7 +339,6 @@ def readers():
     created = GRADED | {"answers": "answers"}
     unit_reads = {"rollouts": "rollouts", "prompts": "prompts", "top-k-of": "own"}
     pair = {"model": "foreign", "student": "base"}
-    create = dict(m=2, max_failure_rate=1)
     return {
         "rollout": Reader(rollout.main, (), {"prompts": "prompts"}, student, **small),
         "answer": Reader(teacher.main, ["answer"], {"prompts": "prompts"}, big, **small),
@@ -353,16 +354,21 @@ def readers():
         "score hint": Reader(
             teacher.main, ["score"], GRADED, big, hint="{question} {answer} {solution}"
         ),
-        "create": Reader(rubric.main, ["create"], created, **create),
-        "create resumed": Reader(rubric.main, ["create"], created, None, "rubrics", **create),
+        "create": Reader(rubric.main, ["create"], created, **CREATE),
+        "create resumed": Reader(rubric.main, ["create"], created, None, "rubrics", **CREATE),
         "check": Reader(
-            rubric.main, ["grade"], created | {"rubrics": "rubrics"}, grader="check"
+            rubric.main,
+            ["grade"],
+            created | {"rubrics": "rubrics"},
+            grader="check",
+            predicates=SUMS,
         ),
         "frozen": Reader(
             rubric.main,
             ["grade"],
             GRADED | {"rubrics": "rubrics"},
             grader="check",
+            predicates=SUMS,
             frozen_rubrics=True,
         ),
         "grade": Reader(rubric.main, ["grade"], GRADED, None, "rewards", grader="answer"),

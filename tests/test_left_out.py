@@ -47,6 +47,7 @@ def test_a_stage_goes_on_without_the_prompts_that_another_could_not_make(
     ]
     common = dict(prompts=world.prompts, rollouts=world.rollouts)
     common["answers"] = dump(tmp_path / "answers.jsonl", answers)
+    common["predicates"] = "worlds.predicates"
     rubrics = tmp_path / "rubrics.jsonl"
     rewards = tmp_path / "rewards.jsonl"
     made = rubric.main(argv("create", out=rubrics, **common))

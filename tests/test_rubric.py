@@ -53,11 +53,15 @@ class World:
 
     def create(self, out="c.jsonl", **flags):
         files = dict(prompts=self.prompts, answers=self.answers, rollouts=self.rollouts)
+        if flags.get("rubricator") != "llm":
+            flags = dict(predicates="worlds.predicates") | flags
         return rubric.main(argv("create", out=self.folder / out, **files | flags))
 
     def grade(self, out="w.jsonl", **flags):
         if flags.get("grader") in (None, "judge"):
             flags = {"rubrics": self.folder / "c.jsonl"} | flags
+        if "grader" not in flags:
+            flags = dict(predicates="worlds.predicates") | flags
         files = dict(prompts=self.prompts, rollouts=self.rollouts)
         return rubric.main(argv("grade", out=self.folder / out, **files | flags))
 
@@ -156,12 +160,17 @@ def test_the_library_is_named_by_its_module(w):
 def test_bad_input_is_named(w):
     w.create("m1.jsonl", m=1)
     assert {len(r["drawn_from"]["answers"]) for r in w.rubrics("m1.jsonl").values()} == {1}
-    create, grade = w.create, w.grade
+    create, grade, made = w.create, w.grade, w.folder / "m1.jsonl"
     dump(w.folder / "more.jsonl", [*load(w.rollouts), rollout("zzz", 0, "#1")])
     more = dict(rollouts=w.folder / "more.jsonl")
     for stage, flags, words in (
         (create, dict(m=5), "fewer than 5 answers"),
+        (create, dict(m=0), "--m: expected at least 1, got 0"),
         (create, dict(predicates="nonsense"), "nonsense"),
+        (create, dict(predicates=None), "--predicates: expected MODULE"),
+        (grade, dict(predicates=None, rubrics=made), "--predicates: expected MODULE"),
+        (create, dict(model="j"), "--model, --base-url: expected --rubricator llm"),
+        (grade, dict(base_url="http://localhost"), "expected --grader judge or scalar"),
         (create, more, "'zzz'"),
         (grade, more | dict(grader="answer"), r"more.jsonl:13: id: .*'zzz'"),
         (grade, dict(rubrics=None), "expected --rubrics"),
@@ -194,6 +203,17 @@ def test_rubrics_of_other_rollouts_are_refused_unless_frozen_ones_are_meant(w):
     with pytest.raises(BadInput, match="drawn_from"):
         w.grade()
     assert w.grade(frozen_rubrics=True)["records"] == 12
+
+
+def test_a_rubric_is_drawn_anew_when_its_prompt_has_got_more_rollouts(w):
+    w.create()
+    before = w.rubrics()
+    dump(w.rollouts, [*load(w.rollouts), rollout("b", len(OWN), "#1")])
+    assert w.create()["records"] == 2
+    after = w.rubrics()
+    assert after["a"] == before["a"]
+    assert len(after["b"]["drawn_from"]["rollouts"]) == len(OWN) + 1
+    assert w.grade()["records"] == 13
 
 
 # ---- controls
