@@ -37,6 +37,8 @@ from opd.answers import add_equality_flag, equal, equality_named, is_correct, re
 from opd.records import BadInput
 from opd.sampling import EVAL_STREAM, add_sampling_flags, fill_from_flags
 from opd.stats import (
+    REPETITIVE,
+    TAIL,
     auc,
     auc_by_prompt,
     interval,
@@ -244,13 +246,13 @@ def add_flags(p):
     p.add_argument(
         "--tail",
         type=int,
-        default=256,
+        default=TAIL,
         help="characters at the end that are searched for repetition (paper: 10000)",
     )
     p.add_argument(
         "--threshold",
         type=float,
-        default=4.0,
+        default=REPETITIVE,
         help="compression ratio that counts as repetitive (paper: 10)",
     )
     add_equality_flag(p)

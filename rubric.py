@@ -84,7 +84,7 @@ def add_library_flag(p):
     )
 
 
-def served_judge(args, asked, asker, reasons=False):
+def judge_from_flags(args, asked, asker, reasons=False):
     """The Judge that the flags name, or None where nobody asks one."""
     if asked:
         return judge.from_flags(args, reasons)
@@ -174,7 +174,7 @@ def create(argv):
     short = [key for key in attempts if len(answers.get(key, ())) < args.m]
     what = f"{args.answers} has fewer than {args.m} answers (--m) to them"
     attempts = files.without(attempts, short, what)
-    llm = served_judge(args, args.rubricator == "llm", "--rubricator llm")
+    llm = judge_from_flags(args, args.rubricator == "llm", "--rubricator llm")
     settings = {"rubricator": args.rubricator, "m": args.m}
     settings |= llm.settings() if llm else {"predicates": args.predicates}
     name = llm.name if llm else args.rubricator
@@ -391,7 +391,7 @@ def grade(argv):
     table = files.Table(args.rollouts, "rollouts")
     groups = read_groups(table, prompts, args.prompts, args.grader)
     asked = args.grader in ("judge", "scalar")
-    llm = served_judge(args, asked, "--grader judge or scalar", args.reason)
+    llm = judge_from_flags(args, asked, "--grader judge or scalar", args.reason)
     rubrics = references = {}
     if args.grader in ("check", "judge"):
         if not args.rubrics:

@@ -34,6 +34,7 @@ from opd.chat import check_text, render
 from opd.policy import (
     add_model_flags,
     add_tokenizer_flag,
+    check_ids,
     check_tokenizer_flag,
     check_tokens,
     load_policy,
@@ -108,7 +109,7 @@ def hinted(prompt, hint, where):
             f"{where}: {missing.args[0]}: expected, for --hint asks for it, but the field is "
             f"missing (there is: {', '.join(fields)})"
         ) from None
-    except (ValueError, IndexError, AttributeError) as error:
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
         raise BadInput(
             f"--hint: expected text with {{question}}, {{answer}} or {{solution}}, and {{{{ "
             f"and }}}} for braces, got {hint!r} ({error})"
@@ -244,7 +245,7 @@ def add_score_flags(p):
 
 
 def check_flags(args):
-    check_tokenizer_flag(args)
+    check_tokenizer_flag(args.tokenizer, args.base_url)
     if args.top_k < 0:
         raise BadInput(f"--top-k: expected 0 or more, got {args.top_k}")
     if args.top_k_of and args.top_k:
@@ -313,6 +314,8 @@ def scorer_from_flags(args):
         scorer.prompts = read_other_prompts(
             args.prompts, args.hint, tokenizer, args.template_options, rollouts
         )
+        for name, ids in scorer.prompts.items():
+            check_ids(ids, f"{args.prompts}: id {name!r}", vocabulary, identity)
     scorer.check_lengths()
     if args.top_k_of:
         scorer.proposals = files.Table(args.top_k_of, "scores")

@@ -88,6 +88,9 @@ def gradient(trainer, data, items, settings, scale=1.0):
     """Adds the gradient of one source of texts, times `scale`, micro-batch by micro-batch.
     Returns (items that counted, their metrics)."""
     norm = data.method.norm
+    items = [s for s in items if s["length"] and s["omega"]]
+    if not items:
+        raise BadInput("a whole optimiser step has no token to train on (loss masks are 0)")
     lengths = [s["length"] for s in items]
     weights = losses.normalised_weights(lengths, norm, [s["omega"] for s in items])
     # a token's part in a mean that is logged, omega left out
@@ -95,9 +98,6 @@ def gradient(trainer, data, items, settings, scale=1.0):
     for item, weight, share in zip(items, weights, shares):
         item["weight"] = np.asarray(weight) * scale
         item["share"] = np.asarray(share)
-    items = [s for s in items if s["length"] and s["omega"]]
-    if not items:
-        raise BadInput("a whole optimiser step has no token to train on (loss masks are 0)")
     metrics = StepMetrics()
     total = sum(item["length"] for item in items)
     with cli.progress(total=total, desc="step", unit="token") as bar:
@@ -331,6 +331,8 @@ def parse(argv):
         steps=args.steps,
         teacher_top_k=args.teacher_top_k,
     )
+    if args.seed < 0:
+        raise BadInput(f"--seed: expected at least 0, got {args.seed}")
     if args.steps and args.epochs:
         raise BadInput("--steps and --epochs both say how long to train: give one of them")
     return args

@@ -19,8 +19,8 @@ import numpy as np
 from experiments.claims import markdown
 from opd import cli, disk, files
 from opd.pictures import COLOURS, check_picture, new_picture, refuse_existing, tidy
-from opd.records import BadInput
-from opd.stats import interval, is_number, mean_or_none
+from opd.records import BadInput, is_number
+from opd.stats import interval, mean_or_none
 
 AXIS = {
     "accuracy": "accuracy on held-out prompts (0-1)",

@@ -21,10 +21,7 @@ from opd.chat import check_text, turn_ids
 from opd.files import Table, guess_kind, record_for, without
 from opd.policy import check_ids, check_tokens, same_template
 from opd.records import BadInput
-from opd.stats import repetition_ratio
-
-TAIL = 256  # characters at the end of a text that are searched for repetition, as in eval.py
-REPETITIVE = 4.0  # their compression ratio from which on a text counts as repetitive
+from opd.stats import REPETITIVE, TAIL, repetition_ratio
 
 
 @dataclass(frozen=True)
@@ -109,13 +106,11 @@ class Data:
         for key in self.rollouts.keys():  # found out now, not after half of the updates
             rollout = self.rollouts[key]
             self._check_source(rollout, self.rollouts.where(key))
-            self.writers[rollout["policy"].get("weights")] = rollout["policy"]["model"]
+            self.writers[rollout["policy"].get("weights") or ""] = rollout["policy"]["model"]
             self.groups.setdefault(key[0], []).append(key)
             if has_token(rollout):
                 trained.add(key[0])
-            # a text may be tokenized later, but one too long for the model is named now
-            if 2 * len(rollout["text"]) > self.policy.positions:
-                self._in_our_tokens(rollout, key)
+            self._in_our_tokens(rollout, key)
             missing = [table for table in lacking if key not in table]
             for table in missing:
                 lacking[table].add(key[0])
@@ -160,10 +155,14 @@ class Data:
         if self.prefix == "self" or self.scores or self.reference:
             check_tokens(rollout, where, ours, self.policy.vocabulary)
         if self._has_our_tokens(rollout):
-            ids = rollout["prompt_ids"] + rollout["response_ids"]
-            check_ids(ids, where, self.policy.vocabulary, ours)
             check_text(self.policy.tokenizer, rollout, where)
-            self.policy.check_length(len(ids), where)
+            self._check_readable(rollout["prompt_ids"] + rollout["response_ids"], where)
+
+    def _check_readable(self, ids, where):
+        """The policy, and a teacher in memory, have rows and positions for these tokens."""
+        for model in filter(None, (self.policy, self.teacher)):
+            check_ids(ids, where, model.vocabulary, model.identity)
+            model.check_length(len(ids), where)
 
     def _check_config(self, writer, where):
         """The same weights under another config are another model."""
@@ -237,7 +236,7 @@ class Data:
     def _check_score(self, score, rollout, where):
         scorer = score["policy"].get("weights")
         writer = rollout["policy"].get("weights")
-        self.scorers[scorer] = score["policy"]["model"]
+        self.scorers[scorer or ""] = score["policy"]["model"]
         if self.prefix == "teacher" and None not in (scorer, writer) and scorer != writer:
             raise BadInput(
                 f"{where}: policy.weights: expected {writer}, the weights that wrote the "
@@ -269,11 +268,8 @@ class Data:
                 f"{where}: topk: expected the {whose}'s distribution, but the field is "
                 f"missing: run teacher.py score with --top-k"
             )
-        largest = records.unpack(score["topk"]["ids"]).max(initial=0)
-        if largest >= self.policy.vocabulary:
-            raise BadInput(
-                f"{where}: topk: expected ids in [0, {self.policy.vocabulary}), got {largest}"
-            )
+        largest = int(records.unpack(score["topk"]["ids"]).max(initial=0))
+        check_ids([largest], f"{where}: topk", self.policy.vocabulary, self.policy.identity)
         size = score["topk"]["ids"]["shape"][1]
         if self._top_k.setdefault(whose, size) != size:
             raise BadInput(
@@ -307,6 +303,7 @@ class Data:
         if self.rewards is None:
             return
         count, failed, flat = len(self.groups), 0, 0
+        rewarded = sum(map(len, self.groups.values()))
         for prompt, keys in list(self.groups.items()):
             rollouts = [self.rollouts[key] for key in keys]
             rewards = [record_for(self.rewards, r, self.rollouts)["reward"] for r in rollouts]
@@ -322,12 +319,13 @@ class Data:
             self.advantages[rows] = advantages
             self.given_rewards[rows] = rewards
             self.omegas[rows] = omegas
-            self.groups[prompt] = [key for key, omega in zip(keys, omegas) if omega]
+            kept = zip(keys, rollouts, omegas)
+            self.groups[prompt] = [key for key, r, omega in kept if omega and has_token(r)]
             if not self.groups[prompt]:
                 self.silent += 1
                 del self.groups[prompt]
         self.signals = {
-            "judge/failure_rate": failed / len(self.rollouts),
+            "judge/failure_rate": failed / rewarded,
             "judge/groups_dropped": self.dropped,
             "reward/zero_variance_groups": flat / max(1, count - self.dropped),
             "reward/groups_without_weight": self.silent,
@@ -458,8 +456,7 @@ class Data:
         """{"prompt_ids", "response_ids", "loss_mask"} of a text-only answer."""
         prompt_ids, ids = turn_ids(self.policy, self._prompt_of(answer, key), answer)
         where = self.rollouts.where(key)
-        check_ids(prompt_ids + ids, where, self.policy.vocabulary, self.policy.identity)
-        self.policy.check_length(len(prompt_ids + ids), where)
+        self._check_readable(prompt_ids + ids, where)
         self.retokenized.add(key)
         return {"prompt_ids": prompt_ids, "response_ids": ids, "loss_mask": [1] * len(ids)}
 
@@ -508,8 +505,8 @@ def answer_ids(policy, answer):
 
 
 def taught_by(source, method, data):
-    """The teachers whose answers a model was fine-tuned on, {weights: name}: those of this
-    data, or what the model's folder says."""
+    """The teachers whose answers a model was fine-tuned on, {weights, "" if unknown: name}:
+    those of this data, or what the model's folder says."""
     if method.prefix == "teacher":
         return data.writers
     kept = Path(source) / "sft_teacher.json"
@@ -537,8 +534,8 @@ def check_teacher(source, method, data):
 
 def described(teachers):
     """{weights: name} in words."""
-    shown = ", ".join(f"{weights} ({name})" for weights, name in teachers.items())
-    return shown or "none on record"
+    names = (f"{weights or 'unknown weights'} ({name})" for weights, name in teachers.items())
+    return ", ".join(names) or "none on record"
 
 
 def plan(groups, batch_size, epochs, max_steps, seed):

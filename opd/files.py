@@ -308,7 +308,8 @@ def record_for(table, rollout, rollouts):
             f"other rollouts"
         )
     field = {"scores": "logprobs", "weights": "weights"}.get(table.kind)
-    if field and len(record[field]) != (length := len(rollout["response_ids"])):
+    length = len(rollout.get("response_ids", ()))
+    if field and len(record[field]) != length:
         raise BadInput(
             f"{where}: {field}: expected {length} values, one per response token, got "
             f"{len(record[field])}"

@@ -337,6 +337,7 @@ USED_BY = {
     "tis_cap": ("reward", "reward+k1", "k2"),
     "advantage_clip": ("k1", "reward+k1", "k2"),
     "baseline": ("k1", "reward+k1"),
+    "teacher_weight": ("reward+k1",),
 }
 
 
@@ -376,9 +377,19 @@ def check_columns(method):
         value = getattr(method, field.name)
         if field.type is float and (not math.isfinite(value) or value < 0):
             raise BadInput(f"{field.name}: expected a finite number, at least 0, got {value}")
+    default = {field.name: field.default for field in dataclasses.fields(method)}
+    unread = {
+        "interpolation": method.divergence != "jsd",
+        "omega_scale": method.omega not in ("accepted", "softmax", "preference"),
+        "reference_support": not method.reference_kl,
+    }
+    for column, is_unread in unread.items():
+        value = getattr(method, column)
+        if is_unread and value != default[column]:
+            raise BadInput(f"{column}: this row does not read it, got {value}")
     for column, users in USED_BY.items():
         value = getattr(method, column)
-        if value not in (0, "none") and method.coefficient not in users:
+        if value != default[column] and method.coefficient not in users:
             raise BadInput(
                 f"{column}: goes with coefficient {' or '.join(users)}, got {value} with "
                 f"{method.coefficient}"
@@ -483,6 +494,8 @@ def group_advantages(rewards, kind, eps=1e-6):
     group_advantages([1.0, 0.5, 0.0], "std")  -> [1.2247, 0.0, -1.2247]   (population std)"""
     if any(r is None for r in rewards):
         return None
+    if max(rewards) == min(rewards):
+        return [0.0] * len(rewards)  # whatever the mean rounds to
     mean = sum(rewards) / len(rewards)
     centred = [r - mean for r in rewards]
     if kind in ("none", "mean"):

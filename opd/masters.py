@@ -127,10 +127,10 @@ class LowRank:
                 self.start.copy_(self.parameter - change)
             return
         start = read().to(change)
+        check_rounded(start + change, self, folder, slack=start.abs() + change.abs())
         if self.start is None:
             self.parameter.copy_(start + change)
         else:
-            check_rounded(start + change, self, folder, slack=start.abs() + change.abs())
             self.start.copy_(start)
 
 

@@ -51,8 +51,6 @@ class StepMetrics:
 def token_metrics(method, numbers, batch, exact):
     """{slash name: [N]} whose means are logged.  numbers: kernel.TokenNumbers; batch, exact: as
     for loss.token_loss."""
-    if not method.teacher and not method.rewards:
-        return {"policy/entropy": numbers.entropy.detach()}
     logp = numbers.logp.detach()
     out = {"policy/entropy": numbers.entropy.detach()}
     if "behaviour_logp" in batch:
@@ -89,7 +87,8 @@ def policy_metrics(method, logp, batch):
     if "teacher_logp" in batch:
         out["kl/teacher"] = batch["behaviour_logp"] - batch["teacher_logp"]
     if method.teacher and not method.rewards:
-        gap = torch.expm1(logp - batch["behaviour_logp"])
+        # bounded, or a token that mu all but excluded makes the squares infinite
+        gap = torch.expm1((logp - batch["behaviour_logp"]).clamp(max=40))
         out["policy/weight_gap"] = gap
         out["policy/weight_square"] = gap**2
     return out
@@ -131,8 +130,9 @@ def sequence_metrics(items):
         "train/sequences": len(items),
         "rollout/on_policy_fraction": float(np.mean([s["own"] for s in items])),
     }
-    if "calls" in items[0]:
-        use = call_use([s["calls"] for s in items], [s["limited"] for s in items])
+    episodes = [s for s in items if "calls" in s]
+    if episodes:
+        use = call_use([s["calls"] for s in episodes], [s["limited"] for s in episodes])
         out |= {f"rollout/{name}": value for name, value in use.items()}
     if "reward" in items[0]:
         out["reward/mean"] = float(np.mean([s["reward"] for s in items]))

@@ -27,9 +27,10 @@ NO_CODE = {"trust_remote_code": False}
 class Policy:
     """A causal language model with its tokenizer, its head as a plain matrix, and its identity.
 
-    `identity` = {"model", "weights", "template", "vocabulary"}: the name and three short
-    hashes.  Equal `weights` means the very same parameters; equal `vocabulary` means the same
-    token -> id map, whatever the size of the embedding."""
+    `identity` holds its name and short hashes: `model`, `weights`, `template`, `vocabulary`,
+    `renders` (see identity_of), of a loaded folder also `config`.  Equal `weights` means the
+    very same parameters; equal `vocabulary` means the same token -> id map, whatever the size
+    of the embedding."""
 
     def __init__(self, model, tokenizer, name, weights, template_options=None):
         self.model = model
@@ -495,8 +496,8 @@ def add_tokenizer_flag(p):
     )
 
 
-def check_tokenizer_flag(args):
-    if args.tokenizer and not args.base_url:
+def check_tokenizer_flag(tokenizer, base_url):
+    if tokenizer and not base_url:
         raise BadInput(
             "--tokenizer: expected --base-url beside it, got none: a model that is loaded here "
             "has its own"

@@ -563,7 +563,7 @@ def sampler_from_flags(args, need_tokens, stream):
             args.template_options,
         )
     else:
-        check_tokenizer_flag(args)
+        check_tokenizer_flag(args.tokenizer, args.base_url)
         policy = load_policy(args.model, args.dtype, args.device, args.template_options)
         sampler = LocalSampler(policy, settings, toolbox)
     determined_by = {

@@ -152,6 +152,8 @@ class Scorer:
         lengths = {key: self.length(key) for key in islice(self.rollouts.keys(), 8)}
         few = []
         for key in sorted(lengths, key=lengths.get):
+            if self.server and not self.rollouts[key]["response_ids"]:
+                continue  # a server is asked for nothing of it
             if not few or (len(few) + 1) * lengths[key] <= self.batch_tokens:
                 few.append(key)
         few = [self.as_read(key) for key in few]
@@ -170,6 +172,9 @@ class Scorer:
 
     def score_served(self, key):
         rollout = self.as_read(key)
+        if not rollout["response_ids"]:
+            nothing = np.zeros((0, self.top_k)) if self.top_k else None
+            return self.record(key, rollout, [], nothing, nothing)
         ids = rollout["prompt_ids"] + rollout["response_ids"]
         scores = self.server.score(ids, len(rollout["prompt_ids"]), self.top_k)
         return self.record(key, rollout, *scores)

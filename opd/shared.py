@@ -10,9 +10,14 @@ must attend to all that the mask shows: models of FAMILIES do, and tests hold ea
 """
 
 import torch
-import transformers
 
-from opd.policy import NO_CODE, find_folder, hidden_at, response_positions, token_batches
+from opd.policy import (
+    find_folder,
+    hidden_at,
+    load_config,
+    response_positions,
+    token_batches,
+)
 from opd.records import BadInput
 
 LONGEST = 2048  # tokens of answers that share a row: the mask grows with the row's square
@@ -131,8 +136,7 @@ def obstacle(config):
 
 def shares_prompts(name):
     """Whether `share_prompts` takes the model of a folder or Hugging Face id."""
-    config = transformers.AutoConfig.from_pretrained(find_folder(name), **NO_CODE)
-    return obstacle(config) is None
+    return obstacle(load_config(name, find_folder(name))) is None
 
 
 def add_share_flag(p):

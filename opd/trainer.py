@@ -63,6 +63,8 @@ class TrainerSettings:
         for name, value in vars(self).items():
             if name != "schedule" and not (math.isfinite(value) and value >= 0):
                 raise BadInput(f"{name}: expected a finite number, at least 0, got {value}")
+        if self.adam_beta2 >= 1:
+            raise BadInput(f"adam_beta2: expected below 1, got {self.adam_beta2}")
         if self.save_every < 1:
             raise BadInput(f"--save-every: expected at least 1, got {self.save_every}")
         if self.total_steps and self.schedule == "constant":
@@ -188,8 +190,8 @@ class Trainer:
             self.policy.tokenizer.save_pretrained(folder)
             save_file(tensors, folder / MOMENTS)
             state = state | {"lora_rank": self.settings.lora_rank}
-            text = json.dumps(state, indent=1, default=str)
-            for name, text in {STATE: text + "\n", **texts}.items():
+            written = json.dumps(state, indent=1, default=str) + "\n"
+            for name, text in {STATE: written, **texts}.items():
                 (folder / name).write_text(text, encoding="utf-8")
             seal(folder)
         except (OSError, SafetensorError) as error:
@@ -382,10 +384,11 @@ class Run:
                 f"--out"
             )
         wrong = damage(self.out, spared=[MOMENTS])
-        if not wrong and "summary" not in read_json(self.out / STATE):
+        state = read_json(self.out / STATE)
+        if not wrong and "summary" not in state:
             wrong = f"{STATE}: expected the summary of a finished run"
         if not wrong:
-            self.finished = read_json(self.out / STATE)["summary"]
+            self.finished = state["summary"]
             shutil.rmtree(self.partial, ignore_errors=True)  # a kill has left it
         elif not self._last_checkpoint():
             raise BadInput(f"{self.out}/{wrong}: {CHANGED}: --overwrite trains it again")
@@ -427,6 +430,9 @@ class Run:
         self.truncated = 0.0
         self.alarms = 0
         if self.overwrite:  # only now, when the new run's inputs are known to be good
+            kept = self.partial / "replaced"
+            if kept.exists() and not self.out.exists():  # a kill has left it there
+                disk.rename_durably(kept, self.out)
             remove(self.partial)
         if saved := self._last_checkpoint():
             self._resume(*saved)
@@ -453,10 +459,10 @@ class Run:
             self.alarms += metrics["alarm/collapse"]
 
     def _continue_optimiser(self, fresh):
-        path = self.source / "trainer" / "state.json"
+        path = self.source / STATE
         if not path.exists():
             return
-        if not path.with_name("optimizer.safetensors").exists():
+        if not (self.source / MOMENTS).exists():
             if fresh:
                 return
             raise BadInput(

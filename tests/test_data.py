@@ -1,6 +1,9 @@
 """opd/batches.py: only what belongs together becomes a training step; groups, weights and ends
 of answers; whose answers they are."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +42,7 @@ from opd import policy as policies
 from opd import records
 from opd.batches import Data, Inputs
 from opd.chat import render
+from opd.metrics import policy_metrics, sequence_metrics
 
 # ---- answers that are texts
 
@@ -71,6 +75,15 @@ def test_only_answers_that_ended_get_an_end_token(world, tmp_path, finish, extra
     summary = run(world, tmp_path / "m", method="sft", rollouts=path)
     assert summary["trained_tokens"] == sum(len(t) + extra for _, t in TEXTS)
     assert summary["retokenized"] == 3
+
+
+def test_a_text_without_a_prompt_is_refused_before_the_first_step(world, tmp_path, capsys):
+    rows = [answer(f"a{i}", text, q) for i, (q, text) in enumerate(TEXTS)]
+    del rows[-1]["messages"]
+    path = dump(tmp_path / "a.jsonl", rows)
+    flags = dict(method="sft", rollouts=path, batch_size=1)
+    assert f"{path}:3: expected tokens" in refused(world, tmp_path, capsys, **flags)
+    assert not (tmp_path / "refused.partial" / "metrics.jsonl").exists()
 
 
 def end_probability(folder, texts):
@@ -246,6 +259,36 @@ def test_the_share_of_clipped_advantages_is_logged(world, base64bit):
     assert got == pytest.approx(np.mean(beyond), abs=1e-3)
 
 
+def test_calls_are_counted_of_episodes_alone():
+    text = dict(length=1, truncated=False, own=True)
+    episode = text | dict(calls=[True, False], limited=False)
+    for items in ([text, episode], [episode, text]):
+        assert sequence_metrics(items)["rollout/calls"] == 2
+
+
+def test_a_token_that_the_sampler_all_but_excluded_leaves_finite_numbers():
+    batch = {"behaviour_logp": torch.tensor([-1e5, -1.0])}
+    numbers = policy_metrics(METHODS["lightning"], torch.tensor([-0.1, -1.0]), batch)
+    assert numbers["policy/weight_square"].isfinite().all()
+
+
+# ---- a teacher in memory
+
+
+def test_a_teacher_without_positions_or_rows_is_refused(world, tmp_path, capsys):
+    short = shutil.copytree(world.teacher, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    model = naive_model(world.teacher).float()
+    model.resize_token_embeddings(12)
+    small = shutil.copytree(world.teacher, tmp_path / "small")
+    model.save_pretrained(small)
+    for folder, words in ((short, "expected at most 8 tokens"), (small, "ids below 12")):
+        flags = dict(method="opd-full", scores=None, teacher=folder)
+        message = refused(world, tmp_path, capsys, **flags)
+        assert words in message and "rollouts.jsonl:1" in message
+
+
 # ---- whose answers
 
 
@@ -409,6 +452,8 @@ def test_files_a_method_needs_are_demanded_and_others_refused(world, tmp_path, c
     "flags",
     [
         *({name: 0} for name in ("batch_size", "epochs", "steps", "save_every")),
+        dict(seed=-1),
+        dict(optimizer=dict(adam_beta2=1)),
         dict(steps=3, epochs=2),
         dict(optimizer=dict(total_steps=50)),
         dict(compute=dict(gradient_checkpointing=2)),

@@ -231,9 +231,11 @@ def test_overwrite_killed_in_the_middle_may_be_run_again(
 ):
     out = tmp_path / "m"
     train.main(flags(world, out, steps=1))
-    for end in (killed, killed):
-        end(monkeypatch, flags(world, out, overwrite=True))
-        assert not out.exists()
+    before = (out / "model.safetensors").read_bytes()
+    for _ in range(2):
+        killed(monkeypatch, flags(world, out, overwrite=True))
+        kept = out.with_name("m.partial") / "replaced" / "model.safetensors"
+        assert kept.read_bytes() == before and not out.exists()
     train.main(flags(world, out, overwrite=True))
     assert content(out) == undisturbed and [p.name for p in tmp_path.iterdir()] == ["m"]
     inside = out.with_name("m.partial") / "step-1"

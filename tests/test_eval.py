@@ -11,6 +11,7 @@ from conftest import argv, dump, load, make_rewards
 
 import eval as evaluation
 import experiments.report as report
+import rubric
 from opd import stats
 from opd.records import BadInput
 
@@ -111,6 +112,8 @@ def summarise(*lines, threshold=4.0):
 def test_short_answers_are_never_repetitive():
     loop = {"text": "4\n" * 127, "repetition": 19.0}  # 254 characters: below the tail
     longer = loop | {"text": "4\n" * 128}
+    transcript = longer | {"calls": [], "tool_limit": False}
+    assert summarise(transcript | {"final": loop["text"]})["repetition_rate"] == 0
     assert summarise(loop)["repetition_rate"] == 0
     assert summarise(loop, longer)["repetition_rate"] == 0.5
     assert summarise(loop, longer, threshold=20.0)["repetition_rate"] == 0
@@ -209,6 +212,18 @@ def test_missing_prompts_and_unequal_samples_are_refused_unless_partial(small):
     s = evaluate(small, partial=True)
     assert (s["n"], s["answers"], s["accuracy"]) == (3, 7, pytest.approx(0.625))
     assert s["pass@3"] == pytest.approx((stats.pass_at_k(4, 1, 3) + 1) / 2)
+
+
+def test_answers_without_a_reward_are_counted(small, tmp_path):
+    rows = load(small["rollouts"])
+    flags = dict(grader="answer", prompts=small["prompts"])
+    for name, some in (("some", rows[:4]), ("other", [rollout("b", 9, "#9")])):
+        path = dump(tmp_path / f"{name}.jsonl", some)
+        rubric.main(argv("grade", **flags, rollouts=path, out=tmp_path / f"{name}.rewards"))
+    s = evaluate(small, rewards=tmp_path / "some.rewards")
+    assert (s["unrewarded"], s["reward_auc"]) == (4, 1)
+    with pytest.raises(BadInput, match="expected rewards of these answers"):
+        evaluate(small, rewards=tmp_path / "other.rewards")
 
 
 def test_rollouts_of_other_prompts_and_other_files_are_refused(small, tmp_path):

@@ -104,6 +104,19 @@ def test_every_matrix_changes_by_a_product_and_nothing_else_does(world, tmp_path
     assert len(moments) == 4 * len(changed), "two for A, two for B"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_were_edited_after_the_training_are_refused(
+    world, tmp_path, capsys, dtype
+):
+    run(world, tmp_path / "m", dtype="bfloat16", learning_rate=1e-2, epochs=3, **LORA)
+    path = tmp_path / "m" / "model.safetensors"
+    edited = {n: w * 0 if "q_proj" in n else w for n, w in load_file(path).items()}
+    save_file(edited, path, metadata={"format": "pt"})
+    flags = dict(method="sft", model=tmp_path / "m", dtype=dtype) | LORA
+    message = refused(world, tmp_path, capsys, **flags)
+    assert "the weights were changed after the training" in message
+
+
 def test_it_learns(world, tmp_path):
     path = one_group(world, tmp_path / "r.jsonl")
     flags = dict(method="sft", rollouts=path, steps=30, learning_rate=1e-2) | LORA

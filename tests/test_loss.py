@@ -113,7 +113,8 @@ COEFFICIENTS = (
 def test_every_pair_of_estimator_and_divergence_is_exact_or_refused(coefficient, kind):
     """Its expected gradient over the policy's own samples is that of the divergence, or check()
     refuses the pair with a reason."""
-    method = teacher_row(coefficient, kind, interpolation=0.3)
+    b = {"interpolation": 0.3} if kind == "jsd" else {}
+    method = teacher_row(coefficient, kind, **b)
     if (coefficient, kind) not in LEGAL:
         with pytest.raises(BadInput):
             losses.check(method)
@@ -276,6 +277,7 @@ def test_group_advantages_have_mean_0_and_a_failed_judgement_leaves_none():
     assert std == pytest.approx([1.2247, 0.0, -1.2247], abs=1e-4)
     # no spread, no signal, no division by zero
     assert losses.group_advantages([0.4, 0.4], "std") == [0.0, 0.0]
+    assert losses.group_advantages([0.1] * 3, "mean") == [0.0] * 3, "their mean is not 0.1"
     assert losses.group_advantages([0.4, None, 1.0], "mean") is None
 
 
@@ -321,6 +323,10 @@ def test_token_weights_by_hand_and_what_weighs_0_leaves_the_normaliser(
         ("ropd", "clip_high", "NAME=VALUE"),
         ("ropd", "clip_high=wide", "expected a float"),
         ("rodp", "norm=token", "expected one of sft"),
+        ("opd", "teacher_weight=5", "goes with coefficient reward"),
+        ("opd-full", "interpolation=0.9", "does not read it"),
+        ("dapo", "omega_scale=0.3", "does not read it"),
+        ("opd", "reference_support=full", "does not read it"),
     ],
 )
 def test_rows_that_would_lie_are_refused(name, overrides, complaint):

@@ -14,8 +14,9 @@ import pytest
 from conftest import ROOT, argv
 from fake_server import END, VOCABULARY, FakeServer, distribution
 
-from opd import served
+from opd import records, served
 from opd.records import BadInput
+from opd.scoring import Scorer
 from opd.served import ServedFailure, Server
 from opd.served_reply import Reply
 
@@ -170,6 +171,15 @@ def test_a_reply_without_the_tokens_or_logprobs_fails_one_request(call, behaviou
     with FakeServer(chat=lambda body: "=4", always=behaviour) as fake:
         with pytest.raises(ServedFailure, match=words):
             call(connect(fake))
+
+
+def test_an_empty_answer_is_scored_without_a_request():
+    row = {"id": "a", "sample": 0, "prompt_ids": [5], "response_ids": [], "text": ""}
+    for k in (0, 3):
+        scorer = Scorer({("a", 0): row}, {"model": "m"}, server=object(), top_k=k)
+        record = scorer.score_served(("a", 0))
+        assert record["logprobs"] == [] and records.validate(record, "scores") is None
+        assert ("topk" in record) == bool(k)
 
 
 # ---- trouble
@@ -335,7 +345,7 @@ def test_map_runs_nothing_after_an_error(concurrency):
 
 INTERRUPTED = """
 import signal, sys
-from opd import served
+from opd import records, served
 # a test run in the background would pass on that it is ignored
 signal.signal(signal.SIGINT, signal.default_int_handler)
 server = served.Server(sys.argv[1], "m", timeout=600)

@@ -196,10 +196,13 @@ def test_hints_are_filled_in():
     assert prompt["messages"][1] is ASKED
     plain = {"prompt": "2+2=", "solution": "see"}
     assert teacher.hinted(plain, "{solution}: {question}", "f:1")["prompt"] == "see: 2+2="
+    several = plain | {"answer": ["4", "four"]}
+    assert teacher.hinted(several, "{question}{answer}", "f:1")["prompt"] == "2+2=4"
     for prompt, hint, message in (
         (prompt, "{solution}", "f:1: solution: expected, .*there is: answer, question"),
         (prompt, "{answer", "--hint: expected text with"),
         (prompt, "{}", "--hint: expected text with"),
+        (prompt, "{question[a]}", "--hint: expected text with"),
         ({"messages": [SYSTEM]}, "{question}", "messages: expected one of the user's"),
     ):
         with pytest.raises(records.BadInput, match=message):
