@@ -10,7 +10,7 @@ of the student's own likely tokens to another: there is feedback and no contrast
 scores whose `topk` are the TEACHER's log-probs of the STUDENT's likeliest tokens (K = 4 in the
 paper), which their field `topk_of` attests: `teacher.py score --top-k 4` by the student, then
 `--top-k-of` that file by the teacher.  It writes kind "weights", a number a response token.
-Section 3 of the paper:
+Section 3 of the paper, as notes on it give it:
 
     margin      M_t = largest - second largest teacher log-prob among the K >= 0, nats
     signal      S_i = log(1 + mean of M_t over the loss tokens of block i)
@@ -265,15 +265,7 @@ def token_weights(mask, kept, cap=20.0):
 
 def weights_record(rollout, rule, weights, kept, scale):
     """A record of kind "weights"; kept: the share of its loss tokens that count."""
-    return {
-        "id": rollout["id"],
-        "sample": rollout["sample"],
-        "rollout": records.fingerprint(rollout),
-        "rule": rule,
-        "weights": weights.tolist(),
-        "kept": kept,
-        "scale": scale,
-    }
+    return records.weights_record(rollout, rule, weights) | {"kept": kept, "scale": scale}
 
 
 def release(rollout, blocks, guard, cap):

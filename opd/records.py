@@ -532,6 +532,17 @@ def sampled_length(rollout):
     return sum(end - start for start, end, _ in rollout["steps"])
 
 
+def weights_record(rollout, rule, weights):
+    """A record of kind "weights": a number for each response token of a rollout."""
+    return {
+        "id": rollout["id"],
+        "sample": rollout["sample"],
+        "rollout": fingerprint(rollout),
+        "rule": rule,
+        "weights": [float(f"{x:.9g}") for x in weights],
+    }
+
+
 def floats(values):
     """Float32 values as JSON numbers, with the 9 digits that give exactly the same float32
     back."""

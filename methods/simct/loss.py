@@ -176,7 +176,7 @@ class SortedLoss(OwnLoss):
         return gaps.sum(-1) * batch["sorted_here"]
 
 
-UNITS = "q log(q_T / q) over the candidates of the unit that y begins"
+UNITS = "q (log(q_T / q) + KL(q ‖ q_T)) over the candidates of the unit that y begins"
 ROWS = {
     "simct": Method(
         "self",

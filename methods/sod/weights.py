@@ -138,12 +138,7 @@ def weight_record(rollout, rule, d, w):
     weights = np.zeros(len(rollout["response_ids"]))
     for (start, end, _), step_weight in zip(steps_or_whole(rollout), w):
         weights[start:end] = step_weight
-    return {
-        "id": rollout["id"],
-        "sample": rollout["sample"],
-        "rollout": records.fingerprint(rollout),
-        "rule": rule,
-        "weights": [float(f"{x:.9g}") for x in weights],
+    return records.weights_record(rollout, rule, weights) | {
         "d": [x if np.isfinite(x) else None for x in records.floats(d)],
         "w": records.floats(w),
     }
