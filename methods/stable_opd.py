@@ -1,9 +1,9 @@
 """Stable-OPD (arXiv 2604.08527): on-policy distillation with a KL penalty to its start and
 golden answers beside it, against length inflation and loops.
 
-The paper's text was not available: the formula is from secondary notes, the weights 0.1 and 0.01
-are a third party's, the clip of 0.2 is ours.  train.py computes all of it: --reference holds scores by the starting
-policy, --data the golden answers."""
+The paper's text was not available: the formula is from secondary notes, the weights 0.1 and
+0.01 are a third party's, the clip of 0.2 is ours.  train.py computes all of it: --reference
+holds scores by the starting policy, --data the golden answers."""
 
 from opd.loss import Method
 

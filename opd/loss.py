@@ -264,8 +264,8 @@ ROWS = {  # the base methods and ROPD; the other systems' rows stand in methods/
         advantage="std",
         norm="sequence",
         reference_kl=0.001,
-        about="rubric rewards, the loss of ROPD's equations 6-8; clip 0.2 and KL weight 0.001 are "
-        "ours, the paper names none",
+        about="rubric rewards, the loss of ROPD's equations 6-8; clip 0.2 and KL weight 0.001 "
+        "are ours, the paper names none",
     ),
     # ---- on-policy, from a teacher
     "opd": Method(
