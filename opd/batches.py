@@ -74,7 +74,8 @@ class Data:
     temperature   that of the rollouts, where it matters, or None
     advantages, given_rewards, omegas   [rollouts of the file], in its order
     signals       metrics of the whole file, where there are rewards
-    dropped       groups that left for a failed judgement;  silent: for weights of 0
+    dropped       groups that left for a failed judgement;  silent: for weights of 0, or with no
+                  token to train on in what has weight
     left_out      prompts that left because a file has no record of them
     retokenized   keys of answers whose text had to be tokenized
     writers, scorers   {weights: model} of who wrote the answers, who scored them"""
@@ -319,9 +320,9 @@ class Data:
             self.advantages[rows] = advantages
             self.given_rewards[rows] = rewards
             self.omegas[rows] = omegas
-            kept = zip(keys, rollouts, omegas)
-            self.groups[prompt] = [key for key, r, omega in kept if omega and has_token(r)]
-            if not self.groups[prompt]:
+            kept = [(key, r) for key, r, omega in zip(keys, rollouts, omegas) if omega]
+            self.groups[prompt] = [key for key, _ in kept]
+            if not any(has_token(rollout) for _, rollout in kept):
                 self.silent += 1
                 del self.groups[prompt]
         self.signals = {

@@ -1,43 +1,35 @@
 """One line of a valid file, changed in every way that it can be wrong, against every command
-that reads such a file.
-
-    python -m tests.mutations --lines 100000   # at length: hours
+that reads such a file; test_mutations.py runs a part of it.
 
 A changed line is either refused, by `opd.files.read` or by name in the stage, or the stage goes
 on with it and every number that it prints is finite and of a sane size.  Everything else is
 told: a traceback, or nonsense that trains in silence.
 """
 
-import argparse
 import base64
 import collections
 import contextlib
 import io
 import json
 import math
-import random
 import shutil
-import sys
 import tempfile
-import time
 import traceback
 from pathlib import Path
 
 import numpy as np
+from conftest import argv, dump, load
 
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import argv, dump, load, make_world  # noqa: E402
-
-import eval as eval_stage  # noqa: E402
-import rollout  # noqa: E402
-import rubric  # noqa: E402
-import teacher  # noqa: E402
-import train  # noqa: E402
-from experiments import report, weight_controls  # noqa: E402
-from methods import gad, prefix, sparse_to_dense  # noqa: E402
-from methods.simct import __main__ as simct  # noqa: E402
-from methods.sod import __main__ as sod  # noqa: E402
-from opd import files, records  # noqa: E402
+import eval as eval_stage
+import rollout
+import rubric
+import teacher
+import train
+from experiments import report, weight_controls
+from methods import gad, prefix, sparse_to_dense
+from methods.simct import __main__ as simct
+from methods.sod import __main__ as sod
+from opd import files, records
 
 # ---- what can be wrong with a line
 
@@ -188,17 +180,6 @@ def lines(record):
     for name, new in mutations(record):
         yield name, spelt(new)
     yield from spellings(record)
-
-
-def pairs(record, rng):
-    """Yields lines with two things wrong, without end."""
-    while True:
-        one, two = (rng.choice(list(places(record))) for _ in range(2))
-        names = [rng.choice(list(VALUES)) for _ in range(2)]
-        with contextlib.suppress(KeyError, IndexError, TypeError):
-            new = changed(record, one, setting(VALUES[names[0]]))
-            new = changed(new, two, setting(VALUES[names[1]]))
-            yield f"{one}: {names[0]}; {two}: {names[1]}", spelt(new)
 
 
 # ---- the world: a valid file of every kind, and who reads it
@@ -508,20 +489,18 @@ def check(world, name, line, row, place):
 
 
 class Trial:
-    """Counts outcomes and keeps one example of each defect."""
+    """Keeps one example of each defect."""
 
     def __init__(self, world, root):
         self.world = world
         self.root = root
         self.readers = readers()
-        self.counts = collections.Counter()
         self.defects = {}
 
     def check(self, name, line, row=0):
         """Whether `check` takes the line."""
         with tempfile.TemporaryDirectory(dir=self.root) as place:
             taken, wrong = check(self.world, name, line, row, Path(place))
-        self.counts["check takes" if taken else "check refuses"] += 1
         if wrong:
             self.note(wrong, name, line)
         return taken
@@ -530,7 +509,6 @@ class Trial:
         with tempfile.TemporaryDirectory(dir=self.root) as place:
             reader = self.readers[command]
             found = outcome(self.world, reader, name, line, row, Path(place))
-        self.counts[found if found in ("works", "refused") else "defects"] += 1
         if found not in ("works", "refused"):
             self.note(f"{command}: {found}", name, how)
         return found
@@ -544,52 +522,3 @@ class Trial:
     def of(self, name):
         """Names of the commands that read a file."""
         return [c for c, reader in self.readers.items() if name in reader.names()]
-
-
-def main(args=None):
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--lines", type=int, default=100_000)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--only", nargs="+", help="names of files")
-    p.add_argument("--every", type=int, default=1, help="of the systematic lines, each n-th")
-    args = p.parse_args(args)
-    rng = random.Random(args.seed)
-    begun = time.time()
-    with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as place:
-        place = Path(place)
-        with contextlib.redirect_stdout(io.StringIO()):
-            world = World(make_world(Path(made)), place)
-        trial = Trial(world, place)
-        print(f"world {time.time() - begun:.1f} s", flush=True)
-        for name in args.only or world.paths:
-            readers_of = trial.of(name)
-            record = load(world[name])[0]
-            many = list(lines(record))[:: args.every]
-            for i, (how, line) in enumerate(many):
-                if trial.check(name, line):
-                    for command in readers_of:
-                        trial.run(command, name, how, line)
-                elif i % 50 == 0:
-                    trial.run(rng.choice(readers_of), name, how, line)
-            print(
-                name, len(many), f"{time.time() - begun:.0f} s", dict(trial.counts), flush=True
-            )
-        left = args.lines - sum(trial.counts[f"check {x}"] for x in ("takes", "refuses"))
-        names = list(args.only or world.paths)
-        sources = {name: pairs(load(world[name])[0], rng) for name in names}
-        for i in range(left):
-            name = names[i % len(names)]
-            how, line = next(sources[name])
-            if i % 5000 == 0:
-                print(i, f"{time.time() - begun:.0f} s", dict(trial.counts), flush=True)
-            taken = trial.check(name, line)
-            if taken or i % 100 == 0:
-                trial.run(rng.choice(trial.of(name)), name, how, line)
-    print(f"{time.time() - begun:.0f} s", dict(trial.counts))
-    for wrong, (count, example) in sorted(trial.defects.items()):
-        print(f"{count:6d} {wrong}   <- {example}")
-    return len(trial.defects)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

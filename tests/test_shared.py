@@ -175,7 +175,8 @@ def test_scores_are_those_of_one_row_an_answer(world, tmp_path, capsys):
         out = tmp_path / f"{budget}.jsonl"
         how = dict(share_prompts=True, batch_tokens=budget, out=out)
         summary = teacher.main(argv("score", **flags, **how))
-        assert summary["noise_floor"] < 1e-4
+        known = summary["noise_floor"] is not None
+        assert known == (budget > 40) and (not known or summary["noise_floor"] < 1e-4)
         for key, row in by_key(load(out)).items():
             assert np.allclose(row["logprobs"], plain[key]["logprobs"], atol=2e-5)
             assert row["end_mass"] == pytest.approx(plain[key]["end_mass"], rel=1e-3)

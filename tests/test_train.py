@@ -5,9 +5,6 @@ test_data.py.)  The reference is plain transformers in float64, a sequence at a 
 import copy
 import json
 import shutil
-import signal
-import subprocess
-import time
 import types
 
 import numpy as np
@@ -15,7 +12,6 @@ import pytest
 import torch
 import transformers
 from conftest import (
-    ROOT,
     argv,
     by_key,
     dump,
@@ -27,7 +23,6 @@ from conftest import (
     naive_own,
     padded,
     permuted,
-    program,
     refusal,
     same_bits,
     variant,
@@ -670,25 +665,6 @@ def same_run(out, uninterrupted):
     assert all(same_bits(load_file(x), load_file(y)) for x, y in zip(a, b))
     beside = {path.name for path in out.parent.glob(f"{out.name}.*")}
     assert not beside, "neither OUT.partial nor the lock"
-
-
-def test_killed_by_the_machine_and_run_again_ends_in_the_same_bits(
-    world, uninterrupted, tmp_path
-):
-    flags = words(world, tmp_path / "m", **RESUME)
-    log = tmp_path / "m.partial" / "metrics.jsonl"
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    process = subprocess.Popen(program("train.py", flags), cwd=ROOT, **quiet)
-    deadline = time.time() + 100
-    while process.poll() is None and time.time() < deadline:
-        if log.exists() and log.read_bytes().count(b"\n") >= 3:
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -9, "the run ended before it could be killed"
-    assert not (tmp_path / "m").exists()
-    train.main(flags)
-    same_run(tmp_path / "m", uninterrupted)
 
 
 class Killed(BaseException):
