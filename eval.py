@@ -1,6 +1,6 @@
 """Stage 5: how good is a model?  Accuracy, pass@k, length, truncation, repetition.
 
-    python eval.py --model runs/toy/student --prompts runs/toy/heldout.jsonl --n 16 --out E
+    python eval.py --model M --prompts heldout.jsonl --n 16 --max-tokens 512 --out evals.jsonl
     python eval.py --rollouts R --prompts P --rewards rewards.jsonl --partial --out E
 
 Reads prompts that have an `answer`, and answers to them: the file --rollouts, or those it

@@ -1,6 +1,6 @@
 """Stage 1: the student answers the prompts.  On-policy data is what this file writes.
 
-    python rollout.py --model runs/toy/student --prompts runs/toy/train.jsonl --out R
+    python rollout.py --model M --prompts P.jsonl --n 8 --max-tokens 512 --out rollouts.jsonl
     python rollout.py --model NAME --tokenizer FOLDER --base-url http://localhost:8000/v1 \
         --prompts P.jsonl --n 8 --out rollouts.jsonl
 

@@ -1,6 +1,6 @@
 """Stage 4: rollouts + rewards or teacher scores -> new weights.
 
-    python train.py --method sft --model runs/toy/student --rollouts clean.jsonl --out M1
+    python train.py --method sft --model M --rollouts clean.jsonl --out M1
     python train.py --method ropd --model M1 --rollouts R.jsonl --rewards rewards.jsonl --out M2
 
 Reads rollouts (or answers, for sft), the rewards and scores that belong to them, and a model

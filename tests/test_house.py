@@ -4,6 +4,7 @@ core knows, and that every command explains itself."""
 import ast
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -231,6 +232,38 @@ def test_a_stage_has_few_flags(stage, most, capsys):
     _, _, shown = help_of(stage, capsys)
     flags = re.findall(r"^  (--[a-z-]+)", shown, re.M)
     assert len(flags) <= most
+
+
+# ---- the pages
+
+PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands_on(page):
+    """Yields the words after `python` of every command in a page's shell blocks, the page's
+    shell variables filled in."""
+    variables = {}
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = re.sub(r"\$(\w+)", lambda m: variables.get(m[1], m[0]), line)
+            if given := re.match(r'(\w+)="(.*?)"', line):
+                variables[given[1]] = given[2]
+            elif found := re.search(r"\bpython (?:-m )?([a-z_]\w*[\w. ].*)", line):
+                yield shlex.split(found[1], comments=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_on_pages_have_the_flags_that_they_use(page, capsys):
+    for module, *words in commands_on(page):
+        module = module.removesuffix(".py")
+        if module not in MODULES and f"{module}.__main__" not in MODULES:
+            continue  # bench, pytest
+        verb = [w for w in words[:1] if re.fullmatch("[a-z][a-z-]*", w)]
+        known = help_of(" ".join([module, *verb]), capsys)[2]
+        if module in ("eval", "experiments.real_tasks"):  # they hand flags on to the sampler
+            known += help_of("rollout", capsys)[2]
+        used = [w.split("=")[0] for w in words if w.startswith("--")]
+        assert not [flag for flag in used if not re.search(rf"{flag}(?![\w-])", known)], module
 
 
 # ---- words
