@@ -156,8 +156,8 @@ class Data:
         if self.prefix == "self" or self.scores or self.reference:
             check_tokens(rollout, where, ours, self.policy.vocabulary)
         if self._has_our_tokens(rollout):
-            check_text(self.policy.tokenizer, rollout, where)
             self._check_readable(rollout["prompt_ids"] + rollout["response_ids"], where)
+            check_text(self.policy.tokenizer, rollout, where)
 
     def _check_readable(self, ids, where):
         """The policy, and a teacher in memory, have rows and positions for these tokens."""

@@ -148,7 +148,7 @@ class Scorer:
 
     def self_test(self):
         """The noise floor: on the shortest of the first eight rollouts, with those that fit
-        into a batch beside it."""
+        into a batch beside it; None where there is nothing to compare."""
         lengths = {key: self.length(key) for key in islice(self.rollouts.keys(), 8)}
         few = []
         for key in sorted(lengths, key=lengths.get):
@@ -158,6 +158,8 @@ class Scorer:
                 few.append(key)
         few = [self.as_read(key) for key in few]
         if self.server:
+            if not few:
+                return None
             return served_noise_floor(self.server, few)
         return noise_floor(self.policy, few)
 
