@@ -367,7 +367,7 @@ def tell(method, dropped, summary):
 
 def main(argv=None):
     args = parse(argv)
-    method = losses.settings(METHODS, args.method, args.set)
+    method = losses.method_named(METHODS, args.method, args.set)
     settings = StepSettings(args.micro_batch_tokens, teacher_top_k=args.teacher_top_k)
     settings = settings.changed(args.compute)
     optimizer = trainer_settings(args)

@@ -90,7 +90,7 @@ class Data:
         self.rewards = inputs.open("rewards", "rewards")
         self.scores = inputs.open("scores", "scores")
         self.reference = inputs.open("reference", "scores")
-        self.weights = inputs.open("token_weights", "weights")
+        self.token_weights = inputs.open("token_weights", "weights")
         self.prompts = inputs.open("prompts", "prompts")
         self.rollouts = self._open_rollouts(inputs.rollouts)
         self.groups = {}
@@ -101,7 +101,7 @@ class Data:
         self.left_out = set()
         self._top_k = {}
         self._widths = {}
-        tables = [self.rewards, self.scores, self.reference, self.weights]
+        tables = [self.rewards, self.scores, self.reference, self.token_weights]
         lacking = {table: set() for table in tables if table is not None}
         trained = set()  # prompts of which an answer has a token to train on
         for key in self.rollouts.keys():  # found out now, not after half of the updates
@@ -217,8 +217,8 @@ class Data:
 
     def _check_partners(self, rollout, key):
         """Every record that belongs to the rollout is there and holds what the row reads."""
-        if self.weights is not None:
-            record_for(self.weights, rollout, self.rollouts)
+        if self.token_weights is not None:
+            record_for(self.token_weights, rollout, self.rollouts)
         if self.scores is not None:
             score = record_for(self.scores, rollout, self.rollouts)
             self._check_score(score, rollout, self.scores.where(key))
@@ -443,8 +443,8 @@ class Data:
             arrays["reference_logp"] = as_float32(score["logprobs"])
             if self.method.reference_support == "full":
                 arrays |= self._support(score, "reference_support")
-        if self.weights is not None:
-            record = record_for(self.weights, rollout, self.rollouts)
+        if self.token_weights is not None:
+            record = record_for(self.token_weights, rollout, self.rollouts)
             arrays["token_weight"] = as_float32(record["weights"])
         return arrays
 

@@ -342,7 +342,7 @@ USED_BY = {
 }
 
 
-def settings(methods, name, overrides=()):
+def method_named(methods, name, overrides=()):
     """The row `name` of `methods` with `column=value` overrides applied, checked."""
     if name not in methods:
         raise BadInput(f"--method {name}: expected one of {', '.join(methods)}")

@@ -21,7 +21,7 @@ NOTHING = torch.zeros(V, dtype=torch.float64)
 
 
 def row(name, *overrides):
-    return losses.settings(METHODS, name, overrides)
+    return losses.method_named(METHODS, name, overrides)
 
 
 def distributions(seed=0):

@@ -463,7 +463,7 @@ REFUSALS = [  # what is called with (agents, tmp_path), what the message names
         "--token-weights is given, but this method does not",
     ),
     (
-        lambda *_: losses.settings(METHODS, "opd", ["token_weight=teacher"]),
+        lambda *_: losses.method_named(METHODS, "opd", ["token_weight=teacher"]),
         "weighs the teacher's term against the reward's",
     ),
 ]

@@ -52,7 +52,7 @@ def row_of(method, overrides=()):
     """The row, and a lower bar where the rewards of the world, drawn from [0, 1], would never
     reach it."""
     bar = ("omega_scale=0.5",) if METHODS[method].omega == "accepted" else ()
-    return losses.settings(METHODS, method, overrides or bar)
+    return losses.method_named(METHODS, method, overrides or bar)
 
 
 def changed(world, **paths):
