@@ -70,7 +70,7 @@ def test_commands_can_be_pasted(smoke, capsys):
         assert (python, script) == (sys.executable, stage.split()[0])
         return [script, *words]
 
-    assert "neither a folder" in refusal(rollout.main, pasted("rollout.py")[1:], capsys)
+    assert "neither a model folder" in refusal(rollout.main, pasted("rollout.py")[1:], capsys)
     words = pasted("rubric.py grade")
     before = Path(words[-1]).read_bytes()
     again = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True)
