@@ -174,8 +174,8 @@ def tool_use(calls, limited, right):
 
 def reward_quality(rewards, evals, answers):
     """How well rewards tell right from wrong: AUC over all answers, and the mean AUC within a
-    prompt's group, which is all that a group advantage sees.  Failed judgements and answers
-    without a reward are left out; `unrewarded` counts these."""
+    prompt's group, which is all that a group advantage sees.  Failed judgements are left out,
+    and answers without a record, which `unrewarded` counts."""
     values = {}
     right = {}
     unrewarded = 0
@@ -189,7 +189,10 @@ def reward_quality(rewards, evals, answers):
             values[key] = reward
             right[key] = row["correct"]
     if not values:
-        raise BadInput(f"{rewards.path}: expected rewards of these answers, but has none")
+        raise BadInput(
+            f"{rewards.path}: expected rewards of these answers, but there is none: "
+            f"{unrewarded} are not in it, the judgements of the others failed"
+        )
     within = auc_by_prompt(values, right).values()
     return {
         "reward_auc": auc(list(values.values()), list(right.values())),
@@ -224,8 +227,8 @@ def tell(out, summary, asked):
     if "reward_auc" in s:
         print(
             f"eval.py: {out}: of rewards, AUC for correctness {shown(s['reward_auc'])}, "
-            f"within a prompt {shown(s['reward_auc_within'])}, mean {s['reward_mean']:.3f}, "
-            f"{s['unrewarded']} answers have none"
+            f"within a prompt {shown(s['reward_auc_within'])}, mean {s['reward_mean']:.3f}"
+            + (f"; {s['unrewarded']} answers have none" if s["unrewarded"] else "")
         )
 
 
@@ -264,9 +267,7 @@ def main(argv=None):
     add_flags(p)
     args, sampling = p.parse_known_args(argv)
     if args.rollouts and sampling:
-        p.error(
-            f"{' '.join(sampling)}: expected flags of eval.py, got none that --rollouts has"
-        )
+        p.error(f"{' '.join(sampling)}: no flags of eval.py; those of rollout.py need --model")
     if args.rewards and args.model:
         p.error("--rewards: belong to rollouts that exist already: expected --rollouts")
     if args.tail < 1:

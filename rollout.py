@@ -11,8 +11,8 @@ later, because decoding and encoding again changes tokens, and because where pad
 token a mask from `ids == pad` would hide the end, and the model would forget how to stop.  An
 end token is part of the response iff it was sampled.  The loop itself is
 `opd.sampling.sample_batch`.  Log-probs are of softmax(logits / temperature) in
-float32; methods on own samples refuse rollouts with `--top-p` below 1, but for one that has no
-importance weights.
+float32; methods on own samples, those without importance weights excepted, refuse rollouts
+with `--top-p` below 1.
 
 With --tools an answer is an episode (opd/tools.py): `response_ids` holds all of it, `loss_mask`
 is 0 on the tools' outputs, `steps` are [start, end, whether its call had a result], `calls`

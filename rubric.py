@@ -86,6 +86,8 @@ def add_library_flag(p):
 
 def judge_from_flags(args, asked, asker, reasons=False):
     """The Judge that the flags name, or None where nobody asks one."""
+    if asked and args.predicates:
+        raise BadInput(f"--predicates: expected no library with {asker}: a model judges")
     if asked:
         return judge.from_flags(args, reasons)
     if args.model or args.base_url:
@@ -123,10 +125,10 @@ def rubric_record(prompt, criteria, rubricator, answers, attempts):
     }
 
 
-def drawn_from_others(rubric, rollouts):
-    """Whether a rubric was drawn from others than these rollouts, given as fingerprints."""
+def drawn_from_others(rubric, fingerprints):
+    """Whether a rubric was drawn from others than these rollouts."""
     made_for = rubric.get("drawn_from", {}).get("rollouts")
-    return made_for is not None and set(made_for) != set(rollouts)
+    return made_for is not None and set(made_for) != set(fingerprints)
 
 
 def create_parser():

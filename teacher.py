@@ -99,7 +99,7 @@ def hinted(prompt, hint, where):
             f"{where}: messages: expected one of the user's for --hint to stand in, got none"
         )
     fields = {name: prompt[name] for name in ("answer", "solution") if name in prompt}
-    if isinstance(fields.get("answer"), list):
+    if isinstance(fields.get("answer"), list) and fields["answer"]:
         fields["answer"] = fields["answer"][0]  # one of the writings that are right
     fields["question"] = asked[-1]["content"] if asked else prompt["prompt"]
     try:
@@ -128,7 +128,7 @@ def read_other_prompts(path, hint, tokenizer, template_options, rollouts):
         if "calls" in rollout:
             raise BadInput(
                 f"{rollouts.where(records.key_of(rollout, 'rollouts'))}: calls: expected an "
-                f"answer without tools, of which --prompts would not tell the teacher"
+                f"answer without tools: --prompts would not show the teacher their descriptions"
             )
     for name in dict.fromkeys(name for name, _ in rollouts.keys()):  # strings, whatever the ids
         if (name,) not in prompts:
@@ -266,8 +266,8 @@ def check_flags(args):
 
 
 def summarise(path, rollouts):
-    """log mu - log p_T on the sampled tokens; its mean, `kl_mean`, estimates the reverse KL
-    (None where mu sampled at another temperature than 1)."""
+    """log mu - log p_T on the sampled tokens; its mean, `kl_mean`, estimates the reverse KL.
+    None where a temperature or top_p other than 1 makes mu another distribution."""
     tokens = 0
     plain = True
     gap_sum = 0.0
@@ -277,14 +277,14 @@ def summarise(path, rollouts):
         gap = np.subtract(rollout["logprobs"], record["logprobs"])
         if "steps" in rollout:  # without the tools' outputs
             gap = np.concatenate([gap[start:end] for start, end, _ in rollout["steps"]])
-        plain &= rollout["temperature"] == 1
+        plain &= rollout["temperature"] == rollout["top_p"] == 1
         tokens += len(gap)
         gap_sum += gap.sum()
         gap_max = max(gap_max, np.abs(gap).max(initial=0.0))
     return {
         "teacher_tokens": tokens,
         "kl_mean": float(gap_sum / max(1, tokens)) if plain else None,
-        "gap_max": float(gap_max),
+        "gap_max": float(gap_max) if plain else None,
     }
 
 
@@ -369,7 +369,7 @@ def score(argv):
     print(
         f"teacher.py score: {args.out}: {written} rollouts, {summary['teacher_tokens']} "
         f"tokens, student - teacher log-prob {shown(summary['kl_mean'], '+.4f')} nats a token "
-        f"(largest gap {summary['gap_max']:.1e}), noise floor {shown(floor, '.1e')}"
+        f"(largest gap {shown(summary['gap_max'], '.1e')}), noise floor {shown(floor, '.1e')}"
     )
     return summary
 

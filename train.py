@@ -416,6 +416,8 @@ def main(argv=None):
             check_teacher(source, method, data)
         steps = plan(data.groups, args.batch_size, args.epochs or 1, args.steps, args.seed)
         data.check_signal(steps)
+        for texts in filter(None, (data, given)):
+            texts.check_texts(steps)
         several = method.on_policy and len(steps) > 1
         old = starting_logps(policy, data, settings) if several else {}
 

@@ -154,7 +154,7 @@ def file_problems(path, seed):
         try:
             row = json.loads(line)
             solution = row["answer"]
-            answer = last_marked(solution, "####")
+            answer, _ = last_marked(solution)
             found.append(problem(name_of(path), row["question"], answer, solution=solution))
         except (ValueError, TypeError, KeyError, AttributeError):
             answer = None

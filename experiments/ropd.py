@@ -153,11 +153,11 @@ class Trial(study.Trial):
             prompts = self.prompts
             return self.beside(self.rollouts, "rewards", command, prompts=prompts, **how)
         rubrics = self.create()
-        common = dict(rubrics=rubrics)
-        verdicts, _ = self.grade(self.rollouts, "verdicts", predicates=LIBRARY, **common)
+        common = dict(rubrics=rubrics, predicates=LIBRARY)
+        verdicts, _ = self.grade(self.rollouts, "verdicts", **common)
         shuffled = self.how.get("shuffled")
         name = "flipped" if shuffled else "rewards"
-        rewards = self.control("flip-verdicts", verdicts, name, rate=noise, **common)
+        rewards = self.control("flip-verdicts", verdicts, name, rate=noise, rubrics=rubrics)
         return self.control("shuffle-rewards", rewards[0]) if shuffled else rewards
 
     def create(self):

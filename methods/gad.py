@@ -138,7 +138,7 @@ def load_scorer(
     head = getattr(model, "score", None)
     if type(head) is not torch.nn.Linear or head.out_features != 1 or head.bias is not None:
         raise BadInput(
-            f"--model {name}: expected a classifier with one label and a plain linear `score`, "
+            f"{name}: expected a classifier with one label and a plain linear `score`, "
             f"got {type(model).__name__} with {model.config.num_labels}"
         )
     if not trained:
@@ -147,7 +147,7 @@ def load_scorer(
     scorer = Scorer(model, load_tokenizer(folder), name, weights, template_options)
     if view and scorer.view != view:
         raise BadInput(
-            f"--model {name}: has learnt from the {scorer.view} of answers: expected {view}: "
+            f"{name}: has learnt from the {scorer.view} of answers: expected {view}: "
             f"one discriminator has one view"
         )
     return scorer
@@ -350,6 +350,8 @@ def train(argv=None):
         given = Data(Inputs(args.data, prompts=args.prompts), TEXTS, scorer)
         own.keep_answered(given)
         steps = plan(own.groups, args.batch_size, args.epochs, None, args.seed)
+        for texts in (own, given):
+            texts.check_texts(steps)
         trainer = Trainer(scorer, trainer_settings(args))
         run.begin(trainer, args.fresh_optimizer)
         for index, _ in run.steps(len(steps)):

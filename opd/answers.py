@@ -52,39 +52,41 @@ def last_boxed(text):
     return text[found].strip() if found else None
 
 
-# "## Step 1" and "## 2. Solve": `#`s that begin no answer
-HEADING = r"[^\S\n]+(?:\d+[.):][^\S\n]*)?[^\W\d_]"
+# what stands behind the `#`s of "## Step 1" and "## 2. Solve"
+HEADING = r"(?:\d+[.):][^\S\n]*)?[^\W\d_]"
 
 
-def last_marked(text, mark):
-    """What follows the last of these marks that begins a line, or None."""
-    found = re.findall(rf"^{mark}[^\S\n]*(\S.*)$", text, re.M)
-    return found[-1].strip() if found else None
+def last_marked(text):
+    """(what follows the last `####` of a line, else the last `#`s that begin no heading; the
+    text after that line), or (None, text): "## Step 1" is a heading, "#12" and "# 12" are
+    answers."""
+    for mark in ("####", rf"#+(?!#|[^\S\n]+{HEADING})"):
+        if found := list(re.finditer(rf"^{mark}[^\S\n]*(\S.*)$", text, re.M)):
+            return found[-1][1].strip(), text[found[-1].end() :]
+    return None, text
 
 
 def last_stated(text):
-    """What follows the last "answer is", "answer:" or `####` in its sentence, or None."""
-    said = r"^####[^\S\n]*(?=\S)|\banswer(?:\*\*)?(?: is\b:?|:(?:\*\*)?)"
-    ends = [m.end() for m in re.finditer(said, text, re.I | re.M)]
+    """What follows the last "answer is" or "answer:" in its sentence, or None."""
+    ends = [
+        m.end() for m in re.finditer(r"\banswer(?:\*\*)?(?: is\b:?|:(?:\*\*)?)", text, re.I)
+    ]
     return re.split(r"\n|\. ", text[ends[-1] :].strip(), maxsplit=1)[0] if ends else None
 
 
 def final_answer(text):
     """The final answer a text commits to, or None: the last \\boxed{...}, else what follows the
-    last `####` of a line, else the last `#`s, which may begin no heading ("## Step 1"), else
-    the last "answer is" or `####` with words.
+    last `####` of a line ("#### Step 2" with "answer is" after it is a heading), else the last
+    `#`s that begin no heading, else "answer is".
 
     final_answer("7+5=12\\n#12") -> "12";   final_answer("... so \\\\boxed{\\\\frac{1}{2}}") ->
                                             "\\\\frac{1}{2}";   final_answer("12") -> None.
     The text is an answer without thoughts (records.final_text)."""
     text = text.strip()
-    return (
-        last_boxed(text)
-        or last_marked(text, rf"####(?!#|{HEADING})")
-        or last_marked(text, rf"#+(?!#|{HEADING})")
-        or last_stated(text)
-        or None
-    )
+    marked, rest = last_marked(text)
+    if marked and re.match(HEADING, marked):
+        marked = last_stated(rest) or marked
+    return last_boxed(text) or marked or last_stated(text) or None
 
 
 @lru_cache(1 << 12)

@@ -78,7 +78,8 @@ class Data:
                   token to train on in what has weight
     left_out      prompts that left because a file has no record of them
     retokenized   keys of answers whose text had to be tokenized
-    writers, scorers   {weights: model} of who wrote the answers, who scored them"""
+    writers, scorers   {weights, "" if unknown: model} of who wrote the answers, who scored
+                  them"""
 
     def __init__(self, inputs, method, policy, teacher=None, allow_stale=False):
         self.method = method
@@ -111,7 +112,6 @@ class Data:
             self.groups.setdefault(key[0], []).append(key)
             if has_token(rollout):
                 trained.add(key[0])
-            self._in_our_tokens(rollout, key)
             missing = [table for table in lacking if key not in table]
             for table in missing:
                 lacking[table].add(key[0])
@@ -322,7 +322,8 @@ class Data:
             self.omegas[rows] = omegas
             kept = [(key, r) for key, r, omega in zip(keys, rollouts, omegas) if omega]
             self.groups[prompt] = [key for key, _ in kept]
-            if not any(has_token(rollout) for _, rollout in kept):
+            enough = all if self.method.omega == "preference" else any  # DPO wants both
+            if not kept or not enough(has_token(rollout) for _, rollout in kept):
                 self.silent += 1
                 del self.groups[prompt]
         self.signals = {
@@ -356,6 +357,13 @@ class Data:
                 f"WARNING: in {flat} of {len(steps)} steps every advantage is 0, for all "
                 f"answers to a prompt have one reward: nothing is learnt from rewards in them"
             )
+
+    def check_texts(self, steps):
+        """Tokenizes what the steps will read, so that a text that cannot be is refused before
+        the first of them."""
+        for prompt in dict.fromkeys(prompt for step in steps for prompt in step):
+            for key in self.groups[prompt]:
+                self._in_our_tokens(self.rollouts[key], key)
 
     def counts(self):
         """What a run's summary says of the data."""
@@ -525,7 +533,7 @@ def check_teacher(source, method, data):
         where = data.scores.path
         scorers = data.scorers
     before = taught_by(source, method, data)
-    if set(before) != set(scorers):
+    if set(before) != set(scorers) or "" in before:
         raise BadInput(
             f"{where}: policy.weights: expected the teacher that {source} was fine-tuned on, "
             f"{described(before)}, got {described(scorers)}: the method wants one teacher for "

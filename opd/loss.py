@@ -379,15 +379,14 @@ def check_columns(method):
         if field.type is float and (not math.isfinite(value) or value < 0):
             raise BadInput(f"{field.name}: expected a finite number, at least 0, got {value}")
     default = {field.name: field.default for field in dataclasses.fields(method)}
-    unread = {
-        "interpolation": method.divergence != "jsd",
-        "omega_scale": method.omega not in ("accepted", "softmax", "preference"),
-        "reference_support": not method.reference_kl,
+    reads = {
+        "interpolation": ("divergence jsd", method.divergence == "jsd"),
+        "reference_support": ("reference_kl above 0", method.reference_kl > 0),
     }
-    for column, is_unread in unread.items():
+    for column, (user, is_read) in reads.items():
         value = getattr(method, column)
-        if is_unread and value != default[column]:
-            raise BadInput(f"{column}: this row does not read it, got {value}")
+        if not is_read and value != default[column]:
+            raise BadInput(f"{column}: goes with {user}, got {value} without it")
     for column, users in USED_BY.items():
         value = getattr(method, column)
         if value != default[column] and method.coefficient not in users:

@@ -476,8 +476,8 @@ def add_sampling_flags(p, n):
         "--temperature",
         type=float,
         default=Sampling.temperature,
-        help="0 is greedy (evaluation); for training 1 with a teacher's numbers, any above 0 "
-        "with rewards",
+        help="0 is greedy (evaluation); for training 1 with scores, of a teacher or a "
+        "reference, any above 0 with rewards alone",
     )
     p.add_argument(
         "--top-p",

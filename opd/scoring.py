@@ -152,14 +152,14 @@ class Scorer:
         lengths = {key: self.length(key) for key in islice(self.rollouts.keys(), 8)}
         few = []
         for key in sorted(lengths, key=lengths.get):
-            if self.server and not self.rollouts[key]["response_ids"]:
-                continue  # a server is asked for nothing of it
+            if not self.rollouts[key]["response_ids"]:
+                continue
             if not few or (len(few) + 1) * lengths[key] <= self.batch_tokens:
                 few.append(key)
         few = [self.as_read(key) for key in few]
+        if not few:
+            return None
         if self.server:
-            if not few:
-                return None
             return served_noise_floor(self.server, few)
         return noise_floor(self.policy, few)
 

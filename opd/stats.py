@@ -5,6 +5,8 @@ import zlib
 
 import numpy as np
 
+TAIL = 256  # characters at the end of a text that are searched for repetition
+REPETITIVE = 4.0  # their compression ratio beyond which a text counts as repetitive
 # 97.5 % points of Student's t with 1 to 10 degrees of freedom
 T_TABLE = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 
@@ -16,10 +18,6 @@ def pass_at_k(n, c, k):
     Averaged over prompts it estimates pass@k without bias, which 1 - (1 - c/n)^k does not.
     n=4, c=1, k=2: 3 of the 6 pairs miss the right answer, so 0.5."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-
-TAIL = 256  # characters at the end of a text that are searched for repetition
-REPETITIVE = 4.0  # their compression ratio beyond which a text counts as repetitive
 
 
 def repetition_ratio(text, tail):

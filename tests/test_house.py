@@ -253,17 +253,18 @@ def commands_on(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_commands_on_pages_have_the_flags_that_they_use(page, capsys):
+def test_commands_on_a_page_use_flags_that_exist(page, capsys):
     for module, *words in commands_on(page):
         module = module.removesuffix(".py")
-        if module not in MODULES and f"{module}.__main__" not in MODULES:
-            continue  # bench, pytest
+        if module == "pytest" or module.startswith("bench.") or module.endswith(".NAME"):
+            continue
         verb = [w for w in words[:1] if re.fullmatch("[a-z][a-z-]*", w)]
-        known = help_of(" ".join([module, *verb]), capsys)[2]
+        shown = help_of(" ".join([module, *verb]), capsys)[2]
         if module in ("eval", "experiments.real_tasks"):  # they hand flags on to the sampler
-            known += help_of("rollout", capsys)[2]
-        used = [w.split("=")[0] for w in words if w.startswith("--")]
-        assert not [flag for flag in used if not re.search(rf"{flag}(?![\w-])", known)], module
+            shown += help_of("rollout", capsys)[2]
+        known = re.findall(r"^  (?:-\w, )?(--[a-z][a-z-]*)", shown, re.M)
+        used = {w.split("=")[0] for w in words if w.startswith("--")}
+        assert used <= {*known}, module
 
 
 # ---- words

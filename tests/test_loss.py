@@ -324,9 +324,8 @@ def test_token_weights_by_hand_and_what_weighs_0_leaves_the_normaliser(
         ("ropd", "clip_high=wide", "expected a float"),
         ("rodp", "norm=token", "expected one of sft"),
         ("opd", "teacher_weight=5", "goes with coefficient reward"),
-        ("opd-full", "interpolation=0.9", "does not read it"),
-        ("dapo", "omega_scale=0.3", "does not read it"),
-        ("opd", "reference_support=full", "does not read it"),
+        ("opd-full", "interpolation=0.9", "goes with divergence jsd"),
+        ("opd", "reference_support=full", "goes with reference_kl"),
     ],
 )
 def test_rows_that_would_lie_are_refused(name, overrides, complaint):

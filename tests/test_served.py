@@ -345,7 +345,7 @@ def test_map_runs_nothing_after_an_error(concurrency):
 
 INTERRUPTED = """
 import signal, sys
-from opd import records, served
+from opd import served
 # a test run in the background would pass on that it is ignored
 signal.signal(signal.SIGINT, signal.default_int_handler)
 server = served.Server(sys.argv[1], "m", timeout=600)
