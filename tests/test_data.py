@@ -317,6 +317,17 @@ def test_gkd_takes_its_share_of_steps_from_the_given_texts(world, tmp_path):
     assert len(rounds) > 1
 
 
+def test_unknown_weights_are_no_known_teacher(world, tmp_path, capsys):
+    unknown = by_key(load(world.scores))
+    rows = [row | {"policy": row["policy"] | {"weights": None}} for row in unknown.values()]
+    folder = shutil.copytree(world.base, tmp_path / "m")
+    (folder / "sft_teacher.json").write_text('{"": "an api"}')
+    flags = dict(needs(world, "lightning"), allow="stale", model=folder)
+    flags["scores"] = dump(tmp_path / "s.jsonl", rows)
+    message = refused(world, tmp_path, capsys, **flags)
+    assert "unknown weights (an api), got unknown weights (" in message
+
+
 def test_a_consistent_row_wants_the_teacher_of_the_fine_tuning(world, tmp_path, capsys):
     """2604.13010: who wrote the fine-tuning's answers stands in the model's folder, goes along
     with later training, and is compared with the scorer."""

@@ -157,6 +157,9 @@ def test_the_library_is_named_by_its_module(w):
         w.grade(rubrics=w.folder / "all.jsonl", **unchecked)
 
 
+JUDGED = dict(rubricator="llm", model="j", base_url="http://127.0.0.1:9/v1")
+
+
 def test_bad_input_is_named(w):
     w.create("m1.jsonl", m=1)
     assert {len(r["drawn_from"]["answers"]) for r in w.rubrics("m1.jsonl").values()} == {1}
@@ -170,6 +173,8 @@ def test_bad_input_is_named(w):
         (create, dict(predicates=None), "--predicates: expected MODULE"),
         (grade, dict(predicates=None, rubrics=made), "--predicates: expected MODULE"),
         (create, dict(model="j"), "--model, --base-url: expected --rubricator llm"),
+        (create, JUDGED | dict(re_asks=-1), "--re-asks: expected at least 0"),
+        (create, JUDGED | dict(predicates="worlds.predicates"), "expected no library"),
         (grade, dict(base_url="http://localhost"), "expected --grader judge or scalar"),
         (create, more, "'zzz'"),
         (grade, more | dict(grader="answer"), r"more.jsonl:13: id: .*'zzz'"),

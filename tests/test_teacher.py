@@ -285,6 +285,10 @@ def test_the_summary_is_the_mean_gap_and_a_student_that_is_the_teacher_has_none(
     assert summary["records"] == 32 and summary["teacher_tokens"] == len(gaps)
     same, _ = stage.score("same", model=world.base)
     assert abs(same["kl_mean"]) < 1e-5 and same["gap_max"] < 2e-5
+    warm = stage.dump("warm", [rollouts[0] | {"temperature": 0.7}])
+    summary, _ = stage.score("other", rollouts=warm)
+    assert summary["kl_mean"] is None, "the log-probs are of two temperatures"
+    assert summary["noise_floor"] is None, "one rollout alone"
 
 
 def test_the_self_test_reports_what_batching_does_to_the_numbers(stage, monkeypatch):
@@ -338,6 +342,7 @@ def test_bad_input_is_named_and_makes_no_file(stage, world):
         (dict(rollouts=world.prompts), f"{world.prompts}:1: sample: expected"),
         (dict(prompts=few), "expected a prompt 't00000', which"),
         (dict(hint="x"), "--hint: needs --prompts"),
+        (dict(tokenizer=world.teacher), "--tokenizer: expected --base-url"),
         (dict(top_k=-1), "--top-k: expected 0 or more"),
         (dict(same_token="#"), "--same-token"),
         (dict(same_token="#=nothing"), "--same-token"),

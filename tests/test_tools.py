@@ -483,6 +483,7 @@ def test_a_tools_words_are_no_loop_of_the_models():
     plain = {k: v for k, v in ANSWER.items() if k not in ("final", "calls")}
     episode, text = (evaluation.grade(row, "2", 256)["repetition"] for row in (ANSWER, plain))
     assert episode < 1 < 4 < text
+    assert evaluation.grade(ANSWER, "2", 256)["final"] == ANSWER["final"]
 
 
 def test_a_wrong_answers_calls_can_be_paid_for(agents, tmp_path):
@@ -512,6 +513,8 @@ def test_what_cannot_read_episodes_refuses_them(agents, world, tmp_path, capsys)
         (simct_command.main, argv("score", model=world.base, student=agents.student, **mine)),
     ):
         assert "got an episode with tools" in refusal(main, arguments, capsys)
+    message = refusal(teacher.main, argv("score", model=agents.teacher, **mine), capsys)
+    assert "calls: expected an answer without tools" in message
     flags = asked | dict(method="seqkd", model=world.base, rollouts=answers)
     message = refusal(train.main, argv(**flags), capsys)
     assert "an episode with tools cannot be told in other tokens" in message
