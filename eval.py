@@ -4,7 +4,7 @@
     python eval.py --rollouts R --prompts P --rewards rewards.jsonl --partial --out E
 
 Reads prompts that have an `answer`, and answers to them: the file --rollouts, or those it
-samples from --model (kept beside --out as `*.rollouts.jsonl`; --n, 16 answers a prompt by
+samples from --model (kept beside --out as `*.rollouts.jsonl`; --n, 16 answers per prompt by
 default, and every other sampling flag of rollout.py goes with --model).  Writes one line an
 answer: `id`, `sample`, `text`, `correct`, `length` (tokens; null where an API shows none),
 `truncated`, `repetition`, `final` where the answer is not all of the text, of an episode with

@@ -6,8 +6,8 @@
     python teacher.py score --model STUDENT --rollouts rollouts.jsonl --out scores.jsonl \
         --prompts P.jsonl --hint '{question} The answer is {answer}.'
 
-`answer` writes the m answers a prompt that rubrics are drawn from (ROPD section 3; m = 4), at a
-temperature above 0: m copies of one answer teach a rubric nothing, so repeats are reported.
+`answer` writes the m answers per prompt that rubrics are drawn from (ROPD section 3; m = 4), at
+a temperature above 0: m copies of one answer teach a rubric nothing, so repeats are reported.
 `score` writes, for every response token, the teacher's log-prob of exactly that token id after
 exactly that prefix, at temperature 1; with --top-k also the teacher's K likeliest tokens; with
 --top-k-of its log-probs of another model's likeliest tokens.  `end_mass` is its probability of

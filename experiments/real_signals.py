@@ -63,7 +63,7 @@ class Settings:
     prompts: str = setting("", "JSONL of prompts with answers (real_tasks make)", smoke="-")
     judge: str = setting("", "served model: rubricator, verifier and holistic judge", free=True)
     judge_url: str = setting("", "its OpenAI-compatible server", free=True)
-    n: int = setting(8, "rollouts a prompt", smoke=4)
+    n: int = setting(8, "rollouts per prompt", smoke=4)
     max_tokens: int = setting(400, "longest answer", smoke=24)
     seed: int = setting(0, "of sampling")
     dtype: str = setting("float32", "of both models", choices=("float32", "bfloat16"))
@@ -80,7 +80,7 @@ class Settings:
     )
     tool_prompts: int = setting(12, "prompts of the part `sod`", smoke=3, free=True)
     support_prompts: int = setting(24, "prompts of the part `support`", smoke=3, free=True)
-    support_n: int = setting(64, "answers a prompt there", smoke=4, free=True)
+    support_n: int = setting(64, "answers per prompt there", smoke=4, free=True)
     block_end: str = setting(r"""[.!?]["')]*\s+|\n+""", "regular expression that ends a block")
 
     def __post_init__(self):

@@ -57,7 +57,7 @@ class Settings:
     prompts: str = setting("", "JSONL of prompts (real_tasks make)", smoke="-")
     train_prompts: int = setting(32, "prompts of the step", smoke=3)
     test_prompts: int = setting(32, "prompts whose answers are measured", smoke=3)
-    n: int = setting(4, "rollouts a prompt", smoke=2)
+    n: int = setting(4, "rollouts per prompt", smoke=2)
     few: int = setting(2, "prompts of the arms `few` and `full`", smoke=1)
     candidates: int = setting(16, "of the student's likeliest tokens", smoke=4)
     max_tokens: int = setting(200, "longest answer", smoke=12)

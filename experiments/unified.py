@@ -53,7 +53,7 @@ from opd import cli, files, records
 class Settings(Rounds):
     rounds: int = setting(30, "rounds an arm", smoke=2)
     prompts: int = setting(32, "prompts a round, the 8 problems in turn", smoke=16)
-    n: int = setting(8, "answers a prompt")
+    n: int = setting(8, "answers per prompt")
     updates: int = setting(4, "optimiser steps a round", smoke=1)
     learning_rate: float = setting(5e-4, "of every arm")
     max_tokens: int = setting(5, "longest answer, end token included")
