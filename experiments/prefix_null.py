@@ -20,6 +20,7 @@ import math
 import numpy as np
 
 from experiments.series import band, by_offset, kept_shares, means
+from experiments.weight_controls import nearest_cut
 from methods.prefix import STRONG, BlockReader, add_series_flags, bic_cut
 from opd import cli, disk, files
 from opd.answers import question_of
@@ -146,55 +147,31 @@ def first_slip(question, texts):
     return None
 
 
-def cuts_at_slips(series, sizes, slips, guard):
-    """Four numbers a rollout that slips, [4, n]: low and high (see about_slips), the share kept
-    before its cut (NaN without one), whether it is cut at the slip or later."""
+def about_slips(series, sizes, slips, guard, seed, deals=200):
+    """Do cuts follow the first slip?  `real`: share of the cuts of rollouts with a slip whose
+    first dropped block is the slip's or a later one; `shuffled`: the same when the cuts are
+    dealt out among these rollouts, so often; their difference.  None without cuts."""
     rows = []
     for s, size, slip in zip(series, sizes, slips):
-        if slip is None:
-            continue
-        ends = np.concatenate([[0], kept_shares(size)])
-        kept = bic_cut(s, guard)[0]
-        low = 0 if slip < 2 else (ends[slip - 1] + ends[slip]) / 2
-        high = (ends[-2] + 1) / 2 if len(s) > 1 else 0
-        share = np.nan if kept is None else ends[kept]
-        rows.append((low, high, share, kept is not None and kept >= slip))
-    return np.array(rows, np.float64).reshape(-1, 4).T
-
-
-def about_slips(series, sizes, slips, guard, seed, draws=1000, deals=8):
-    """Do cuts follow the first slip?  `real`: share of the cuts of rollouts with a slip whose
-    first dropped block is the slip's or a later one; `shuffled`: the same when the cuts' shares
-    are dealt out among these rollouts; their difference with a 95 % bootstrap interval over
-    rollouts (None without cuts).
-
-    A dealt share p lands (nearest block end) at or after slip i iff p >= low, the middle
-    between the ends of blocks i - 1 and i, and is a cut iff p < high, the middle before the
-    last block's end: so a deal is two comparisons."""
-    low, high, share, hit = cuts_at_slips(series, sizes, slips, guard)
+        if slip is not None:
+            rows.append((size, slip, bic_cut(s, guard)[0]))
+    shares = [kept and kept_shares(size)[kept - 1] for size, _, kept in rows]
+    hits = [kept >= slip for _, slip, kept in rows if kept]
+    dealt = []
     rng = np.random.default_rng(seed)
-    everyone = np.arange(len(share))
-
-    # NaN without any cut; comparisons with NaN (no cut) are false
-    @np.errstate(invalid="ignore")
-    def shares(rows, deals):
-        dealt = np.stack([share[rng.permutation(rows)] for _ in range(deals)])
-        landed = dealt < high[rows]
-        after = landed & (dealt >= low[rows])
-        real = hit[rows].sum() / np.isfinite(share[rows]).sum()
-        return real, after.sum() / landed.sum()
-
-    found = {"slips": len(share), "cuts": int(np.isfinite(share).sum())}
-    real, shuffled = map(float, shares(everyone, 200))
-    if not math.isfinite(real + shuffled):
-        none = dict.fromkeys(("difference", "low", "high"))
-        real, shuffled = (x if math.isfinite(x) else None for x in (real, shuffled))
-        return found | {"real": real, "shuffled": shuffled} | none
-    samples = [shares(rng.choice(everyone, len(share)), deals) for _ in range(draws)]
-    differences = np.subtract(*np.transpose(samples))
-    bounds = np.nanpercentile(differences, [2.5, 97.5]).tolist()
-    numbers = {"real": real, "shuffled": shuffled, "difference": real - shuffled}
-    return found | numbers | {"low": bounds[0], "high": bounds[1]}
+    for _ in range(deals):
+        for i, (size, slip, _) in zip(rng.permutation(len(rows)), rows):
+            if kept := nearest_cut(shares[i], size):
+                dealt.append(kept >= slip)
+    real, shuffled = mean_or_none(hits), mean_or_none(dealt)
+    known = None not in (real, shuffled)
+    return {
+        "slips": len(rows),
+        "cuts": len(hits),
+        "real": real,
+        "shuffled": shuffled,
+        "difference": real - shuffled if known else None,
+    }
 
 
 # ---- the picture
@@ -295,7 +272,7 @@ def tell(out, result):
             print(
                 f"  {row['slips']} rollouts slip, {row['cuts']} of them cut: at or after the "
                 f"slip {shown(row['real'])}, shuffled {shown(row['shuffled'])}, difference "
-                f"{shown(row['difference'])} (95 % {shown(row['low'])} to {shown(row['high'])})"
+                f"{shown(row['difference'])}"
             )
     blocks = result["blocks_mean"]
     print(
@@ -310,7 +287,7 @@ def main(argv=None):
     p.add_argument("--out", required=True, help="JSON to write")
     p.add_argument("--plot", help="picture to write (.png, .svg, .pdf)")
     p.add_argument("--repeats", type=int, default=20, help="random orders a null")
-    p.add_argument("--seed", type=int, default=0, help="of orders, deals and bootstrap")
+    p.add_argument("--seed", type=int, default=0, help="of orders and deals")
     p.add_argument("--overwrite", action="store_true", help="replace --out and --plot")
     args = p.parse_args(argv)
     if args.repeats < 1:

@@ -19,8 +19,6 @@ from experiments.prefix_null import (
     linear_trend,
     permuted,
 )
-from experiments.series import kept_shares
-from experiments.weight_controls import nearest_cut
 from methods import prefix
 from methods.prefix import bic_cut, block_spans, margins, token_weights
 from opd import policy as policies
@@ -448,26 +446,11 @@ def test_cuts_at_slips_are_told_from_cuts_anywhere():
     )
     found = about_slips(follow, sizes, slips, True, 0)
     assert found["slips"] == 150 and found["cuts"] > 140 and found["real"] > 0.95
-    assert 0.2 < found["low"] < found["difference"] < found["high"]
+    assert found["difference"] == found["real"] - found["shuffled"] > 0.3
     found = about_slips(elsewhere, sizes, slips, True, 0)
-    assert found["low"] < 0 < found["high"] < found["low"] + 0.4
-
-
-def test_dealt_cuts_land_as_the_rule_shuffled_lands_them():
-    """The two comparisons of about_slips against dealing shares out with nearest_cut."""
-    rng, series, sizes, slips = np.random.default_rng(11), [], [], []
-    for _ in range(25):
-        n = int(rng.integers(1, 9))
-        series.append(rng.normal(2, 0.1, n) + (np.arange(n) < rng.integers(1, n + 1)))
-        sizes.append(rng.integers(2, 9, n))
-        slips.append(int(rng.integers(0, n)))
-    cuts = [(size, bic_cut(s)[0]) for s, size in zip(series, sizes)]
-    shares = [kept_shares(size)[k - 1] for size, k in cuts if k]
-    # every deal at once
-    landed = [(nearest_cut(p, size), slip) for size, slip in zip(sizes, slips) for p in shares]
-    want = np.mean([k >= slip for k, slip in landed if k])
-    found = about_slips(series, sizes, slips, False, 0, draws=2)
-    assert len(shares) > 5 and found["shuffled"] == pytest.approx(want, abs=0.04)
+    assert abs(found["difference"]) < 0.15
+    none = about_slips([np.ones(3)], [np.ones(3)], [1], True, 0)
+    assert (none["slips"], none["cuts"], none["real"], none["difference"]) == (1, 0, None, None)
 
 
 def slipping(student, rng, number, slip):
