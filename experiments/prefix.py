@@ -197,15 +197,10 @@ class PrefixTrial(Trial):
         for name, rule in (("null", "faithful"), ("guarded", "guarded")):
             for kind in ("real", "permuted", "block_shuffled"):
                 found[f"{name}_{kind}"] = null["detector"][rule][kind]["cut_rate"]
-        faithful = null["detector"]["faithful"]
         slip = null["slip"]["faithful"]
         return found | {
             "slip_difference": slip["difference"] or 0.0,
             "slip_share": slip["real"],
-            "strong": faithful["real"]["strong"],
-            "strong_block_shuffled": faithful["block_shuffled"]["strong"],
-            "position": faithful["real"]["position_tokens"],
-            "slips": slip["slips"] / null["rollouts"],
         }
 
     def round(self):
