@@ -163,7 +163,7 @@ def create_parser():
 
 def create(argv):
     args = create_parser().parse_args(argv)
-    cli.check_at_least_1(m=args.m)
+    cli.check_at_least(1, m=args.m)
     prompts = files.Table(args.prompts, "prompts")
     answers = by_prompt(args.answers, "answers", args.m)
     attempts = by_prompt(args.rollouts, "rollouts")
@@ -384,7 +384,7 @@ def settings_from_flags(args, llm):
 
 def grade(argv):
     args = grade_parser().parse_args(argv)
-    cli.check_at_least_1(repeats=args.repeats)
+    cli.check_at_least(1, repeats=args.repeats)
     if args.grader != "judge" and (args.repeats > 1 or args.reason):
         raise BadInput(
             "--repeats, --reason: expected --grader judge, the only one to read them"

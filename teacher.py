@@ -246,8 +246,7 @@ def add_score_flags(p):
 
 def check_flags(args):
     check_tokenizer_flag(args.tokenizer, args.base_url)
-    if args.top_k < 0:
-        raise BadInput(f"--top-k: expected 0 or more, got {args.top_k}")
+    cli.check_at_least(0, top_k=args.top_k)
     if args.top_k_of and args.top_k:
         raise BadInput(
             "--top-k-of: says which tokens are wanted, so --top-k has no place beside it"

@@ -324,15 +324,15 @@ def parse(argv):
     add_run_flags(p)
     add_trainer_flags(p)
     args = p.parse_args(argv)
-    cli.check_at_least_1(
+    cli.check_at_least(
+        1,
         batch_size=args.batch_size,
         micro_batch_tokens=args.micro_batch_tokens,
         epochs=args.epochs,
         steps=args.steps,
         teacher_top_k=args.teacher_top_k,
     )
-    if args.seed < 0:
-        raise BadInput(f"--seed: expected at least 0, got {args.seed}")
+    cli.check_at_least(0, seed=args.seed)
     if args.steps and args.epochs:
         raise BadInput("--steps and --epochs both say how long to train: give one of them")
     return args

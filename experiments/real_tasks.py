@@ -201,7 +201,7 @@ def make(argv):
     p.add_argument("--seed", type=int, default=0, help="of the problems")
     p.add_argument("--overwrite", action="store_true", help="replace --out")
     args = p.parse_args(argv)
-    cli.check_at_least_1(train=args.train, dev=args.dev, held_out=args.held_out)
+    cli.check_at_least(1, train=args.train, dev=args.dev, held_out=args.held_out)
     # in this order, so that more to train on changes no other file
     sizes = {"heldout": args.held_out, "dev": args.dev, "train": args.train}
     found = iter(distinct(args.task, args.seed, sum(sizes.values())))
@@ -436,7 +436,7 @@ def load_sampler(flags, name, done, out):
 
 def pilot(argv):
     args, more = pilot_parser().parse_known_args(argv)
-    cli.check_at_least_1(problems=args.problems, samples=args.samples)
+    cli.check_at_least(1, problems=args.problems, samples=args.samples)
     models = named_models(args.models)
     prompts, settings = write_problems(args)
     failed = 0

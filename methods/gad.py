@@ -316,7 +316,8 @@ def train_parser():
 
 def train(argv=None):
     args = train_parser().parse_args(argv)
-    cli.check_at_least_1(
+    cli.check_at_least(
+        1,
         batch_size=args.batch_size,
         epochs=args.epochs,
         micro_batch_tokens=args.micro_batch_tokens,

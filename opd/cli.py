@@ -106,11 +106,13 @@ def dispatch(doc, commands, argv):
     return commands[argv[0]](argv[1:])
 
 
-def check_at_least_1(**options):
-    """Refuses flags whose value is given and below 1."""
+def check_at_least(least, **options):
+    """Refuses flags whose value is given and below `least`."""
     for name, value in options.items():
-        if value is not None and value < 1:
-            raise BadInput(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+        if value is not None and value < least:
+            raise BadInput(
+                f"--{name.replace('_', '-')}: expected at least {least}, got {value}"
+            )
 
 
 def check_given(label, needed, **options):

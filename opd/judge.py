@@ -407,9 +407,8 @@ def from_flags(args, reasons=False):
     """The Judge that the flags of `add_flags` name."""
     if not args.base_url or not args.model:
         raise BadInput("a served judge needs --base-url and --model")
-    cli.check_at_least_1(budget_tokens=args.budget_tokens)
-    if args.re_asks < 0:
-        raise BadInput(f"--re-asks: expected at least 0, got {args.re_asks}")
+    cli.check_at_least(1, budget_tokens=args.budget_tokens)
+    cli.check_at_least(0, re_asks=args.re_asks)
     server = served.Server.from_flags(args)
     return Judge(
         server,

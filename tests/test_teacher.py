@@ -343,7 +343,7 @@ def test_bad_input_is_named_and_makes_no_file(stage, world):
         (dict(prompts=few), "expected a prompt 't00000', which"),
         (dict(hint="x"), "--hint: needs --prompts"),
         (dict(tokenizer=world.teacher), "--tokenizer: expected --base-url"),
-        (dict(top_k=-1), "--top-k: expected 0 or more"),
+        (dict(top_k=-1), "--top-k: expected at least 0"),
         (dict(same_token="#"), "--same-token"),
         (dict(same_token="#=nothing"), "--same-token"),
         (dict(same_token="#=<|end|>", top_k=3), "--same-token"),
