@@ -26,6 +26,7 @@ from opd.answers import question_of
 from opd.records import BadInput
 from opd.rewards import pass_rate
 from worlds import predicates
+from worlds.build import share
 
 
 def parser(doc, *inputs):
@@ -81,7 +82,9 @@ def shuffle_rewards(argv):
             kept = {k: v for k, v in row.items() if k not in ("verdicts", "reason")}
             other = {k: group[i][k] for k in ("reward", "status", "reason") if k in group[i]}
             rows.append(kept | other | {"grader": row["grader"] + ", shuffled"})
-    return write(args.out, "rewards", rows, {"seed": args.seed}, [args.rewards], args.overwrite)
+    # with more records the order would be another one
+    settings = {"seed": args.seed, "of_records": len(rows)}
+    return write(args.out, "rewards", rows, settings, [args.rewards], args.overwrite)
 
 
 def flipped(rate, *names):
@@ -92,14 +95,19 @@ def flipped(rate, *names):
 
 def flip_verdicts(argv):
     p = parser(__doc__, "rewards", "rubrics")
-    p.add_argument("--rate", type=float, required=True, help="share of wrong verdicts")
+    p.add_argument("--rate", type=share, required=True, help="share of wrong verdicts")
     args = p.parse_args(argv)
     rubrics = {str(r["id"]): r["criteria"] for r in files.read(args.rubrics, "rubrics")}
     rows = []
     for row in files.read(args.rewards, "rewards"):
         key = records.key_of(row, "rewards")
         if row["reward"] is not None:
-            criteria = rubrics[key[0]]
+            criteria = rubrics.get(key[0])
+            if criteria is None or "verdicts" not in row:
+                raise BadInput(
+                    f"{args.rewards}: id {row['id']!r}: expected rewards by a rubric of "
+                    f"{args.rubrics}, got {row['grader']!r} and no such rubric or verdicts"
+                )
             verdicts = [
                 verdict != flipped(args.rate, args.seed, key, criterion["id"])
                 for criterion, verdict in zip(criteria, row["verdicts"])
@@ -132,7 +140,7 @@ def impression(argv):
     p.add_argument(
         "--view", default="all", choices=("all", "merits"), help="properties it votes on"
     )
-    p.add_argument("--rate", type=float, default=0.0, help="share of wrong votes")
+    p.add_argument("--rate", type=share, default=0.0, help="share of wrong votes")
     args = p.parse_args(argv)
     asked = {str(r["id"]): question_of(r) for r in files.read(args.prompts, "prompts")}
     rows = []
@@ -199,10 +207,12 @@ def shuffle_scores(argv):
     flat[counts] = np.random.default_rng(args.seed).permutation(flat[counts])
     for row, part in zip(rows, np.split(flat, np.cumsum(list(map(len, parts)))[:-1])):
         row["logprobs"] = part.tolist()
-        for name in ("topk", "topk_of", "end_mass"):
-            row.pop(name, None)
+    # whatever else a score holds knows the teacher
+    rows = [{name: row[name] for name in records.SCORE} for row in rows]
     inputs = [path for path in (args.scores, args.rollouts) if path]
-    return write(args.out, "scores", rows, {"seed": args.seed}, inputs, args.overwrite)
+    # with more records the order would be another one
+    settings = {"seed": args.seed, "of_records": len(rows)}
+    return write(args.out, "scores", rows, settings, inputs, args.overwrite)
 
 
 COMMANDS = {

@@ -249,7 +249,8 @@ def step_gradients(policy, rollout, score):
         [rollout["prompt_ids"] + rollout["response_ids"]],
         [response_positions(rollout["prompt_ids"], mask)],
     )
-    ids = torch.tensor(rollout["response_ids"], device=hidden.device)[mask, None]
+    ids = torch.tensor(rollout["response_ids"], dtype=torch.int64, device=hidden.device)
+    ids = ids[mask, None]
     logp = linear_logp(hidden, policy.head, ids, **policy.head_options)[0][:, 0]
     teacher = torch.tensor(score["logprobs"], dtype=torch.float32, device=hidden.device)[mask]
     terms = (teacher - logp.detach()) * logp

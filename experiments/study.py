@@ -53,6 +53,7 @@ class Rounds:
 
     def __post_init__(self):
         updates = getattr(self, "updates", 1)
+        cli.check_at_least(1, prompts=self.prompts, updates=updates, eval_every=self.eval_every)
         if self.prompts % updates:
             raise records.BadInput(
                 f"--updates {updates}: expected a divisor of --prompts {self.prompts}: "
@@ -661,7 +662,7 @@ def conduct(study, doc, argv=None):
     run = Run(out, settings, arms, results, command, args.smoke)
     say(f"{study.about}: arms {', '.join(arms)}; every command goes to {out}/commands.sh")
     with run.alone():
-        done = finished(results, dataclasses.asdict(settings))
+        done = finished(results, settings)
         study.build(run)
         for seed in range(args.seeds):
             study.prepare(run, seed)
@@ -732,8 +733,11 @@ def finished(path, settings):
     rows = result_lines(path)
     if not rows:
         return set()
+    shared = shared_settings(settings)
+    free = dataclasses.asdict(settings).keys() - shared.keys()
     for row in rows:
-        if difference := files.first_difference(row.get("settings"), settings):
+        made = {k: v for k, v in row.get("settings", {}).items() if k not in free}
+        if difference := files.first_difference(made, shared):
             raise records.BadInput(
                 f"{path}: arm {row['arm']!r} was made with {difference}: give another --results"
             )

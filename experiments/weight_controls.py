@@ -17,7 +17,7 @@ fixed and no-end need rollouts only:
     no-end     all but the end token, which the method nearly always drops by the way (then
                nothing teaches when to stop)
 
-shuffled, suffix and fixed are rescaled and capped as the method is.
+shuffled, suffix and fixed are rescaled as the method is, capped at its default of 20.
 """
 
 import numpy as np
@@ -43,11 +43,22 @@ def nearest_cut(share, sizes):
     return kept if kept < len(sizes) else None
 
 
+def release_record(weights, rollout, rollouts):
+    """What methods.prefix weigh says of a rollout."""
+    record = files.record_for(weights, rollout, rollouts)
+    if record["rule"] != "release":
+        where = weights.where(records.key_of(rollout, "rollouts"))
+        raise BadInput(
+            f"{where}: rule: expected release, of methods.prefix weigh, got {record['rule']!r}"
+        )
+    return record
+
+
 def deal_shares(rollouts, weights, seed):
     """{key: share of the loss tokens before another rollout's cut, None for no cut}."""
     shares = []
     for rollout in rollouts:
-        record = files.record_for(weights, rollout, rollouts)
+        record = release_record(weights, rollout, rollouts)
         shares.append(None if record["cut"] is None else record["kept"])
     order = np.random.default_rng(seed).permutation(len(shares))
     return {key: shares[i] for key, i in zip(rollouts.keys(), order)}
@@ -126,7 +137,7 @@ def main(argv=None):
         shares = deal_shares(rollouts, weights, args.seed)
     rows = []
     for rollout in rollouts:
-        record = weights and files.record_for(weights, rollout, rollouts)
+        record = weights and release_record(weights, rollout, rollouts)
         share = shares.get(records.key_of(rollout, "rollouts"))
         rows.append(control(rule, rollout, record, share, tokens))
     controls.write(args.out, "weights", rows, settings, inputs, args.overwrite)

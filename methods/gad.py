@@ -405,16 +405,19 @@ def grade(argv=None):
     weights = scorer.identity["weights"]
 
     def work(missing):
+        wanted = set(missing)
         for prompt_id in dict.fromkeys(key[0] for key in missing):
             own = [table[key] for key in groups[prompt_id]]
-            scores = scorer.scores(group_sequences(scorer, own, given.get(prompt_id, [])))
+            judged = group_sequences(scorer, own, given.get(prompt_id, []))
+            scorer.check_length(max(map(len, judged)), f"{args.rollouts}: id {prompt_id!r}")
+            scores = scorer.scores(judged)
             lengths = [len(r["response_ids"]) for r in own]
             seen.append((scores[len(own) :], scores[: len(own)], lengths))
             yield [
                 rewards.reward_record(r, rewards.Reward(score), f"discriminator {weights}")
                 | {"discriminator": weights}
                 for key, r, score in zip(groups[prompt_id], own, scores)
-                if key in missing
+                if key in wanted
             ]
 
     files.fill(

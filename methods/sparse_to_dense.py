@@ -23,6 +23,7 @@ import os
 from pathlib import Path
 
 from opd import cli, disk, files
+from opd.answers import read_answerable
 from opd.records import BadInput
 
 
@@ -98,7 +99,7 @@ def spend_command(argv=None):
         "--again", action="store_true", help="take labels that were spent on something else"
     )
     args = p.parse_args(argv)
-    prompts = files.Table(args.prompts, "prompts")
+    prompts = read_answerable(args.prompts)
     asked = dict.fromkeys((str(r["id"]),) for r in files.read(args.rollouts, "rollouts"))
     if missing := [key for key in asked if key not in prompts]:
         raise BadInput(

@@ -125,7 +125,7 @@ def test_a_torn_results_line_is_made_again(smoke, tmp_path):
     whole = (smoke / "results.jsonl").read_bytes()
     torn.write_bytes(whole[:-20])
     settings = load(smoke / "results.jsonl")[0]["settings"]
-    assert len(study.finished(torn, settings)) == len(ropd.ARMS) - 1
+    assert len(study.finished(torn, ropd.Settings(**settings))) == len(ropd.ARMS) - 1
     assert whole.startswith(torn.read_bytes())
 
 

@@ -363,6 +363,11 @@ def test_flags_out_of_range_and_another_rule_are_refused(student, tmp_path, caps
         (weight_controls.main, rollouts, dict(rule="boost"), "--weights: "),
     ):
         assert words in refusal(main, command + argv(**more), capsys)
+    weight_controls.main([*rollouts, *argv(rule="fixed", tokens=2)])
+    others = argv(rollouts=flags["rollouts"], weights=tmp_path / "c.jsonl", out=tmp_path / "d")
+    for rule in ("shuffled", "boost"):
+        message = refusal(weight_controls.main, others + argv(rule=rule), capsys)
+        assert "c.jsonl:1: rule: expected release" in message
 
 
 # ---- nulls

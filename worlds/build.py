@@ -98,6 +98,8 @@ def new_folder(out, overwrite):
         raise BadInput(
             f"--out {out}: exists already: give another one, or --overwrite to replace it"
         )
+    if out.is_symlink() or out.is_file():
+        raise BadInput(f"--out {out}: expected a folder, got a file or a link")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     unfinished.mkdir(parents=True)
     yield unfinished

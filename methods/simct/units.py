@@ -208,6 +208,9 @@ def score_rollouts(pair, rollouts, prompts, topk_ids, largest=0):
         candidates.append(ids)
         wanted.append(np.array(theirs, np.int64).reshape(ids.shape))
     prompt_ids = [render(teacher.tokenizer, p, teacher.template_options) for p in prompts]
+    for rollout, ids, found in zip(rollouts, prompt_ids, alignments):
+        where = f"id {rollout['id']!r}, sample {rollout['sample']}"
+        teacher.check_length(len(ids) + len(found.teacher_ids), where)
     scores = score_units(teacher, prompt_ids, alignments, wanted, largest)
     return [
         unit_record(pair, *parts) for parts in zip(rollouts, alignments, candidates, scores)
