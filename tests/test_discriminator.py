@@ -2,7 +2,9 @@
 float64, its blindness where it must be blind."""
 
 import itertools
+import json
 import math
+import shutil
 import types
 
 import numpy as np
@@ -211,6 +213,16 @@ def test_lora_trains_the_score_head_whole_and_freezes_the_embedding(world, pairs
 def grade_flags(world, pairs, out, **flags):
     usual = dict(discriminator=pairs.d, rollouts=world.rollouts, out=out)
     return argv("grade", **usual | flags)
+
+
+def test_a_discriminator_without_positions_for_an_answer_is_refused(
+    world, pairs, tmp_path, capsys
+):
+    short = shutil.copytree(pairs.d, tmp_path / "d")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    flags = grade_flags(world, pairs, tmp_path / "w.jsonl", discriminator=short)
+    assert "expected at most 8 tokens" in refusal(gad.main, flags, capsys)
 
 
 def test_rewards_are_the_scores_and_name_the_discriminator(world, pairs, tmp_path):

@@ -150,6 +150,9 @@ def test_settings_shrink_under_smoke_and_keep_what_they_inherit():
         records.BadInput, match="--updates 3: expected a divisor of --prompts 4"
     ):
         settings_of(args, Settings)
+    args = SimpleNamespace(smoke=False, **given | {"eval_every": 0})
+    with pytest.raises(records.BadInput, match="--eval-every: expected at least 1"):
+        settings_of(args, Settings)
 
 
 def test_a_student_that_leaves_nothing_to_compare_is_refused():

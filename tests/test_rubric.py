@@ -247,6 +247,10 @@ def test_flipped_verdicts_have_the_reward_of_what_they_say_now(w):
     w.control("flip-verdicts", "none.jsonl", rate=0, **files)
     assert w.rewards("none.jsonl") == w.rewards()
     w.control("flip-verdicts", "all.jsonl", rate=1, **files)
+    w.grade("right.jsonl", grader="answer")
+    with pytest.raises(BadInput, match="expected rewards by a rubric"):
+        others = files | dict(rewards=w.folder / "right.jsonl")
+        w.control("flip-verdicts", "other.jsonl", rate=0.5, **others)
     for key, r in w.rewards("all.jsonl").items():
         assert r["verdicts"] == [not v for v in w.rewards()[key]["verdicts"]]
         assert r["reward"] == pytest.approx(1 - w.rewards()[key]["reward"])

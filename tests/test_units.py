@@ -2,6 +2,8 @@
 pair of tokenizers in float64."""
 
 import copy
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -66,6 +68,16 @@ def scored(world, model, out, **flags):
     """methods.simct score of the world's rollouts; returns its summary."""
     paths = dict(student=world.base, prompts=world.prompts, rollouts=world.rollouts)
     return simct_command.main(argv("score", model=model, out=out, **paths, **flags))
+
+
+def test_a_teacher_without_positions_for_a_text_is_refused(world, tmp_path, capsys):
+    short = shutil.copytree(world.teacher, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    flags = argv(model=short, student=world.base, prompts=world.prompts)
+    flags += argv(rollouts=world.rollouts, out=tmp_path / "u.jsonl")
+    message = refusal(simct_command.main, ["score", *flags], capsys)
+    assert "expected at most 8 tokens" in message
 
 
 @pytest.fixture(scope="module")
