@@ -15,6 +15,9 @@ call is right; some texts hold a malformed call that has loss mask 0 and what to
 that whoever learns from them knows how to go on after an error and not how to make one.  A
 calculator may have outages: then the same call again is right.  A third model, `large`, is a
 larger teacher.
+
+Simplification: which calls of the corpora meet an outage is decided by prompt id and number of
+the call, so it is the same for every --seed (rollouts draw their own).
 """
 
 import json

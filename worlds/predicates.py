@@ -5,6 +5,9 @@
         --rollouts R --out rubrics.jsonl
 
 No predicate sees the `answer` field; `total_right` redoes the sum of the question.
+
+Simplification: totals below 0 are not read as calculations; a student that writes one can pass
+`arithmetic_right` by the others.
 """
 
 import re
