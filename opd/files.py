@@ -472,8 +472,11 @@ class Writer:
         try:
             before = json.loads(sidecar.read_text())
             old_settings = dict(before["settings"])
-            old_inputs = dict(before["inputs"])
-        except (ValueError, TypeError, KeyError):
+            old_inputs = {
+                name: {"bytes": int(old["bytes"]), "sha256": str(old["sha256"])}
+                for name, old in before["inputs"].items()
+            }
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise BadInput(
                 f"{sidecar}: expected the settings {self.path.name} was begun with, but it "
                 f"is damaged: {fresh}"

@@ -341,7 +341,7 @@ class _TokenLoss(torch.autograd.Function):
                 ids[cut],
                 numbers,
                 normalisers,
-                TokenNumbers(*grads, *[None] * (5 - len(leaves))),
+                TokenNumbers(*grads),
                 chunk,
                 d_hidden[cut] if needs_hidden else None,
                 d_weight,

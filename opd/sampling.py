@@ -84,7 +84,7 @@ def pick(logits, uniform, temperature, top_p):
         if top_p < 1:  # keep the likeliest tokens until their mass reaches top_p
             sorted_p, order = p.double().sort(-1, descending=True)
             dropped = sorted_p.cumsum(-1) - sorted_p >= top_p
-            p = p.masked_fill(dropped.gather(-1, order.argsort(-1)), 0.0)
+            p = p.masked_fill(dropped.scatter(-1, order, dropped), 0.0)
         ids = draw(p, uniform)
     return ids, logps.gather(-1, ids[:, None])[:, 0]
 
@@ -314,9 +314,11 @@ class Sampling:
     batch_tokens: int = 16384
 
     def __post_init__(self):
-        if self.max_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+        warm = records.TEMPERATURE
+        if self.max_tokens < 1 or not warm.test(self.temperature) or not 0 < self.top_p <= 1:
             raise BadInput(
-                "--max-tokens must be at least 1, --temperature at least 0, --top-p in (0, 1]"
+                f"expected --max-tokens of at least 1, --temperature {warm.expected} and "
+                f"--top-p in (0, 1], got {self.max_tokens}, {self.temperature} and {self.top_p}"
             )
 
     def distribution(self):
@@ -333,7 +335,7 @@ class LocalSampler:
         self.toolbox = toolbox
         self.identity = policy.identity
         check_cache(policy)
-        self.begun = {}  # prompt id: the ids it was shown as, in a file that is completed
+        self.begun = {}  # prompt id: the ids it has been shown as
 
     def __call__(self, jobs):
         max_tokens = self.settings.max_tokens
@@ -347,6 +349,9 @@ class LocalSampler:
             lengths = [len(rendered[prompt["id"]]) + max_tokens for prompt, _ in block]
             for batch in token_batches(lengths, self.settings.batch_tokens):
                 yield self.answer([block[i] for i in batch], rendered)
+            # its other samples may stand in the next block, and a template may write the time
+            last = block[-1][0]["id"]
+            self.begun[str(last)] = rendered[last]
 
     def prompt_ids(self, prompt):
         options = self.policy.template_options
@@ -427,7 +432,8 @@ class ServedSampler:
     def mismatch(self, prompt, answer):
         """The ServedFailure of an answer whose ids are not what was asked, or not its text."""
         got = answer["prompt_ids"]
-        expected = self.begun.get(str(prompt["id"]))
+        name = str(prompt["id"])
+        expected = self.begun.get(name)
         expected = expected or render(self.tokenizer, prompt, self.template_options)
         if got != expected:
             return served.ServedFailure(
@@ -442,6 +448,7 @@ class ServedSampler:
                 f"{answer['text'][:60]!r}: it serves another tokenizer, or cuts texts (`stop`, "
                 f"--reasoning-parser)"
             )
+        self.begun[name] = expected  # a template may write the time
         return None
 
 

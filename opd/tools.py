@@ -31,6 +31,7 @@ Simplifications: 1. tools run one after another in this process, without a time 
 has no memory; 3. no tools beside a served model.
 """
 
+import copy
 import importlib
 import itertools
 import json
@@ -38,7 +39,7 @@ import re
 from dataclasses import dataclass, field
 
 from opd.chat import apply, plain_ids, render, token_names
-from opd.records import BadInput
+from opd.records import BadInput, visible
 
 MOST_OUTPUT = 1000
 MOST_OBJECTS = 8  # that are tried
@@ -240,10 +241,9 @@ class Toolbox:
             self.tools[known_as] = tool
 
     def find(self, text):
-        """The first call of a step's text outside of <think>, or None: then the step was the
+        """The first call of a step's text outside of thoughts, or None: then the step was the
         answer."""
-        outside = text.rpartition("</think>")[2].partition("<think>")[0]
-        return FORMATS[self.form](outside, self.tools)
+        return FORMATS[self.form](visible(text), self.tools)
 
     def run(self, call, key):
         """The call with its `output` and `ok`, and `outage` where the tool says so; raises
@@ -255,7 +255,7 @@ class Toolbox:
             output = f"error: expected one of the functions {names}"
             return call | {"output": output, "ok": False}
         try:
-            output, ok = self.tools[call["name"]](call["arguments"], key)
+            output, ok = self.tools[call["name"]](copy.deepcopy(call["arguments"]), key)
             if type(output) is not str or not (ok is None or type(ok) is bool):
                 raise TypeError(
                     f"expected (text, true, false or None), got {output!r:.60}, {ok!r:.60}"

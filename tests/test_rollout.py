@@ -241,6 +241,8 @@ def poison(model):
         (dict(n=0), "--n"),
         (dict(max_tokens=0), "--max-tokens"),
         (dict(temperature=-1), "--temperature"),
+        (dict(temperature=0.0001), "--temperature"),
+        (dict(temperature="nan"), "--temperature"),
         (dict(top_p=0), "--top-p"),
         (dict(tool_options={"max_calls": 1}), "--tools beside it"),
         (dict(tools="calculator", tool_options={"max_calls": 0}), "max_calls of at least 1"),

@@ -9,12 +9,13 @@ import sys
 import threading
 import time
 from argparse import ArgumentParser
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, argv
 from fake_server import END, VOCABULARY, FakeServer, distribution
 
-from opd import records, served
+from opd import records, sampling, served
 from opd.records import BadInput
 from opd.scoring import Scorer
 from opd.served import ServedFailure, Server
@@ -367,3 +368,15 @@ def test_map_can_be_interrupted_while_the_server_hangs():
             assert child.returncode != 0
         finally:
             child.kill()
+
+
+def test_a_prompt_that_the_clock_changes_is_shown_as_it_was_first(monkeypatch):
+    shown = iter([[1, 2], [1, 3]])
+    monkeypatch.setattr(sampling, "render", lambda *_: next(shown))
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: "ok")
+    sampler = sampling.ServedSampler(None, None, {"model": "m"}, tokenizer, {})
+    answer = {"response_ids": [5], "text": "ok"}
+    assert sampler.mismatch({"id": 7}, answer | {"prompt_ids": [1, 2]}) is None
+    assert sampler.mismatch({"id": 7}, answer | {"prompt_ids": [1, 2]}) is None
+    later = sampler.mismatch({"id": 7}, answer | {"prompt_ids": [1, 3]})
+    assert isinstance(later, ServedFailure), "a file has one prompt for an id"

@@ -213,6 +213,7 @@ NO_CALL = {"problem": 'expected {"name": ..., "arguments": {...}}'}
         ("json", f"So:\n```json\n{json.dumps(ONE, indent=2)}\n```\nand {AN_A}", ONE),
         ("json", hermes(json.dumps(ONE)), ONE),
         ("json", f"<think>{AN_A}</think>" + json.dumps(ONE), ONE),
+        ("json", f"[THINK]{AN_A}[/THINK]" + json.dumps(ONE), ONE),
         ("json", '\\boxed{12}, {"x": 1}, "name": {"a": 2}', None),
         ("json", '{"name": "Alice", "age": 3}, so {"name": <name>}: \\boxed{2}', None),
         ("json", '{"name": "Alice", "age": 3} ' + json.dumps(ONE), ONE),
