@@ -83,10 +83,12 @@ def final_answer(text):
                                             "\\\\frac{1}{2}";   final_answer("12") -> None.
     The text is an answer without thoughts (records.final_text)."""
     text = text.strip()
+    if boxed := last_boxed(text):
+        return boxed
     marked, rest = last_marked(text)
     if marked and re.match(HEADING, marked):
         marked = last_stated(rest) or marked
-    return last_boxed(text) or marked or last_stated(text) or None
+    return marked or last_stated(text) or None
 
 
 @lru_cache(1 << 12)

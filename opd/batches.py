@@ -77,7 +77,8 @@ class Data:
     dropped       groups that left for a failed judgement;  silent: for weights of 0, or with no
                   token to train on in what has weight
     left_out      prompts that left because a file has no record of them
-    retokenized   keys of answers whose text had to be tokenized
+    has_texts     whether an answer has no tokens of this model;  retokenized: keys of those
+                  whose text had to be tokenized
     writers, scorers   {weights, "" if unknown: model} of who wrote the answers, who scored
                   them"""
 
@@ -96,6 +97,7 @@ class Data:
         self.rollouts = self._open_rollouts(inputs.rollouts)
         self.groups = {}
         self.temperature = None
+        self.has_texts = False
         self.retokenized = set()
         self.writers = {}
         self.scorers = {}
@@ -158,6 +160,8 @@ class Data:
         if self._has_our_tokens(rollout):
             self._check_readable(rollout["prompt_ids"] + rollout["response_ids"], where)
             check_text(self.policy.tokenizer, rollout, where)
+        else:
+            self.has_texts = True
 
     def _check_readable(self, ids, where):
         """The policy, and a teacher in memory, have rows and positions for these tokens."""
@@ -361,6 +365,8 @@ class Data:
     def check_texts(self, steps):
         """Tokenizes what the steps will read, so that a text that cannot be is refused before
         the first of them."""
+        if not self.has_texts:
+            return
         for prompt in dict.fromkeys(prompt for step in steps for prompt in step):
             for key in self.groups[prompt]:
                 self._in_our_tokens(self.rollouts[key], key)

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,6 +241,15 @@ def variant(source, folder, tokenizer=None, model=None):
         m = model(m) or m
     m.save_pretrained(folder)
     t.save_pretrained(folder)
+    return folder
+
+
+def with_positions(source, folder, positions):
+    """A copy of a model folder whose config has so few positions."""
+    config = json.loads((Path(source) / "config.json").read_text())
+    shutil.copytree(source, folder)
+    config["max_position_embeddings"] = positions
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -1,7 +1,6 @@
 """opd/batches.py: only what belongs together becomes a training step; groups, weights and ends
 of answers; whose answers they are."""
 
-import json
 import shutil
 
 import numpy as np
@@ -20,6 +19,7 @@ from conftest import (
     same_bits,
     variant,
     weights,
+    with_positions,
 )
 from test_train import (
     END,
@@ -276,9 +276,7 @@ def test_a_token_that_the_sampler_all_but_excluded_leaves_finite_numbers():
 
 
 def test_a_teacher_without_positions_or_rows_is_refused(world, tmp_path, capsys):
-    short = shutil.copytree(world.teacher, tmp_path / "short")
-    config = json.loads((short / "config.json").read_text())
-    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    short = with_positions(world.teacher, tmp_path / "short", 8)
     model = naive_model(world.teacher).float()
     model.resize_token_embeddings(12)
     small = shutil.copytree(world.teacher, tmp_path / "small")

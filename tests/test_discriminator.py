@@ -2,15 +2,13 @@
 float64, its blindness where it must be blind."""
 
 import itertools
-import json
 import math
-import shutil
 import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import argv, dump, load, refusal, same_bits, variant
+from conftest import argv, dump, load, refusal, same_bits, variant, with_positions
 from safetensors.torch import load_file
 from test_train import PLAIN, Recorder
 from transformers import AutoModelForSequenceClassification
@@ -218,9 +216,7 @@ def grade_flags(world, pairs, out, **flags):
 def test_a_discriminator_without_positions_for_an_answer_is_refused(
     world, pairs, tmp_path, capsys
 ):
-    short = shutil.copytree(pairs.d, tmp_path / "d")
-    config = json.loads((short / "config.json").read_text())
-    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    short = with_positions(pairs.d, tmp_path / "d", 8)
     flags = grade_flags(world, pairs, tmp_path / "w.jsonl", discriminator=short)
     assert "expected at most 8 tokens" in refusal(gad.main, flags, capsys)
 

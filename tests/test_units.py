@@ -2,13 +2,11 @@
 pair of tokenizers in float64."""
 
 import copy
-import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import SFT, argv, by_key, dump, load, naive_model, refusal
+from conftest import SFT, argv, by_key, dump, load, naive_model, refusal, with_positions
 from test_train import FAST, gradient, same_gradient
 
 import teacher
@@ -71,9 +69,7 @@ def scored(world, model, out, **flags):
 
 
 def test_a_teacher_without_positions_for_a_text_is_refused(world, tmp_path, capsys):
-    short = shutil.copytree(world.teacher, tmp_path / "short")
-    config = json.loads((short / "config.json").read_text())
-    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    short = with_positions(world.teacher, tmp_path / "short", 8)
     flags = argv(model=short, student=world.base, prompts=world.prompts)
     flags += argv(rollouts=world.rollouts, out=tmp_path / "u.jsonl")
     message = refusal(simct_command.main, ["score", *flags], capsys)
