@@ -23,9 +23,10 @@ A tool is any object with `schema` (a function in transformers' tool format) and
 `__call__(arguments, key) -> (output, ok)`.  ok is true for a result, false where the model was
 wrong, None where it was not and there is no result all the same (an outage).  The answer must
 depend on nothing but the two arguments: `key` names the call (seed, prompt, sample, number),
-for tools that want randomness.  A tool that raises is broken: the stage stops and writes
-nothing of that batch, so that a finished file never holds an answer to a tool that did not
-work.  MODULE must be importable: beside the stages, or on PYTHONPATH.
+for tools that want randomness.  A call without an argument that the schema requires does not
+reach the tool: the model reads an error.  A tool that raises is broken: the stage stops and
+writes nothing of that batch, so that a finished file never holds an answer to a tool that did
+not work.  MODULE must be importable: beside the stages, or on PYTHONPATH.
 
 Simplifications: 1. tools run one after another in this process, without a time limit; 2. a tool
 has no memory; 3. no tools beside a served model.
@@ -254,8 +255,12 @@ class Toolbox:
             names = ", ".join(self.tools)
             output = f"error: expected one of the functions {names}"
             return call | {"output": output, "ok": False}
+        tool = self.tools[call["name"]]
+        for name in tool.schema["function"].get("parameters", {}).get("required", []):
+            if name not in call["arguments"]:
+                return call | {"output": f"error: expected an argument {name}", "ok": False}
         try:
-            output, ok = self.tools[call["name"]](copy.deepcopy(call["arguments"]), key)
+            output, ok = tool(copy.deepcopy(call["arguments"]), key)
             if type(output) is not str or not (ok is None or type(ok) is bool):
                 raise TypeError(
                     f"expected (text, true, false or None), got {output!r:.60}, {ok!r:.60}"

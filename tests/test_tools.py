@@ -235,7 +235,13 @@ def test_calls_are_found(form, text, call):
     [
         (NO_JSON, {}, "error: expected the call as JSON", {}),
         (A, {}, "error: expected one of the functions calculator", {}),
-        (ONE | {"arguments": {}}, {}, "error: expected a string named expression", {}),
+        (ONE | {"arguments": {"x": 1}}, {}, "error: expected an argument expression", {}),
+        (
+            ONE | {"arguments": {"expression": 1}},
+            {},
+            "error: expected a string named expression",
+            {},
+        ),
         (ONE, {"outage": 1}, "error: no answer, try again", {"outage": True}),
     ],
 )
