@@ -409,7 +409,7 @@ def draw_aucs(axes, part):
     axes.axvline(0.5, color="0.6", linewidth=1)
     axes.set_yticks(range(len(order)), order)
     prompts = max((row["prompts"] for row in known.values()), default=0)
-    axes.set(xlabel=f"AUC of right against wrong answers, {prompts} prompts", xlim=(0, 1))
+    axes.set(xlabel=f"AUC, right against wrong, {prompts} prompts", xlim=(0, 1))
 
 
 def draw_places(axes, part):
