@@ -202,7 +202,6 @@ def test_a_pilot_measures_what_eval_measures_and_goes_on_after_a_kill(
         greedy = evaluation.main(argv(rollouts=at / "greedy.jsonl", overwrite=True, **flags))
         assert line["greedy"] == greedy["accuracy"] and line["agreement"] == 1
         assert all(r["temperature"] == 0 for r in load(at / "greedy.jsonl"))
-    assert sum(line["accuracy"] for line in lines) > 0
 
     kill_while_writing("experiments.real_tasks", as_pilot(world, tmp_path, "cut"), after=37)
     real_tasks.main(as_pilot(world, tmp_path, "cut"))
