@@ -1,5 +1,6 @@
 """Problems for real models: what is made, how it is graded, that a killed pilot goes on."""
 
+import functools
 import json
 import random
 import re
@@ -13,6 +14,7 @@ import eval as evaluation
 from experiments import real_tasks
 from experiments.real_tasks import BY_ANSWER, INSTRUCTION, TASKS
 from opd import files
+from opd.answers import final_answer
 from opd.policy import load_tokenizer
 from opd.records import BadInput
 
@@ -167,12 +169,14 @@ def test_spellings_that_only_one_of_the_graders_takes_are_counted(world, tmp_pat
 # ---- the pilot
 
 
-def as_pilot(world, tmp_path, name, **flags):
-    """The command line of a pilot of two models of the tiny world on its own problems."""
-    rows = [
-        {"question": r["messages"][0]["content"], "answer": f"#### {r['answer']}"}
-        for r in load(world.prompts)
-    ]
+def as_pilot(world, tmp_path, name, answers=None, **flags):
+    """The command line of a pilot of two models of the tiny world on its own problems, with the
+    answers to them or, by question, others."""
+    rows = []
+    for r in load(world.prompts):
+        question = r["messages"][0]["content"]
+        answer = (answers or {}).get(question, r["answer"])
+        rows.append({"question": question, "answer": f"#### {answer}"})
     source = dump(tmp_path / "running.jsonl", rows)
     models = ["--models", f"student={world.base}", f"teacher={world.teacher}"]
     paths = dict(work=tmp_path / name, out=tmp_path / f"{name}.jsonl")
@@ -188,8 +192,18 @@ def test_a_pilot_measures_what_eval_measures_and_goes_on_after_a_kill(
     world, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(real_tasks, "INSTRUCTION", "")  # the models know no letters
-    command = as_pilot(world, tmp_path, "whole")
-    real_tasks.main(command)
+    real_tasks.main(as_pilot(world, tmp_path, "first"))
+    at = tmp_path / "first/running"
+    questions = {
+        p["id"]: p["messages"][0]["content"].strip() for p in load(at / "prompts.jsonl")
+    }
+    said = {
+        questions[r["id"]]: final_answer(r["text"])
+        for r in load(at / "teacher/greedy.jsonl")
+        if final_answer(r["text"])
+    }  # right from here on, for these models solve next to nothing
+    pilot = functools.partial(as_pilot, world, tmp_path, answers=said)
+    real_tasks.main(pilot("whole"))
     lines = load(tmp_path / "whole.jsonl")
     assert [line["arm"] for line in lines] == ["student", "teacher"]
     for line in lines:
@@ -202,17 +216,18 @@ def test_a_pilot_measures_what_eval_measures_and_goes_on_after_a_kill(
         greedy = evaluation.main(argv(rollouts=at / "greedy.jsonl", overwrite=True, **flags))
         assert line["greedy"] == greedy["accuracy"] and line["agreement"] == 1
         assert all(r["temperature"] == 0 for r in load(at / "greedy.jsonl"))
+    assert sum(line["greedy"] for line in lines) > 0
 
-    kill_while_writing("experiments.real_tasks", as_pilot(world, tmp_path, "cut"), after=37)
-    real_tasks.main(as_pilot(world, tmp_path, "cut"))
+    kill_while_writing("experiments.real_tasks", pilot("cut"), after=37)
+    real_tasks.main(pilot("cut"))
     assert stable(tmp_path / "cut.jsonl") == stable(tmp_path / "whole.jsonl")
     with open(tmp_path / "cut.jsonl", "ab") as f:
         f.write(b'{"arm": "stu')
     monkeypatch.setattr(real_tasks, "sampler_from_flags", None)  # nothing is loaded again
-    real_tasks.main(as_pilot(world, tmp_path, "cut"))
+    real_tasks.main(pilot("cut"))
     assert stable(tmp_path / "cut.jsonl") == stable(tmp_path / "whole.jsonl")
 
-    other = as_pilot(world, tmp_path, "whole", samples=2)
+    other = pilot("whole", samples=2)
     assert "made with samples = 3, now it is 2" in refusal(real_tasks.main, other, capsys)
 
 
