@@ -103,6 +103,16 @@ def measured(*values):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def processor():
+    """What the products run on: "Intel Xeon, avx2, avx512_f, avx512_bf16, amx_bf16"."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    known = torch.cpu.get_capabilities()
+    parts = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "bf16", "sve")
+    name = known.get("cpu_name", known.get("architecture", "CPU"))
+    return ", ".join([name, *(part for part in parts if known.get(part))])
+
+
 def row_of(contender, found, model, dtype):
     """The line of a contender's measurements."""
     row = {
@@ -117,8 +127,8 @@ def row_of(contender, found, model, dtype):
     for name in sorted(found[0].keys() - {"seconds", "tokens"}):
         row[name] = statistics.median(run[name] for run in found)
     row = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
-    made = {"threads": torch.get_num_threads(), "versions": versions("torch", "transformers")}
-    return row | made
+    row |= {"threads": torch.get_num_threads(), "processor": processor()}
+    return row | {"versions": versions("torch", "transformers")}
 
 
 def main(argv=None):

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.round import versions
+from bench.sampler import processor
 from opd import records
 from opd.policy import served_policy, vocabulary_size
 
@@ -150,6 +151,7 @@ def main(argv=None):
             "peak_mb": round(peak),
             "turns": args.turns,
             "threads": os.environ.get("OMP_NUM_THREADS"),
+            "processor": processor(),
             "versions": versions("torch", "transformers"),
         }
         print(json.dumps(row))
