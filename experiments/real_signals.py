@@ -23,8 +23,8 @@ OUT/signals.png; `base` comes first, `prefix` before `continue`, `sod` before `s
                first --tool-prompts: after failed calls, against results of calls at the same
                step of the same problem
     saved      from there, can the teacher still end right, and does the drift predict it?
-    support    pass@1 to pass@N of student and teacher: who solves what the other did not.  Says
-               nothing where N guesses hit: give prompts with many possible answers
+    support    pass@1 to pass@N of student and teacher, and who solves what the other did not;
+               beside them what guessing reaches, with the answers given to the other prompts
 
 Every stage is issued as a command (OUT/commands.sh) and resumes: a run may take several
 sittings.
@@ -48,12 +48,12 @@ from experiments.real_continue import continued, saved, sod
 from experiments.sod_drift import draw_steps
 from experiments.study import Run, add_settings, say, setting, settings_of, versions
 from opd import cli, disk, files, records
-from opd.answers import final_answer, is_correct
+from opd.answers import accepted_answers, equal, final_answer, is_correct
 from opd.pictures import COLOURS, new_picture, tidy
 from opd.records import BadInput
 from opd.rewards import rubric_reward
 from opd.shared import shares_prompts
-from opd.stats import auc_by_prompt
+from opd.stats import auc_by_prompt, pass_at_k
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,8 +342,9 @@ def prefix(pair):
 def support(pair):
     s = pair.settings
     some = {"slice": f"0:{s.support_prompts}"}
+    wanted = {prompt: row["answer"] for prompt, row in pair.read_prompts().items()}
     found = {}
-    right = {}
+    counts = {}
     stages = {"student": ("rollout.py", pair.student)}
     stages["teacher"] = ("teacher.py answer", pair.teacher)
     for name, (stage, model) in stages.items():
@@ -352,23 +353,72 @@ def support(pair):
         evals = pair.stage("eval.py", f"many_{name}_evals.jsonl", **on)
         found[name] = {"stage": made, "evals": evals}
         rows = pair.rows(f"many_{name}_evals.jsonl", "evals")
-        right[name] = {key: row["correct"] for key, row in rows.items()}
-    found["teacher - student, pass@1"] = difference(right["teacher"], right["student"])
-    outcomes = {}  # prompt: ([student's], [teacher's])
-    for side, hits in enumerate(right.values()):
-        for key, hit in hits.items():
-            outcomes.setdefault(key[0], ([], []))[side].append(hit)
-    solved = Counter((any(mine), any(theirs)) for mine, theirs in outcomes.values())
-    found["prompts solved by"] = {
+        counts[name] = count_right({key: row["correct"] for key, row in rows.items()})
+        given = {key: final_answer(records.final_text(row)) for key, row in rows.items()}
+        counts[f"{name}, guessing"] = count_guesses(given, wanted)
+    curves = {name: pass_curves(of, s.support_n) for name, of in counts.items()}
+    found["pass@k"] = {
+        name: {k: over_prompts(values) for k, values in curve.items()}
+        for name, curve in curves.items()
+    }
+    found["teacher - student, pass@k"] = {
+        k: over_prompts(minus(values, curves["student"][k]))
+        for k, values in curves["teacher"].items()
+    }
+    mine, theirs = counts["student"], counts["teacher"]
+    found["prompts solved by"] = who_solved(mine, theirs)
+    found["right and all, student and teacher"] = {
+        prompt: [mine[prompt], theirs[prompt]] for prompt in mine
+    }
+    return found
+
+
+def who_solved(mine, theirs):
+    """How many prompts have a right answer of whom.  mine, theirs: {prompt: (right, all)}."""
+    solved = Counter((mine[prompt][0] > 0, theirs[prompt][0] > 0) for prompt in mine)
+    return {
         "both": solved[True, True],
         "student alone": solved[True, False],
         "teacher alone": solved[False, True],
         "neither": solved[False, False],
     }
-    found["right, student and teacher"] = {
-        prompt: [float(np.mean(hits)) for hits in both] for prompt, both in outcomes.items()
-    }
+
+
+def count_right(right):
+    """{prompt: (right answers, all answers)} of {(prompt, sample): true or false}."""
+    groups = {}
+    for (prompt, _), hit in right.items():
+        groups.setdefault(prompt, []).append(hit)
+    return {prompt: (sum(hits), len(hits)) for prompt, hits in groups.items()}
+
+
+def count_guesses(given, wanted):
+    """{prompt: (right, all)} of the final answers that were given to the *other* prompts: who
+    guesses with the frequencies of this model's answers is right as often.
+    given: {(prompt, sample): final answer or None}; wanted: {prompt: `answer`}."""
+    total = Counter(given.values())
+    own = {prompt: Counter() for prompt, _ in given}
+    for (prompt, _), answer in given.items():
+        own[prompt][answer] += 1
+    found = {}
+    for prompt, answers in own.items():
+        others = total - answers
+        accepted = accepted_answers(wanted[prompt])
+        found[prompt] = (
+            sum(n for a, n in others.items() if a and any(equal(a, w) for w in accepted)),
+            others.total(),
+        )
     return found
+
+
+def pass_curves(counts, most):
+    """{k: {(prompt,): pass@k}} for k = 1, 2, 4 ... up to `most`.
+    counts: {prompt: (right, all)}."""
+    powers = [2**i for i in range(most.bit_length())]
+    return {
+        k: {(name,): pass_at_k(n, right, k) for name, (right, n) in counts.items() if n >= k}
+        for k in powers
+    }
 
 
 # ---- the picture
@@ -440,12 +490,30 @@ def draw_drift(axes, part):
     draw_steps(axes, {labels[kind]: by_step[kind] for kind in kinds})
 
 
+def draw_passes(axes, part):
+    """pass@k of student and teacher, and of guessing from each one's answers."""
+    for i, (name, curve) in enumerate(part["pass@k"].items()):
+        axes.errorbar(
+            [float(k) for k in curve],
+            [row["mean"] for row in curve.values()],
+            yerr=[row["half"] or 0 for row in curve.values()],
+            color=COLOURS[i // 2],
+            linestyle="--" if i % 2 else "-",
+            capsize=3,
+            label=name,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([float(k) for k in curve], list(curve))
+    axes.set(xlabel="k answers", ylabel="pass@k", ylim=(0, 1.05))
+    axes.legend(frameon=False, fontsize=8)
+
+
 def figure(found):
     """The matplotlib figure of what signals.json has of `positions`, `continue`, `sod`,
-    `outcome` and `ropd`; means and 95 % intervals over prompts, of `sod` over episodes.  None
-    where there is none."""
+    `outcome`, `ropd` and `support`; means and 95 % intervals over prompts, of `sod` over
+    episodes.  None where there is none."""
     panels = {"positions": draw_positions, "continue": draw_places, "sod": draw_drift}
-    panels |= {"outcome": draw_aucs, "ropd": draw_aucs}
+    panels |= {"outcome": draw_aucs, "ropd": draw_aucs, "support": draw_passes}
     panels = {name: draw for name, draw in panels.items() if name in found}
     if not panels:
         return None

@@ -90,6 +90,24 @@ def test_signals_are_held_against_each_other_on_rollouts_that_all_of_them_know(p
     assert {row["mean"] for row in ended.values()} == {None}  # nothing wrong is left
 
 
+def test_guesses_are_the_answers_to_other_prompts():
+    """Against all pairs of an answer and a prompt that it was not given to."""
+    texts = {"a": ["4", "5", None], "b": ["6", "4.0", "4"], "c": ["-6", "6", "5"]}
+    given = {(prompt, i): x for prompt, row in texts.items() for i, x in enumerate(row)}
+    wanted = {"a": "4", "b": ["6", "-6"], "c": "7"}
+    assert real_signals.count_guesses(given, wanted) == {"a": (2, 6), "b": (2, 6), "c": (0, 6)}
+    right = {key: is_correct(f"#### {x}", wanted[key[0]]) for key, x in given.items()}
+    counts = real_signals.count_right(right)
+    assert counts == {"a": (1, 3), "b": (1, 3), "c": (0, 3)}
+    curves = real_signals.pass_curves(counts, 4)
+    assert curves[1] == pytest.approx({("a",): 1 / 3, ("b",): 1 / 3, ("c",): 0.0})
+    assert curves[2] == pytest.approx({("a",): 2 / 3, ("b",): 2 / 3, ("c",): 0.0})
+    assert curves[4] == {}
+    theirs = {"a": (0, 3), "b": (3, 3), "c": (0, 3)}
+    solved = {"both": 1, "student alone": 1, "teacher alone": 0, "neither": 1}
+    assert real_signals.who_solved(counts, theirs) == solved
+
+
 def test_the_teacher_goes_on_from_the_cut_and_from_half_of_the_rest():
     for n, blocks in product(range(1, 8), range(0, 8)):
         places = real_continue.two_places([[i, i + 1] for i in range(n)], blocks)
