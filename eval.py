@@ -44,6 +44,7 @@ from opd.stats import (
     interval,
     mean_or_none,
     pass_at_k,
+    powers_up_to,
     repetition_ratio,
     shown,
 )
@@ -152,7 +153,7 @@ def accuracy(right):
         "accuracy_low": max(0.0, mean - half) if half else None,
         "accuracy_high": min(1.0, mean + half) if half else None,
     }
-    for k in sorted({2**i for i in range(n.bit_length())} | {n}):
+    for k in powers_up_to(n):
         passes = [pass_at_k(len(answers), sum(answers), k) for answers in right]
         summary[f"pass@{k}"] = float(np.mean(passes))
     return summary

@@ -12,19 +12,21 @@ OUT/signals.png; `base` comes first, `prefix` before `continue`, `sod` before `s
                length of the answer, repetition and outcome
     outcome    does a signal tell right from wrong answers to one prompt?  AUC of log-probs,
                length, and of having a final answer at all
-    ropd       the same of rubric rewards (m = 1 and 4; the verifier reads all answers to a
-               prompt at once, or one by one) and a holistic judge, on the first --judged
-               prompts; failures and flips of verdicts
+    ropd       AUC of rubric rewards (m = 1 or 4 reference answers; the verifier reads all
+               answers to a prompt at once, or one by one) and of a holistic judge, on the
+               first --judged prompts; failures and flips of verdicts
     prefix     cuts of methods.prefix, and experiments.prefix_null
-    continue   from where can the teacher, continuing the student's text, still end right?  From
-               quarters of a wrong and a right answer to each prompt, and from cuts against
-               halfway between cut and end; does the margin predict it?
+    continue   can the teacher still end right if it continues the student's text?  It does so
+               at quarters of a wrong and a right answer to each prompt, and at each cut
+               against halfway between cut and end; does the margin predict it?
     sod        the drift of episodes with a calculator, each after a worked example, on the
                first --tool-prompts: after failed calls, against results of calls at the same
                step of the same problem
-    saved      from there, can the teacher still end right, and does the drift predict it?
-    support    pass@1 to pass@N of student and teacher, and who solves what the other did not;
-               beside them what guessing reaches, with the answers given to the other prompts
+    saved      from those places, can the teacher still end right, and does the drift predict
+               it?
+    support    pass@1 to pass@N of both models, beside guesses: the model's own answers to the
+               other prompts.  Where these come near, pass@k says nothing: give prompts with
+               many possible answers.  By default 3,072 answers
 
 Every stage is issued as a command (OUT/commands.sh) and resumes: a run may take several
 sittings.
@@ -53,7 +55,7 @@ from opd.pictures import COLOURS, new_picture, tidy
 from opd.records import BadInput
 from opd.rewards import rubric_reward
 from opd.shared import shares_prompts
-from opd.stats import auc_by_prompt, pass_at_k
+from opd.stats import auc_by_prompt, pass_at_k, powers_up_to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Pair:
         return str(self.run.out / name)
 
     def stage(self, command, out, **options):
-        """What a stage that writes OUT/`out` returns; it makes only what is missing."""
+        """Runs a stage that completes OUT/`out`; returns its summary."""
         summary = self.run.stage(command, **options, out=self.path(out))
         if summary.get("failed"):
             self.failed += summary["failed"]
@@ -163,6 +165,7 @@ def base(pair):
 
 
 def by_position(gaps):
+    """The mean gap in each span of EDGES, over the answers that reach it."""
     rows = []
     for low, high in zip(EDGES, EDGES[1:]):
         high = min(high, max(map(len, gaps.values()), default=0))
@@ -300,12 +303,12 @@ def judgements(pair, asked):
 
 
 def ropd(pair):
-    """All signals on the same rollouts: those that no judgement of failed."""
+    """Every signal on the same rollouts: those whose judgements all succeeded."""
     s = pair.settings
     rollouts = pair.rows("rollouts.jsonl", "rollouts")
     every = pair.read_prompts()
     prompts = list(every)[: s.judged or None]
-    judged = {key: r for key, r in rollouts.items() if key[0] in set(prompts)}
+    judged = {key: r for key, r in rollouts.items() if key[0] in prompts}
     pair.run.write("judged.jsonl", f"rollouts of {len(prompts)} prompts", judged.values())
     pair.run.write("judged_prompts.jsonl", "their prompts", [every[name] for name in prompts])
     asked = {"prompts": pair.path("judged_prompts.jsonl")}
@@ -342,9 +345,9 @@ def prefix(pair):
 def support(pair):
     s = pair.settings
     some = {"slice": f"0:{s.support_prompts}"}
-    wanted = {prompt: row["answer"] for prompt, row in pair.read_prompts().items()}
     found = {}
     counts = {}
+    curves = {}
     stages = {"student": ("rollout.py", pair.student)}
     stages["teacher"] = ("teacher.py answer", pair.teacher)
     for name, (stage, model) in stages.items():
@@ -352,73 +355,59 @@ def support(pair):
         on = {"rollouts": pair.path(f"many_{name}.jsonl"), "prompts": pair.prompts} | some
         evals = pair.stage("eval.py", f"many_{name}_evals.jsonl", **on)
         found[name] = {"stage": made, "evals": evals}
-        rows = pair.rows(f"many_{name}_evals.jsonl", "evals")
-        counts[name] = count_right({key: row["correct"] for key, row in rows.items()})
-        given = {key: final_answer(records.final_text(row)) for key, row in rows.items()}
-        counts[f"{name}, guessing"] = count_guesses(given, wanted)
-    curves = {name: pass_curves(of, s.support_n) for name, of in counts.items()}
-    found["pass@k"] = {
-        name: {k: over_prompts(values) for k, values in curve.items()}
-        for name, curve in curves.items()
-    }
-    found["teacher - student, pass@k"] = {
-        k: over_prompts(minus(values, curves["student"][k]))
-        for k, values in curves["teacher"].items()
-    }
-    mine, theirs = counts["student"], counts["teacher"]
-    found["prompts solved by"] = who_solved(mine, theirs)
-    found["right and all, student and teacher"] = {
-        prompt: [mine[prompt], theirs[prompt]] for prompt in mine
-    }
+        right = {}
+        given = {}
+        for (prompt, sample), row in pair.rows(f"many_{name}_evals.jsonl", "evals").items():
+            if sample < s.support_n:
+                right.setdefault(prompt, []).append(row["correct"])
+                given.setdefault(prompt, []).append(final_answer(records.final_text(row)))
+        counts[name] = {prompt: [sum(hits), len(hits)] for prompt, hits in right.items()}
+        wanted = {prompt: pair.read_prompts()[prompt]["answer"] for prompt in right}
+        curves[name] = pass_curve(counts[name], s.support_n)
+        curves[f"{name}, guessing"] = guess_curve(given, wanted, s.support_n)
+    found["pass@k"] = {name: means_of(curve) for name, curve in curves.items()}
+    pairs = [(name, f"{name}, guessing") for name in stages] + [("teacher", "student")]
+    for ones, others in pairs:
+        gaps = {k: minus(values, curves[others][k]) for k, values in curves[ones].items()}
+        found[f"{ones} - {others}, pass@k"] = means_of(gaps)
+    found["right of all, by prompt"] = counts
     return found
 
 
-def who_solved(mine, theirs):
-    """How many prompts have a right answer of whom.  mine, theirs: {prompt: (right, all)}."""
-    solved = Counter((mine[prompt][0] > 0, theirs[prompt][0] > 0) for prompt in mine)
-    return {
-        "both": solved[True, True],
-        "student alone": solved[True, False],
-        "teacher alone": solved[False, True],
-        "neither": solved[False, False],
-    }
-
-
-def count_right(right):
-    """{prompt: (right answers, all answers)} of {(prompt, sample): true or false}."""
-    groups = {}
-    for (prompt, _), hit in right.items():
-        groups.setdefault(prompt, []).append(hit)
-    return {prompt: (sum(hits), len(hits)) for prompt, hits in groups.items()}
-
-
-def count_guesses(given, wanted):
-    """{prompt: (right, all)} of the final answers that were given to the *other* prompts: who
-    guesses with the frequencies of this model's answers is right as often.
-    given: {(prompt, sample): final answer or None}; wanted: {prompt: `answer`}."""
-    total = Counter(given.values())
-    own = {prompt: Counter() for prompt, _ in given}
-    for (prompt, _), answer in given.items():
-        own[prompt][answer] += 1
-    found = {}
-    for prompt, answers in own.items():
-        others = total - answers
-        accepted = accepted_answers(wanted[prompt])
-        found[prompt] = (
-            sum(n for a, n in others.items() if a and any(equal(a, w) for w in accepted)),
-            others.total(),
-        )
-    return found
-
-
-def pass_curves(counts, most):
-    """{k: {(prompt,): pass@k}} for k = 1, 2, 4 ... up to `most`.
-    counts: {prompt: (right, all)}."""
-    powers = [2**i for i in range(most.bit_length())]
+def pass_curve(counts, most):
+    """{k: {(prompt,): pass@k}} of {prompt: (right, all)}, for k = 1, 2, 4 ... and `most`."""
     return {
         k: {(name,): pass_at_k(n, right, k) for name, (right, n) in counts.items() if n >= k}
-        for k in powers
+        for k in powers_up_to(most)
     }
+
+
+def guess_curve(given, wanted, most):
+    """{k: {(prompt,): chance that k guesses hold a right one}}, where a guess is the final
+    answer of any response to another prompt, None and wrong where it has none.
+
+    A floor for luck: such guesses know which answers the model likes, and nothing of the
+    prompt.  given: {prompt: [final answer or None]}; wanted: {prompt: `answer`}."""
+    counts = {prompt: Counter(answers) for prompt, answers in given.items()}
+    total = sum(counts.values(), Counter())
+    shares = {}
+    for prompt, own in counts.items():
+        others = total - own
+        accepted = accepted_answers(wanted[prompt])
+        hits = (
+            count
+            for answer, count in others.items()
+            if answer is not None and any(equal(answer, each) for each in accepted)
+        )
+        shares[prompt] = sum(hits) / others.total() if others else None
+    return {
+        k: {(name,): 1 - (1 - x) ** k for name, x in shares.items() if x is not None}
+        for k in powers_up_to(most)
+    }
+
+
+def means_of(curve):
+    return {k: over_prompts(values) for k, values in curve.items()}
 
 
 # ---- the picture
@@ -491,19 +480,24 @@ def draw_drift(axes, part):
 
 
 def draw_passes(axes, part):
-    """pass@k of student and teacher, and of guessing from each one's answers."""
-    for i, (name, curve) in enumerate(part["pass@k"].items()):
+    """pass@k of student and teacher with 95 % intervals, and of guessing (dashed)."""
+    for i, name in enumerate(("student", "teacher")):
+        curve = part["pass@k"][name]
+        guessed = part["pass@k"][f"{name}, guessing"]
+        ticks = [float(k) for k in curve]
         axes.errorbar(
-            [float(k) for k in curve],
+            ticks,
             [row["mean"] for row in curve.values()],
             yerr=[row["half"] or 0 for row in curve.values()],
-            color=COLOURS[i // 2],
-            linestyle="--" if i % 2 else "-",
+            color=COLOURS[i],
+            marker="os"[i],
             capsize=3,
             label=name,
         )
+        means = [math.nan if row["mean"] is None else row["mean"] for row in guessed.values()]
+        axes.plot(ticks, means, "--", color=COLOURS[i], label=f"{name}, guessing")
     axes.set_xscale("log", base=2)
-    axes.set_xticks([float(k) for k in curve], list(curve))
+    axes.set_xticks(ticks, list(curve))
     axes.set(xlabel="k answers", ylabel="pass@k", ylim=(0, 1.05))
     axes.legend(frameon=False, fontsize=8)
 
@@ -521,7 +515,7 @@ def figure(found):
     rows = math.ceil(len(panels) / columns)
     picture = new_picture(4.8 * columns, 3.6 * rows)
     for place, name in enumerate(panels, 1):
-        axes = picture.add_subplot(rows, columns, place)
+        axes = picture.add_subplot(rows, columns, place, title=name)
         panels[name](axes, found[name])
         tidy(axes)
     return picture

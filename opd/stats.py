@@ -20,6 +20,11 @@ def pass_at_k(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
+def powers_up_to(n):
+    """[1, 2, 4, ..., n]: the k of pass@k; n itself also where it is no power of two."""
+    return sorted({2**i for i in range(n.bit_length())} | {n})
+
+
 def repetition_ratio(text, tail):
     """How far zlib shrinks the last `tail` characters: UTF-8 bytes / compressed bytes.
 

@@ -1,8 +1,10 @@
 """The numbers of experiments/real_signals.py and real_continue.py, by hand; a smoke run does
 the rest."""
 
+import dataclasses
 import json
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -91,21 +93,48 @@ def test_signals_are_held_against_each_other_on_rollouts_that_all_of_them_know(p
 
 
 def test_guesses_are_the_answers_to_other_prompts():
-    """Against all pairs of an answer and a prompt that it was not given to."""
-    texts = {"a": ["4", "5", None], "b": ["6", "4.0", "4"], "c": ["-6", "6", "5"]}
-    given = {(prompt, i): x for prompt, row in texts.items() for i, x in enumerate(row)}
+    """Against all draws of two answers that were not given to the prompt."""
+    given = {"a": ["4", "5", None], "b": ["6", "4.0", "4"], "c": ["-6", "6", "5"]}
     wanted = {"a": "4", "b": ["6", "-6"], "c": "7"}
-    assert real_signals.count_guesses(given, wanted) == {"a": (2, 6), "b": (2, 6), "c": (0, 6)}
-    right = {key: is_correct(f"#### {x}", wanted[key[0]]) for key, x in given.items()}
-    counts = real_signals.count_right(right)
-    assert counts == {"a": (1, 3), "b": (1, 3), "c": (0, 3)}
-    curves = real_signals.pass_curves(counts, 4)
-    assert curves[1] == pytest.approx({("a",): 1 / 3, ("b",): 1 / 3, ("c",): 0.0})
-    assert curves[2] == pytest.approx({("a",): 2 / 3, ("b",): 2 / 3, ("c",): 0.0})
-    assert curves[4] == {}
-    theirs = {"a": (0, 3), "b": (3, 3), "c": (0, 3)}
-    solved = {"both": 1, "student alone": 1, "teacher alone": 0, "neither": 1}
-    assert real_signals.who_solved(counts, theirs) == solved
+    found = real_signals.guess_curve(given, wanted, 2)
+    assert list(found) == [1, 2]
+    for prompt, answer in wanted.items():
+        others = [x for name, row in given.items() if name != prompt for x in row]
+        hits = [x is not None and is_correct(f"#### {x}", answer) for x in others]
+        assert found[1][(prompt,)] == pytest.approx(np.mean(hits))
+        assert found[2][(prompt,)] == pytest.approx(
+            np.mean([any(x) for x in product(hits, hits)])
+        )
+    assert real_signals.guess_curve({"a": ["4"]}, {"a": "4"}, 2) == {1: {}, 2: {}}
+
+
+def test_pass_at_k_stands_at_n_and_where_there_are_answers_enough():
+    found = real_signals.pass_curve({"a": (1, 3), "b": (2, 2)}, 3)
+    assert list(found) == [1, 2, 3]
+    assert found[1] == pytest.approx({("a",): 1 / 3, ("b",): 1.0})
+    assert found[2] == pytest.approx({("a",): 2 / 3, ("b",): 1.0})
+    assert found[3] == {("a",): 1.0}
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_the_support_of_two_models(pair, prompts):
+    """One prompt has no guesses, and a prompt outside of the slice needs no answer."""
+    rows = [json.loads(line) for line in Path(pair.prompts).read_text().splitlines()]
+    path = pair.path("asked.jsonl")
+    dump(path, rows[:prompts] + [{"id": "later", "prompt": "?"}])
+    settings = dataclasses.replace(pair.settings, support_prompts=prompts, support_n=3)
+    run = Run(pair.run.out, settings, [], None, None)
+    pair = real_signals.Pair(run, pair.student, pair.teacher, path)
+    part = real_signals.support(pair)
+    for name in ("student", "teacher"):
+        counts = part["right of all, by prompt"][name]
+        shares = [right / n for right, n in counts.values()]
+        assert len(shares) == prompts
+        assert part["pass@k"][name][1]["mean"] == pytest.approx(np.mean(shares))
+        assert part["pass@k"][name][3]["mean"] == np.mean([share > 0 for share in shares])
+        guesses = part["pass@k"][f"{name}, guessing"][3]
+        assert guesses["prompts"] == (prompts if prompts > 1 else 0)
+    assert real_signals.figure({"support": json.loads(json.dumps(part))})
 
 
 def test_the_teacher_goes_on_from_the_cut_and_from_half_of_the_rest():
