@@ -345,6 +345,7 @@ def prefix(pair):
 def support(pair):
     s = pair.settings
     some = {"slice": f"0:{s.support_prompts}"}
+    asked = pair.read_prompts()
     found = {}
     counts = {}
     curves = {}
@@ -362,7 +363,7 @@ def support(pair):
                 right.setdefault(prompt, []).append(row["correct"])
                 given.setdefault(prompt, []).append(final_answer(records.final_text(row)))
         counts[name] = {prompt: [sum(hits), len(hits)] for prompt, hits in right.items()}
-        wanted = {prompt: pair.read_prompts()[prompt]["answer"] for prompt in right}
+        wanted = {prompt: asked[prompt]["answer"] for prompt in right}
         curves[name] = pass_curve(counts[name], s.support_n)
         curves[f"{name}, guessing"] = guess_curve(given, wanted, s.support_n)
     found["pass@k"] = {name: means_of(curve) for name, curve in curves.items()}
@@ -413,19 +414,25 @@ def means_of(curve):
 # ---- the picture
 
 
+def draw_means(axes, i, places, rows, label):
+    """Line `i` of a panel: means with 95 % intervals, one of `rows` a place."""
+    axes.errorbar(
+        places,
+        [row["mean"] for row in rows],
+        yerr=[row["half"] or 0 for row in rows],
+        color=COLOURS[i],
+        marker="os^"[i],
+        capsize=3,
+        label=label,
+    )
+
+
 def draw_positions(axes, part):
     """Gap to the teacher by position, of all answers and of the long ones."""
     for i, name in enumerate(("by_position", "by_position, long answers")):
         rows = part[name]
-        axes.errorbar(
-            range(len(rows)),
-            [row["mean"] for row in rows],
-            yerr=[row["half"] or 0 for row in rows],
-            color=COLOURS[i],
-            marker="os"[i],
-            capsize=3,
-            label=("all answers", f"of at least {LONG} tokens")[i],
-        )
+        label = ("all answers", f"of at least {LONG} tokens")[i]
+        draw_means(axes, i, range(len(rows)), rows, label)
     rows = part["by_position"]
     axes.set_xticks(range(len(rows)), [row["low"] for row in rows])
     axes.set(xlabel="positions from this token on", ylabel="log mu - log p_T a token")
@@ -456,15 +463,7 @@ def draw_places(axes, part):
     groups = {"of a right answer": "right", "of a wrong answer": "wrong", "of none": "start"}
     for i, (label, group) in enumerate(groups.items()):
         rows = part["teacher right"].get(group, {})
-        axes.errorbar(
-            [float(place) for place in rows],
-            [row["mean"] for row in rows.values()],
-            yerr=[row["half"] or 0 for row in rows.values()],
-            color=COLOURS[i],
-            marker="os^"[i],
-            capsize=3,
-            label=label,
-        )
+        draw_means(axes, i, [float(place) for place in rows], rows.values(), label)
     axes.set(xlabel="share of its blocks that stands", ylabel="teacher, going on, ends right")
     axes.set(ylim=(0, 1.05))
     axes.legend(frameon=False, fontsize=8)
@@ -485,15 +484,7 @@ def draw_passes(axes, part):
         curve = part["pass@k"][name]
         guessed = part["pass@k"][f"{name}, guessing"]
         ticks = [float(k) for k in curve]
-        axes.errorbar(
-            ticks,
-            [row["mean"] for row in curve.values()],
-            yerr=[row["half"] or 0 for row in curve.values()],
-            color=COLOURS[i],
-            marker="os"[i],
-            capsize=3,
-            label=name,
-        )
+        draw_means(axes, i, ticks, curve.values(), name)
         means = [math.nan if row["mean"] is None else row["mean"] for row in guessed.values()]
         axes.plot(ticks, means, "--", color=COLOURS[i], label=f"{name}, guessing")
     axes.set_xscale("log", base=2)
